@@ -1,0 +1,1 @@
+//! A real QEMU as test peer.
