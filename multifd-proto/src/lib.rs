@@ -1,1 +1,13 @@
 //! The wire format of QEMU multifd migration streams.
+#![forbid(unsafe_code)]
+
+pub mod ids;
+pub mod mapped_ram;
+pub mod packet;
+pub mod ram;
+pub mod return_path;
+pub mod violation;
+pub mod wire;
+pub mod xbzrle;
+
+pub use ids::{BlockName, ChannelId};

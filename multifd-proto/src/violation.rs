@@ -1,0 +1,470 @@
+//! Each way in which a peer's bytes can be refused.
+//!
+//! [`DecodeError`]: the bytes do not parse. [`Violation`]: they parse, and the peer broke a rule of the protocol or asked
+//! for a part of it that is refused here. [`Mismatch`]: both sides are fine and do not fit each other. One variant per cause,
+//! so that a test or a caller can name it; where it happened (channel, byte offset) is added by whoever knows it.
+
+use crate::ids::{BlockName, ChannelId};
+use crate::packet::{Compression, Method};
+use crate::wire::Short;
+
+/// The bytes do not parse.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// A buffer that must hold a whole structure is too small.
+    #[error("{needed} more bytes are needed")]
+    Truncated {
+        /// At least this many more.
+        needed: usize,
+    },
+    /// A connection, packet or file does not begin with its magic number.
+    #[error("magic {found:#010x} instead of {expected:#010x}")]
+    BadMagic {
+        /// The number that belongs here.
+        expected: u32,
+        /// The number that stands here.
+        found: u32,
+    },
+    /// A version this implementation does not speak.
+    #[error("{what} version {found} instead of {expected}")]
+    BadVersion {
+        /// Whose version.
+        what: &'static str,
+        /// The version that is understood.
+        expected: u32,
+        /// The version of the peer.
+        found: u32,
+    },
+    /// A packet with flag bits that are unknown or do not go together.
+    #[error("packet flags {flags:#x}")]
+    BadPacketFlags {
+        /// All flags of the packet.
+        flags: u32,
+    },
+    /// An element type byte that does not exist.
+    #[error("element type {byte:#04x} is unknown")]
+    UnknownElement {
+        /// The type byte.
+        byte: u8,
+    },
+    /// A VM command with an unknown number.
+    #[error("command {number} is unknown")]
+    UnknownCommand {
+        /// The command number.
+        number: u16,
+    },
+    /// A VM command whose payload has the wrong size.
+    #[error("command {command} with {len} bytes of payload")]
+    BadCommandLength {
+        /// The name of the command.
+        command: &'static str,
+        /// Its payload length.
+        len: u16,
+    },
+    /// A VM command whose payload does not parse.
+    #[error("payload of command {command} is malformed")]
+    BadCommandPayload {
+        /// The name of the command.
+        command: &'static str,
+    },
+    /// A RAM word with flags that are unknown or do not go together.
+    #[error("RAM word {word:#x} has flags {flags:#x}")]
+    BadRamFlags {
+        /// The whole word.
+        word: u64,
+        /// The part below the page size.
+        flags: u64,
+    },
+    /// A block name that is not UTF-8, is empty or too long, or contains NUL.
+    #[error("block name \"{name}\" is not 1 to 255 bytes of UTF-8 without NUL")]
+    BlockNameInvalid {
+        /// The name, escaped.
+        name: String,
+    },
+    /// A name other than a block's (machine type, section, capability) that is not UTF-8, empty or too long.
+    #[error("{what} \"{name}\" is not a valid name")]
+    NameInvalid {
+        /// What is named.
+        what: &'static str,
+        /// The name, escaped.
+        name: String,
+    },
+    /// A subsection of the configuration that is unknown, or whose fields do not parse.
+    #[error("configuration subsection \"{name}\" version {version} is not understood")]
+    UnknownSubsection {
+        /// The name, escaped.
+        name: String,
+        /// Its version.
+        version: u32,
+    },
+    /// The fill byte of a zero page is not 0.
+    #[error("zero page at {offset:#x} has fill byte {byte:#04x}")]
+    ZeroFillByte {
+        /// The page's offset inside its block.
+        offset: u64,
+        /// The fill byte.
+        byte: u8,
+    },
+    /// An XBZRLE header or diff that runs past its end, past the page, or is not made as described in [`crate::xbzrle`].
+    #[error("XBZRLE: {what} at byte {at} of the diff")]
+    XbzrleMalformed {
+        /// What is wrong.
+        what: &'static str,
+        /// Where in the diff.
+        at: usize,
+    },
+    /// A return-path message of an unknown type.
+    #[error("return-path message type {kind} is unknown")]
+    UnknownMessage {
+        /// The type.
+        kind: u16,
+    },
+    /// A return-path message whose length does not fit its type, or exceeds the 512 bytes allowed.
+    #[error("return-path message {name} with {len} bytes of payload")]
+    BadMessageLength {
+        /// The name of the message.
+        name: &'static str,
+        /// Its payload length.
+        len: u16,
+    },
+}
+
+/// The peer broke a rule, or uses a part of the protocol that is refused here by name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Violation {
+    /// A page that does not lie inside its block.
+    #[error("page at {offset:#x} lies outside {block:?} ({len:#x} bytes)")]
+    PageOutsideBlock {
+        /// The block.
+        block: BlockName,
+        /// The page's offset inside it.
+        offset: u64,
+        /// The length of the block.
+        len: u64,
+    },
+    /// A page whose offset is no multiple of the page size.
+    #[error("page at {offset:#x} of {block:?} is not aligned to {page_size:#x} bytes")]
+    UnalignedPage {
+        /// The block.
+        block: BlockName,
+        /// The page's offset inside it.
+        offset: u64,
+        /// The page size.
+        page_size: u64,
+    },
+    /// A block that was not in the block list.
+    #[error("block {name:?} is unknown")]
+    UnknownBlock {
+        /// The name.
+        name: BlockName,
+    },
+    /// A page of a packet without a block name.
+    #[error("packet with pages but without a block name")]
+    PacketWithoutBlock,
+    /// A packet that counts more pages than fit in a packet, or than it has room for.
+    #[error("{normal} normal and {zero} zero pages with room for {allocated} of at most {capacity}")]
+    PagesAboveCapacity {
+        /// Pages with content.
+        normal: u32,
+        /// Zero pages.
+        zero: u32,
+        /// What the packet claims to have room for.
+        allocated: u32,
+        /// What a packet can have room for.
+        capacity: u32,
+    },
+    /// A payload size that does not fit the pages of the packet.
+    #[error("{compression} payload of {size} bytes for {normal} pages of {page_size:#x} bytes")]
+    PayloadSize {
+        /// The payload size in the header.
+        size: u32,
+        /// Pages with content.
+        normal: u32,
+        /// The page size.
+        page_size: u64,
+        /// How the payload is compressed.
+        compression: Compression,
+    },
+    /// A channel id that is not below the number of channels.
+    #[error("channel id {id} with {channels} channels")]
+    ChannelIdOutOfRange {
+        /// The id.
+        id: ChannelId,
+        /// The number of channels.
+        channels: usize,
+    },
+    /// Two connections with one channel id.
+    #[error("channel id {id} came twice")]
+    ChannelIdTwice {
+        /// The id.
+        id: ChannelId,
+    },
+    /// A page word that continues the previous page's block when there was none.
+    #[error("page at {offset:#x} continues a block, and no block was named before")]
+    FirstPageWithoutBlock {
+        /// The page's offset.
+        offset: u64,
+    },
+    /// Main announced the end of a round, and a channel ended without its SYNC packet.
+    #[error("channel {channel} ended without the SYNC packet of round {round}")]
+    SyncMissing {
+        /// The channel.
+        channel: ChannelId,
+        /// The round.
+        round: u64,
+    },
+    /// A page before the first sync point, which comes before any page.
+    #[error("page before the first sync point")]
+    PageBeforeFirstSync,
+    /// A block that is listed twice.
+    #[error("block {name:?} is listed twice")]
+    DuplicateBlock {
+        /// The name.
+        name: BlockName,
+    },
+    /// A block list whose lengths do not add up to the total announced before it.
+    #[error("block list announces {announced:#x} bytes and lists {listed:#x}")]
+    TotalMismatch {
+        /// The announced total.
+        announced: u64,
+        /// The sum of the lengths up to the block that exceeds it.
+        listed: u64,
+    },
+    /// A block whose length is zero or no multiple of the page size.
+    #[error("block {name:?} has length {len:#x}")]
+    BadBlockLength {
+        /// The name.
+        name: BlockName,
+        /// The length.
+        len: u64,
+    },
+    /// More blocks than [`crate::ram::MAX_BLOCKS`].
+    #[error("more than {limit} RAM blocks")]
+    TooManyBlocks {
+        /// The limit.
+        limit: usize,
+    },
+    /// A packet with device state instead of pages, which only some assigned devices use.
+    #[error("device-state packet for \"{name}\" instance {instance}: device state on channels is refused")]
+    DeviceStatePacketRefused {
+        /// The section it belongs to, escaped.
+        name: String,
+        /// The instance of the section.
+        instance: u32,
+    },
+    /// The peer starts postcopy.
+    #[error("{command}: postcopy is refused")]
+    PostcopyRefused {
+        /// The command that starts it.
+        command: &'static str,
+    },
+    /// The peer asks for continuous replication.
+    #[error("ENABLE_COLO: continuous replication is refused")]
+    ColoRefused,
+    /// The peer uses RDMA on a connection that is none.
+    #[error("RAM word {word:#x} belongs to RDMA, which is refused")]
+    RdmaRefused {
+        /// The word.
+        word: u64,
+    },
+    /// A page in a form that the stream's configuration does not allow.
+    #[error("{what} is not allowed in this stream")]
+    NotAllowed {
+        /// What came.
+        what: &'static str,
+    },
+    /// A compressed page on main with a length that no compressor gives.
+    #[error("compressed page of {len} bytes at {offset:#x}")]
+    CompressedPageLength {
+        /// The page's offset.
+        offset: u64,
+        /// The length.
+        len: u32,
+    },
+    /// A footer with the id of another section.
+    #[error("footer of section {expected} has id {found}")]
+    BadFooter {
+        /// The section that ends here.
+        expected: u32,
+        /// The id in the footer.
+        found: u32,
+    },
+    /// A section that ends without a footer.
+    #[error("section {section} ends with {found:#04x} instead of a footer")]
+    FooterMissing {
+        /// The section that ends here.
+        section: u32,
+        /// The byte in place of the footer.
+        found: u8,
+    },
+    /// A PART or END of a section that was not started, or has ended.
+    #[error("section id {id} is unknown")]
+    UnknownSection {
+        /// The id.
+        id: u32,
+    },
+    /// A section id that is already bound to another section, or a second `ram`.
+    #[error("section {name:?} with id {id} was started before")]
+    SectionTwice {
+        /// The id.
+        id: u32,
+        /// The name.
+        name: String,
+    },
+    /// More sections at once than [`crate::stream::MAX_SECTIONS`].
+    #[error("more than {limit} sections")]
+    TooManySections {
+        /// The limit.
+        limit: usize,
+    },
+    /// An element where it may not stand.
+    #[error("{element} {place}")]
+    UnexpectedElement {
+        /// The element.
+        element: &'static str,
+        /// Where it came.
+        place: &'static str,
+    },
+    /// A name or list in the configuration that is longer than this implementation accepts.
+    #[error("{what} of {len} exceeds {limit}")]
+    ConfigurationTooLong {
+        /// What is too long.
+        what: &'static str,
+        /// Its length.
+        len: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A description of the device state that is longer than [`crate::stream::MAX_VMDESC`].
+    #[error("vmdescription of {len} bytes exceeds {limit}")]
+    VmDescriptionTooLong {
+        /// The length.
+        len: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A mapped-ram header that points outside the file, overlaps, or is not aligned.
+    #[error("mapped-ram header of {block:?}: {what} ({value:#x})")]
+    MappedRam {
+        /// The block.
+        block: BlockName,
+        /// What is wrong.
+        what: &'static str,
+        /// The value that is wrong.
+        value: u64,
+    },
+}
+
+/// Both sides are fine and do not fit each other.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Mismatch {
+    /// The channels are compressed otherwise than this side was told.
+    #[error("channels are configured for compression {expected}, the packet has {found}")]
+    CompressionMismatch {
+        /// What this side was told.
+        expected: Compression,
+        /// What the packet has.
+        found: Compression,
+    },
+    /// The channels use a compression that needs hardware this implementation does not drive.
+    #[error("compression {method} is not supported; none, zlib and zstd are")]
+    CompressionUnsupported {
+        /// The method.
+        method: Method,
+    },
+    /// The peer's page size is not ours.
+    #[error("page size {theirs:#x} of the peer is not ours ({ours:#x})")]
+    PageSize {
+        /// Ours.
+        ours: u64,
+        /// The peer's.
+        theirs: u64,
+    },
+    /// A section of a version that is not understood.
+    #[error("section \"{name}\" has version {found}; version {supported} is supported")]
+    SectionVersion {
+        /// The name, escaped.
+        name: String,
+        /// The version of the peer.
+        found: u32,
+        /// The version understood here.
+        supported: u32,
+    },
+    /// The peer's capabilities change the layout of the stream in a way that is not understood.
+    #[error("capability \"{name}\" of the peer is not supported")]
+    Capability {
+        /// The name, escaped.
+        name: String,
+    },
+    /// The channel belongs to another VM.
+    #[error("channel belongs to VM {found}, this is {expected}", expected = uuid_text(expected), found = uuid_text(found))]
+    Uuid {
+        /// Our VM.
+        expected: [u8; 16],
+        /// The peer's VM.
+        found: [u8; 16],
+    },
+}
+
+/// Any reason to refuse a peer's bytes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProtocolError {
+    /// The bytes do not parse.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// The peer broke a rule.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// Both sides are fine and do not fit each other.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+}
+
+impl From<Short> for DecodeError {
+    fn from(short: Short) -> Self {
+        Self::Truncated { needed: short.needed }
+    }
+}
+
+impl From<Short> for ProtocolError {
+    fn from(short: Short) -> Self {
+        Self::Decode(short.into())
+    }
+}
+
+/// The usual text form of a uuid.
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (i, byte) in uuid.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_the_value_and_the_rule() {
+        let block = BlockName::new("pc.ram").unwrap();
+        let outside = Violation::PageOutsideBlock { block, offset: 0x7fff_f000, len: 0x4000_0000 };
+        assert_eq!(outside.to_string(), "page at 0x7ffff000 lies outside \"pc.ram\" (0x40000000 bytes)");
+        let magic = DecodeError::BadMagic { expected: 0x1122_3344, found: 0x4745_5420 };
+        assert_eq!(magic.to_string(), "magic 0x47455420 instead of 0x11223344");
+        let uuid = Mismatch::Uuid {
+            expected: [0; 16],
+            found: *b"\x12\x34\x56\x78\x12\x34\x56\x78\x9a\xbc\xde\xf0\x12\x34\x56\x78",
+        };
+        assert_eq!(
+            uuid.to_string(),
+            "channel belongs to VM 12345678-1234-5678-9abc-def012345678, this is 00000000-0000-0000-0000-000000000000"
+        );
+    }
+}
