@@ -1,0 +1,205 @@
+//! Decides after each round whether the rest fits into the pause.
+//!
+//! Pure: time and speed come in with the [`RoundReport`]. A guest that writes faster than the link sends never gets
+//! there; it is slowed down in steps where the VM can do that, and given up on when the limits are reached.
+
+use std::time::Duration;
+
+/// How long a migration may take, and how long the guest may stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The pause that is acceptable: the last round has to fit into it.
+    pub downtime: Duration,
+    /// Give up after this many rounds with the guest running; `None` for no limit.
+    pub rounds: Option<u64>,
+    /// Give up after this time; `None` for no limit.
+    pub time: Option<Duration>,
+    /// Slow a guest down that writes too fast.
+    pub throttle: bool,
+}
+
+impl Default for Limits {
+    /// 300 ms of downtime, at most 100 rounds, throttling where the VM can.
+    fn default() -> Limits {
+        Limits { downtime: Duration::from_millis(300), rounds: Some(100), time: None, throttle: true }
+    }
+}
+
+/// What is known when a round is over and the dirty log was drained again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundReport {
+    /// Rounds sent so far, this one included.
+    pub rounds: u64,
+    /// Bytes of pages with content sent in this round, before compression.
+    pub sent: u64,
+    /// How long the round took, from its opening to its barrier.
+    pub took: Duration,
+    /// Bytes of pages written meanwhile, which the next round has to send.
+    pub dirty: u64,
+    /// Time since the first round began.
+    pub elapsed: Duration,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Send another round with the guest running.
+    Continue,
+    /// The same, with the guest slowed down by this many percent.
+    Throttle(u8),
+    /// Pause the guest: the rest fits.
+    SwitchOver,
+    /// The limits are reached and the rest does not fit.
+    GiveUp,
+}
+
+/// Follows the rounds of one migration.
+#[derive(Clone, Debug)]
+pub struct Convergence {
+    limits: Limits,
+    /// Bytes and time of recent rounds; their quotient is the speed. Halved together now and then, so that the past
+    /// fades and rounds that fit into socket buffers, which look infinitely fast, weigh little.
+    bytes: f64,
+    seconds: f64,
+    throttle: u8,
+    /// Rounds in a row in which the guest wrote more than half of what was sent.
+    losing: u32,
+}
+
+impl Convergence {
+    /// No round sent yet.
+    pub fn new(limits: Limits) -> Convergence {
+        Convergence { limits, bytes: 0.0, seconds: 0.0, throttle: 0, losing: 0 }
+    }
+
+    /// What to do after the round that `report` describes.
+    pub fn decide(&mut self, report: &RoundReport) -> Decision {
+        self.observe(report);
+        if self.expected_downtime(report.dirty) <= self.limits.downtime {
+            return Decision::SwitchOver;
+        }
+        let out_of_rounds = self.limits.rounds.is_some_and(|rounds| report.rounds >= rounds);
+        let out_of_time = self.limits.time.is_some_and(|time| report.elapsed >= time);
+        if out_of_rounds || out_of_time {
+            return Decision::GiveUp;
+        }
+        self.losing = if report.dirty > report.sent / 2 { self.losing + 1 } else { 0 };
+        if self.limits.throttle && self.losing >= LOSING_ROUNDS && self.throttle < MAX_THROTTLE {
+            self.throttle = (self.throttle + THROTTLE_STEP).clamp(FIRST_THROTTLE, MAX_THROTTLE);
+            return Decision::Throttle(self.throttle);
+        }
+        Decision::Continue
+    }
+
+    /// The VM cannot be slowed down, so do not ask again.
+    pub fn throttle_unsupported(&mut self) {
+        self.limits.throttle = false;
+        self.throttle = 0;
+    }
+
+    /// Measured speed, in bytes of pages per second; 0 before anything was sent.
+    pub fn bytes_per_second(&self) -> u64 {
+        if self.seconds > 0.0 { (self.bytes / self.seconds) as u64 } else { 0 }
+    }
+
+    /// How long it would take to send `dirty` bytes of pages.
+    pub fn expected_downtime(&self, dirty: u64) -> Duration {
+        if dirty == 0 {
+            return Duration::ZERO;
+        }
+        match self.bytes_per_second() {
+            0 => Duration::MAX,
+            speed => Duration::try_from_secs_f64(dirty as f64 / speed as f64).unwrap_or(Duration::MAX),
+        }
+    }
+
+    /// The percentage last asked for by [`Decision::Throttle`].
+    pub fn throttle(&self) -> u8 {
+        self.throttle
+    }
+
+    fn observe(&mut self, report: &RoundReport) {
+        self.bytes += report.sent as f64;
+        self.seconds += report.took.as_secs_f64();
+        if self.bytes > WINDOW {
+            self.bytes /= 2.0;
+            self.seconds /= 2.0;
+        }
+    }
+}
+
+/// Bytes after which the past counts half.
+const WINDOW: f64 = (256 << 20) as f64;
+/// One round may be bad luck; two in a row are a trend.
+const LOSING_ROUNDS: u32 = 2;
+const FIRST_THROTTLE: u8 = 20;
+const THROTTLE_STEP: u8 = 10;
+const MAX_THROTTLE: u8 = 99;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MB: u64 = 1_000_000;
+
+    fn report(rounds: u64, sent: u64, millis: u64, dirty: u64) -> RoundReport {
+        let took = Duration::from_millis(millis);
+        RoundReport { rounds, sent, took, dirty, elapsed: took * rounds as u32 }
+    }
+
+    fn limits(downtime_ms: u64) -> Limits {
+        Limits { downtime: Duration::from_millis(downtime_ms), ..Limits::default() }
+    }
+
+    #[test]
+    fn switches_over_when_the_rest_fits_and_not_before() {
+        let mut convergence = Convergence::new(limits(100));
+        assert_eq!(convergence.decide(&report(1, 1000 * MB, 1000, 101 * MB)), Decision::Continue);
+        assert_eq!(convergence.expected_downtime(101 * MB), Duration::from_millis(101));
+        assert_eq!(convergence.decide(&report(2, 100 * MB, 100, 100 * MB)), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn an_idle_guest_needs_one_round_whatever_the_limit() {
+        let mut convergence = Convergence::new(limits(0));
+        assert_eq!(convergence.decide(&report(1, 0, 0, 0)), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_losing_race_is_throttled_in_steps_and_then_given_up() {
+        let mut convergence = Convergence::new(Limits { rounds: Some(20), ..limits(1) });
+        let mut throttles = Vec::new();
+        for round in 1..20 {
+            match convergence.decide(&report(round, 1000 * MB, 1000, 900 * MB)) {
+                Decision::Throttle(percent) => throttles.push(percent),
+                other => assert_eq!(other, Decision::Continue),
+            }
+        }
+        assert_eq!(throttles, [20, 30, 40, 50, 60, 70, 80, 90, 99]);
+        assert_eq!(convergence.decide(&report(20, 1000 * MB, 1000, 900 * MB)), Decision::GiveUp);
+    }
+
+    #[test]
+    fn time_is_a_limit_too() {
+        let mut convergence = Convergence::new(Limits { time: Some(Duration::from_secs(2)), ..limits(1) });
+        assert_eq!(convergence.decide(&report(1, 1000 * MB, 1000, 900 * MB)), Decision::Continue);
+        assert_eq!(convergence.decide(&report(2, 1000 * MB, 1000, 900 * MB)), Decision::GiveUp);
+    }
+
+    #[test]
+    fn a_vm_that_cannot_be_slowed_down_is_not_asked_again() {
+        let mut convergence = Convergence::new(limits(1));
+        convergence.decide(&report(1, MB, 10, MB));
+        assert_eq!(convergence.decide(&report(2, MB, 10, MB)), Decision::Throttle(20));
+        convergence.throttle_unsupported();
+        assert_eq!(convergence.decide(&report(3, MB, 10, MB)), Decision::Continue);
+    }
+
+    #[test]
+    fn a_tiny_fast_round_does_not_hide_a_slow_link() {
+        let mut convergence = Convergence::new(limits(10));
+        convergence.decide(&report(1, 100 * MB, 1000, 50 * MB));
+        convergence.decide(&report(2, MB, 0, 50 * MB));
+        assert!(convergence.bytes_per_second() < 110 * MB, "{}", convergence.bytes_per_second());
+    }
+}

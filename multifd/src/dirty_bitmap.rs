@@ -1,0 +1,282 @@
+//! One bit per page of all RAM blocks, with a summary that makes sparse ones cheap.
+//!
+//! Bit `n` is page number `n` of the [`Layout`]. A second, 64 times smaller bitmap has a bit for each word that may be
+//! non-zero: a clean bitmap of a terabyte (32 MiB) is passed over by reading 512 KiB.
+
+use std::ops::Range;
+
+use crate::layout::Layout;
+
+/// A set of pages, by page number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    words: Vec<u64>,
+    /// Bit `w` is set if `words[w]` is not 0; it may also be set where `words[w]` is 0.
+    summary: Vec<u64>,
+}
+
+impl DirtyBitmap {
+    /// An empty set for the pages of `layout`.
+    pub fn new(layout: &Layout) -> DirtyBitmap {
+        let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
+        DirtyBitmap { words: vec![0; words], summary: vec![0; words.div_ceil(64)] }
+    }
+
+    /// The set of all pages of `layout`.
+    pub fn full(layout: &Layout) -> DirtyBitmap {
+        let mut bitmap = DirtyBitmap::new(layout);
+        for block in layout.blocks() {
+            bitmap.set_range(block.page_range());
+        }
+        bitmap
+    }
+
+    /// Number of bits, a multiple of 64.
+    pub fn bits(&self) -> u64 {
+        self.words.len() as u64 * 64
+    }
+
+    /// Adds `page`, which is below [`bits`](Self::bits).
+    pub fn set(&mut self, page: u64) {
+        self.merge_word((page / 64) as usize, 1 << (page % 64));
+    }
+
+    /// Adds all of `pages`, which end at or below [`bits`](Self::bits).
+    pub fn set_range(&mut self, pages: Range<u64>) {
+        for (word, mask) in word_masks(pages) {
+            self.merge_word(word, mask);
+        }
+    }
+
+    /// Removes all of `pages`.
+    pub fn clear_range(&mut self, pages: Range<u64>) {
+        for (word, mask) in word_masks(pages) {
+            self.words[word] &= !mask;
+        }
+    }
+
+    /// Adds the pages `word * 64 + i` for each bit `i` of `bits`: how a kernel's bitmap is merged in.
+    ///
+    /// # Panics
+    /// If `word` is not below `bits() / 64`.
+    pub fn merge_word(&mut self, word: usize, bits: u64) {
+        if bits != 0 {
+            self.words[word] |= bits;
+            self.summary[word / 64] |= 1 << (word % 64);
+        }
+    }
+
+    /// Adds all pages of `other`, which has as many bits.
+    pub fn merge(&mut self, other: &DirtyBitmap) {
+        for (word, bits) in other.nonzero_words() {
+            self.merge_word(word, bits);
+        }
+    }
+
+    /// Removes all pages of `other`, which has as many bits.
+    pub fn subtract(&mut self, other: &DirtyBitmap) {
+        for (word, bits) in other.nonzero_words() {
+            self.words[word] &= !bits;
+        }
+    }
+
+    /// Removes all pages.
+    pub fn clear(&mut self) {
+        for index in 0..self.summary.len() {
+            let mut bits = std::mem::take(&mut self.summary[index]);
+            while bits != 0 {
+                self.words[index * 64 + bits.trailing_zeros() as usize] = 0;
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// Whether `page` is in the set.
+    pub fn contains(&self, page: u64) -> bool {
+        self.words.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 == 1)
+    }
+
+    /// Number of pages in the set.
+    pub fn count(&self) -> u64 {
+        self.nonzero_words().map(|(_, bits)| u64::from(bits.count_ones())).sum()
+    }
+
+    /// Whether no page is in the set.
+    pub fn is_empty(&self) -> bool {
+        self.nonzero_words().next().is_none()
+    }
+
+    /// The first page of the set that is `from` or later.
+    pub fn next(&self, from: u64) -> Option<u64> {
+        let mut word = (from / 64) as usize;
+        let bits = self.words.get(word)? & (!0 << (from % 64));
+        if bits != 0 {
+            return Some(word as u64 * 64 + u64::from(bits.trailing_zeros()));
+        }
+        word += 1;
+        let mut index = word / 64;
+        let mut candidates = self.summary.get(index)? & (!0 << (word % 64));
+        loop {
+            while candidates != 0 {
+                let word = index * 64 + candidates.trailing_zeros() as usize;
+                if self.words[word] != 0 {
+                    return Some(word as u64 * 64 + u64::from(self.words[word].trailing_zeros()));
+                }
+                candidates &= candidates - 1;
+            }
+            index += 1;
+            candidates = *self.summary.get(index)?;
+        }
+    }
+
+    /// All pages of the set, in order.
+    pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let page = self.next(from)?;
+            from = page + 1;
+            Some(page)
+        })
+    }
+
+    /// The words as they are, 64 pages each, lowest page in the lowest bit.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Takes up to `most` pages below `end` out of the set, beginning with the first at or after `from`, and puts their
+    /// numbers behind `into`. Returns the number behind the last one taken.
+    pub(crate) fn take(&mut self, from: u64, end: u64, most: usize, into: &mut Vec<u64>) -> u64 {
+        let mut from = from;
+        let mut left = most;
+        while left > 0 {
+            let Some(first) = self.next(from).filter(|&page| page < end) else { break };
+            let word = (first / 64) as usize;
+            let mut bits = self.words[word];
+            if end < (first / 64 + 1) * 64 {
+                bits &= (1 << (end % 64)) - 1;
+            }
+            while bits != 0 && left > 0 {
+                let bit = bits.trailing_zeros();
+                into.push(word as u64 * 64 + u64::from(bit));
+                bits &= bits - 1;
+                self.words[word] &= !(1 << bit);
+                left -= 1;
+                from = word as u64 * 64 + u64::from(bit) + 1;
+            }
+        }
+        from
+    }
+
+    fn nonzero_words(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
+        self.summary.iter().enumerate().flat_map(move |(index, &summary)| {
+            let mut candidates = summary;
+            std::iter::from_fn(move || {
+                while candidates != 0 {
+                    let word = index * 64 + candidates.trailing_zeros() as usize;
+                    candidates &= candidates - 1;
+                    if self.words[word] != 0 {
+                        return Some((word, self.words[word]));
+                    }
+                }
+                None
+            })
+        })
+    }
+}
+
+/// The words that `pages` lie in, each with the bits of the pages.
+fn word_masks(pages: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let mut from = pages.start;
+    std::iter::from_fn(move || {
+        if from >= pages.end {
+            return None;
+        }
+        let word = from / 64;
+        let end = pages.end.min((word + 1) * 64);
+        let low = !0 << (from % 64);
+        let high = !0 >> (63 - (end - 1) % 64);
+        from = end;
+        Some((word as usize, low & high))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use multifd_proto::BlockName;
+
+    use super::*;
+
+    fn layout(pages: &[u64]) -> Layout {
+        let blocks = pages.iter().enumerate().map(|(i, pages)| (BlockName::new(format!("b{i}")).unwrap(), pages * 4096));
+        Layout::new(4096, blocks).unwrap()
+    }
+
+    /// A small generator, so that the comparison with the oracle is the same in every run.
+    struct Steps(u64);
+
+    impl Steps {
+        fn below(&mut self, bound: u64) -> u64 {
+            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (self.0 >> 33) % bound
+        }
+    }
+
+    #[test]
+    fn agrees_with_a_plain_set() {
+        let layout = layout(&[5000, 1, 70, 20_000]);
+        let mut steps = Steps(7);
+        for _ in 0..200 {
+            let mut bitmap = DirtyBitmap::new(&layout);
+            let mut oracle = BTreeSet::new();
+            for _ in 0..steps.below(40) {
+                let start = steps.below(layout.bits());
+                let end = (start + steps.below(200)).min(layout.bits());
+                if steps.below(4) == 0 {
+                    bitmap.clear_range(start..end);
+                    oracle.retain(|page| !(start..end).contains(page));
+                } else {
+                    bitmap.set_range(start..end);
+                    oracle.extend(start..end);
+                }
+            }
+            assert_eq!(bitmap.count(), oracle.len() as u64);
+            assert_eq!(bitmap.is_empty(), oracle.is_empty());
+            assert!(bitmap.iter().eq(oracle.iter().copied()));
+            let (from, end) = (steps.below(layout.bits()), steps.below(layout.bits()));
+            let most = steps.below(300) as usize;
+            let expected: Vec<u64> = oracle.iter().copied().filter(|&page| page >= from && page < end).take(most).collect();
+            let mut taken = Vec::new();
+            bitmap.take(from, end, most, &mut taken);
+            assert_eq!(taken, expected);
+            oracle.retain(|page| !expected.contains(page));
+            assert!(bitmap.iter().eq(oracle.iter().copied()));
+        }
+    }
+
+    #[test]
+    fn full_has_every_page_and_no_other_bit() {
+        let layout = layout(&[65, 1, 64]);
+        let bitmap = DirtyBitmap::full(&layout);
+        assert_eq!(bitmap.count(), 130);
+        assert!(bitmap.iter().all(|page| layout.block_of(page).is_some()));
+    }
+
+    #[test]
+    fn merge_and_subtract_are_the_set_operations() {
+        let layout = layout(&[300]);
+        let (mut a, mut b) = (DirtyBitmap::new(&layout), DirtyBitmap::new(&layout));
+        a.set_range(10..200);
+        b.set_range(150..300);
+        let mut union = a.clone();
+        union.merge(&b);
+        assert!(union.iter().eq(10..300));
+        union.subtract(&a);
+        assert!(union.iter().eq(200..300));
+        union.clear();
+        assert!(union.is_empty());
+        assert!(union.words().iter().all(|&word| word == 0));
+    }
+}

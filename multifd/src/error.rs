@@ -1,0 +1,296 @@
+//! What can end a migration: whose fault it was, and where in which connection.
+
+use std::{fmt, io};
+
+use multifd_proto::{BlockName, ChannelId, ProtocolError, Violation};
+
+use crate::vm::VmError;
+
+/// The reason why a migration ended. One variant for each party that can be at fault.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The peer sent bytes that do not parse, broke a rule of the protocol, or is configured differently.
+    #[error("{at}: {source}")]
+    Protocol {
+        /// Where the offending bytes begin.
+        at: Place,
+        /// The rule.
+        source: ProtocolError,
+    },
+    /// A connection or file did not take or give bytes.
+    #[error("{at}: {}", io_message(source))]
+    Io {
+        /// The first byte that was not moved.
+        at: Place,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// Both sides are fine and do not fit together.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// The VMM could not do what it was asked.
+    #[error("the VM could not {call}: {source}")]
+    Vm {
+        /// What it was asked: `pause`, `save`, ….
+        call: &'static str,
+        /// Its answer.
+        source: VmError,
+    },
+    /// Dirty tracking failed, so it is not known which pages were written.
+    #[error("dirty log: {source}")]
+    DirtyLog {
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// The guest writes faster than pages can be sent.
+    #[error(
+        "does not converge: after {rounds} rounds and {seconds:.1} s, {remaining} bytes remain dirty at {bytes_per_second} B/s, \
+         which is {expected_downtime_ms:.0} ms of downtime; {downtime_limit_ms:.0} ms are allowed"
+    )]
+    DoesNotConverge {
+        /// Rounds sent.
+        rounds: u64,
+        /// Time since the first round began.
+        seconds: f64,
+        /// Bytes of pages that were dirty after the last round.
+        remaining: u64,
+        /// Measured speed.
+        bytes_per_second: u64,
+        /// What the last round would take.
+        expected_downtime_ms: f64,
+        /// What the caller allows.
+        downtime_limit_ms: f64,
+    },
+    /// The destination said that it could not take the VM over.
+    #[error("the destination ended the migration with status {status}")]
+    Refused {
+        /// The status in its SHUT message.
+        status: u32,
+    },
+    /// The destination closed main before it confirmed that it has the VM.
+    #[error("the destination closed the connection before it confirmed")]
+    Unconfirmed,
+    /// Somebody said nothing for too long while connections were being set up.
+    #[error("{what} within {seconds} s")]
+    SetupTimeout {
+        /// What did not happen.
+        what: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// The migration was cancelled on this side.
+    #[error("cancelled")]
+    Cancelled,
+    /// A thread was told to leave because of an error that another one reports. Never returned by `run`.
+    #[error("stopped")]
+    Stopped,
+    /// A thread of the engine panicked: a defect of the engine or of a transport.
+    #[error("a thread panicked: {message}")]
+    Panicked {
+        /// What it said.
+        message: String,
+    },
+    /// The migration failed, and so did letting the source's VM run on.
+    #[error("{first}; after that the VM could not resume: {resume}")]
+    NotResumed {
+        /// Why the migration ended.
+        first: Box<Error>,
+        /// Why the VM stands still.
+        resume: VmError,
+    },
+}
+
+impl Error {
+    /// The peer broke the protocol or does not match, as opposed to bad luck on the way.
+    pub fn is_peers_fault(&self) -> bool {
+        match self {
+            Error::Protocol { .. } | Error::Mismatch(_) => true,
+            Error::NotResumed { first, .. } => first.is_peers_fault(),
+            _ => false,
+        }
+    }
+
+    pub(crate) fn io(at: Place) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Io { at, source }
+    }
+
+    pub(crate) fn protocol<E: Into<ProtocolError>>(at: Place) -> impl FnOnce(E) -> Error {
+        move |source| Error::Protocol { at, source: source.into() }
+    }
+
+    pub(crate) fn vm(call: &'static str) -> impl FnOnce(VmError) -> Error {
+        move |source| Error::Vm { call, source }
+    }
+
+    pub(crate) fn dirty_log(source: io::Error) -> Error {
+        Error::DirtyLog { source }
+    }
+}
+
+/// A position in one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which connection.
+    pub connection: Connection,
+    /// Bytes before this place, in the direction from source to destination.
+    pub offset: u64,
+}
+
+/// Which connection of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connection {
+    /// The one that carries everything but pages.
+    Main,
+    /// One that carries pages.
+    Channel(ChannelId),
+    /// One that has not said what it is; counted from 0 in the order of their arrival.
+    Unknown(usize),
+    /// The return path, from destination to source.
+    ReturnPath,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, at byte {}", self.connection, grouped(self.offset))
+    }
+}
+
+impl fmt::Display for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Connection::Main => f.write_str("main"),
+            Connection::Channel(id) => write!(f, "channel {id}"),
+            Connection::Unknown(index) => write!(f, "connection {index}"),
+            Connection::ReturnPath => f.write_str("return path"),
+        }
+    }
+}
+
+/// Both sides are sane, and they do not fit together, or what the VMM describes cannot be migrated.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Mismatch {
+    /// Pages of this size do not exist.
+    #[error("a page of {page_size} bytes; 512 bytes to 512 KiB, a power of two")]
+    PageSize {
+        /// In bytes.
+        page_size: usize,
+    },
+    /// A RAM block is empty or ends within a page.
+    #[error("RAM block {name:?} has {len:#x} bytes, not a multiple of the page size {page_size:#x} above 0")]
+    BlockLength {
+        /// The block.
+        name: BlockName,
+        /// In bytes.
+        len: u64,
+        /// In bytes.
+        page_size: usize,
+    },
+    /// A RAM block does not start at a multiple of 8.
+    #[error("RAM block {name:?} is mapped at an address that is not a multiple of 8")]
+    BlockAddress {
+        /// The block.
+        name: BlockName,
+    },
+    /// Two RAM blocks have one name.
+    #[error("RAM block {name:?} exists twice")]
+    BlockTwice {
+        /// The block.
+        name: BlockName,
+    },
+    /// More memory than an address can reach.
+    #[error("more than 2^63 bytes of RAM")]
+    TooMuchRam,
+    /// The source has a RAM block that this VM does not have.
+    #[error("the source has RAM block {name:?} ({len:#x} bytes), which this VM does not have")]
+    BlockUnknown {
+        /// The block.
+        name: BlockName,
+        /// Its length on the source in bytes.
+        len: u64,
+    },
+    /// This VM has a RAM block that the source does not have.
+    #[error("this VM has RAM block {name:?}, which the source does not have")]
+    BlockMissing {
+        /// The block.
+        name: BlockName,
+    },
+    /// A RAM block has different lengths.
+    #[error("RAM block {name:?} has {theirs:#x} bytes on the source and {ours:#x} here")]
+    BlockLengths {
+        /// The block.
+        name: BlockName,
+        /// Bytes on the source.
+        theirs: u64,
+        /// Bytes here.
+        ours: u64,
+    },
+    /// The source runs another machine type.
+    #[error("the source runs machine {theirs:?}, this is {ours:?}")]
+    Machine {
+        /// The source's.
+        theirs: String,
+        /// Ours.
+        ours: String,
+    },
+    /// Another number of channels was expected.
+    #[error("{opened} channels were opened, {expected} were expected")]
+    Channels {
+        /// By the source.
+        opened: usize,
+        /// By us.
+        expected: usize,
+    },
+}
+
+impl From<Violation> for Error {
+    /// A violation seen at the barrier, which belongs to no single byte: it is main that announced the round.
+    fn from(violation: Violation) -> Error {
+        Error::Protocol { at: Place { connection: Connection::Main, offset: 0 }, source: violation.into() }
+    }
+}
+
+fn io_message(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the connection ended in the middle".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_says_where_and_which_value() {
+        let source = Violation::PageOutsideBlock {
+            block: BlockName::new("pc.ram").unwrap(),
+            offset: 0x7fff_f000,
+            len: 0x4000_0000,
+        };
+        let at = Place { connection: Connection::Channel(ChannelId(3)), offset: 524_640 };
+        assert_eq!(
+            Error::Protocol { at, source: source.into() }.to_string(),
+            "channel 3, at byte 524,640: page at 0x7ffff000 lies outside \"pc.ram\" (0x40000000 bytes)"
+        );
+    }
+
+    #[test]
+    fn digits_are_grouped_by_three() {
+        assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
+    }
+}

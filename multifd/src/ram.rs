@@ -1,0 +1,341 @@
+//! Guest memory as the engine sees it: RAM blocks, and ranges of them that cannot be forged.
+//!
+//! A [`GuestRange`] lies within its block by construction, so whoever holds one may pass it to the kernel or copy from
+//! it without a further check. Guest memory is never a Rust slice: it changes under our hands.
+
+use std::{any::Any, fmt, marker::PhantomData, ptr::NonNull};
+
+use multifd_proto::BlockName;
+
+use crate::{
+    error::Mismatch,
+    layout::{BlockLayout, Layout},
+    sync::Arc,
+    sys::guest_copy,
+};
+
+/// The memory of a VM: its RAM blocks and the numbering of their pages. Cheap to clone; all clones are the same memory.
+#[derive(Clone)]
+pub struct Ram {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    layout: Layout,
+    blocks: Vec<RamBlock>,
+}
+
+impl Ram {
+    /// Puts `blocks` together, with pages of `page_size` bytes.
+    ///
+    /// # Errors
+    /// As [`Layout::new`]; also for a block whose address is not a multiple of 8.
+    pub fn new(page_size: usize, blocks: Vec<RamBlock>) -> Result<Ram, Mismatch> {
+        let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.len as u64)))?;
+        if let Some(block) = blocks.iter().find(|block| block.base.as_ptr() as usize % 8 != 0) {
+            return Err(Mismatch::BlockAddress { name: block.name.clone() });
+        }
+        Ok(Ram { inner: Arc::new(Inner { layout, blocks }) })
+    }
+
+    /// Names, lengths and page numbers of the blocks.
+    pub fn layout(&self) -> &Layout {
+        &self.inner.layout
+    }
+
+    /// All blocks, in the order of the layout.
+    pub fn blocks(&self) -> &[RamBlock] {
+        &self.inner.blocks
+    }
+
+    /// The block called `name`.
+    pub fn block(&self, name: &str) -> Option<&RamBlock> {
+        Some(&self.inner.blocks[self.inner.layout.index_of(name)?])
+    }
+
+    /// The page with number `page` of the layout; `None` for the numbers between two blocks.
+    pub fn page(&self, page: u64) -> Option<GuestRange<'_>> {
+        let index = self.inner.layout.block_of(page)?;
+        let offset = self.inner.layout.blocks()[index].offset_of(page);
+        self.inner.blocks[index].range(offset, self.inner.layout.page_size())
+    }
+
+    /// `pages` consecutive pages of block `index`, from the page at `offset`.
+    ///
+    /// # Errors
+    /// `None` where any of it lies outside the block.
+    pub(crate) fn run(&self, index: usize, offset: u64, pages: usize) -> Option<GuestRange<'_>> {
+        self.inner.blocks.get(index)?.range(offset, pages.checked_mul(self.inner.layout.page_size())?)
+    }
+}
+
+impl fmt::Debug for Ram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ram").field("blocks", &self.inner.blocks).finish()
+    }
+}
+
+/// One named range of guest memory that is mapped in this process.
+pub struct RamBlock {
+    name: BlockName,
+    base: NonNull<u8>,
+    len: usize,
+    /// No byte of it was ever written, so all of it reads as zeros.
+    fresh: bool,
+    /// Keeps the mapping alive for as long as anybody can reach the block.
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: a RAM block is plain memory that other threads and the guest write at any time anyway; all access goes
+// through raw pointers, atomics or the kernel, never through references.
+#[allow(unsafe_code)]
+unsafe impl Send for RamBlock {}
+// SAFETY: see `Send`.
+#[allow(unsafe_code)]
+unsafe impl Sync for RamBlock {}
+
+impl RamBlock {
+    /// Describes `len` bytes of guest memory at `base`.
+    ///
+    /// `owner` is whatever unmaps the memory when dropped; it lives for as long as the block.
+    ///
+    /// # Safety
+    /// `base` points to `len` bytes that stay mapped readable (on a destination also writable) until `owner` is dropped.
+    /// No Rust reference to any of these bytes exists during that time, other than to atomics.
+    #[allow(unsafe_code)]
+    pub unsafe fn from_raw(
+        name: BlockName,
+        base: NonNull<u8>,
+        len: usize,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> RamBlock {
+        RamBlock { name, base, len, fresh: false, _owner: owner }
+    }
+
+    /// Declares that no byte of the block was written since it was mapped: every page still reads as zeros.
+    ///
+    /// A destination then does not touch zero pages that it receives before any content for them, so that they cost
+    /// no memory. Declared wrongly, such pages keep what they hold.
+    #[must_use]
+    pub fn fresh(mut self) -> RamBlock {
+        self.fresh = true;
+        self
+    }
+
+    /// Whether the block was declared [`fresh`](RamBlock::fresh).
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// The name of the block.
+    pub fn name(&self) -> &BlockName {
+        &self.name
+    }
+
+    /// Bytes in the block.
+    pub fn bytes(&self) -> usize {
+        self.len
+    }
+
+    /// Address of the first byte in this process, for kernel interfaces that take addresses.
+    pub fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    /// The `len` bytes from `offset` on; `None` where any of them lies outside the block, or where either is not a
+    /// multiple of 8.
+    pub fn range(&self, offset: u64, len: usize) -> Option<GuestRange<'_>> {
+        let offset = usize::try_from(offset).ok()?;
+        if offset.checked_add(len)? > self.len || offset % 8 != 0 || len % 8 != 0 {
+            return None;
+        }
+        // In bounds, so the address cannot wrap; `wrapping_add` keeps this free of unsafe code.
+        let base = NonNull::new(self.base.as_ptr().wrapping_add(offset))?;
+        Some(GuestRange { base, len, block: PhantomData })
+    }
+}
+
+impl fmt::Debug for RamBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} ({:#x} bytes at {:p})", self.name.as_str(), self.len, self.base)
+    }
+}
+
+impl BlockLayout {
+    /// Whether `block` has this name and length.
+    pub fn describes(&self, block: &RamBlock) -> bool {
+        *self.name() == block.name && self.bytes() == block.len as u64
+    }
+}
+
+/// A range of guest memory that is mapped, in bounds and a multiple of 8 bytes at an address that is one too.
+#[derive(Clone, Copy)]
+pub struct GuestRange<'a> {
+    base: NonNull<u8>,
+    len: usize,
+    block: PhantomData<&'a RamBlock>,
+}
+
+// SAFETY: as `RamBlock`, of which this is a part that cannot outlive it.
+#[allow(unsafe_code)]
+unsafe impl Send for GuestRange<'_> {}
+// SAFETY: as `RamBlock`.
+#[allow(unsafe_code)]
+unsafe impl Sync for GuestRange<'_> {}
+
+impl<'a> GuestRange<'a> {
+    /// Bytes in the range.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the range has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Address of the first byte, for the kernel. Reading or writing through it races with the guest: use the copies
+    /// below, or a system call.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// The part from `offset` on, `len` bytes long; `None` where it does not lie within, or is not a multiple of 8.
+    pub fn slice(&self, offset: usize, len: usize) -> Option<GuestRange<'a>> {
+        if offset.checked_add(len)? > self.len || offset % 8 != 0 || len % 8 != 0 {
+            return None;
+        }
+        let base = NonNull::new(self.base.as_ptr().wrapping_add(offset))?;
+        Some(GuestRange { base, len, block: PhantomData })
+    }
+
+    /// Whether `next` begins where this range ends.
+    pub fn is_followed_by(&self, next: &GuestRange<'_>) -> bool {
+        self.base.as_ptr().wrapping_add(self.len) == next.base.as_ptr()
+    }
+
+    /// Both ranges as one, where `next` begins where this one ends and both are of the same block.
+    pub(crate) fn joined(&self, next: &GuestRange<'a>) -> Option<GuestRange<'a>> {
+        self.is_followed_by(next).then_some(GuestRange { len: self.len + next.len, ..*self })
+    }
+
+    /// Whether every byte is zero. The guest may write meanwhile; dirty tracking reports what this misses.
+    pub fn is_zero(&self) -> bool {
+        guest_copy::is_zero(*self)
+    }
+
+    /// Copies the range into `into`, which is as long. The copy is not a snapshot while the guest writes.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn read(&self, into: &mut [u8]) {
+        guest_copy::read(*self, into);
+    }
+
+    /// Copies `from`, which is as long as the range, into it.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn write(&self, from: &[u8]) {
+        guest_copy::write(*self, from);
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&self) {
+        guest_copy::clear(*self);
+    }
+}
+
+impl fmt::Debug for GuestRange<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x} bytes at {:p}", self.len, self.base)
+    }
+}
+
+#[cfg(test)]
+impl Ram {
+    /// Zeroed heap memory with the given blocks (name and pages) of 4 KiB pages.
+    pub(crate) fn for_test(blocks: &[(&str, usize)]) -> Ram {
+        Ram::for_test_with_pages(4096, blocks)
+    }
+
+    /// The same with a page size of the caller's choice.
+    pub(crate) fn for_test_with_pages(page_size: usize, blocks: &[(&str, usize)]) -> Ram {
+        let blocks = blocks.iter().map(|&(name, pages)| {
+            let words = vec![0u64; pages * page_size / 8].into_boxed_slice();
+            let base = NonNull::new(Box::into_raw(words) as *mut u8).expect("a box is not null");
+            struct Owner(*mut [u64]);
+            // SAFETY: only dropped, once, by whoever holds the last clone.
+            #[allow(unsafe_code)]
+            unsafe impl Send for Owner {}
+            // SAFETY: nothing is reachable through a shared reference.
+            #[allow(unsafe_code)]
+            unsafe impl Sync for Owner {}
+            impl Drop for Owner {
+                #[allow(unsafe_code)]
+                fn drop(&mut self) {
+                    // SAFETY: made by `Box::into_raw` above and freed nowhere else.
+                    drop(unsafe { Box::from_raw(self.0) });
+                }
+            }
+            let len = pages * page_size;
+            let owner = Owner(std::ptr::slice_from_raw_parts_mut(base.as_ptr().cast::<u64>(), len / 8));
+            // SAFETY: the box above is that long, aligned for u64, and freed by the owner only.
+            #[allow(unsafe_code)]
+            let block =
+                unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(owner)) };
+            block.fresh()
+        });
+        Ram::new(page_size, blocks.collect()).unwrap()
+    }
+
+    /// The bytes of page number `page`.
+    pub(crate) fn page_bytes(&self, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; self.layout().page_size()];
+        self.page(page).unwrap().read(&mut bytes);
+        bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_past_the_end_of_its_block_does_not_exist() {
+        let ram = Ram::for_test(&[("pc.ram", 2)]);
+        let block = ram.block("pc.ram").unwrap();
+        assert!(block.range(4096, 4096).is_some());
+        assert!(block.range(4104, 4096).is_none());
+        assert!(block.range(8192, 8).is_none());
+        assert!(block.range(u64::MAX - 7, 8).is_none());
+        assert!(block.range(4, 8).is_none());
+        let range = block.range(0, 4096).unwrap();
+        assert!(range.slice(4088, 8).is_some());
+        assert!(range.slice(4088, 16).is_none());
+    }
+
+    #[test]
+    fn copies_arrive() {
+        let ram = Ram::for_test(&[("a", 1), ("b", 3)]);
+        let page = ram.page(65).unwrap();
+        assert!(page.is_zero());
+        let content: Vec<u8> = (0..4096u32).map(|i| (i * 7 + 1) as u8).collect();
+        page.write(&content);
+        assert!(!page.is_zero());
+        assert_eq!(ram.page_bytes(65), content);
+        assert!(ram.page(64).unwrap().is_zero());
+        assert!(ram.page(66).unwrap().is_zero());
+        page.clear();
+        assert!(page.is_zero());
+    }
+
+    #[test]
+    fn only_neighbours_join() {
+        let ram = Ram::for_test(&[("a", 3)]);
+        let [first, second, third] = [0, 1, 2].map(|page| ram.page(page).unwrap());
+        assert_eq!(first.joined(&second).unwrap().len(), 8192);
+        assert!(first.joined(&third).is_none());
+        assert!(second.joined(&first).is_none());
+    }
+}

@@ -1,0 +1,143 @@
+//! Ends a migration: the first error or a cancel wins, and everything that blocks is released.
+//!
+//! Whatever can block (streams, the barrier, the page scan, the limiter) is registered here as a [`Stopper`]; whoever
+//! fails calls [`StopHandle::stop`]. Once [committed](StopHandle::commit) the migration can no longer be cancelled: the
+//! other side may already have answered.
+
+use crate::{
+    error::Error,
+    sync::{Arc, Mutex, lock},
+    transport::Stopper,
+};
+
+/// Ends one migration from any thread. Clones end the same one.
+#[derive(Clone)]
+pub struct StopHandle {
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    /// Only `Running` leads to the others, so only one of them ever happens.
+    phase: Phase,
+    /// The first error; the reason of `Stopped`.
+    first: Option<Error>,
+    /// Empty once stopped.
+    stoppers: Vec<Box<dyn Stopper>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Stopped,
+    Committed,
+}
+
+impl StopHandle {
+    /// A handle that stops nothing yet: pass it to the migration it is to end.
+    pub fn new() -> StopHandle {
+        let state = State { phase: Phase::Running, first: None, stoppers: Vec::new() };
+        StopHandle { state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// Cancels the migration: the source's VM runs on, `run` returns [`Error::Cancelled`] on both sides. Without effect
+    /// once the migration is committed or has ended.
+    pub fn cancel(&self) {
+        self.stop(Error::Cancelled);
+    }
+
+    /// Ends the migration with `error`, unless it was stopped or committed before; then `error` is only logged.
+    pub(crate) fn stop(&self, error: Error) {
+        let mut state = lock(&self.state);
+        if state.phase != Phase::Running {
+            drop(state);
+            tracing::debug!(%error, "after the end");
+            return;
+        }
+        state.phase = Phase::Stopped;
+        state.first = Some(error);
+        let stoppers = std::mem::take(&mut state.stoppers);
+        drop(state);
+        for stopper in &stoppers {
+            stopper.stop();
+        }
+    }
+
+    /// Has `stopper` stopped together with the migration; at once, if that has already happened.
+    pub(crate) fn register(&self, stopper: Box<dyn Stopper>) {
+        let mut state = lock(&self.state);
+        if state.phase == Phase::Stopped {
+            drop(state);
+            stopper.stop();
+        } else {
+            state.stoppers.push(stopper);
+        }
+    }
+
+    /// From now on nothing stops the migration.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] if it was stopped before.
+    pub(crate) fn commit(&self) -> Result<(), Error> {
+        let mut state = lock(&self.state);
+        match state.phase {
+            Phase::Stopped => Err(Error::Stopped),
+            Phase::Running | Phase::Committed => {
+                state.phase = Phase::Committed;
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the migration was stopped.
+    pub fn is_stopped(&self) -> bool {
+        lock(&self.state).phase == Phase::Stopped
+    }
+
+    /// The error that stopped the migration, for the one who reports it. Everybody else gets [`Error::Stopped`].
+    pub(crate) fn take_first(&self) -> Option<Error> {
+        lock(&self.state).first.take()
+    }
+}
+
+impl Default for StopHandle {
+    fn default() -> StopHandle {
+        StopHandle::new()
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    struct Count(Arc<AtomicUsize>);
+
+    impl Stopper for Count {
+        fn stop(&self) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
+    #[test]
+    fn the_first_error_wins_and_stops_everything_once() {
+        let (handle, count) = (StopHandle::new(), Arc::new(AtomicUsize::new(0)));
+        handle.register(Box::new(Count(count.clone())));
+        handle.cancel();
+        handle.stop(Error::Stopped);
+        assert_eq!(count.load(Relaxed), 1);
+        assert!(matches!(handle.take_first(), Some(Error::Cancelled)));
+        handle.register(Box::new(Count(count.clone())));
+        assert_eq!(count.load(Relaxed), 2, "too late is stopped at once");
+        assert!(handle.commit().is_err());
+    }
+
+    #[test]
+    fn a_committed_migration_cannot_be_cancelled() {
+        let (handle, count) = (StopHandle::new(), Arc::new(AtomicUsize::new(0)));
+        handle.register(Box::new(Count(count.clone())));
+        handle.commit().unwrap();
+        handle.cancel();
+        assert_eq!(count.load(Relaxed), 0);
+        assert!(!handle.is_stopped());
+    }
+}

@@ -1,0 +1,303 @@
+//! Connections within one process, for tests and model checkers.
+//!
+//! Each direction is a bounded queue of bytes behind one lock, so a peer that does not read stalls the writer as a
+//! socket does. Built from [`crate::sync`] alone: schedulers see every hand-over.
+
+use std::{collections::VecDeque, io, time::Duration};
+
+use super::{Connect, Listen, Stopper, Stream};
+use crate::{
+    ram::GuestRange,
+    sync::{Arc, Condvar, Mutex, lock, wait},
+};
+
+/// A listener and the connector that reaches it. `capacity` bytes fit in each direction of each connection.
+pub fn listener(capacity: usize) -> (MemoryListener, MemoryConnector) {
+    let shared = Arc::new(Backlog { state: Mutex::new(BacklogState::default()), changed: Condvar::new() });
+    (MemoryListener { shared: shared.clone() }, MemoryConnector { shared, capacity })
+}
+
+/// Two ends of one connection. `capacity` bytes fit in each direction.
+pub fn pair(capacity: usize) -> (MemoryStream, MemoryStream) {
+    let (left, right) = (Pipe::new(capacity), Pipe::new(capacity));
+    let one = MemoryStream { incoming: Arc::new(ReadEnd(left.clone())), outgoing: Arc::new(WriteEnd(right.clone())) };
+    let other = MemoryStream { incoming: Arc::new(ReadEnd(right)), outgoing: Arc::new(WriteEnd(left)) };
+    (one, other)
+}
+
+/// One end of a connection. Dropping the last handle on it closes it.
+pub struct MemoryStream {
+    incoming: Arc<ReadEnd>,
+    outgoing: Arc<WriteEnd>,
+}
+
+impl Stream for MemoryStream {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        self.outgoing.0.write(header)?;
+        let mut copy = Vec::new();
+        for page in pages {
+            copy.resize(page.len(), 0);
+            page.read(&mut copy);
+            self.outgoing.0.write(&copy)?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.incoming.0.read(buf)
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        let mut copy = Vec::new();
+        for page in pages {
+            copy.resize(page.len(), 0);
+            self.read_exact(&mut copy)?;
+            page.write(&copy);
+        }
+        Ok(())
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(MemoryStream { incoming: self.incoming.clone(), outgoing: self.outgoing.clone() }))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(StreamStopper { pipes: [self.incoming.0.clone(), self.outgoing.0.clone()] }))
+    }
+
+    fn peer(&self) -> String {
+        "memory".to_owned()
+    }
+}
+
+/// Opens connections to one [`MemoryListener`].
+#[derive(Clone)]
+pub struct MemoryConnector {
+    shared: Arc<Backlog>,
+    capacity: usize,
+}
+
+impl Connect for MemoryConnector {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let (ours, theirs) = pair(self.capacity);
+        let mut state = lock(&self.shared.state);
+        if state.closed {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        state.waiting.push_back(theirs);
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(Box::new(ours))
+    }
+}
+
+/// Where the connections of one [`MemoryConnector`] arrive.
+pub struct MemoryListener {
+    shared: Arc<Backlog>,
+}
+
+impl Listen for MemoryListener {
+    fn accept(&mut self, _timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let mut state = lock(&self.shared.state);
+        loop {
+            if state.stopped {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            if let Some(stream) = state.waiting.pop_front() {
+                return Ok(Box::new(stream));
+            }
+            state = wait(&self.shared.changed, state);
+        }
+    }
+
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        Ok(lock(&self.shared.state).waiting.pop_front().map(|stream| Box::new(stream) as Box<dyn Stream>))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(ListenStopper { shared: self.shared.clone() }))
+    }
+}
+
+impl Drop for MemoryListener {
+    fn drop(&mut self) {
+        let mut state = lock(&self.shared.state);
+        state.closed = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        drop(waiting);
+    }
+}
+
+struct Backlog {
+    state: Mutex<BacklogState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct BacklogState {
+    waiting: VecDeque<MemoryStream>,
+    stopped: bool,
+    closed: bool,
+}
+
+struct ListenStopper {
+    shared: Arc<Backlog>,
+}
+
+impl Stopper for ListenStopper {
+    fn stop(&self) {
+        lock(&self.shared.state).stopped = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+struct StreamStopper {
+    pipes: [Arc<Pipe>; 2],
+}
+
+impl Stopper for StreamStopper {
+    fn stop(&self) {
+        for pipe in &self.pipes {
+            pipe.close();
+        }
+    }
+}
+
+/// Closes the pipe when the last reader is gone, so that the writer does not wait for ever.
+struct ReadEnd(Arc<Pipe>);
+
+impl Drop for ReadEnd {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Ends the pipe when the last writer is gone.
+struct WriteEnd(Arc<Pipe>);
+
+impl Drop for WriteEnd {
+    fn drop(&mut self) {
+        lock(&self.0.state).ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// One direction.
+struct Pipe {
+    state: Mutex<PipeState>,
+    changed: Condvar,
+    capacity: usize,
+}
+
+#[derive(Default)]
+struct PipeState {
+    /// At most `capacity` long.
+    bytes: VecDeque<u8>,
+    /// The writer will send no more; what is queued can still be read.
+    ended: bool,
+    /// Nobody reads any more, or the connection was stopped.
+    closed: bool,
+}
+
+impl Pipe {
+    fn new(capacity: usize) -> Arc<Pipe> {
+        Arc::new(Pipe { state: Mutex::new(PipeState::default()), changed: Condvar::new(), capacity })
+    }
+
+    fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        while !bytes.is_empty() {
+            if state.closed {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let room = self.capacity - state.bytes.len();
+            if room == 0 {
+                state = wait(&self.changed, state);
+                continue;
+            }
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            state.bytes.extend(now);
+            bytes = later;
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let mut state = lock(&self.state);
+        loop {
+            let n = state.bytes.len().min(buf.len());
+            if n > 0 {
+                for (to, from) in buf.iter_mut().zip(state.bytes.drain(..n)) {
+                    *to = from;
+                }
+                drop(state);
+                self.changed.notify_all();
+                return Ok(n);
+            }
+            if state.ended || state.closed {
+                return Ok(0);
+            }
+            state = wait(&self.changed, state);
+        }
+    }
+
+    fn close(&self) {
+        lock(&self.state).closed = true;
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::ram::Ram;
+
+    #[test]
+    fn bytes_and_pages_arrive_in_order() {
+        let (mut a, mut b) = pair(1000);
+        let (from, to) = (Ram::for_test(&[("a", 2)]), Ram::for_test(&[("a", 2)]));
+        for page in 0..2 {
+            from.page(page).unwrap().write(&[page as u8 + 1; 4096]);
+        }
+        let writer = std::thread::spawn(move || {
+            a.write(b"head", &[from.page(1).unwrap(), from.page(0).unwrap()]).unwrap();
+        });
+        let mut head = [0; 4];
+        b.read_exact(&mut head).unwrap();
+        assert_eq!(&head, b"head");
+        b.read_pages(&[to.page(1).unwrap(), to.page(0).unwrap()]).unwrap();
+        writer.join().unwrap();
+        assert_eq!(to.page_bytes(0), [1; 4096]);
+        assert_eq!(to.page_bytes(1), [2; 4096]);
+        assert_eq!(b.read(&mut head).unwrap(), 0, "the writer is gone");
+    }
+
+    #[test]
+    fn stop_releases_a_blocked_writer_and_a_blocked_reader() {
+        let (mut a, b) = pair(10);
+        let stopper = a.stopper().unwrap();
+        let writer = std::thread::spawn(move || a.write(&[0; 11], &[]).unwrap_err().kind());
+        stopper.stop();
+        assert_eq!(writer.join().unwrap(), io::ErrorKind::BrokenPipe);
+        drop(b);
+        let (mut a, _b) = pair(10);
+        let stopper = a.stopper().unwrap();
+        let reader = std::thread::spawn(move || a.read(&mut [0]).unwrap());
+        stopper.stop();
+        assert_eq!(reader.join().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_dropped_listener_refuses_and_ends_those_in_its_backlog() {
+        let (listener, connector) = listener(10);
+        let mut waiting = connector.connect().unwrap();
+        drop(listener);
+        assert_eq!(waiting.read(&mut [0]).unwrap(), 0);
+        assert!(connector.connect().is_err());
+    }
+}

@@ -1,0 +1,118 @@
+//! Connections: what the engine needs of one, and the transports it comes with.
+//!
+//! A transport moves page bytes between the kernel and guest memory without a buffer in between. A new transport is a
+//! new file here, or a type of the VMM's own.
+
+use std::io;
+
+use crate::ram::GuestRange;
+
+pub mod memory;
+
+/// One connection. Both directions block.
+pub trait Stream: Send {
+    /// Sends `header`, then the bytes of all `pages`. When this returns an error, any part of them may have been sent.
+    ///
+    /// The guest may write to the pages meanwhile; each byte sent is one that stood there at some moment of the call.
+    ///
+    /// # Errors
+    /// The connection's. [`io::ErrorKind::WriteZero`] where the peer no longer takes bytes.
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()>;
+
+    /// Reads what is there, at least one byte, into `buf`; 0 where the peer ended its direction.
+    ///
+    /// # Errors
+    /// The connection's.
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize>;
+
+    /// Fills `pages`, in order.
+    ///
+    /// # Errors
+    /// The connection's; [`io::ErrorKind::UnexpectedEof`] where it ends before. Any part of the pages may have been
+    /// written.
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()>;
+
+    /// Fills `buf`.
+    ///
+    /// # Errors
+    /// As [`read_pages`](Self::read_pages).
+    fn read_exact(&mut self, mut buf: &mut [u8]) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.read(buf)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => buf = &mut buf[n..],
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns when the kernel no longer reads pages passed to [`write`](Self::write): it waits for zero-copy
+    /// completions, where there are any. Not a promise that the peer has them.
+    ///
+    /// # Errors
+    /// The connection's.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// A second handle on this connection, so that one thread can read while another writes.
+    ///
+    /// # Errors
+    /// The kernel's, when it is out of descriptors.
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>>;
+
+    /// What ends this connection from another thread.
+    ///
+    /// # Errors
+    /// The kernel's, when it is out of descriptors.
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>>;
+
+    /// Limits how long a single read waits for a byte; `None` for ever. A read that waited longer gives
+    /// [`io::ErrorKind::TimedOut`] or [`io::ErrorKind::WouldBlock`]. Transports without a clock ignore it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn set_read_timeout(&mut self, timeout: Option<std::time::Duration>) -> io::Result<()> {
+        let _ = timeout;
+        Ok(())
+    }
+
+    /// The other end, for messages.
+    fn peer(&self) -> String;
+}
+
+/// Ends whatever blocks, from another thread.
+pub trait Stopper: Send + Sync {
+    /// Makes the blocking calls of other threads return soon, now and from now on. Does not block.
+    fn stop(&self);
+}
+
+/// Opens connections to one destination: main first, then the channels.
+pub trait Connect {
+    /// Opens one more connection.
+    ///
+    /// # Errors
+    /// The connection's.
+    fn connect(&self) -> io::Result<Box<dyn Stream>>;
+}
+
+/// Where connections of one source arrive.
+pub trait Listen: Send {
+    /// The next connection. Waits for at most `timeout` (`None`: for ever; transports without a clock ignore it).
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::Interrupted`] after [`Stopper::stop`]; the kernel's.
+    fn accept(&mut self, timeout: Option<std::time::Duration>) -> io::Result<Box<dyn Stream>>;
+
+    /// A connection that is already waiting, if there is one. Works also after [`Stopper::stop`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>>;
+
+    /// What makes [`accept`](Self::accept) return from another thread.
+    ///
+    /// # Errors
+    /// The kernel's, when it is out of descriptors.
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>>;
+}
