@@ -1,13 +1,16 @@
 //! The wire format of QEMU multifd migration streams.
 #![forbid(unsafe_code)]
 
+pub mod convergence;
 pub mod ids;
 pub mod mapped_ram;
 pub mod packet;
 pub mod ram;
 pub mod return_path;
+pub mod rounds;
 pub mod violation;
 pub mod wire;
 pub mod xbzrle;
 
 pub use ids::{BlockName, ChannelId};
+pub use violation::{DecodeError, ProtocolError, Violation};

@@ -152,7 +152,7 @@ impl DirtyBitmap {
         while left > 0 {
             let Some(first) = self.next(from).filter(|&page| page < end) else { break };
             let word = (first / 64) as usize;
-            let mut bits = self.words[word];
+            let mut bits = self.words[word] & (!0 << (first % 64));
             if end < (first / 64 + 1) * 64 {
                 bits &= (1 << (end % 64)) - 1;
             }
@@ -210,7 +210,8 @@ mod tests {
     use super::*;
 
     fn layout(pages: &[u64]) -> Layout {
-        let blocks = pages.iter().enumerate().map(|(i, pages)| (BlockName::new(format!("b{i}")).unwrap(), pages * 4096));
+        let blocks =
+            pages.iter().enumerate().map(|(i, pages)| (BlockName::new(&format!("b{i}")).unwrap(), pages * 4096));
         Layout::new(4096, blocks).unwrap()
     }
 
@@ -247,7 +248,8 @@ mod tests {
             assert!(bitmap.iter().eq(oracle.iter().copied()));
             let (from, end) = (steps.below(layout.bits()), steps.below(layout.bits()));
             let most = steps.below(300) as usize;
-            let expected: Vec<u64> = oracle.iter().copied().filter(|&page| page >= from && page < end).take(most).collect();
+            let expected: Vec<u64> =
+                oracle.iter().copied().filter(|&page| page >= from && page < end).take(most).collect();
             let mut taken = Vec::new();
             bitmap.take(from, end, most, &mut taken);
             assert_eq!(taken, expected);

@@ -282,8 +282,7 @@ impl Ram {
             let owner = Owner(std::ptr::slice_from_raw_parts_mut(base.as_ptr().cast::<u64>(), len / 8));
             // SAFETY: the box above is that long, aligned for u64, and freed by the owner only.
             #[allow(unsafe_code)]
-            let block =
-                unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(owner)) };
+            let block = unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(owner)) };
             block.fresh()
         });
         Ram::new(page_size, blocks.collect()).unwrap()
