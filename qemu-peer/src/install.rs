@@ -182,7 +182,11 @@ fn install(version: Version, root: &Path) -> Result<(), String> {
         Version::V7_2 => codename,
         Version::V10_0 => format!("{codename}-backports"),
     };
-    let packages = state.download(&["-t", &suite, "qemu-system-x86"])?;
+    // `update` reports unreachable mirrors as warnings and succeeds, so its words are the reason when this fails.
+    let warnings = last_lines(&state.log());
+    let packages = state
+        .download(&["-t", &suite, "qemu-system-x86"])
+        .map_err(|reason| format!("{reason} (before that, apt-get update said: {warnings})"))?;
 
     let partial = root.join(format!("{}.partial", version.name()));
     let _ = fs::remove_dir_all(&partial);
