@@ -65,8 +65,8 @@ impl BlockHeader {
 
     /// Refuses a header that does not fit a block of `len` bytes in a file of `file_len` bytes.
     ///
-    /// `header_end` is where this header ends. The bitmap must lie behind it and the pages behind the bitmap, whole and page
-    /// aligned; since the next entry starts behind the pages, blocks that pass cannot overlap.
+    /// `header_end` is where this header ends. The bitmap must lie directly behind it and the pages somewhere behind the
+    /// bitmap, whole and page aligned; since the next entry starts behind the pages, blocks that pass cannot overlap.
     pub fn check(
         &self,
         block: &BlockName,
@@ -79,8 +79,8 @@ impl BlockHeader {
         if self.page_size != page_size {
             return refuse("page size is not that of the stream", self.page_size);
         }
-        if self.bitmap_offset < header_end {
-            return refuse("bitmap begins before its header ends", self.bitmap_offset);
+        if self.bitmap_offset != header_end {
+            return refuse("bitmap does not begin where its header ends", self.bitmap_offset);
         }
         let Some(bitmap_end) = self.bitmap_offset.checked_add(bitmap_len(len, page_size)) else {
             return refuse("bitmap offset overflows", self.bitmap_offset);
@@ -133,3 +133,87 @@ pub fn set(bitmap: &mut [u8], page: usize) {
 pub const PAGES_ALIGNMENT: u64 = 1 << 20;
 
 const VERSION: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 4096;
+    const LEN: u64 = 65 * PAGE;
+
+    fn refusal(header: BlockHeader, file_len: u64) -> (&'static str, u64) {
+        let block = BlockName::new("pc.ram").unwrap();
+        match header.check(&block, LEN, PAGE, 100, file_len) {
+            Err(Violation::MappedRam { what, value, .. }) => (what, value),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_layout_is_bitmap_gap_pages() {
+        let header = BlockHeader::place(100, LEN, PAGE);
+        assert_eq!(header, BlockHeader { page_size: PAGE, bitmap_offset: 100, pages_offset: 1 << 20 });
+        assert_eq!(bitmap_len(LEN, PAGE), 16);
+        assert_eq!(bitmap_len(64 * PAGE, PAGE), 8);
+        assert_eq!(header.next_entry(LEN), (1 << 20) + LEN);
+        assert_eq!(header.page_at(PAGE), (1 << 20) + PAGE);
+        assert_eq!(BlockHeader::place((1 << 20) - 16, LEN, PAGE).pages_offset, 1 << 20);
+        assert_eq!(BlockHeader::place((1 << 20) - 15, LEN, PAGE).pages_offset, 2 << 20);
+        let block = BlockName::new("pc.ram").unwrap();
+        assert_eq!(header.check(&block, LEN, PAGE, 100, (1 << 20) + LEN), Ok(()));
+    }
+
+    #[test]
+    fn header_survives_the_file() {
+        let header = BlockHeader { page_size: PAGE, bitmap_offset: 0x1122, pages_offset: 0x33_4455_6677 };
+        let bytes = header.encode();
+        assert_eq!(bytes[..12], *b"\0\0\0\x01\0\0\0\0\0\0\x10\0");
+        assert_eq!(BlockHeader::decode(&bytes), Ok(header));
+        let mut newer = bytes;
+        newer[3] = 2;
+        let refused = DecodeError::BadVersion { what: "mapped-ram", expected: 1, found: 2 };
+        assert_eq!(BlockHeader::decode(&newer), Err(refused));
+    }
+
+    #[test]
+    fn a_header_that_points_elsewhere_is_refused() {
+        let good = BlockHeader::place(100, LEN, PAGE);
+        let end = good.next_entry(LEN);
+        assert_eq!(
+            refusal(BlockHeader { page_size: 8192, ..good }, end),
+            ("page size is not that of the stream", 8192)
+        );
+        for bitmap_offset in [0, 99, 101, u64::MAX] {
+            let header = BlockHeader { bitmap_offset, ..good };
+            assert_eq!(refusal(header, end), ("bitmap does not begin where its header ends", bitmap_offset));
+        }
+        for pages_offset in [0, 100, 115] {
+            let header = BlockHeader { pages_offset, ..good };
+            assert_eq!(refusal(header, end), ("pages begin before the bitmap ends", pages_offset));
+        }
+        assert_eq!(refusal(BlockHeader { pages_offset: 4097, ..good }, end), ("pages are not aligned", 4097));
+        let last = 0u64.wrapping_sub(PAGE);
+        assert_eq!(refusal(BlockHeader { pages_offset: last, ..good }, end), ("pages offset overflows", last));
+        assert_eq!(refusal(good, end - 1), ("pages end behind the end of the file", end));
+    }
+
+    #[test]
+    fn bitmap_at_the_end_of_the_number_range_is_refused() {
+        let block = BlockName::new("pc.ram").unwrap();
+        let header = BlockHeader { page_size: PAGE, bitmap_offset: u64::MAX - 7, pages_offset: PAGE };
+        let refused =
+            Violation::MappedRam { block: block.clone(), what: "bitmap offset overflows", value: u64::MAX - 7 };
+        assert_eq!(header.check(&block, LEN, PAGE, u64::MAX - 7, u64::MAX), Err(refused));
+    }
+
+    #[test]
+    fn bit_i_is_page_i_counted_from_the_low_end_of_each_byte() {
+        let mut bitmap = [0; 16];
+        for page in [0, 9, 64] {
+            set(&mut bitmap, page);
+        }
+        assert_eq!((bitmap[0], bitmap[1], bitmap[8]), (1, 2, 1));
+        let set: Vec<_> = (0..200).filter(|page| is_set(&bitmap, *page)).collect();
+        assert_eq!(set, [0, 9, 64]);
+    }
+}

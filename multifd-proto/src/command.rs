@@ -1,0 +1,301 @@
+//! VM commands: what the source tells the destination between sections.
+//!
+//! | number | name                 | payload                                                  |
+//! |-------:|----------------------|----------------------------------------------------------|
+//! |      1 | OPEN_RETURN_PATH     | none                                                     |
+//! |      2 | PING                 | 32-bit value, to be answered with PONG                   |
+//! |      3 | POSTCOPY_ADVISE      | OR of all blocks' page sizes, page size; or none         |
+//! |      4 | POSTCOPY_LISTEN      | none                                                     |
+//! |      5 | POSTCOPY_RUN         | none                                                     |
+//! |      6 | POSTCOPY_RAM_DISCARD | 0, block name, 0, n × (64-bit start, 64-bit length)      |
+//! |      7 | PACKAGED             | 32-bit length of an element stream behind the command    |
+//! |      8 | ENABLE_COLO          | none                                                     |
+//! |      9 | POSTCOPY_RESUME      | none                                                     |
+//! |     10 | RECV_BITMAP          | block name                                               |
+//! |     11 | SWITCHOVER_START     | none; from QEMU 10.0 on                                  |
+//!
+//! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
+
+use crate::ids::BlockName;
+use crate::violation::{DecodeError, ProtocolError, Violation};
+use crate::wire::{Reader, Step, Stop, Writer, step};
+
+/// One command. QEMU: `MIG_CMD_*`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// From here on the destination may write messages on main, see [`crate::return_path`].
+    OpenReturnPath,
+    /// To be answered with a PONG of the same value.
+    Ping(u32),
+    /// The source may start postcopy later. Present when the capability is on, even if precopy then completes.
+    PostcopyAdvise(Option<PostcopyAdvice>),
+    /// Postcopy starts.
+    PostcopyListen,
+    /// Postcopy: the guest starts at the destination.
+    PostcopyRun,
+    /// Postcopy: pages of a block that are no longer valid.
+    PostcopyRamDiscard {
+        /// The block.
+        block: BlockName,
+        /// How many ranges are listed.
+        ranges: usize,
+    },
+    /// Postcopy: this many bytes of elements follow, to be read as a whole.
+    Packaged {
+        /// How many bytes.
+        len: u32,
+    },
+    /// Continuous replication starts.
+    EnableColo,
+    /// Postcopy recovery.
+    PostcopyResume,
+    /// Postcopy recovery: which pages of this block were received?
+    RecvBitmap {
+        /// The block.
+        block: BlockName,
+    },
+    /// The guest has stopped; the last pages and the devices follow.
+    SwitchoverStart,
+}
+
+/// What a source that can do postcopy says about page sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PostcopyAdvice {
+    /// Bitwise OR of the sizes of the pages that back the RAM blocks.
+    pub page_size_summary: u64,
+    /// The page size of the stream.
+    pub page_size: u64,
+}
+
+impl Command {
+    /// The command at the start of `input`, behind its element type byte.
+    pub fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError> {
+        step(input, Self::read)
+    }
+
+    /// Appends the command, without the element type byte.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let mut payload = Vec::new();
+        let mut writer = Writer::new(&mut payload);
+        match self {
+            Self::Ping(value) | Self::Packaged { len: value } => {
+                writer.u32(*value);
+            }
+            Self::PostcopyAdvise(Some(advice)) => {
+                writer.u64(advice.page_size_summary).u64(advice.page_size);
+            }
+            Self::PostcopyRamDiscard { block, ranges } => {
+                writer.u8(0).pstr(block.as_str().as_bytes()).u8(0).bytes(&vec![0; ranges * 16]);
+            }
+            Self::RecvBitmap { block } => {
+                writer.pstr(block.as_str().as_bytes());
+            }
+            _ => (),
+        }
+        Writer::new(out).u16(self.number()).u16(payload.len() as u16).bytes(&payload);
+    }
+
+    /// The command's name.
+    pub const fn name(&self) -> &'static str {
+        name(self.number())
+    }
+
+    /// Why this command ends a precopy migration, if it does.
+    pub const fn refusal(&self) -> Option<Violation> {
+        match self {
+            Self::OpenReturnPath | Self::Ping(_) | Self::PostcopyAdvise(_) | Self::SwitchoverStart => None,
+            Self::EnableColo => Some(Violation::ColoRefused),
+            _ => Some(Violation::PostcopyRefused { command: self.name() }),
+        }
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
+        let number = reader.u16()?;
+        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) {
+            return Err(DecodeError::UnknownCommand { number }.into());
+        }
+        let command = name(number);
+        let len = reader.u16()?;
+        // Checked before the payload is asked for: a wrong length must not make the receiver wait for more bytes.
+        let possible = match number {
+            PING | PACKAGED => len == 4,
+            POSTCOPY_ADVISE => len == 0 || len == 16,
+            POSTCOPY_RAM_DISCARD => len >= 3,
+            RECV_BITMAP => (2..=256).contains(&len),
+            _ => len == 0,
+        };
+        if !possible {
+            return Err(DecodeError::BadCommandLength { command, len }.into());
+        }
+        let mut payload = Reader::new(reader.bytes(usize::from(len))?);
+        let read = Self::read_payload(number, &mut payload).map_err(|stop| match stop {
+            Stop::Short(_) => DecodeError::BadCommandPayload { command }.into(),
+            refused => refused,
+        })?;
+        if payload.remaining() > 0 {
+            return Err(DecodeError::BadCommandPayload { command }.into());
+        }
+        Ok(read)
+    }
+
+    fn read_payload(number: u16, payload: &mut Reader<'_>) -> Result<Self, Stop> {
+        Ok(match number {
+            OPEN_RETURN_PATH => Self::OpenReturnPath,
+            PING => Self::Ping(payload.u32()?),
+            POSTCOPY_ADVISE if payload.remaining() == 0 => Self::PostcopyAdvise(None),
+            POSTCOPY_ADVISE => Self::PostcopyAdvise(Some(PostcopyAdvice {
+                page_size_summary: payload.u64()?,
+                page_size: payload.u64()?,
+            })),
+            POSTCOPY_LISTEN => Self::PostcopyListen,
+            POSTCOPY_RUN => Self::PostcopyRun,
+            POSTCOPY_RAM_DISCARD => {
+                let version = payload.u8()?;
+                let block = BlockName::from_wire(payload.pstr()?)?;
+                let end = payload.u8()?;
+                let ranges = payload.remaining() / 16;
+                payload.bytes(ranges * 16)?;
+                if (version, end) != (0, 0) {
+                    return Err(DecodeError::BadCommandPayload { command: name(number) }.into());
+                }
+                Self::PostcopyRamDiscard { block, ranges }
+            }
+            PACKAGED => Self::Packaged { len: payload.u32()? },
+            ENABLE_COLO => Self::EnableColo,
+            POSTCOPY_RESUME => Self::PostcopyResume,
+            RECV_BITMAP => Self::RecvBitmap { block: BlockName::from_wire(payload.pstr()?)? },
+            SWITCHOVER_START => Self::SwitchoverStart,
+            _ => return Err(DecodeError::UnknownCommand { number }.into()),
+        })
+    }
+
+    const fn number(&self) -> u16 {
+        match self {
+            Self::OpenReturnPath => OPEN_RETURN_PATH,
+            Self::Ping(_) => PING,
+            Self::PostcopyAdvise(_) => POSTCOPY_ADVISE,
+            Self::PostcopyListen => POSTCOPY_LISTEN,
+            Self::PostcopyRun => POSTCOPY_RUN,
+            Self::PostcopyRamDiscard { .. } => POSTCOPY_RAM_DISCARD,
+            Self::Packaged { .. } => PACKAGED,
+            Self::EnableColo => ENABLE_COLO,
+            Self::PostcopyResume => POSTCOPY_RESUME,
+            Self::RecvBitmap { .. } => RECV_BITMAP,
+            Self::SwitchoverStart => SWITCHOVER_START,
+        }
+    }
+}
+
+const fn name(number: u16) -> &'static str {
+    match number {
+        OPEN_RETURN_PATH => "OPEN_RETURN_PATH",
+        PING => "PING",
+        POSTCOPY_ADVISE => "POSTCOPY_ADVISE",
+        POSTCOPY_LISTEN => "POSTCOPY_LISTEN",
+        POSTCOPY_RUN => "POSTCOPY_RUN",
+        POSTCOPY_RAM_DISCARD => "POSTCOPY_RAM_DISCARD",
+        PACKAGED => "PACKAGED",
+        ENABLE_COLO => "ENABLE_COLO",
+        POSTCOPY_RESUME => "POSTCOPY_RESUME",
+        RECV_BITMAP => "RECV_BITMAP",
+        _ => "SWITCHOVER_START",
+    }
+}
+
+const OPEN_RETURN_PATH: u16 = 1;
+const PING: u16 = 2;
+const POSTCOPY_ADVISE: u16 = 3;
+const POSTCOPY_LISTEN: u16 = 4;
+const POSTCOPY_RUN: u16 = 5;
+const POSTCOPY_RAM_DISCARD: u16 = 6;
+const PACKAGED: u16 = 7;
+const ENABLE_COLO: u16 = 8;
+const POSTCOPY_RESUME: u16 = 9;
+const RECV_BITMAP: u16 = 10;
+const SWITCHOVER_START: u16 = 11;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoded(command: &Command) -> Vec<u8> {
+        let mut out = Vec::new();
+        command.encode(&mut out);
+        out
+    }
+
+    fn every_command() -> [Command; 12] {
+        let block = BlockName::new("pc.ram").unwrap();
+        [
+            Command::OpenReturnPath,
+            Command::Ping(0x42),
+            Command::PostcopyAdvise(None),
+            Command::PostcopyAdvise(Some(PostcopyAdvice { page_size_summary: 0x20_1000, page_size: 0x1000 })),
+            Command::PostcopyListen,
+            Command::PostcopyRun,
+            Command::PostcopyRamDiscard { block: block.clone(), ranges: 3 },
+            Command::Packaged { len: 1 << 20 },
+            Command::EnableColo,
+            Command::PostcopyResume,
+            Command::RecvBitmap { block },
+            Command::SwitchoverStart,
+        ]
+    }
+
+    #[test]
+    fn the_commands_seen_on_the_wire_are_ours() {
+        assert_eq!(encoded(&Command::OpenReturnPath), b"\0\x01\0\0");
+        assert_eq!(encoded(&Command::Ping(1)), b"\0\x02\0\x04\0\0\0\x01");
+        let advice = PostcopyAdvice { page_size_summary: 0x1000, page_size: 0x1000 };
+        assert_eq!(
+            encoded(&Command::PostcopyAdvise(Some(advice))),
+            b"\0\x03\0\x10\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x10\0"
+        );
+        assert_eq!(encoded(&Command::SwitchoverStart), b"\0\x0b\0\0");
+    }
+
+    #[test]
+    fn every_command_survives_the_wire_and_truncated_asks_for_more() {
+        for command in every_command() {
+            let bytes = encoded(&command);
+            for len in 0..bytes.len() {
+                let step = Command::decode(&bytes[..len]).unwrap();
+                assert!(matches!(step, Step::Need(total) if len < total && total <= bytes.len()), "{command:?} {len}");
+            }
+            let used = bytes.len();
+            assert_eq!(Command::decode(&bytes), Ok(Step::Item { item: command, used }));
+        }
+    }
+
+    #[test]
+    fn unknown_and_misshapen_commands_are_refused() {
+        for number in [0u16, 12, 0x100] {
+            let refused = DecodeError::UnknownCommand { number };
+            assert_eq!(Command::decode(&number.to_be_bytes()), Err(refused.into()));
+        }
+        for (bytes, command, len) in [
+            (&b"\0\x01\0\x01"[..], "OPEN_RETURN_PATH", 1),
+            (b"\0\x02\xff\xff", "PING", 0xffff),
+            (b"\0\x03\0\x08", "POSTCOPY_ADVISE", 8),
+            (b"\0\x0a\0\x01", "RECV_BITMAP", 1),
+        ] {
+            assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandLength { command, len }.into()));
+        }
+        for (bytes, command) in [
+            (&b"\0\x0a\0\x03\x03pc"[..], "RECV_BITMAP"),
+            (b"\0\x0a\0\x03\x01pc", "RECV_BITMAP"),
+            (b"\0\x06\0\x04\x01\x01p\0", "POSTCOPY_RAM_DISCARD"),
+            (b"\0\x06\0\x06\0\x01p\0\0\0", "POSTCOPY_RAM_DISCARD"),
+        ] {
+            assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandPayload { command }.into()), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_precopy_is_refused_by_name() {
+        let refused: Vec<_> = every_command().iter().filter_map(Command::refusal).collect();
+        assert_eq!(refused.len(), 7);
+        assert!(refused.contains(&Violation::ColoRefused));
+        assert!(refused.contains(&Violation::PostcopyRefused { command: "PACKAGED" }));
+    }
+}

@@ -1,0 +1,123 @@
+//! What the version of a machine type decides about the stream.
+//!
+//! Nothing of this is negotiated. QEMU ties it to the machine type, which both sides share, so that a guest can migrate
+//! between different versions of QEMU. A user can override each by hand, so a machine type gives a default, not proof.
+
+use std::fmt;
+
+use crate::stream::Item;
+
+/// Which words on main end a round, together with one SYNC packet on every channel.
+///
+/// Both dialects have a first sync point in the START section of `ram`, where they can be told apart: if FLUSH comes before
+/// its end-of-section the stream is per-round, else per-section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dialect {
+    /// Every FLUSH word; end-of-section means nothing. QEMU ≥ 8.1 with a machine type ≥ 8.1.
+    PerRound,
+    /// Every end-of-section of the `ram` section; there is no FLUSH, and a receiver of this dialect refuses it.
+    PerSection,
+}
+
+impl Dialect {
+    /// The dialect of a versioned machine type such as `pc-i440fx-10.0`; nothing for an alias or a vendor's own version.
+    pub fn of_machine(machine: &str) -> Option<Self> {
+        version(machine).map(|version| if version >= (8, 1) { Self::PerRound } else { Self::PerSection })
+    }
+
+    /// Whether `item` is a sync point of this dialect.
+    pub const fn is_sync_point(self, item: &Item) -> bool {
+        match self {
+            Self::PerRound => matches!(item, Item::Flush),
+            Self::PerSection => matches!(item, Item::Eos),
+        }
+    }
+}
+
+impl fmt::Display for Dialect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PerRound => "per-round",
+            Self::PerSection => "per-section",
+        })
+    }
+}
+
+/// Where a source that uses channels puts pages of zeros. A receiver accepts all three, even mixed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ZeroPages {
+    /// In the second part of a packet's offset list.
+    ///
+    /// QEMU does not write such a page when it is the first thing it hears of it: its memory must be zeros already. QEMU 7.2
+    /// and other versions before 9.0 ignore the list altogether.
+    Multifd,
+    /// As ZERO words on main.
+    Legacy,
+    /// Nowhere: as pages with content.
+    None,
+}
+
+impl ZeroPages {
+    /// Where a source of this versioned machine type puts them; nothing for an alias or a vendor's own version.
+    pub fn of_machine(machine: &str) -> Option<Self> {
+        version(machine).map(|version| if version >= (9, 0) { Self::Multifd } else { Self::Legacy })
+    }
+}
+
+impl fmt::Display for ZeroPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Multifd => "multifd",
+            Self::Legacy => "legacy",
+            Self::None => "none",
+        })
+    }
+}
+
+/// Where a source of this machine type puts zero pages, as [`ZeroPages::of_machine`].
+pub fn zero_pages_of_machine(machine: &str) -> Option<ZeroPages> {
+    ZeroPages::of_machine(machine)
+}
+
+/// Whether a source of this machine type announces the switchover with a command. Receivers before QEMU 10.0 refuse it.
+pub fn sends_switchover_start(machine: &str) -> Option<bool> {
+    version(machine).map(|version| version >= (10, 0))
+}
+
+/// The `X.Y` at the end of `pc-i440fx-X.Y`, `pc-q35-X.Y.Z`, `virt-X.Y`.
+fn version(machine: &str) -> Option<(u32, u32)> {
+    let (_, version) = machine.rsplit_once('-')?;
+    let mut numbers = version.split('.').map(|number| number.parse::<u32>().ok());
+    let version = (numbers.next()??, numbers.next()??);
+    numbers.all(|number| number.is_some()).then_some(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_version_decides() {
+        let pc = |version| format!("pc-i440fx-{version}");
+        for version in ["2.12", "7.2", "8.0"] {
+            assert_eq!(Dialect::of_machine(&pc(version)), Some(Dialect::PerSection), "{version}");
+        }
+        for version in ["8.1", "8.2", "9.0", "9.2", "10.0", "11.1"] {
+            assert_eq!(Dialect::of_machine(&pc(version)), Some(Dialect::PerRound), "{version}");
+        }
+        assert_eq!(ZeroPages::of_machine("pc-q35-8.2"), Some(ZeroPages::Legacy));
+        assert_eq!(zero_pages_of_machine("pc-q35-9.0"), Some(ZeroPages::Multifd));
+        assert_eq!(sends_switchover_start("pc-q35-9.2"), Some(false));
+        assert_eq!(sends_switchover_start("pc-q35-10.0"), Some(true));
+        assert_eq!(Dialect::of_machine("pc-q35-4.0.1"), Some(Dialect::PerSection));
+    }
+
+    #[test]
+    fn aliases_and_vendor_versions_decide_nothing() {
+        for machine in
+            ["", "pc", "q35", "microvm", "pc-i440fx-", "pc-q35-rhel9.4.0", "pc-i440fx-10", "pc-q35-9.0-x", "x-9.0.y"]
+        {
+            assert_eq!(Dialect::of_machine(machine), None, "{machine}");
+        }
+    }
+}

@@ -1,0 +1,830 @@
+//! The main channel: what it is made of and which element may follow which.
+//!
+//! ```text
+//! "QEVM" 3 · configuration · commands · START ram { total, blocks, first sync point }
+//!          · early devices · PART ram { words } … · SWITCHOVER_START · END ram { words }
+//!          · FULL device … · end of state · vmdescription
+//! ```
+//!
+//! [`MainDecoder`] is a state machine that is shown slices and keeps no bytes. It knows the RAM section completely, and checks
+//! every name, offset, length and footer. Bodies of devices have no length on the wire: the caller reads them
+//! and tells how long they were ([`MainDecoder::body_taken`]).
+//!
+//! Elements, by their first byte:
+//!
+//! | byte | element       | followed by                                                          |
+//! |-----:|---------------|----------------------------------------------------------------------|
+//! | `00` | EOF           | nothing                                                              |
+//! | `01` | SECTION_START | 32-bit id, name, 32-bit instance, 32-bit version, body, footer       |
+//! | `02` | SECTION_PART  | 32-bit id, body, footer                                              |
+//! | `03` | SECTION_END   | 32-bit id, body, footer                                              |
+//! | `04` | SECTION_FULL  | 32-bit id, name, 32-bit instance, 32-bit version, body, footer       |
+//! | `05` | subsection    | (in bodies and in the configuration) name, 32-bit version, body      |
+//! | `06` | VMDESCRIPTION | 32-bit length, JSON                                                  |
+//! | `07` | configuration | 32-bit length, machine type; then subsections                        |
+//! | `08` | COMMAND       | see [`crate::command`]                                               |
+//! | `7e` | footer        | 32-bit id of the section that ends                                   |
+
+use std::collections::HashMap;
+
+use crate::command::{Command, PostcopyAdvice};
+use crate::ids::{BlockName, escape, name_text};
+use crate::machine::Dialect;
+use crate::ram::{BlockEntry, BlockLayout, MAX_BLOCKS, RamWord};
+use crate::violation::{DecodeError, Mismatch, ProtocolError, Violation};
+use crate::wire::{self, Reader, Stop};
+use crate::xbzrle;
+
+/// Decodes main, one item at a time.
+///
+/// Show it bytes with [`step`](Self::step), drop what an item used, and take the item's
+/// [payload](Item::payload_len) from the connection before the next step. It never asks for more than a few hundred bytes and
+/// never allocates by a number of the peer beyond the limits documented as constants here and in [`crate::ram`].
+#[derive(Debug)]
+pub struct MainDecoder {
+    page_size: usize,
+    /// Length of the file, when the stream is one: mapped-ram headers must stay inside.
+    file_len: u64,
+    /// Bytes accepted so far, payloads and bodies included.
+    position: u64,
+    state: State,
+    configuration: Configuration,
+    return_path: bool,
+    advised: bool,
+    ram: Ram,
+    /// Sections other than `ram` that were started and have not ended.
+    open: Vec<Section>,
+}
+
+/// What the configuration said.
+#[derive(Debug, Default)]
+struct Configuration {
+    machine: Option<String>,
+    uuid: Option<[u8; 16]>,
+    capabilities: Option<Vec<String>>,
+    page_bits: Option<u32>,
+    layout: BlockLayout,
+}
+
+/// The account of the `ram` section.
+#[derive(Debug, Default)]
+struct Ram {
+    phase: RamPhase,
+    id: u32,
+    blocks: Vec<BlockEntry>,
+    /// Index into `blocks` by name.
+    index: HashMap<BlockName, usize>,
+    /// The block of the previous page word: what CONTINUE refers to, across sections.
+    last: Option<usize>,
+    /// Whether the START section had a FLUSH.
+    flush_at_start: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum RamPhase {
+    #[default]
+    Absent,
+    Start,
+    Started,
+    End,
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Header,
+    Configuration,
+    /// Behind the configuration: its subsections, or already the first element.
+    Subsections,
+    Elements,
+    /// Inside the block list.
+    Blocks {
+        total: u64,
+        /// `listed <= total`
+        listed: u64,
+    },
+    /// Inside the body of the `ram` section.
+    Words,
+    /// Behind the body of a section.
+    Footer {
+        section: u32,
+    },
+    /// Behind EOF.
+    Tail,
+    Finished,
+}
+
+impl MainDecoder {
+    /// A decoder at the first byte of a connection, for pages of `page_size` bytes.
+    pub fn new(page_size: usize) -> Self {
+        // No file is longer than an off_t can say, and no connection lives that long.
+        Self::for_file(page_size, i64::MAX as u64)
+    }
+
+    /// A decoder at the first byte of a stream in a file that has `file_len` bytes from there on, at most `i64::MAX`.
+    pub fn for_file(page_size: usize, file_len: u64) -> Self {
+        let file_len = file_len.min(i64::MAX as u64);
+        debug_assert!(page_size.is_power_of_two() && page_size >= 1024, "flags of RAM words need 10 bits");
+        Self {
+            page_size,
+            file_len,
+            position: 0,
+            state: State::Header,
+            configuration: Configuration::default(),
+            return_path: false,
+            advised: false,
+            ram: Ram::default(),
+            open: Vec::new(),
+        }
+    }
+
+    /// Takes the next item from the start of `input`, or says how many bytes it must be shown in total.
+    ///
+    /// After an item, the next call must be shown what follows its `used` bytes **and its payload**: the position already
+    /// counts the payload as taken. After a [`Section`] item, the caller takes the body, tells its length to
+    /// [`body_taken`](Self::body_taken), and goes on with the footer. An error is final.
+    pub fn step(&mut self, input: &[u8]) -> Result<Step, StreamError> {
+        let step = wire::step(input, |reader| self.read(reader));
+        let step = step.map_err(|source| StreamError { offset: self.position, source })?;
+        if let Step::Item { item, used } = &step {
+            self.position += *used as u64 + item.payload_len();
+            self.accept(item);
+        }
+        Ok(step)
+    }
+
+    /// Tells how long the body of the section was whose head the previous item was.
+    pub const fn body_taken(&mut self, len: u64) {
+        self.position += len;
+    }
+
+    /// Bytes of the stream before the next item.
+    pub const fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// The page size that this stream is decoded with.
+    pub const fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// The peer's machine type, once the configuration was read.
+    pub fn machine(&self) -> Option<&str> {
+        self.configuration.machine.as_deref()
+    }
+
+    /// The VM's uuid, if the peer validates it.
+    pub const fn uuid(&self) -> Option<[u8; 16]> {
+        self.configuration.uuid
+    }
+
+    /// The block list as far as it was read. Items refer to blocks by their index in it.
+    pub fn blocks(&self) -> &[BlockEntry] {
+        &self.ram.blocks
+    }
+
+    /// Which optional fields the block list has.
+    pub const fn layout(&self) -> BlockLayout {
+        self.configuration.layout
+    }
+
+    /// The section id of `ram`, once it was started.
+    pub fn ram_section(&self) -> Option<u32> {
+        (self.ram.phase != RamPhase::Absent).then_some(self.ram.id)
+    }
+
+    /// Whether all RAM was transferred: the END section of `ram` is complete, and every further FULL section is a device's.
+    pub fn ram_ended(&self) -> bool {
+        self.ram.phase == RamPhase::Ended
+    }
+
+    /// The dialect the stream turned out to have, once the START section of `ram` is complete. In a stream without channels it
+    /// means nothing.
+    pub fn dialect(&self) -> Option<Dialect> {
+        match self.ram.phase {
+            RamPhase::Absent | RamPhase::Start => None,
+            _ if self.ram.flush_at_start => Some(Dialect::PerRound),
+            _ => Some(Dialect::PerSection),
+        }
+    }
+
+    /// Whether the source opened the return path.
+    pub const fn return_path_open(&self) -> bool {
+        self.return_path
+    }
+
+    /// Whether the end of state was read; at most the vmdescription follows.
+    pub fn state_ended(&self) -> bool {
+        matches!(self.state, State::Tail | State::Finished)
+    }
+
+    /// Whether the vmdescription was read; nothing follows.
+    pub fn finished(&self) -> bool {
+        self.state == State::Finished
+    }
+
+    /// Reads one item and checks that it may stand here. Changes nothing, since bytes may be missing at the end of it.
+    fn read(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
+        match self.state {
+            State::Header => header(reader),
+            State::Configuration => configuration(reader),
+            State::Subsections if reader.clone().u8()? == SUBSECTION => self.subsection(reader),
+            State::Subsections | State::Elements => self.element(reader),
+            State::Blocks { total, listed } if total == listed => Ok(Item::BlocksEnd),
+            State::Blocks { total, listed } => self.block(reader, total, listed),
+            State::Words => self.word(reader),
+            State::Footer { section } => footer(reader, section),
+            State::Tail => tail(reader),
+            State::Finished => {
+                let byte = reader.u8()?;
+                Err(unexpected(element_name(byte)?, "after the end of the stream"))
+            }
+        }
+    }
+
+    /// Moves on past an item that was read.
+    fn accept(&mut self, item: &Item) {
+        self.state = match item {
+            Item::Header => State::Configuration,
+            Item::Configuration { machine } => {
+                self.configuration.machine = Some(machine.clone());
+                State::Subsections
+            }
+            Item::ConfigUuid(uuid) => {
+                self.configuration.uuid = Some(*uuid);
+                State::Subsections
+            }
+            Item::ConfigPageBits(bits) => {
+                self.configuration.page_bits = Some(*bits);
+                State::Subsections
+            }
+            Item::ConfigCapabilities(names) => {
+                self.configuration.layout.gpa = names.iter().any(|name| name == X_IGNORE_SHARED);
+                self.configuration.layout.mapped_ram = names.iter().any(|name| name == MAPPED_RAM);
+                self.configuration.capabilities = Some(names.clone());
+                State::Subsections
+            }
+            Item::Command(command) => {
+                self.accept_command(command);
+                State::Elements
+            }
+            Item::RamStart { section_id, total } => {
+                self.ram.phase = RamPhase::Start;
+                self.ram.id = *section_id;
+                State::Blocks { total: *total, listed: 0 }
+            }
+            Item::Block(entry) => {
+                let State::Blocks { total, listed } = self.state else {
+                    unreachable!("blocks are read inside the block list only");
+                };
+                self.ram.index.insert(entry.name.clone(), self.ram.blocks.len());
+                self.ram.blocks.push(entry.clone());
+                State::Blocks { total, listed: listed + entry.used_len }
+            }
+            Item::RamPart { end } => {
+                self.ram.phase = if *end { RamPhase::End } else { RamPhase::Started };
+                State::Words
+            }
+            Item::ZeroPage { block, .. }
+            | Item::Page { block, .. }
+            | Item::Xbzrle { block, .. }
+            | Item::CompressPage { block, .. } => {
+                self.ram.last = Some(*block);
+                State::Words
+            }
+            Item::BlocksEnd => State::Words,
+            Item::Flush => {
+                self.ram.flush_at_start |= self.ram.phase == RamPhase::Start;
+                State::Words
+            }
+            Item::Eos => {
+                self.ram.phase = match self.ram.phase {
+                    RamPhase::End => RamPhase::Ended,
+                    _ => RamPhase::Started,
+                };
+                State::Footer { section: self.ram.id }
+            }
+            Item::Section(section) => {
+                match section.kind {
+                    SectionKind::Start => self.open.push(section.clone()),
+                    SectionKind::End => self.open.retain(|open| open.id != section.id),
+                    SectionKind::Part | SectionKind::Full => (),
+                }
+                State::Footer { section: section.id }
+            }
+            Item::Footer { .. } => State::Elements,
+            Item::Eof => State::Tail,
+            Item::VmDescription { .. } => State::Finished,
+        };
+    }
+
+    fn accept_command(&mut self, command: &Command) {
+        match command {
+            Command::OpenReturnPath => self.return_path = true,
+            Command::PostcopyAdvise(advice) => {
+                self.advised = true;
+                self.configuration.layout.backing_page_size =
+                    advice.is_some_and(|advice| advice.page_size_summary != self.page_size as u64);
+            }
+            _ => (),
+        }
+    }
+
+    fn subsection(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
+        reader.u8()?;
+        let name = reader.pstr()?;
+        let version = reader.u32()?;
+        let known = &self.configuration;
+        let (item, again) = match name {
+            b"configuration/target-page-bits" if version == 1 => {
+                let bits = reader.u32()?;
+                let (ours, theirs) = (self.page_size as u64, 1u64.checked_shl(bits).unwrap_or(0));
+                if ours != theirs {
+                    return Err(Mismatch::PageSize { ours, theirs }.into());
+                }
+                (Item::ConfigPageBits(bits), known.page_bits.is_some())
+            }
+            b"configuration/capabilities" if version == 1 => {
+                (Item::ConfigCapabilities(capabilities(reader)?), known.capabilities.is_some())
+            }
+            b"configuration/uuid" if version == 1 => (Item::ConfigUuid(reader.array()?), known.uuid.is_some()),
+            _ => return Err(DecodeError::UnknownSubsection { name: escape(name), version }.into()),
+        };
+        if again {
+            return Err(unexpected("configuration subsection", "a second time"));
+        }
+        Ok(item)
+    }
+
+    fn element(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
+        let byte = reader.u8()?;
+        match byte {
+            EOF if self.ram.phase != RamPhase::Ended => Err(unexpected("EOF", "before the END section of ram")),
+            EOF if !self.open.is_empty() => Err(unexpected("EOF", "before the END of every section")),
+            EOF => Ok(Item::Eof),
+            START | FULL => {
+                self.section_head(reader, if byte == START { SectionKind::Start } else { SectionKind::Full })
+            }
+            PART | END => self.section_rest(reader, if byte == PART { SectionKind::Part } else { SectionKind::End }),
+            COMMAND => self.command(reader),
+            _ => Err(unexpected(element_name(byte)?, "between sections")),
+        }
+    }
+
+    /// START or FULL, behind the type byte.
+    fn section_head(&self, reader: &mut Reader<'_>, kind: SectionKind) -> Result<Item, Stop> {
+        let id = reader.u32()?;
+        let name = text("section name", reader.pstr()?)?;
+        let instance = reader.u32()?;
+        let version = reader.u32()?;
+        if kind == SectionKind::Full && name != RAM {
+            return Ok(Item::Section(Section { kind, id, name: name.to_owned(), instance, version }));
+        }
+        if kind == SectionKind::Full {
+            return Err(unexpected("FULL section", "for ram, which is transferred in parts"));
+        }
+        let ours = self.ram.phase != RamPhase::Absent;
+        if ours && (name == RAM || id == self.ram.id) || self.open.iter().any(|open| open.id == id) {
+            return Err(Violation::SectionTwice { id, name: escape(name.as_bytes()) }.into());
+        }
+        if name != RAM {
+            if self.open.len() == MAX_SECTIONS {
+                return Err(Violation::TooManySections { limit: MAX_SECTIONS }.into());
+            }
+            return Ok(Item::Section(Section { kind, id, name: name.to_owned(), instance, version }));
+        }
+        if version != RAM_VERSION {
+            let name = name.to_owned();
+            return Err(Mismatch::SectionVersion { name, found: version, supported: RAM_VERSION }.into());
+        }
+        if instance != 0 {
+            return Err(unexpected("second instance", "of ram, which has one"));
+        }
+        match RamWord::decode(reader.u64()?, self.page_size)? {
+            RamWord::MemSize { total } => Ok(Item::RamStart { section_id: id, total }),
+            _ => Err(unexpected("RAM word", "instead of the block list")),
+        }
+    }
+
+    /// PART or END, behind the type byte.
+    fn section_rest(&self, reader: &mut Reader<'_>, kind: SectionKind) -> Result<Item, Stop> {
+        let id = reader.u32()?;
+        if self.ram.phase == RamPhase::Started && id == self.ram.id {
+            return Ok(Item::RamPart { end: kind == SectionKind::End });
+        }
+        match self.open.iter().find(|open| open.id == id) {
+            Some(open) => Ok(Item::Section(Section { kind, ..open.clone() })),
+            None => Err(Violation::UnknownSection { id }.into()),
+        }
+    }
+
+    fn command(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
+        let command = Command::read(reader)?;
+        if let Some(refusal) = command.refusal() {
+            return Err(refusal.into());
+        }
+        match &command {
+            Command::OpenReturnPath if self.return_path => Err(unexpected("OPEN_RETURN_PATH", "a second time")),
+            Command::Ping(_) if !self.return_path => Err(unexpected("PING", "without an open return path")),
+            Command::PostcopyAdvise(_) if self.advised => Err(unexpected("POSTCOPY_ADVISE", "a second time")),
+            // It decides the layout of the block list, which would have been read already.
+            Command::PostcopyAdvise(_) if self.ram.phase != RamPhase::Absent => {
+                Err(unexpected("POSTCOPY_ADVISE", "after the START section of ram"))
+            }
+            Command::PostcopyAdvise(Some(advice)) => {
+                self.check_advice(advice)?;
+                Ok(Item::Command(command))
+            }
+            _ => Ok(Item::Command(command)),
+        }
+    }
+
+    fn check_advice(&self, advice: &PostcopyAdvice) -> Result<(), ProtocolError> {
+        let (ours, theirs) = (self.page_size as u64, advice.page_size);
+        if ours != theirs {
+            return Err(Mismatch::PageSize { ours, theirs }.into());
+        }
+        let layout = self.configuration.layout;
+        if advice.page_size_summary != ours && (layout.gpa || layout.mapped_ram) {
+            // An optional page size could not be told from the address or header behind it.
+            let what = "huge pages in a stream with x-ignore-shared or mapped-ram and postcopy";
+            return Err(Violation::NotAllowed { what }.into());
+        }
+        Ok(())
+    }
+
+    fn block(&self, reader: &mut Reader<'_>, total: u64, listed: u64) -> Result<Item, Stop> {
+        let entry = BlockEntry::read(reader, self.configuration.layout, self.page_size)?;
+        if self.ram.blocks.len() == MAX_BLOCKS {
+            return Err(Violation::TooManyBlocks { limit: MAX_BLOCKS }.into());
+        }
+        if self.ram.index.contains_key(&entry.name) {
+            return Err(Violation::DuplicateBlock { name: entry.name }.into());
+        }
+        let listed = listed.saturating_add(entry.used_len);
+        if listed > total {
+            return Err(Violation::TotalMismatch { announced: total, listed }.into());
+        }
+        if let Some(header) = &entry.mapped_ram {
+            let header_end = self.position + reader.position() as u64;
+            header.check(&entry.name, entry.used_len, self.page_size as u64, header_end, self.file_len)?;
+        }
+        Ok(Item::Block(entry))
+    }
+
+    fn word(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
+        match RamWord::decode(reader.u64()?, self.page_size)? {
+            RamWord::Eos => Ok(Item::Eos),
+            RamWord::MemSize { .. } => Err(unexpected("block list", "behind the first word of ram")),
+            RamWord::Flush if self.configuration.layout.mapped_ram => {
+                Err(Violation::NotAllowed { what: "FLUSH in a mapped-ram file" }.into())
+            }
+            RamWord::Flush if self.ram.phase != RamPhase::Start && !self.ram.flush_at_start => {
+                Err(unexpected("FLUSH", "in a stream without one in the START section of ram"))
+            }
+            RamWord::Flush => Ok(Item::Flush),
+            _ if self.ram.phase == RamPhase::Start => Err(Violation::PageBeforeFirstSync.into()),
+            _ if self.configuration.layout.mapped_ram => {
+                Err(Violation::NotAllowed { what: "page in the stream of a mapped-ram file" }.into())
+            }
+            RamWord::Zero { offset, cont } => {
+                let block = self.page(reader, offset, cont)?;
+                match reader.u8()? {
+                    0 => Ok(Item::ZeroPage { block, offset }),
+                    byte => Err(DecodeError::ZeroFillByte { offset, byte }.into()),
+                }
+            }
+            RamWord::Page { offset, cont } => {
+                let block = self.page(reader, offset, cont)?;
+                Ok(Item::Page { block, offset, len: self.page_size })
+            }
+            RamWord::Xbzrle { offset, cont } => {
+                let block = self.page(reader, offset, cont)?;
+                if reader.u8()? != xbzrle::HEADER {
+                    return Err(DecodeError::XbzrleMalformed { what: "unknown header", at: 0 }.into());
+                }
+                let len = usize::from(reader.u16()?);
+                if len > xbzrle::MAX_DIFF.min(self.page_size) {
+                    return Err(DecodeError::XbzrleMalformed { what: "longer than a page", at: len }.into());
+                }
+                Ok(Item::Xbzrle { block, offset, len })
+            }
+            RamWord::CompressPage { offset, cont } => {
+                let block = self.page(reader, offset, cont)?;
+                let len = reader.u32()?;
+                if len == 0 || len as usize > 2 * self.page_size {
+                    return Err(Violation::CompressedPageLength { offset, len }.into());
+                }
+                Ok(Item::CompressPage { block, offset, len: len as usize })
+            }
+        }
+    }
+
+    /// The block of a page word, after checking that the page lies in it.
+    fn page(&self, reader: &mut Reader<'_>, offset: u64, cont: bool) -> Result<usize, Stop> {
+        let block = if cont {
+            self.ram.last.ok_or(Violation::FirstPageWithoutBlock { offset })?
+        } else {
+            let name = name_text(reader.pstr()?)?;
+            let Some(block) = self.ram.index.get(name) else {
+                return Err(Violation::UnknownBlock { name: BlockName::new(name)? }.into());
+            };
+            *block
+        };
+        self.ram.blocks[block].check_page(offset, self.page_size)?;
+        Ok(block)
+    }
+}
+
+/// What [`MainDecoder::step`] found.
+pub type Step = wire::Step<Item>;
+
+/// One item of main.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    /// Magic and version.
+    Header,
+    /// The configuration, which names the machine type. It has no footer.
+    Configuration {
+        /// The machine type with its version, never an alias.
+        machine: String,
+    },
+    /// Subsection of the configuration: the page size as a power of two, where the architecture has several.
+    ConfigPageBits(u32),
+    /// Subsection of the configuration: capabilities that change the layout of the stream.
+    ConfigCapabilities(Vec<String>),
+    /// Subsection of the configuration: the VM's uuid, with capability `validate-uuid`.
+    ConfigUuid([u8; 16]),
+    /// A command that a precopy migration may contain.
+    Command(Command),
+    /// The START section of `ram` begins; the block list follows.
+    RamStart {
+        /// The section's id, which PART, END and footers refer to.
+        section_id: u32,
+        /// The sum of the lengths of all blocks.
+        total: u64,
+    },
+    /// One RAM block. In a mapped-ram file its bitmap and pages are the payload.
+    Block(BlockEntry),
+    /// The block list is complete.
+    BlocksEnd,
+    /// A PART or END section of `ram` begins.
+    RamPart {
+        /// Whether it is the END section.
+        end: bool,
+    },
+    /// A page of zeros.
+    ZeroPage {
+        /// Index of the block in [`MainDecoder::blocks`].
+        block: usize,
+        /// Offset inside the block: aligned and in bounds.
+        offset: u64,
+    },
+    /// A page, which is the payload.
+    Page {
+        /// Index of the block in [`MainDecoder::blocks`].
+        block: usize,
+        /// Offset inside the block: aligned and in bounds.
+        offset: u64,
+        /// Length of the payload: one page.
+        len: usize,
+    },
+    /// A difference to the page's content so far, which is the payload; see [`xbzrle::apply`].
+    Xbzrle {
+        /// Index of the block in [`MainDecoder::blocks`].
+        block: usize,
+        /// Offset inside the block: aligned and in bounds.
+        offset: u64,
+        /// Length of the payload: at most a page.
+        len: usize,
+    },
+    /// A page as a complete zlib stream, which is the payload.
+    CompressPage {
+        /// Index of the block in [`MainDecoder::blocks`].
+        block: usize,
+        /// Offset inside the block: aligned and in bounds.
+        offset: u64,
+        /// Length of the payload: at most two pages.
+        len: usize,
+    },
+    /// Sync point of the per-round dialect.
+    Flush,
+    /// End of the body of a `ram` section; sync point of the per-section dialect.
+    Eos,
+    /// The footer of the section that was read before; its id is the right one.
+    Footer {
+        /// The section's id.
+        section_id: u32,
+    },
+    /// The head of a section other than `ram`. The body follows, of a length that only its device knows.
+    Section(Section),
+    /// The end of the VM's state.
+    Eof,
+    /// The description of the devices as JSON, which is the payload; see [`crate::vmdesc`].
+    VmDescription {
+        /// Length of the payload, at most [`MAX_VMDESC`].
+        len: usize,
+    },
+}
+
+impl Item {
+    /// How many bytes directly behind the item belong to it. The decoder does not want to see them.
+    pub const fn payload_len(&self) -> u64 {
+        match self {
+            Self::Page { len, .. }
+            | Self::Xbzrle { len, .. }
+            | Self::CompressPage { len, .. }
+            | Self::VmDescription { len } => *len as u64,
+            Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => {
+                header.next_entry(*used_len) - header.bitmap_offset
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// The head of a section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Section {
+    /// Which part of the section this is.
+    pub kind: SectionKind,
+    /// A number that the source chose.
+    pub id: u32,
+    /// The name under which the device's state is known.
+    pub name: String,
+    /// Which one of several devices with this name.
+    pub instance: u32,
+    /// Version of the body's layout.
+    pub version: u32,
+}
+
+/// Which part of a section it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SectionKind {
+    /// The first of several.
+    Start,
+    /// One in the middle.
+    Part,
+    /// The last.
+    End,
+    /// The whole section at once, as all ordinary devices have it.
+    Full,
+}
+
+/// An error with the position of the item it was found in.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("at byte {offset} of main: {source}")]
+pub struct StreamError {
+    /// Where the item begins, counted from the first byte of main.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub source: ProtocolError,
+}
+
+/// How long the body of an early section in `buf` is, as far as that can be seen.
+///
+/// Devices whose state is needed before the pages are sent between the START of `ram` and its first PART. Nothing says how
+/// long they are before the vmdescription at the very end. What can be done is to look for the section's footer with the
+/// start of a possible next element behind it: a PART or END of `ram`, another FULL section with a small id, or a command.
+/// `buf` starts at the body; returns nothing while no such place has been received.
+pub fn early_body_len(buf: &[u8], section: u32, ram_section: u32) -> Option<usize> {
+    let mut end = [FOOTER, 0, 0, 0, 0];
+    end[1..].copy_from_slice(&section.to_be_bytes());
+    let ram = ram_section.to_be_bytes();
+    buf.windows(end.len()).enumerate().filter(|(_, window)| **window == end).map(|(at, _)| at).find(|at| {
+        match &buf[at + end.len()..] {
+            [PART | END, id @ ..] => id.starts_with(&ram),
+            [FULL, 0, 0, ..] | [COMMAND, 0, ..] => true,
+            _ => false,
+        }
+    })
+}
+
+fn header(reader: &mut Reader<'_>) -> Result<Item, Stop> {
+    let magic = reader.u32()?;
+    if magic != MAGIC {
+        return Err(DecodeError::BadMagic { expected: MAGIC, found: magic }.into());
+    }
+    let version = reader.u32()?;
+    if version != VERSION {
+        return Err(DecodeError::BadVersion { what: "stream", expected: VERSION, found: version }.into());
+    }
+    Ok(Item::Header)
+}
+
+fn configuration(reader: &mut Reader<'_>) -> Result<Item, Stop> {
+    let byte = reader.u8()?;
+    if byte != CONFIGURATION {
+        // Only machine types before 2.4 have none, and their sections have no footers either.
+        return Err(unexpected(element_name(byte)?, "instead of the configuration"));
+    }
+    let len = reader.u32()?;
+    if len > MAX_MACHINE {
+        let what = "length of the machine type";
+        return Err(Violation::ConfigurationTooLong { what, len: len.into(), limit: MAX_MACHINE.into() }.into());
+    }
+    let machine = text("machine type", reader.bytes(len as usize)?)?.to_owned();
+    Ok(Item::Configuration { machine })
+}
+
+fn capabilities(reader: &mut Reader<'_>) -> Result<Vec<String>, Stop> {
+    let count = reader.u32()?;
+    if count > MAX_CAPABILITIES {
+        let (len, limit) = (count.into(), MAX_CAPABILITIES.into());
+        return Err(Violation::ConfigurationTooLong { what: "number of capabilities", len, limit }.into());
+    }
+    let mut names = Vec::new();
+    for _ in 0..count {
+        let name = text("capability", reader.pstr()?)?;
+        if name != X_IGNORE_SHARED && name != MAPPED_RAM {
+            return Err(Mismatch::Capability { name: escape(name.as_bytes()) }.into());
+        }
+        names.push(name.to_owned());
+    }
+    Ok(names)
+}
+
+fn footer(reader: &mut Reader<'_>, section: u32) -> Result<Item, Stop> {
+    let byte = reader.u8()?;
+    if byte != FOOTER {
+        return Err(Violation::FooterMissing { section, found: byte }.into());
+    }
+    let found = reader.u32()?;
+    if found != section {
+        return Err(Violation::BadFooter { expected: section, found }.into());
+    }
+    Ok(Item::Footer { section_id: section })
+}
+
+fn tail(reader: &mut Reader<'_>) -> Result<Item, Stop> {
+    let byte = reader.u8()?;
+    if byte != VMDESCRIPTION {
+        return Err(unexpected(element_name(byte)?, "after EOF"));
+    }
+    let len = reader.u32()?;
+    if len > MAX_VMDESC {
+        return Err(Violation::VmDescriptionTooLong { len: len.into(), limit: MAX_VMDESC.into() }.into());
+    }
+    Ok(Item::VmDescription { len: len as usize })
+}
+
+/// A name other than a block's: UTF-8, not empty.
+fn text<'a>(what: &'static str, bytes: &'a [u8]) -> Result<&'a str, DecodeError> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.is_empty() => Ok(text),
+        _ => Err(DecodeError::NameInvalid { what, name: escape(bytes) }),
+    }
+}
+
+fn unexpected(element: &'static str, place: &'static str) -> Stop {
+    Violation::UnexpectedElement { element, place }.into()
+}
+
+fn element_name(byte: u8) -> Result<&'static str, DecodeError> {
+    Ok(match byte {
+        EOF => "EOF",
+        START => "SECTION_START",
+        PART => "SECTION_PART",
+        END => "SECTION_END",
+        FULL => "SECTION_FULL",
+        SUBSECTION => "subsection",
+        VMDESCRIPTION => "VMDESCRIPTION",
+        CONFIGURATION => "configuration",
+        COMMAND => "COMMAND",
+        FOOTER => "footer",
+        _ => return Err(DecodeError::UnknownElement { byte }),
+    })
+}
+
+/// `QEVM`, the first four bytes of main.
+pub const MAGIC: u32 = 0x5145_564d;
+/// The version of the stream; version 2 is obsolete.
+pub const VERSION: u32 = 3;
+/// The name of the section that transfers RAM.
+pub const RAM: &str = "ram";
+/// The version of that section.
+pub const RAM_VERSION: u32 = 4;
+/// Capability by which the block list has guest physical addresses.
+pub const X_IGNORE_SHARED: &str = "x-ignore-shared";
+/// Capability by which the block list has mapped-ram headers.
+pub const MAPPED_RAM: &str = "mapped-ram";
+
+/// The longest machine type accepted. Real ones have some 15 bytes.
+pub const MAX_MACHINE: u32 = 255;
+/// The most capabilities accepted in the configuration, which lists at most two.
+pub const MAX_CAPABILITIES: u32 = 16;
+/// The most sections other than `ram` that may be transferred in parts at the same time.
+pub const MAX_SECTIONS: usize = 256;
+/// The longest vmdescription accepted. A small VM's has 100 KB.
+pub const MAX_VMDESC: u32 = 16 << 20;
+
+pub(crate) const EOF: u8 = 0x00;
+pub(crate) const START: u8 = 0x01;
+pub(crate) const PART: u8 = 0x02;
+pub(crate) const END: u8 = 0x03;
+pub(crate) const FULL: u8 = 0x04;
+pub(crate) const SUBSECTION: u8 = 0x05;
+pub(crate) const VMDESCRIPTION: u8 = 0x06;
+pub(crate) const CONFIGURATION: u8 = 0x07;
+pub(crate) const COMMAND: u8 = 0x08;
+pub(crate) const FOOTER: u8 = 0x7e;
