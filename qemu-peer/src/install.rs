@@ -93,8 +93,13 @@ impl Installed {
     ///
     /// # Panics
     ///
-    /// With `CI=true`, if it is not available: there a missing QEMU is a failure.
+    /// With `CI=true`, if it is not available: there a missing QEMU is a failure. `MULTIFD_WITHOUT_QEMU` leaves it out
+    /// on purpose.
     pub fn require(version: Version) -> Option<Self> {
+        if env::var_os("MULTIFD_WITHOUT_QEMU").is_some() {
+            skip("tests with QEMU are left out (MULTIFD_WITHOUT_QEMU)");
+            return None;
+        }
         match Self::find(version) {
             Ok(installed) => Some(installed),
             Err(error) if in_ci() => panic!("{error}"),

@@ -1,4 +1,4 @@
-//! What tests of every crate share: skipping at run time, time limits, temporary directories.
+//! What tests of every crate share: skipping at run time, tables of results, time limits, temporary directories.
 //!
 //! Rust's test runner has no skip at run time, so the project has a convention: a test that cannot run here calls
 //! [`skip`] with the reason and returns. `cargo xtask test` counts these as skipped, not as passed, and prints the
@@ -28,10 +28,29 @@ pub fn skip(reason: &str) {
     let line = format!("{}: {}\n", current.name().unwrap_or("unnamed test"), reason.replace('\n', " "));
     eprint!("skipped: {line}");
     if let Some(path) = env::var_os(SKIPPED_FILE) {
-        // A single write in append mode keeps the lines of test processes that run side by side apart.
-        let written =
-            OpenOptions::new().create(true).append(true).open(&path).and_then(|mut f| f.write_all(line.as_bytes()));
-        written.expect("the file for skipped tests is writable");
+        append_line(Path::new(&path), &line).expect("the file for skipped tests is writable");
+    }
+}
+
+/// Names the directory that collects what tests [`report`].
+pub const REPORTS: &str = "MULTIFD_REPORTS";
+
+/// Adds a row to the table `table` that the test run prints at its end.
+///
+/// For results that are worth a table besides passed and failed, such as which combinations of versions were tried.
+/// Rows come from many test processes in any order, so the table is sorted by row. Goes to stderr outside of a
+/// test run.
+///
+/// # Panics
+///
+/// If the directory for tables is named and cannot be written: the table would be incomplete.
+pub fn report(table: &str, row: &str) {
+    let row = format!("{}\n", row.replace('\n', " "));
+    match env::var_os(REPORTS) {
+        None => eprint!("{table}: {row}"),
+        Some(directory) => {
+            append_line(&Path::new(&directory).join(table), &row).expect("the directory for tables is writable");
+        }
     }
 }
 
@@ -115,6 +134,11 @@ impl Drop for TempDir {
     }
 }
 
+/// One write in append mode keeps the lines of processes that run side by side apart.
+fn append_line(path: &Path, line: &str) -> io::Result<()> {
+    OpenOptions::new().create(true).append(true).open(path)?.write_all(line.as_bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,6 +176,7 @@ mod tests {
             .args([test, "--exact", "--nocapture"])
             .env(ROLE, "child")
             .env(SKIPPED_FILE, skipped)
+            .env(REPORTS, skipped.parent().unwrap())
             .output()
             .unwrap()
     }
@@ -171,6 +196,17 @@ mod tests {
         let output = run_again("tests::a_body_that_hangs_ends_the_process", &dir.join("skipped"));
         assert!(!output.status.success());
         assert!(String::from_utf8_lossy(&output.stderr).contains("not finished after 50ms"), "{output:?}");
+    }
+
+    #[test]
+    fn a_report_is_a_row_of_the_named_table() {
+        if env::var_os(ROLE).is_some() {
+            return report("peers", "7.2 | ok");
+        }
+        let dir = TempDir::new().unwrap();
+        let output = run_again("tests::a_report_is_a_row_of_the_named_table", &dir.join("skipped"));
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(fs::read_to_string(dir.join("peers")).unwrap(), "7.2 | ok\n");
     }
 
     #[test]

@@ -1,2 +1,33 @@
-//! Developer tasks.
-fn main() {}
+//! Developer tasks, one verb per file: `cargo xtask VERB`.
+
+mod step;
+mod test;
+mod totals;
+
+use std::env;
+use std::process::ExitCode;
+
+/// A verb: its name, one line of help, and what it does with the arguments after its name.
+type Verb = (&'static str, &'static str, fn(&[String]) -> Result<ExitCode, String>);
+
+const VERBS: &[Verb] =
+    &[("test", "every check that a change has to pass; `--quick` leaves out QEMU and packaging", test::run)];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let verb = arguments.first().map(String::as_str);
+    let Some((_, _, run)) = VERBS.iter().find(|(name, _, _)| Some(*name) == verb) else {
+        eprintln!("usage: cargo xtask VERB\n");
+        for (name, help, _) in VERBS {
+            eprintln!("    {name:<8} {help}");
+        }
+        return ExitCode::from(2);
+    };
+    match run(&arguments[1..]) {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! `cargo xtask test`: every check that a change has to pass, in one command on a fresh machine.
+//!
+//! Continuous integration runs exactly this. Its last line is `N passed, N failed, N skipped` over all tests; above it
+//! are the tables that tests reported, the reasons of skipped tests, and one line per step.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+use std::{env, fs};
+
+use test_support::{REPORTS, SKIPPED_FILE, TempDir, in_ci};
+
+use crate::step::{self, Outcome, Steps};
+use crate::totals::Totals;
+
+/// Runs all steps.
+pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
+    let quick = match arguments {
+        [] => false,
+        [only] if only == "--quick" => true,
+        _ => return Err("usage: cargo xtask test [--quick]".to_owned()),
+    };
+    let notes = TempDir::new().map_err(|error| format!("a temporary directory: {error}"))?;
+    let skipped = notes.join("skipped");
+    let reports = notes.join("reports");
+    fs::create_dir(&reports).map_err(|error| format!("{}: {error}", reports.display()))?;
+
+    let mut steps = Steps::default();
+    let mut totals = Totals::default();
+    steps.run("format", || step::command(cargo().args(["fmt", "--all", "--check"]), SHORT));
+    steps.run("clippy", || {
+        let arguments = ["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"];
+        step::command(cargo().args(arguments), LONG)
+    });
+    steps.run("documentation", || {
+        let mut doc = cargo();
+        doc.args(["doc", "--workspace", "--all-features", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+        step::command(&mut doc, LONG)
+    });
+    steps.run("tests", || {
+        let mut test = cargo();
+        test.args(["test", "--workspace", "--all-features", "--no-fail-fast"]);
+        test.env(SKIPPED_FILE, &skipped).env(REPORTS, &reports);
+        if quick {
+            test.env("MULTIFD_WITHOUT_QEMU", "1");
+        }
+        let outcome = step::command_with_lines(&mut test, TESTS, |line| totals.observe(line));
+        totals.end(outcome == Outcome::Passed);
+        outcome
+    });
+    steps.run("protocol text", check_protocol_text);
+    if !quick {
+        steps.run("packages", package);
+    }
+
+    let reasons = fs::read_to_string(&skipped).unwrap_or_default();
+    totals.skip(reasons.lines().count());
+    print_reports(&reports);
+    if !reasons.is_empty() {
+        println!("\n=== skipped tests\n{}", reasons.trim_end());
+    }
+    println!("\n=== summary\n{}\n{totals}", steps.table());
+    let passed = steps.all_passed() && totals.all_passed();
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print_reports(directory: &Path) {
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let mut rows: Vec<&str> = text.lines().collect();
+        rows.sort_unstable();
+        println!("\n=== {}\n{}", path.file_name().unwrap_or_default().to_string_lossy(), rows.join("\n"));
+    }
+}
+
+/// The protocol description is written for another project's manual, so it must be flawless reStructuredText.
+fn check_protocol_text() -> Outcome {
+    let file = root().join("docs/migration/multifd.rst");
+    if !file.exists() {
+        return Outcome::Skipped("docs/migration/multifd.rst is not there".to_owned());
+    }
+    match docutils() {
+        // Warnings count: docutils reports unknown roles and broken links as such.
+        Ok(python) => step::command(
+            Command::new(python)
+                .args(["-m", "docutils", "--writer=null", "--report=info", "--halt=warning", "--syntax-highlight=none"])
+                .arg(&file),
+            SHORT,
+        ),
+        Err(reason) if in_ci() => Outcome::Failed(reason),
+        Err(reason) => Outcome::Skipped(reason),
+    }
+}
+
+/// A Python that has docutils: the system's own, or one in a virtual environment below the build directory.
+fn docutils() -> Result<PathBuf, String> {
+    let has_docutils = |python: &Path| {
+        let mut probe = Command::new(python);
+        probe.args(["-c", "import docutils.__main__"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        probe.status().is_ok_and(|status| status.success())
+    };
+    let directory = root().join("target/docutils");
+    let ours = directory.join("bin/python3");
+    for python in [PathBuf::from("python3"), ours.clone()] {
+        if has_docutils(&python) {
+            return Ok(python);
+        }
+    }
+    let steps = [
+        step::command(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory), SHORT),
+        step::command(Command::new(&ours).args(["-m", "pip", "install", "--quiet", "docutils"]), SHORT),
+    ];
+    for outcome in steps {
+        if let Outcome::Failed(reason) = outcome {
+            return Err(format!("docutils cannot be installed: {reason}"));
+        }
+    }
+    if has_docutils(&ours) { Ok(ours) } else { Err("docutils was installed and does not run".to_owned()) }
+}
+
+/// Packs the public crates and builds them from their packages alone.
+fn package() -> Outcome {
+    let mut package = cargo();
+    package.arg("package");
+    for name in PUBLIC {
+        package.args(["--package", name]);
+    }
+    let status = Command::new("git").current_dir(root()).args(["status", "--porcelain"]).output();
+    if status.is_ok_and(|output| !output.stdout.is_empty()) {
+        println!("the working tree has changes, they are packed as they are");
+        package.arg("--allow-dirty");
+    }
+    step::command(&mut package, LONG)
+}
+
+fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// The workspace.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("")
+}
+
+/// Crates that are published, each after those it depends on.
+const PUBLIC: &[&str] = &["multifd-proto", "multifd"];
+
+const SHORT: Duration = Duration::from_secs(300);
+const LONG: Duration = Duration::from_secs(1800);
+/// Building and running all tests; the slowest machine this was meant for has two cores.
+const TESTS: Duration = Duration::from_secs(3600);
