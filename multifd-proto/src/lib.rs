@@ -3,6 +3,7 @@
 
 pub mod command;
 pub mod convergence;
+pub mod encoder;
 pub mod ids;
 pub mod machine;
 pub mod mapped_ram;
@@ -12,6 +13,7 @@ pub mod return_path;
 pub mod rounds;
 pub mod stream;
 pub mod violation;
+pub mod vmdesc;
 pub mod wire;
 pub mod xbzrle;
 
