@@ -10,6 +10,7 @@ use crate::{dirty_bitmap::DirtyBitmap, ram::Ram};
 pub mod bitmap;
 #[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
 pub mod conformance;
+pub mod merged;
 
 /// Reports the pages that were written, by the guest's CPUs or by its devices.
 ///
