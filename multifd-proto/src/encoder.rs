@@ -140,6 +140,11 @@ impl MainEncoder {
         self
     }
 
+    /// Bytes that are encoded already, such as the body of a section.
+    pub fn raw(&mut self, bytes: &[u8]) -> &mut Self {
+        self.write(|out| out.bytes(bytes))
+    }
+
     /// The footer of the section with this id.
     pub fn footer(&mut self, section_id: u32) -> &mut Self {
         self.write(|out| out.u8(stream::FOOTER).u32(section_id))

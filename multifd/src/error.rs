@@ -2,9 +2,9 @@
 
 use std::{fmt, io};
 
-use multifd_proto::{BlockName, ChannelId, ProtocolError, Violation};
+use multifd_proto::{BlockName, ChannelId, ProtocolError};
 
-use crate::vm::VmError;
+use crate::vm::{SectionId, VmError};
 
 /// The reason why a migration ended. One variant for each party that can be at fault.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +34,14 @@ pub enum Error {
     Vm {
         /// What it was asked: `pause`, `save`, ….
         call: &'static str,
+        /// Its answer.
+        source: VmError,
+    },
+    /// The VMM could not take the state of a device.
+    #[error("the VM could not load section {:?} instance {}: {source}", section.name, section.instance)]
+    Load {
+        /// The device.
+        section: SectionId,
         /// Its answer.
         source: VmError,
     },
@@ -121,6 +129,12 @@ impl Error {
 
     pub(crate) fn vm(call: &'static str) -> impl FnOnce(VmError) -> Error {
         move |source| Error::Vm { call, source }
+    }
+
+    pub(crate) fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
+        let message = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let message = message.or_else(|| panic.downcast_ref::<String>().cloned());
+        Error::Panicked { message: message.unwrap_or_else(|| "no message".to_owned()) }
     }
 
     pub(crate) fn dirty_log(source: io::Error) -> Error {
@@ -234,6 +248,20 @@ pub enum Mismatch {
         /// Ours.
         ours: String,
     },
+    /// A section that comes in parts, of something else than RAM.
+    #[error("section {name:?} comes in parts; only ram may")]
+    IterableSection {
+        /// Its name.
+        name: String,
+    },
+    /// Somebody connected who is not part of the migration, or the number of channels is wrong.
+    #[error("unexpected connection from {peer}, beside main and {channels} channels")]
+    UnexpectedConnection {
+        /// The other end.
+        peer: String,
+        /// How many there are.
+        channels: usize,
+    },
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {
@@ -242,13 +270,6 @@ pub enum Mismatch {
         /// By us.
         expected: usize,
     },
-}
-
-impl From<Violation> for Error {
-    /// A violation seen at the barrier, which belongs to no single byte: it is main that announced the round.
-    fn from(violation: Violation) -> Error {
-        Error::Protocol { at: Place { connection: Connection::Main, offset: 0 }, source: violation.into() }
-    }
 }
 
 fn io_message(error: &io::Error) -> String {
@@ -263,7 +284,7 @@ fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index) % 3 == 0 {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
             out.push(',');
         }
         out.push(digit);
@@ -273,6 +294,8 @@ fn grouped(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use multifd_proto::Violation;
+
     use super::*;
 
     #[test]

@@ -6,14 +6,26 @@
 
 #![deny(unsafe_code)]
 
+mod barrier;
+pub mod clock;
+mod compress;
+pub mod destination;
 pub mod dirty;
 pub mod dirty_bitmap;
 pub mod error;
 pub mod layout;
+mod limiter;
+pub mod progress;
 pub mod ram;
+mod scan;
 pub mod sections;
+pub mod source;
 pub mod stop;
 mod sync;
 mod sys;
+#[cfg(test)]
+mod test_vm;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;
 pub mod transport;
 pub mod vm;

@@ -11,7 +11,7 @@ use crate::{
     error::Mismatch,
     layout::{BlockLayout, Layout},
     sync::Arc,
-    sys::guest_copy,
+    sys::{guest_copy, heap},
 };
 
 /// The memory of a VM: its RAM blocks and the numbering of their pages. Cheap to clone; all clones are the same memory.
@@ -32,10 +32,16 @@ impl Ram {
     /// As [`Layout::new`]; also for a block whose address is not a multiple of 8.
     pub fn new(page_size: usize, blocks: Vec<RamBlock>) -> Result<Ram, Mismatch> {
         let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.len as u64)))?;
-        if let Some(block) = blocks.iter().find(|block| block.base.as_ptr() as usize % 8 != 0) {
+        if let Some(block) = blocks.iter().find(|block| !(block.base.as_ptr() as usize).is_multiple_of(8)) {
             return Err(Mismatch::BlockAddress { name: block.name.clone() });
         }
         Ok(Ram { inner: Arc::new(Inner { layout, blocks }) })
+    }
+
+    /// One page of zeros.
+    pub(crate) fn zeros(page_size: usize) -> Result<Ram, Mismatch> {
+        let name = BlockName::new("zeros").expect("a valid name");
+        Ram::new(page_size, vec![heap::zeroed_block(name, page_size)])
     }
 
     /// Names, lengths and page numbers of the blocks.
@@ -58,14 +64,6 @@ impl Ram {
         let index = self.inner.layout.block_of(page)?;
         let offset = self.inner.layout.blocks()[index].offset_of(page);
         self.inner.blocks[index].range(offset, self.inner.layout.page_size())
-    }
-
-    /// `pages` consecutive pages of block `index`, from the page at `offset`.
-    ///
-    /// # Errors
-    /// `None` where any of it lies outside the block.
-    pub(crate) fn run(&self, index: usize, offset: u64, pages: usize) -> Option<GuestRange<'_>> {
-        self.inner.blocks.get(index)?.range(offset, pages.checked_mul(self.inner.layout.page_size())?)
     }
 }
 
@@ -146,7 +144,7 @@ impl RamBlock {
     /// multiple of 8.
     pub fn range(&self, offset: u64, len: usize) -> Option<GuestRange<'_>> {
         let offset = usize::try_from(offset).ok()?;
-        if offset.checked_add(len)? > self.len || offset % 8 != 0 || len % 8 != 0 {
+        if offset.checked_add(len)? > self.len || offset % 8 != 0 || !len.is_multiple_of(8) {
             return None;
         }
         // In bounds, so the address cannot wrap; `wrapping_add` keeps this free of unsafe code.
@@ -202,7 +200,7 @@ impl<'a> GuestRange<'a> {
 
     /// The part from `offset` on, `len` bytes long; `None` where it does not lie within, or is not a multiple of 8.
     pub fn slice(&self, offset: usize, len: usize) -> Option<GuestRange<'a>> {
-        if offset.checked_add(len)? > self.len || offset % 8 != 0 || len % 8 != 0 {
+        if offset.checked_add(len)? > self.len || !offset.is_multiple_of(8) || !len.is_multiple_of(8) {
             return None;
         }
         let base = NonNull::new(self.base.as_ptr().wrapping_add(offset))?;
@@ -215,6 +213,7 @@ impl<'a> GuestRange<'a> {
     }
 
     /// Both ranges as one, where `next` begins where this one ends and both are of the same block.
+    #[expect(dead_code, reason = "for vectored writes")]
     pub(crate) fn joined(&self, next: &GuestRange<'a>) -> Option<GuestRange<'a>> {
         self.is_followed_by(next).then_some(GuestRange { len: self.len + next.len, ..*self })
     }
@@ -261,31 +260,16 @@ impl Ram {
 
     /// The same with a page size of the caller's choice.
     pub(crate) fn for_test_with_pages(page_size: usize, blocks: &[(&str, usize)]) -> Ram {
-        let blocks = blocks.iter().map(|&(name, pages)| {
-            let words = vec![0u64; pages * page_size / 8].into_boxed_slice();
-            let base = NonNull::new(Box::into_raw(words) as *mut u8).expect("a box is not null");
-            struct Owner(*mut [u64]);
-            // SAFETY: only dropped, once, by whoever holds the last clone.
-            #[allow(unsafe_code)]
-            unsafe impl Send for Owner {}
-            // SAFETY: nothing is reachable through a shared reference.
-            #[allow(unsafe_code)]
-            unsafe impl Sync for Owner {}
-            impl Drop for Owner {
-                #[allow(unsafe_code)]
-                fn drop(&mut self) {
-                    // SAFETY: made by `Box::into_raw` above and freed nowhere else.
-                    drop(unsafe { Box::from_raw(self.0) });
-                }
-            }
-            let len = pages * page_size;
-            let owner = Owner(std::ptr::slice_from_raw_parts_mut(base.as_ptr().cast::<u64>(), len / 8));
-            // SAFETY: the box above is that long, aligned for u64, and freed by the owner only.
-            #[allow(unsafe_code)]
-            let block = unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(owner)) };
-            block.fresh()
-        });
-        Ram::new(page_size, blocks.collect()).unwrap()
+        let block =
+            |&(name, pages): &(&str, usize)| heap::zeroed_block(BlockName::new(name).unwrap(), pages * page_size);
+        Ram::new(page_size, blocks.iter().map(block).collect()).unwrap()
+    }
+
+    /// The same memory, of which it is not known what it holds.
+    pub(crate) fn not_fresh(self) -> Ram {
+        let mut inner = Arc::try_unwrap(self.inner).ok().expect("not cloned yet");
+        inner.blocks.iter_mut().for_each(|block| block.fresh = false);
+        Ram { inner: Arc::new(inner) }
     }
 
     /// The bytes of page number `page`.

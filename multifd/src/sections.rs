@@ -1,38 +1,68 @@
-//! Writes device state to the main channel, as sections that an inspector can cut apart again.
+//! Collects device state, as sections that an inspector can cut apart again.
 
 use std::io;
 
-/// Takes the device state of a VM, one section after the other. Passed to [`SourceVm::save`](crate::vm::SourceVm::save).
-pub struct Sections<'a> {
-    out: &'a mut dyn SectionSink,
+use multifd_proto::{
+    BlockName,
+    encoder::MainEncoder,
+    stream::{Section, SectionKind},
+    vmdesc::{OpaqueSection, VmDescription},
+};
+
+/// Takes the device state of a VM, one section after the other, in the order in which it is to be loaded. Passed to
+/// [`SourceVm::save`](crate::vm::SourceVm::save).
+pub struct Sections {
+    encoder: MainEncoder,
+    /// Id of the next section.
+    next_id: u32,
+    /// Name, instance, version and body length of each section.
+    devices: Vec<(String, u32, u32, u64)>,
+    /// Sections and vmdescription of another source, instead of all of the above.
+    replayed: Option<(Vec<u8>, Vec<u8>)>,
 }
 
-impl<'a> Sections<'a> {
-    pub(crate) fn new(out: &'a mut dyn SectionSink) -> Sections<'a> {
-        Sections { out }
+impl Sections {
+    pub(crate) fn new() -> Sections {
+        Sections { encoder: MainEncoder::new(), next_id: RAM_SECTION + 1, devices: Vec::new(), replayed: None }
     }
 
-    /// Sends the state of one device: `body` reaches
+    /// Adds the state of one device: `body` reaches
     /// [`DestinationVm::load`](crate::vm::DestinationVm::load) under the same name, instance and version.
     ///
     /// # Errors
-    /// The connection's; a name that is empty or longer than 255 bytes.
+    /// A name that is empty or longer than 255 bytes.
     pub fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
-        self.out.section(name, instance, version, body)
+        // Section names follow the rules of block names.
+        BlockName::new(name).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        let id = self.next_id;
+        let head = Section { kind: SectionKind::Full, id, name: name.to_owned(), instance, version };
+        self.encoder.section(&head).raw(body).footer(id);
+        self.next_id += 1;
+        self.devices.push((name.to_owned(), instance, version, body.len() as u64));
+        Ok(())
     }
 
-    /// Sends device sections exactly as they were received, with the vmdescription that belongs to them. Nothing else
-    /// may be sent before or after.
-    ///
-    /// # Errors
-    /// The connection's.
-    pub fn replay(&mut self, sections: &[u8], vmdescription: &[u8]) -> io::Result<()> {
-        self.out.replay(sections, vmdescription)
+    /// Sends device sections exactly as they were received, with the vmdescription that belongs to them, instead of any
+    /// added with [`section`](Self::section). An empty description is left out.
+    pub fn replay(&mut self, sections: Vec<u8>, vmdescription: Vec<u8>) {
+        self.replayed = Some((sections, vmdescription));
+    }
+
+    /// The sections as they stand on the wire, and the vmdescription.
+    pub(crate) fn into_parts(self, page_size: usize) -> (Vec<u8>, Vec<u8>) {
+        if let Some(replayed) = self.replayed {
+            return replayed;
+        }
+        let described = self.devices.iter().map(|(name, instance, version, len)| OpaqueSection {
+            name,
+            instance: *instance,
+            version: *version,
+            len: *len,
+        });
+        let description = VmDescription::opaque(page_size as u64, described).to_json();
+        (self.encoder.as_bytes().to_vec(), description)
     }
 }
 
-/// Where sections go: the main channel of a source.
-pub(crate) trait SectionSink {
-    fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()>;
-    fn replay(&mut self, sections: &[u8], vmdescription: &[u8]) -> io::Result<()>;
-}
+/// The id of the `ram` section in streams that we write.
+pub(crate) const RAM_SECTION: u32 = 1;

@@ -5,7 +5,7 @@
 //! other side may already have answered.
 
 use crate::{
-    error::Error,
+    error::{Connection, Error},
     sync::{Arc, Mutex, lock},
     transport::Stopper,
 };
@@ -45,13 +45,13 @@ impl StopHandle {
         self.stop(Error::Cancelled);
     }
 
-    /// Ends the migration with `error`, unless it was stopped or committed before; then `error` is only logged.
-    pub(crate) fn stop(&self, error: Error) {
+    /// Ends the migration with `error`, unless it was stopped or committed before: then gives `error` back.
+    pub(crate) fn stop(&self, error: Error) -> Option<Error> {
         let mut state = lock(&self.state);
         if state.phase != Phase::Running {
             drop(state);
             tracing::debug!(%error, "after the end");
-            return;
+            return Some(error);
         }
         state.phase = Phase::Stopped;
         state.first = Some(error);
@@ -60,6 +60,7 @@ impl StopHandle {
         for stopper in &stoppers {
             stopper.stop();
         }
+        None
     }
 
     /// Has `stopper` stopped together with the migration; at once, if that has already happened.
@@ -102,6 +103,38 @@ impl StopHandle {
 impl Default for StopHandle {
     fn default() -> StopHandle {
         StopHandle::new()
+    }
+}
+
+/// Ends the migration when the thread that holds it panics: all others would wait for that thread.
+pub(crate) struct PanicGuard<'a> {
+    stop: Option<&'a StopHandle>,
+    connection: Connection,
+}
+
+impl<'a> PanicGuard<'a> {
+    pub(crate) fn new(stop: &'a StopHandle, connection: Connection) -> PanicGuard<'a> {
+        PanicGuard { stop: Some(stop), connection }
+    }
+
+    /// The thread has not panicked.
+    pub(crate) fn disarm(mut self) {
+        self.stop = None;
+    }
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop {
+            stop.stop(Error::Panicked { message: format!("the thread of {}", self.connection) });
+        }
+    }
+}
+
+/// Shared, so that one connection can be ended for two reasons.
+impl Stopper for std::sync::Arc<dyn Stopper> {
+    fn stop(&self) {
+        (**self).stop();
     }
 }
 

@@ -42,7 +42,7 @@ pub trait SourceVm {
     ///
     /// # Errors
     /// The migration ends and [`resume`](Self::resume) is called.
-    fn save(&mut self, out: &mut Sections<'_>) -> Result<(), VmError>;
+    fn save(&mut self, out: &mut Sections) -> Result<(), VmError>;
 
     /// Lets the VM run again, after a failure or a cancel that came after [`pause`](Self::pause) was called.
     ///

@@ -7,11 +7,6 @@ use std::io;
 
 use crate::{dirty_bitmap::DirtyBitmap, ram::Ram};
 
-pub mod bitmap;
-#[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
-pub mod conformance;
-pub mod merged;
-
 /// Reports the pages that were written, by the guest's CPUs or by its devices.
 ///
 /// Every implementation passes the same suite, `dirty::conformance`.

@@ -3,3 +3,4 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod guest_copy;
+pub(crate) mod heap;

@@ -1,0 +1,201 @@
+//! One receiving channel: takes packets, puts their pages into place, and meets the others at each SYNC.
+
+use std::io;
+
+use multifd_proto::{
+    BlockName, ChannelId, ProtocolError, Violation,
+    packet::{self, Compression, DeviceStatePacket, PREFIX_LEN, Prefix, RamPacket},
+    rounds::Party,
+    violation,
+};
+
+use super::{PageSink, Pages, Scratch, Shared};
+use crate::{
+    compress::Decompressor,
+    error::{Connection, Error, Place},
+    layout::Layout,
+    sync::{Arc, lock},
+    transport::Stream,
+};
+
+/// A channel's thread and all that it owns.
+pub(super) struct ReceiveChannel {
+    id: ChannelId,
+    stream: Box<dyn Stream>,
+    shared: Arc<Shared>,
+    /// The header of the current packet.
+    header: Box<[u8]>,
+    scratch: Scratch,
+    payload: Vec<u8>,
+    decompressors: Vec<(Compression, Decompressor)>,
+    /// Offsets of the packet's pages.
+    normal: Vec<u64>,
+    zero: Vec<u64>,
+    /// Bytes received; the hello is counted.
+    received: u64,
+    /// Set behind the first sync point.
+    pages: Option<Pages>,
+    /// The block of the packet before, and its position: most packets name the same one.
+    block: Option<(String, usize)>,
+}
+
+impl ReceiveChannel {
+    /// A channel that has said hello.
+    pub(super) fn new(id: ChannelId, stream: Box<dyn Stream>, shared: Arc<Shared>) -> ReceiveChannel {
+        let received = packet::HELLO_LEN as u64;
+        shared.progress.add_channel_bytes(id, received);
+        ReceiveChannel {
+            id,
+            stream,
+            header: vec![0; packet::header_len(shared.page_size).max(packet::DEVICE_STATE_LEN)].into(),
+            shared,
+            scratch: Scratch::default(),
+            payload: Vec::new(),
+            decompressors: Vec::new(),
+            normal: Vec::new(),
+            zero: Vec::new(),
+            received,
+            pages: None,
+            block: None,
+        }
+    }
+
+    /// Takes packets until the source ends the channel.
+    ///
+    /// # Errors
+    /// The first packet that breaks a rule, with its place; the connection's; [`Error::Stopped`].
+    pub(super) fn run(mut self) -> Result<(), Error> {
+        while self.packet()? {}
+        self.shared.barrier.leave(self.id, self.place())
+    }
+
+    /// Takes one packet; `false` at the end of the channel.
+    fn packet(&mut self) -> Result<bool, Error> {
+        let place = self.place();
+        let len = packet::header_len(self.shared.page_size);
+        let mut filled = 0;
+        while filled < PREFIX_LEN {
+            match self.stream.read(&mut self.header[filled..len]).map_err(Error::io(place))? {
+                0 if filled == 0 => return Ok(false),
+                0 => return Err(Error::Io { at: self.place_at(filled), source: io::ErrorKind::UnexpectedEof.into() }),
+                n => filled += n,
+            }
+        }
+        let prefix = Prefix::decode(self.header.first_chunk().expect("longer than a prefix"));
+        let prefix = prefix.map_err(Error::protocol(place))?;
+        let header_len = prefix.header_len(self.shared.page_size);
+        if filled < header_len {
+            let at = self.place_at(filled);
+            self.stream.read_exact(&mut self.header[filled..header_len]).map_err(Error::io(at))?;
+        }
+        if prefix.flags.device_state() {
+            let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(place))?;
+            return Err(Error::protocol(place)(packet.refusal()));
+        }
+        let (sync, payload_len) = self.pages(place)?;
+        let total = (header_len + payload_len) as u64;
+        self.received += total;
+        self.shared.progress.add_channel_bytes(self.id, total);
+        if sync {
+            // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they
+            // were applied above.
+            self.shared.barrier.arrive(Party::Channel(self.id), self.place())?;
+            if self.pages.is_none() {
+                self.pages = lock(&self.shared.pages).clone();
+            }
+        }
+        Ok(true)
+    }
+
+    /// Checks the header at `place` and puts the packet's pages into place. Returns whether it ends the round, and the
+    /// length of its payload.
+    fn pages(&mut self, place: Place) -> Result<(bool, usize), Error> {
+        let page_size = self.shared.page_size;
+        let packet = RamPacket::decode(&self.header[..packet::header_len(page_size)], page_size);
+        let packet = packet.map_err(Error::protocol(place))?;
+        let (sync, payload_len) = (packet.sync(), packet.payload_len());
+        if packet.normal() + packet.zero() == 0 {
+            return Ok((sync, payload_len));
+        }
+        let Some(Pages { layout, sink }) = self.pages.clone() else {
+            return Err(Error::protocol(place)(Violation::PageBeforeFirstSync));
+        };
+        let name = packet.block_name().map_err(Error::protocol(place))?;
+        let block = match &self.block {
+            Some((last, block)) if last == name => *block,
+            _ => {
+                let block = find(&layout, name).map_err(Error::protocol(place))?;
+                self.block = Some((name.to_owned(), block));
+                block
+            }
+        };
+        let known = &layout.blocks()[block];
+        packet.check_pages(known.name(), known.bytes(), page_size).map_err(Error::protocol(place))?;
+        self.normal.clear();
+        self.normal.extend(packet.normal_offsets());
+        self.zero.clear();
+        self.zero.extend(packet.zero_offsets());
+        let method = packet.compression();
+        let at = self.place_at(packet::header_len(page_size));
+        if let Some(expected) = self.shared.options.compression
+            && expected != method
+            && !self.normal.is_empty()
+        {
+            let mismatch = violation::Mismatch::CompressionMismatch { expected, found: method };
+            return Err(Error::protocol(place)(mismatch));
+        }
+        if !self.normal.is_empty() {
+            match method {
+                Compression::None => {
+                    sink.receive(&mut *self.stream, block, &self.normal, &mut self.scratch).map_err(Error::io(at))?
+                }
+                method => self.compressed(&*sink, method, block, payload_len, at)?,
+            }
+        }
+        if !self.zero.is_empty() {
+            sink.zero(block, &self.zero).map_err(Error::io(at))?;
+        }
+        self.shared.progress.add_pages(self.normal.len() as u64, self.zero.len() as u64);
+        Ok((sync, payload_len))
+    }
+
+    /// Takes a compressed payload.
+    fn compressed(
+        &mut self,
+        sink: &dyn PageSink,
+        method: Compression,
+        block: usize,
+        len: usize,
+        at: Place,
+    ) -> Result<(), Error> {
+        self.payload.resize(len, 0);
+        self.stream.read_exact(&mut self.payload).map_err(Error::io(at))?;
+        let index = match self.decompressors.iter().position(|(known, _)| *known == method) {
+            Some(index) => index,
+            None => {
+                self.decompressors.push((method, Decompressor::new(method).map_err(Error::io(at))?));
+                self.decompressors.len() - 1
+            }
+        };
+        self.scratch.bytes.resize(self.normal.len() * self.shared.page_size, 0);
+        let decompressor = &mut self.decompressors[index].1;
+        decompressor.decompress(&self.payload, &mut self.scratch.bytes).map_err(Error::io(at))?;
+        sink.store(block, &self.normal, &self.scratch.bytes).map_err(Error::io(at))
+    }
+
+    fn place(&self) -> Place {
+        self.place_at(0)
+    }
+
+    fn place_at(&self, further: usize) -> Place {
+        Place { connection: Connection::Channel(self.id), offset: self.received + further as u64 }
+    }
+}
+
+/// The position of the block called `name`.
+fn find(layout: &Layout, name: &str) -> Result<usize, ProtocolError> {
+    match layout.index_of(name) {
+        Some(index) => Ok(index),
+        None => Err(Violation::UnknownBlock { name: BlockName::new(name)? }.into()),
+    }
+}

@@ -1,0 +1,191 @@
+//! The main channel of a destination: a small buffer in front of the decoder.
+
+use std::{
+    io::{self, Read},
+    time::Duration,
+};
+
+use multifd_proto::{
+    return_path::Message,
+    stream::{self, Item, MainDecoder, Step, StreamError},
+};
+
+use crate::{
+    error::{Connection, Error, Place},
+    progress::Progress,
+    transport::Stream,
+};
+
+/// The reading half of main, and its return path.
+pub(crate) struct MainReader {
+    stream: Box<dyn Stream>,
+    decoder: MainDecoder,
+    progress: Progress,
+    buf: Vec<u8>,
+    /// `start <= end <= buf.len()`; between them is what was received and not yet used.
+    start: usize,
+    end: usize,
+    /// Payload of the previous item that is still to be taken before the next.
+    payload: usize,
+    /// Offset of the first byte of `buf[start..]` in the stream.
+    position: u64,
+}
+
+impl MainReader {
+    /// Reads from `stream`, of which the magic has been read: it told that this is main.
+    pub(super) fn new(stream: Box<dyn Stream>, page_size: usize, progress: Progress) -> MainReader {
+        let decoder = MainDecoder::new(page_size);
+        let magic = stream::MAGIC.to_be_bytes();
+        let mut buf = vec![0; BUFFER];
+        buf[..magic.len()].copy_from_slice(&magic);
+        progress.add_main_bytes(magic.len() as u64);
+        MainReader { stream, decoder, progress, buf, start: 0, end: magic.len(), payload: 0, position: 0 }
+    }
+
+    /// What the stream has said so far.
+    pub(crate) fn decoder(&self) -> &MainDecoder {
+        &self.decoder
+    }
+
+    /// Where the next byte comes from.
+    pub(crate) fn place(&self) -> Place {
+        Place { connection: Connection::Main, offset: self.position }
+    }
+
+    /// The next item. Its payload, if it has one, is to be taken with [`payload`](Self::payload).
+    pub(super) fn next_item(&mut self) -> Result<Item, Error> {
+        debug_assert_eq!(self.payload, 0, "the payload of the item before was taken");
+        loop {
+            let step = self.decoder.step(&self.buf[self.start..self.end]);
+            let step = step.map_err(|StreamError { offset, source }| {
+                Error::protocol(Place { connection: Connection::Main, offset })(source)
+            })?;
+            match step {
+                Step::Item { item, used } => {
+                    self.consume(used);
+                    self.payload = usize::try_from(item.payload_len()).expect("payloads on a connection are bounded");
+                    return Ok(item);
+                }
+                Step::Need(total) => self.fill(total)?,
+            }
+        }
+    }
+
+    /// The `len` bytes of payload that belong to the item before.
+    pub(super) fn payload(&mut self, len: usize) -> Result<&[u8], Error> {
+        self.fill(len)?;
+        let start = self.start;
+        self.consume(len);
+        self.payload -= len;
+        Ok(&self.buf[start..start + len])
+    }
+
+    /// Passes over `len` bytes of payload.
+    pub(super) fn skip(&mut self, len: usize) -> Result<(), Error> {
+        for part in (0..len).step_by(BUFFER / 2) {
+            self.payload((len - part).min(BUFFER / 2))?;
+        }
+        Ok(())
+    }
+
+    /// The body of the section that was the item before; its length is counted as it is read.
+    pub(super) fn body(&mut self) -> SectionBody<'_> {
+        SectionBody { main: self }
+    }
+
+    /// Whether anything follows the end of state: that can only be the vmdescription. Without one, the stream ends here.
+    pub(super) fn vmdescription_follows(&mut self) -> Result<bool, Error> {
+        match self.fill(1) {
+            Ok(()) => Ok(true),
+            // A source without return path closes main instead of waiting for us.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Receives at least one more byte, and says how many; 0 at the end of the connection. For those who look at
+    /// [`unread`](Self::unread) themselves.
+    pub(crate) fn receive(&mut self) -> Result<usize, Error> {
+        if self.start > 0 {
+            self.buf.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        if self.end == self.buf.len() {
+            self.buf.resize(self.buf.len() * 2, 0);
+        }
+        let at = Place { connection: Connection::Main, offset: self.position + self.end as u64 };
+        let n = self.stream.read(&mut self.buf[self.end..]).map_err(Error::io(at))?;
+        self.end += n;
+        self.progress.add_main_bytes(n as u64);
+        Ok(n)
+    }
+
+    /// What was received and not yet used.
+    pub(crate) fn unread(&self) -> &[u8] {
+        &self.buf[self.start..self.end]
+    }
+
+    /// Uses the first `len` bytes of [`unread`](Self::unread).
+    pub(crate) fn consume(&mut self, len: usize) {
+        debug_assert!(len <= self.end - self.start);
+        self.start += len;
+        self.position += len as u64;
+    }
+
+    /// Tells the decoder that `len` bytes of a section's body were used without it.
+    pub(crate) fn body_taken(&mut self, len: u64) {
+        self.decoder.body_taken(len);
+    }
+
+    /// Sends `message` to the source.
+    pub(super) fn reply(&mut self, message: &Message) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let at = Place { connection: Connection::ReturnPath, offset: 0 };
+        self.stream.write(&bytes, &[]).map_err(Error::io(at))
+    }
+
+    /// Reads until the source closes main, or for `timeout` without a byte.
+    pub(super) fn await_close(&mut self, timeout: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(timeout))?;
+        while self.stream.read(&mut self.buf)? > 0 {}
+        Ok(())
+    }
+
+    /// Makes sure that `total` bytes are there.
+    fn fill(&mut self, total: usize) -> Result<(), Error> {
+        while self.end - self.start < total {
+            if self.receive()? == 0 {
+                let offset = self.position + (self.end - self.start) as u64;
+                let at = Place { connection: Connection::Main, offset };
+                return Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The body of one section, of a length that only its reader knows.
+pub(super) struct SectionBody<'a> {
+    main: &'a mut MainReader,
+}
+
+impl Read for SectionBody<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.main.unread().is_empty() {
+            self.main.receive().map_err(|error| match error {
+                Error::Io { source, .. } => source,
+                other => io::Error::other(other),
+            })?;
+        }
+        let n = self.main.unread().len().min(into.len());
+        into[..n].copy_from_slice(&self.main.unread()[..n]);
+        self.main.consume(n);
+        self.main.body_taken(n as u64);
+        Ok(n)
+    }
+}
+
+/// Bytes received at a time; more than any item and payload but a vmdescription.
+const BUFFER: usize = 1 << 20;

@@ -1,0 +1,470 @@
+//! The receiving side of a migration: [`Destination::run`] is the list of its phases.
+//!
+//! The thread that calls it is the main thread: it reads main and owns the VM. One thread accepts connections; each
+//! connection has a thread of its own from its first byte, which finds out whether it is main or a channel. Pages go from
+//! a channel's socket to guest memory without passing through here. All meet at the round barrier.
+
+mod accept;
+mod channel;
+mod main_reader;
+mod options;
+mod report;
+mod sink;
+mod target;
+
+use std::time::Duration;
+
+use multifd_proto::{
+    Violation,
+    command::Command,
+    machine::Dialect,
+    ram::BlockEntry,
+    return_path::Message,
+    rounds::Party,
+    stream::{Item, Section, SectionKind},
+    xbzrle,
+};
+
+use self::{accept::Acceptor, target::VmTarget};
+pub(crate) use self::{
+    main_reader::MainReader,
+    sink::{PageSink, Scratch},
+    target::{Body, StreamHead, Target},
+};
+pub use self::{options::Options, report::Report};
+use crate::{
+    barrier::RoundBarrier,
+    error::{Error, Mismatch},
+    layout::Layout,
+    progress::{Event, Observer, Phase, Progress, RoundStats},
+    stop::StopHandle,
+    sync::{Arc, Condvar, Mutex, lock, wait},
+    transport::{Listen, Stopper, Stream},
+    vm::DestinationVm,
+};
+
+/// Receives a VM from a source.
+pub struct Destination {
+    options: Options,
+    stop: StopHandle,
+    progress: Progress,
+}
+
+impl Destination {
+    /// A migration that has not begun.
+    pub fn new(options: Options) -> Destination {
+        Destination { options, stop: StopHandle::new(), progress: Progress::new() }
+    }
+
+    /// What cancels this migration from another thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    /// The counters of this migration.
+    pub fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    /// Waits for a source at `from`, receives its VM into `vm` and starts it.
+    ///
+    /// On `Ok` the VM runs here. On `Err` it does not, and the source was not told that we have it, so that it runs on
+    /// there; the one exception is an error of [`DestinationVm::start`].
+    ///
+    /// # Errors
+    /// The first thing that went wrong on any connection, with its place; [`Error::Mismatch`] where `vm` is not like the
+    /// source's; [`Error::Cancelled`].
+    pub fn run(
+        self,
+        vm: &mut dyn DestinationVm,
+        from: Box<dyn Listen>,
+        observer: &mut dyn Observer,
+    ) -> Result<Report, Error> {
+        let page_size = vm.ram().layout().page_size();
+        self.receive(&mut VmTarget::new(vm), page_size, from, observer)
+    }
+
+    /// The same for anything that can take a stream.
+    pub(crate) fn receive(
+        self,
+        target: &mut dyn Target,
+        page_size: usize,
+        from: Box<dyn Listen>,
+        observer: &mut dyn Observer,
+    ) -> Result<Report, Error> {
+        let mut run = Run::new(self, page_size, from)?;
+        let outcome = run.phases(target, observer);
+        run.finish(target, outcome)
+    }
+}
+
+/// What all threads of one destination share.
+pub(super) struct Shared {
+    page_size: usize,
+    barrier: RoundBarrier,
+    progress: Progress,
+    stop: StopHandle,
+    options: Options,
+    /// Main, once a connection turned out to be it.
+    main: Mutex<MainSlot>,
+    main_changed: Condvar,
+    /// Where pages go; set before main reaches the first sync point, so every channel finds it behind that.
+    pages: Mutex<Option<Pages>>,
+    seen: Mutex<Seen>,
+    /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
+    streams: Mutex<Vec<std::sync::Arc<dyn Stopper>>>,
+}
+
+/// Where pages go, and the blocks that they may name.
+#[derive(Clone)]
+pub(super) struct Pages {
+    layout: Arc<Layout>,
+    sink: Arc<dyn PageSink>,
+}
+
+/// What the channels have said so far.
+pub(super) struct Seen {
+    ids: [bool; 256],
+    /// The same on every channel.
+    uuid: Option<[u8; 16]>,
+}
+
+impl Shared {
+    /// Has `stopper` end its connection when the migration fails or is over.
+    fn register_stream(&self, stopper: Box<dyn Stopper>) {
+        let stopper: std::sync::Arc<dyn Stopper> = stopper.into();
+        lock(&self.streams).push(stopper.clone());
+        self.stop.register(Box::new(stopper));
+    }
+
+    fn end_streams(&self) {
+        for stopper in lock(&self.streams).drain(..) {
+            stopper.stop();
+        }
+    }
+}
+
+#[derive(Default)]
+struct MainSlot {
+    stream: Option<Box<dyn Stream>>,
+    taken: bool,
+    stopped: bool,
+}
+
+/// The main thread's state.
+struct Run {
+    shared: Arc<Shared>,
+    acceptor: Acceptor,
+    main: Option<MainReader>,
+    report: Report,
+    return_path: bool,
+    /// Whether the number of channels is known.
+    channels_fixed: bool,
+    sink: Option<Arc<dyn PageSink>>,
+    begun: Duration,
+    round_begun: Duration,
+    round_totals: (u64, u64, u64),
+}
+
+impl Run {
+    fn new(destination: Destination, page_size: usize, from: Box<dyn Listen>) -> Result<Run, Error> {
+        let Destination { options, stop, progress } = destination;
+        let begun = options.clock.now();
+        let shared = Arc::new(Shared {
+            page_size,
+            barrier: RoundBarrier::new(None),
+            progress,
+            stop,
+            options,
+            main: Mutex::new(MainSlot::default()),
+            main_changed: Condvar::new(),
+            pages: Mutex::new(None),
+            seen: Mutex::new(Seen { ids: [false; 256], uuid: None }),
+            streams: Mutex::new(Vec::new()),
+        });
+        shared.stop.register(Box::new(shared.barrier.clone()));
+        shared.stop.register(Box::new(accept::MainSlotStopper(shared.clone())));
+        let acceptor = Acceptor::spawn(from, &shared)?;
+        Ok(Run {
+            shared,
+            acceptor,
+            main: None,
+            report: Report::default(),
+            return_path: false,
+            channels_fixed: false,
+            sink: None,
+            begun,
+            round_begun: begun,
+            round_totals: (0, 0, 0),
+        })
+    }
+
+    /// The migration from beginning to end.
+    fn phases(&mut self, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
+        self.enter(Phase::Connect, observer);
+        self.await_main()?;
+        self.enter(Phase::Setup, observer);
+        self.stream(target, observer)?;
+        self.enter(Phase::Confirm, observer);
+        self.confirm(target)?;
+        target.start()?;
+        self.enter(Phase::Done, observer);
+        self.await_close();
+        Ok(())
+    }
+
+    fn enter(&mut self, phase: Phase, observer: &mut dyn Observer) {
+        tracing::debug!(phase = phase.name(), "enters");
+        self.shared.progress.set_phase(phase);
+        observer.event(&Event::Phase(phase));
+    }
+
+    /// Waits until a connection says that it is main.
+    fn await_main(&mut self) -> Result<(), Error> {
+        let mut slot = lock(&self.shared.main);
+        let stream = loop {
+            if let Some(stream) = slot.stream.take() {
+                break stream;
+            }
+            if slot.stopped {
+                return Err(Error::Stopped);
+            }
+            slot = wait(&self.shared.main_changed, slot);
+        };
+        drop(slot);
+        self.begun = self.shared.options.clock.now();
+        self.main = Some(MainReader::new(stream, self.shared.page_size, self.shared.progress.clone()));
+        Ok(())
+    }
+
+    /// Reads main to the end of the stream.
+    fn stream(&mut self, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
+        loop {
+            let item = self.main().next_item()?;
+            match item {
+                Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
+                Item::Configuration { machine } => self.configuration(machine)?,
+                Item::ConfigCapabilities(_) => {}
+                Item::ConfigUuid(uuid) => self.report.uuid = Some(uuid),
+                Item::Command(command) => self.command(&command)?,
+                Item::RamStart { .. } => {}
+                Item::BlocksEnd => self.open_ram(target)?,
+                Item::RamPart { end } => self.ram_part(end, observer),
+                Item::ZeroPage { block, offset } => {
+                    self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
+                    self.shared.progress.add_pages(0, 1);
+                }
+                Item::Page { block, offset, len } => self.page(block, offset, len)?,
+                Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
+                Item::CompressPage { block, offset, len } => self.compressed_page(block, offset, len)?,
+                Item::Flush => self.sync_point(observer)?,
+                Item::Eos => {
+                    self.report.dialect = self.main().decoder().dialect();
+                    if self.report.dialect == Some(Dialect::PerSection) {
+                        self.sync_point(observer)?;
+                    }
+                }
+                Item::Section(section) => {
+                    if self.section(&section, target, observer)? == Body::RestOfStream {
+                        return Ok(());
+                    }
+                }
+                Item::Eof => {
+                    if !self.main().vmdescription_follows()? {
+                        return Ok(());
+                    }
+                }
+                Item::VmDescription { len } => {
+                    self.main().skip(len)?;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn configuration(&mut self, machine: String) -> Result<(), Error> {
+        match &self.shared.options.machine {
+            Some(ours) if *ours != machine => Err(Mismatch::Machine { theirs: machine, ours: ours.clone() }.into()),
+            _ => {
+                self.report.machine = machine;
+                Ok(())
+            }
+        }
+    }
+
+    fn command(&mut self, command: &Command) -> Result<(), Error> {
+        match command {
+            Command::OpenReturnPath => {
+                self.return_path = true;
+                if self.shared.options.switchover_ack {
+                    self.main().reply(&Message::SwitchoverAck)?;
+                }
+                Ok(())
+            }
+            Command::Ping(value) => self.main().reply(&Message::Pong(*value)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The block list is complete: finds out where its pages go.
+    fn open_ram(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+        let decoder = self.main().decoder();
+        let blocks: Vec<BlockEntry> = decoder.blocks().to_vec();
+        let page_size = self.shared.page_size;
+        let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.used_len)))?;
+        self.shared.progress.set_pages_total(layout.pages());
+        self.report.blocks = blocks.iter().map(|block| (block.name.clone(), block.used_len)).collect();
+        let head = StreamHead { machine: self.report.machine.clone(), uuid: self.report.uuid, blocks, layout };
+        let sink = target.open_ram(&head)?;
+        *lock(&self.shared.pages) = Some(Pages { layout: Arc::new(head.layout), sink: sink.clone() });
+        self.sink = Some(sink);
+        Ok(())
+    }
+
+    fn ram_part(&mut self, end: bool, observer: &mut dyn Observer) {
+        let phase = if end { Phase::Switchover } else { Phase::Rounds };
+        if self.shared.progress.snapshot().phase != Some(phase) {
+            self.enter(phase, observer);
+        }
+    }
+
+    fn page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
+        let payload = self.main().payload(len)?.to_vec();
+        self.store(block, offset, &payload)
+    }
+
+    fn xbzrle(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
+        let place = self.main().place();
+        let diff = self.main().payload(len)?.to_vec();
+        let mut page = vec![0; self.shared.page_size];
+        self.sink().load(block, offset, &mut page).map_err(Error::io(place))?;
+        xbzrle::apply(&diff, &mut page).map_err(Error::protocol(place))?;
+        self.store(block, offset, &page)
+    }
+
+    fn compressed_page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
+        let place = self.main().place();
+        let payload = self.main().payload(len)?.to_vec();
+        let mut page = vec![0; self.shared.page_size];
+        crate::compress::inflate_page(&payload, &mut page).map_err(Error::io(place))?;
+        self.store(block, offset, &page)
+    }
+
+    fn store(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), Error> {
+        self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
+        self.shared.progress.add_pages(1, 0);
+        Ok(())
+    }
+
+    /// The end of a round, or of a section in the dialect that ends each of them.
+    fn sync_point(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
+        let place = self.main().place();
+        if !self.channels_fixed {
+            self.channels_fixed = true;
+            let channels = self.acceptor.channels()?;
+            self.shared.barrier.fix_channels(channels).map_err(Error::protocol(place))?;
+            self.report.channels = channels;
+        }
+        self.acceptor.nobody_else()?;
+        self.shared.barrier.arrive(Party::Main, place)?;
+        self.count_round(observer);
+        Ok(())
+    }
+
+    fn count_round(&mut self, observer: &mut dyn Observer) {
+        let now = self.shared.options.clock.now();
+        let snapshot = self.shared.progress.snapshot();
+        let (normal, zero, bytes) = self.round_totals;
+        self.round_totals = (snapshot.normal, snapshot.zero, snapshot.bytes());
+        let stats = RoundStats {
+            round: self.report.rounds.len() as u64,
+            dirty_pages: snapshot.normal + snapshot.zero - normal - zero,
+            normal: snapshot.normal - normal,
+            zero: snapshot.zero - zero,
+            bytes: snapshot.bytes() - bytes,
+            took: now - self.round_begun,
+            guest_running: snapshot.phase != Some(Phase::Switchover),
+            dirty_after: 0,
+            expected_downtime: Duration::ZERO,
+            throttle: 0,
+        };
+        self.round_begun = now;
+        self.shared.progress.open_round(stats.round + 1, 0);
+        observer.event(&Event::Round(stats.clone()));
+        self.report.rounds.push(stats);
+    }
+
+    /// The state of one device.
+    fn section(
+        &mut self,
+        section: &Section,
+        target: &mut dyn Target,
+        observer: &mut dyn Observer,
+    ) -> Result<Body, Error> {
+        if section.kind != SectionKind::Full {
+            let name = section.name.clone();
+            return Err(Error::Mismatch(Mismatch::IterableSection { name }));
+        }
+        let ram_ended = self.main().decoder().ram_ended();
+        if ram_ended && self.shared.progress.snapshot().phase != Some(Phase::Devices) {
+            self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
+            self.enter(Phase::Devices, observer);
+        }
+        target.section(section, ram_ended, self.main())
+    }
+
+    /// Takes the VM over. Once the source may have been told, a cancel comes too late.
+    fn confirm(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+        let place = self.main().place();
+        if !self.main().decoder().ram_ended() {
+            return Err(Error::protocol(place)(Violation::UnexpectedElement {
+                element: "end of the stream",
+                place: "before the END section of ram",
+            }));
+        }
+        self.acceptor.nobody_else()?;
+        target.commit()?;
+        self.shared.stop.commit()?;
+        if self.return_path {
+            self.main().reply(&Message::Shut(0))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
+    /// runs by now, so a source that does not is only logged.
+    fn await_close(&mut self) {
+        let timeout = self.shared.options.close_timeout;
+        if let Err(error) = self.main().await_close(timeout) {
+            tracing::debug!(%error, "while waiting for the source to close main");
+        }
+    }
+
+    fn main(&mut self) -> &mut MainReader {
+        self.main.as_mut().expect("set by await_main")
+    }
+
+    fn sink(&self) -> &dyn PageSink {
+        &**self.sink.as_ref().expect("the decoder lets no page pass before the block list")
+    }
+
+    /// Ends all threads.
+    fn finish(mut self, target: &mut dyn Target, outcome: Result<(), Error>) -> Result<Report, Error> {
+        let failure = outcome.err().map(|error| {
+            if self.return_path && !matches!(error, Error::Stopped) {
+                // The source learns the reason sooner than by a closed connection; it is no matter if it does not.
+                let _ = self.main().reply(&Message::Shut(1));
+            }
+            self.shared.stop.stop(error)
+        });
+        let late = self.acceptor.finish();
+        drop(self.main.take());
+        *lock(&self.shared.pages) = None;
+        let Some(not_first) = failure else {
+            self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
+            return Ok(self.report);
+        };
+        target.abandon();
+        Err(self.shared.stop.take_first().or(not_first).or(late).unwrap_or(Error::Stopped))
+    }
+}

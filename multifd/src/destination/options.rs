@@ -1,0 +1,48 @@
+//! What a destination is told before it begins.
+
+use std::time::Duration;
+
+use multifd_proto::packet::Compression;
+
+use crate::clock::Clock;
+
+/// How to receive. Everything that the stream tells is found out unless it is required here.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How many channels there have to be; `None` for as many as the source opened before its first sync point.
+    ///
+    /// Discovery relies on connections arriving in the order in which they were opened; where the network may reorder
+    /// them, give the number.
+    pub channels: Option<u8>,
+    /// How page contents have to be compressed; `None` for whatever each packet says.
+    pub compression: Option<Compression>,
+    /// The machine type that the source has to run.
+    pub machine: Option<String>,
+    /// The UUID that the source's channels have to name; `None` for any, the same on all channels.
+    pub uuid: Option<[u8; 16]>,
+    /// Tell the source that it may switch over whenever it likes: needed by a QEMU source with `switchover-ack`, fatal
+    /// for one before 8.1 (spec §11).
+    pub switchover_ack: bool,
+    /// How long a connection may take to say what it is, and the source to open the remaining ones.
+    pub setup_timeout: Option<Duration>,
+    /// How long the source may take to close main after it was told that the VM is ours.
+    pub close_timeout: Duration,
+    /// Where time comes from.
+    pub clock: Clock,
+}
+
+impl Default for Options {
+    /// Takes what comes; 30 seconds for the set-up.
+    fn default() -> Options {
+        Options {
+            channels: None,
+            compression: None,
+            machine: None,
+            uuid: None,
+            switchover_ack: false,
+            setup_timeout: Some(Duration::from_secs(30)),
+            close_timeout: Duration::from_secs(5),
+            clock: Clock::monotonic(),
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! What a finished migration was like, as the destination saw it.
+
+use std::time::Duration;
+
+use multifd_proto::{BlockName, machine::Dialect};
+
+use crate::progress::{Progress, RoundStats};
+
+/// The figures of one migration.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// From the first byte of main until the VM ran.
+    pub total: Duration,
+    /// The source's machine type.
+    pub machine: String,
+    /// The VM's UUID, where the source validates it.
+    pub uuid: Option<[u8; 16]>,
+    /// RAM blocks with their lengths in bytes, as the source listed them.
+    pub blocks: Vec<(BlockName, u64)>,
+    /// Channels beside main.
+    pub channels: usize,
+    /// Where rounds ended on main.
+    pub dialect: Option<Dialect>,
+    /// What came between two sync points: rounds in the per-round dialect, sections in the other. The first has no pages.
+    pub rounds: Vec<RoundStats>,
+    /// Pages received with content.
+    pub normal: u64,
+    /// Pages received as zeros.
+    pub zero: u64,
+    /// Bytes on main.
+    pub main_bytes: u64,
+    /// Bytes on each channel, by id.
+    pub channel_bytes: Vec<u64>,
+}
+
+impl Report {
+    pub(super) fn finish(&mut self, progress: &Progress, total: Duration) {
+        let snapshot = progress.snapshot();
+        self.total = total;
+        self.normal = snapshot.normal;
+        self.zero = snapshot.zero;
+        self.main_bytes = snapshot.main_bytes;
+        self.channel_bytes = progress.channel_bytes(self.channels);
+    }
+}

@@ -1,0 +1,155 @@
+//! Where received pages go.
+//!
+//! Blocks are named by their position in the source's list. Callers have checked every offset against the block's length
+//! there; what is behind this trait maps it to memory or to a file.
+
+use std::io;
+
+use crate::{
+    layout::Layout,
+    ram::{GuestRange, Ram},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    transport::Stream,
+};
+
+/// Takes the pages of all channels and of main, from all their threads.
+///
+/// Within a round, several threads may bring the same page (spec §17, T4); either copy may then remain.
+pub(crate) trait PageSink: Send + Sync {
+    /// Takes the contents of the pages at `offsets` of `block` from `stream`, in that order.
+    fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()>;
+
+    /// Puts `bytes`, one page for each of `offsets`, into place.
+    fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes the pages at `offsets` zero.
+    fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()>;
+
+    /// Copies the page at `offset` out.
+    fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// No further page comes. Pages that were never named are zeros from here on.
+    fn ram_complete(&self) -> io::Result<()>;
+}
+
+/// Private memory of one thread, for pages on their way.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The memory of a VM in this process.
+pub(crate) struct MemorySink {
+    ram: Ram,
+    /// Our position of each of the source's blocks.
+    order: Vec<usize>,
+    /// One bit for each page that may hold something else than zeros.
+    touched: PageBits,
+    /// One bit for each page that was named; only where there is memory that is not known to be zeros.
+    named: Option<PageBits>,
+}
+
+impl MemorySink {
+    pub(crate) fn new(ram: Ram, order: Vec<usize>) -> MemorySink {
+        let touched = PageBits::new(ram.layout());
+        let mut named = None;
+        for (block, layout) in ram.blocks().iter().zip(ram.layout().blocks()) {
+            if !block.is_fresh() {
+                layout.page_range().for_each(|page| touched.set(page));
+                named.get_or_insert_with(|| PageBits::new(ram.layout()));
+            }
+        }
+        MemorySink { ram, order, touched, named }
+    }
+
+    /// The page at `offset` of the source's block `block`, with its number.
+    fn page(&self, block: usize, offset: u64) -> io::Result<(u64, GuestRange<'_>)> {
+        let layout = self.ram.layout();
+        let index = self.order[block];
+        let range = self.ram.blocks()[index].range(offset, layout.page_size()).ok_or(io::ErrorKind::InvalidInput)?;
+        let page = layout.blocks()[index].page_at(offset);
+        if let Some(named) = &self.named {
+            named.set(page);
+        }
+        Ok((page, range))
+    }
+}
+
+impl PageSink for MemorySink {
+    fn receive(
+        &self,
+        stream: &mut dyn Stream,
+        block: usize,
+        offsets: &[u64],
+        _scratch: &mut Scratch,
+    ) -> io::Result<()> {
+        let mut ranges = Vec::with_capacity(offsets.len());
+        for &offset in offsets {
+            let (page, range) = self.page(block, offset)?;
+            self.touched.set(page);
+            ranges.push(range);
+        }
+        stream.read_pages(&ranges)
+    }
+
+    fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
+        for (&offset, content) in offsets.iter().zip(bytes.chunks_exact(self.ram.layout().page_size())) {
+            let (page, range) = self.page(block, offset)?;
+            self.touched.set(page);
+            range.write(content);
+        }
+        Ok(())
+    }
+
+    fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()> {
+        for &offset in offsets {
+            let (page, range) = self.page(block, offset)?;
+            // Fresh memory is zeros already, and writing to it would make it cost a page.
+            if self.touched.contains(page) {
+                range.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.page(block, offset)?.1.read(into);
+        Ok(())
+    }
+
+    fn ram_complete(&self) -> io::Result<()> {
+        let Some(named) = &self.named else { return Ok(()) };
+        for block in self.ram.layout().blocks() {
+            for page in block.page_range().filter(|&page| !named.contains(page)) {
+                self.ram.page(page).expect("a page of the block").clear();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A set of pages that all threads add to.
+struct PageBits {
+    words: Vec<AtomicU64>,
+}
+
+impl PageBits {
+    fn new(layout: &Layout) -> PageBits {
+        let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
+        PageBits { words: std::iter::repeat_with(|| AtomicU64::new(0)).take(words).collect() }
+    }
+
+    /// Rounds are ordered by the barrier, and within one the order of two copies of a page does not matter, so relaxed
+    /// is enough.
+    fn set(&self, page: u64) {
+        let (word, bit) = (&self.words[(page / 64) as usize], 1 << (page % 64));
+        // Most pages come more than once; a load does not take the line from other threads.
+        if word.load(Relaxed) & bit == 0 {
+            word.fetch_or(bit, Relaxed);
+        }
+    }
+
+    fn contains(&self, page: u64) -> bool {
+        self.words[(page / 64) as usize].load(Relaxed) >> (page % 64) & 1 == 1
+    }
+}

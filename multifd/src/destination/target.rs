@@ -1,0 +1,104 @@
+//! Who takes a stream: a VM of the VMM, or a checkpoint file.
+
+use std::io::Read;
+
+use multifd_proto::{BlockName, ram::BlockEntry, stream::Section};
+
+use super::{MainReader, PageSink, sink::MemorySink};
+use crate::{
+    error::{Error, Mismatch},
+    layout::Layout,
+    sync::Arc,
+    vm::{DestinationVm, SectionId},
+};
+
+/// What main has said before the first page.
+pub(crate) struct StreamHead {
+    #[expect(dead_code, reason = "for checkpoints")]
+    pub(crate) machine: String,
+    #[expect(dead_code, reason = "for checkpoints")]
+    pub(crate) uuid: Option<[u8; 16]>,
+    pub(crate) blocks: Vec<BlockEntry>,
+    /// The blocks in the source's order; pages are named by the position of their block in it.
+    pub(crate) layout: Layout,
+}
+
+/// How much of main a section took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// Its body, up to the footer.
+    Section,
+    /// Everything to the end of the stream.
+    RestOfStream,
+}
+
+/// Takes RAM and device state. Called by the main thread, in this order.
+pub(crate) trait Target {
+    /// Says where the pages of `head` go, or that they do not fit.
+    fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error>;
+
+    /// Takes the body of `section`, which `main` gives next, or also all that follows. All pages are in place if
+    /// `ram_ended`.
+    fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error>;
+
+    /// Everything has arrived: makes it last. The source is told afterwards, and then [`start`](Self::start) follows.
+    fn commit(&mut self) -> Result<(), Error>;
+
+    /// The VM is ours.
+    fn start(&mut self) -> Result<(), Error>;
+
+    /// The migration has failed.
+    fn abandon(&mut self);
+}
+
+/// A VM of the VMM.
+pub(super) struct VmTarget<'a> {
+    vm: &'a mut dyn DestinationVm,
+}
+
+impl<'a> VmTarget<'a> {
+    pub(super) fn new(vm: &'a mut dyn DestinationVm) -> VmTarget<'a> {
+        VmTarget { vm }
+    }
+}
+
+impl Target for VmTarget<'_> {
+    fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
+        let ram = self.vm.ram();
+        let mut order = Vec::new();
+        for entry in &head.blocks {
+            order.push(matching_block(ram.layout(), &entry.name, entry.used_len)?);
+        }
+        if let Some(missing) = (0..ram.blocks().len()).find(|index| !order.contains(index)) {
+            return Err(Mismatch::BlockMissing { name: ram.blocks()[missing].name().clone() }.into());
+        }
+        Ok(Arc::new(MemorySink::new(ram.clone(), order)))
+    }
+
+    fn section(&mut self, section: &Section, _ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
+        let id = SectionId { name: section.name.clone(), instance: section.instance, version: section.version };
+        let mut body = main.body();
+        self.vm.load(&id, &mut body as &mut dyn Read).map_err(|source| Error::Load { section: id, source })?;
+        Ok(Body::Section)
+    }
+
+    fn commit(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        self.vm.start().map_err(Error::vm("start"))
+    }
+
+    fn abandon(&mut self) {}
+}
+
+fn matching_block(ours: &Layout, name: &BlockName, theirs: u64) -> Result<usize, Mismatch> {
+    let Some(index) = ours.index_of(name.as_str()) else {
+        return Err(Mismatch::BlockUnknown { name: name.clone(), len: theirs });
+    };
+    match ours.blocks()[index].bytes() {
+        len if len == theirs => Ok(index),
+        len => Err(Mismatch::BlockLengths { name: name.clone(), theirs, ours: len }),
+    }
+}

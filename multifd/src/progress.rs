@@ -1,0 +1,238 @@
+//! What a migration has done so far: counters to look at from outside, and events per phase and round.
+//!
+//! Counters are for display only; nothing is decided by them.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use multifd_proto::ChannelId;
+
+/// The steps of a migration, in the order in which they happen; both sides use the same names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Phase {
+    /// Connections are opened or awaited.
+    Connect,
+    /// Header, RAM blocks, the first sync point.
+    Setup,
+    /// Rounds with the guest running.
+    Rounds,
+    /// The last round, with the guest paused.
+    Switchover,
+    /// Device state.
+    Devices,
+    /// The destination has everything; its confirmation is awaited or given.
+    Confirm,
+    /// The VM belongs to the destination.
+    Done,
+}
+
+impl Phase {
+    /// The name in events, progress bars and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Connect => "connect",
+            Phase::Setup => "setup",
+            Phase::Rounds => "rounds",
+            Phase::Switchover => "switchover",
+            Phase::Devices => "devices",
+            Phase::Confirm => "confirm",
+            Phase::Done => "done",
+        }
+    }
+}
+
+/// One round that is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoundStats {
+    /// Counted from 0, the round that sends every page.
+    pub round: u64,
+    /// Pages that were dirty when it began.
+    pub dirty_pages: u64,
+    /// Pages sent with content.
+    pub normal: u64,
+    /// Pages sent as zeros.
+    pub zero: u64,
+    /// Bytes on all connections, headers included.
+    pub bytes: u64,
+    /// From its opening until every channel has sent its SYNC packet.
+    pub took: Duration,
+    /// Whether the guest was running.
+    pub guest_running: bool,
+    /// Pages written meanwhile, which the next round has to send; 0 for the last.
+    pub dirty_after: u64,
+    /// What sending those would take, at the speed measured so far.
+    pub expected_downtime: Duration,
+    /// By how many percent the guest was slowed down.
+    pub throttle: u8,
+}
+
+/// Something worth showing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// A phase begins.
+    Phase(Phase),
+    /// A round is over.
+    Round(RoundStats),
+    /// The guest is slowed down from now on.
+    Throttle(u8),
+}
+
+/// Is told what happens, by the thread that called `run`.
+pub trait Observer {
+    /// `event` has just happened. The migration waits until this returns.
+    fn event(&mut self, event: &Event);
+}
+
+/// Looks away.
+impl Observer for () {
+    fn event(&mut self, _event: &Event) {}
+}
+
+/// Lets any thread look at the counters of one migration.
+#[derive(Clone)]
+pub struct Progress {
+    counters: Arc<Counters>,
+}
+
+struct Counters {
+    phase: AtomicU8,
+    round: AtomicU64,
+    pages_total: AtomicU64,
+    round_pages: AtomicU64,
+    round_done: AtomicU64,
+    normal: AtomicU64,
+    zero: AtomicU64,
+    skipped: AtomicU64,
+    main_bytes: AtomicU64,
+    channel_bytes: [AtomicU64; 256],
+}
+
+/// The counters at one moment. They are read one by one, so they may differ by what happened meanwhile.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The phase; `None` before the first.
+    pub phase: Option<Phase>,
+    /// The round that is being sent or received.
+    pub round: u64,
+    /// Pages of the VM.
+    pub pages_total: u64,
+    /// Pages that this round began with; 0 where it is not known.
+    pub round_pages: u64,
+    /// Pages of this round that are done.
+    pub round_done: u64,
+    /// Pages with content, in all rounds.
+    pub normal: u64,
+    /// Zero pages, in all rounds.
+    pub zero: u64,
+    /// Pages not sent because they were never touched.
+    pub skipped: u64,
+    /// Bytes on main.
+    pub main_bytes: u64,
+    /// Bytes on all channels.
+    pub channel_bytes: u64,
+}
+
+impl Snapshot {
+    /// Bytes on all connections.
+    pub fn bytes(&self) -> u64 {
+        self.main_bytes + self.channel_bytes
+    }
+}
+
+impl Progress {
+    pub(crate) fn new() -> Progress {
+        Progress {
+            counters: Arc::new(Counters {
+                phase: AtomicU8::new(u8::MAX),
+                round: AtomicU64::new(0),
+                pages_total: AtomicU64::new(0),
+                round_pages: AtomicU64::new(0),
+                round_done: AtomicU64::new(0),
+                normal: AtomicU64::new(0),
+                zero: AtomicU64::new(0),
+                skipped: AtomicU64::new(0),
+                main_bytes: AtomicU64::new(0),
+                channel_bytes: [const { AtomicU64::new(0) }; 256],
+            }),
+        }
+    }
+
+    /// The counters now.
+    pub fn snapshot(&self) -> Snapshot {
+        let counters = &*self.counters;
+        Snapshot {
+            phase: PHASES.get(usize::from(counters.phase.load(Relaxed))).copied(),
+            round: counters.round.load(Relaxed),
+            pages_total: counters.pages_total.load(Relaxed),
+            round_pages: counters.round_pages.load(Relaxed),
+            round_done: counters.round_done.load(Relaxed),
+            normal: counters.normal.load(Relaxed),
+            zero: counters.zero.load(Relaxed),
+            skipped: counters.skipped.load(Relaxed),
+            main_bytes: counters.main_bytes.load(Relaxed),
+            channel_bytes: counters.channel_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum(),
+        }
+    }
+
+    /// Bytes on each of the first `channels` channels.
+    pub fn channel_bytes(&self, channels: usize) -> Vec<u64> {
+        self.counters.channel_bytes.iter().take(channels).map(|bytes| bytes.load(Relaxed)).collect()
+    }
+
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        self.counters.phase.store(phase as u8, Relaxed);
+    }
+
+    pub(crate) fn set_pages_total(&self, pages: u64) {
+        self.counters.pages_total.store(pages, Relaxed);
+    }
+
+    pub(crate) fn open_round(&self, round: u64, pages: u64) {
+        self.counters.round.store(round, Relaxed);
+        self.counters.round_pages.store(pages, Relaxed);
+        self.counters.round_done.store(0, Relaxed);
+    }
+
+    pub(crate) fn add_pages(&self, normal: u64, zero: u64) {
+        self.counters.normal.fetch_add(normal, Relaxed);
+        self.counters.zero.fetch_add(zero, Relaxed);
+        self.counters.round_done.fetch_add(normal + zero, Relaxed);
+    }
+
+    pub(crate) fn add_skipped(&self, pages: u64) {
+        self.counters.skipped.fetch_add(pages, Relaxed);
+    }
+
+    pub(crate) fn add_main_bytes(&self, bytes: u64) {
+        self.counters.main_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    pub(crate) fn add_channel_bytes(&self, channel: ChannelId, bytes: u64) {
+        self.counters.channel_bytes[channel.index()].fetch_add(bytes, Relaxed);
+    }
+}
+
+const PHASES: [Phase; 7] =
+    [Phase::Connect, Phase::Setup, Phase::Rounds, Phase::Switchover, Phase::Devices, Phase::Confirm, Phase::Done];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_phase_is_read_back_as_it_was_set() {
+        let progress = Progress::new();
+        assert_eq!(progress.snapshot().phase, None);
+        for phase in PHASES {
+            progress.set_phase(phase);
+            assert_eq!(progress.snapshot().phase, Some(phase));
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Hands the dirty pages of the open section to whichever channel asks next.
+//!
+//! Every page of the bitmap passed to [`PageScan::load`] is handed out exactly once, in a [`Batch`] that lies within one
+//! RAM block. Channels pull; nobody assigns work. A section is the part of a round between two sync points: the whole
+//! round in the per-round dialect, a number of pages in the per-section one. See `barrier` for how it ends.
+
+use crate::{
+    dirty_bitmap::DirtyBitmap,
+    layout::Layout,
+    sync::{Arc, Mutex, lock},
+};
+
+/// The pages still to be sent in this round. Clones are the same scan.
+#[derive(Clone)]
+pub(crate) struct PageScan {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    layout: Layout,
+    /// Most pages in a batch.
+    capacity: usize,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Pages not handed out yet.
+    dirty: DirtyBitmap,
+    /// Pages that are zeros without looking; empty where nothing is known.
+    zeros: Option<DirtyBitmap>,
+    /// Below it, nothing is dirty.
+    from: u64,
+    /// Pages that may still be handed out before the next sync point.
+    allowed: u64,
+    /// Batches handed out since the beginning: the number of the next packet.
+    packets: u64,
+}
+
+/// The pages that become one packet: at least one, all of one block.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    /// Position of the block in the layout.
+    pub(crate) block: usize,
+    /// Offsets in bytes within the block, ascending, of pages to be looked at.
+    pub(crate) pages: Vec<u64>,
+    /// Offsets in bytes of pages that are zeros without looking.
+    pub(crate) zeros: Vec<u64>,
+    /// A number that no other packet of the migration has; later batches have higher ones.
+    pub(crate) packet: u64,
+}
+
+impl PageScan {
+    /// A scan without pages, for batches of up to `capacity` pages of `layout`.
+    pub(crate) fn new(layout: Layout, capacity: usize) -> PageScan {
+        let dirty = DirtyBitmap::new(&layout);
+        let state = State { dirty, zeros: None, from: 0, allowed: 0, packets: 0 };
+        PageScan { shared: Arc::new(Shared { layout, capacity, state: Mutex::new(state) }) }
+    }
+
+    /// Swaps the pages of a new round in: `dirty` becomes empty.
+    ///
+    /// Nothing is handed out before [`allow`](Self::allow). The round before is complete.
+    pub(crate) fn load(&self, dirty: &mut DirtyBitmap) {
+        let mut state = lock(&self.shared.state);
+        debug_assert!(state.dirty.is_empty(), "the round before was handed out completely");
+        std::mem::swap(&mut state.dirty, dirty);
+        state.from = 0;
+        state.allowed = 0;
+    }
+
+    /// From now on, pages that are also in `zeros` are handed out as zeros.
+    pub(crate) fn set_zeros(&self, zeros: Option<DirtyBitmap>) {
+        lock(&self.shared.state).zeros = zeros;
+    }
+
+    /// Opens a section: lets `pages` more pages be handed out (batches are not cut short, so it may be some more).
+    pub(crate) fn allow(&self, pages: u64) {
+        lock(&self.shared.state).allowed = pages;
+    }
+
+    /// Fills `batch` with the next pages; `false` where the section has no more.
+    pub(crate) fn next(&self, batch: &mut Batch) -> bool {
+        batch.pages.clear();
+        batch.zeros.clear();
+        let Shared { layout, capacity, state } = &*self.shared;
+        let mut guard = lock(state);
+        let state = &mut *guard;
+        if state.allowed == 0 {
+            return false;
+        }
+        let Some(first) = state.dirty.next(state.from) else { return false };
+        let index = layout.block_of(first).expect("only pages of blocks are set");
+        let block = &layout.blocks()[index];
+        state.from = state.dirty.take(first, block.page_range().end, *capacity, &mut batch.pages);
+        state.allowed = state.allowed.saturating_sub(batch.pages.len() as u64);
+        batch.block = index;
+        batch.packet = state.packets;
+        state.packets += 1;
+        if let Some(zeros) = &state.zeros {
+            let Batch { pages, zeros: known, .. } = batch;
+            pages.retain(|&page| {
+                let zero = zeros.contains(page);
+                if zero {
+                    known.push(page);
+                }
+                !zero
+            });
+        }
+        drop(guard);
+        for page in batch.pages.iter_mut().chain(&mut batch.zeros) {
+            *page = block.offset_of(*page);
+        }
+        true
+    }
+
+    /// A packet number for a packet without pages.
+    pub(crate) fn packet_number(&self) -> u64 {
+        let mut state = lock(&self.shared.state);
+        state.packets += 1;
+        state.packets - 1
+    }
+
+    /// Whether every page of the round was handed out.
+    pub(crate) fn is_empty(&self) -> bool {
+        let mut state = lock(&self.shared.state);
+        match state.dirty.next(state.from) {
+            Some(page) => {
+                state.from = page;
+                false
+            }
+            None => true,
+        }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use multifd_proto::BlockName;
+
+    use super::*;
+
+    fn layout() -> Layout {
+        let blocks = [("a", 300u64), ("b", 5)].map(|(name, pages)| (BlockName::new(name).unwrap(), pages * 4096));
+        Layout::new(4096, blocks).unwrap()
+    }
+
+    fn drain(scan: &PageScan) -> Vec<(usize, Vec<u64>)> {
+        let mut batch = Batch::default();
+        let mut all = Vec::new();
+        while scan.next(&mut batch) {
+            all.push((batch.block, batch.pages.iter().map(|offset| offset / 4096).collect()));
+        }
+        all
+    }
+
+    #[test]
+    fn each_page_is_handed_out_once_in_batches_of_one_block() {
+        let scan = PageScan::new(layout(), 128);
+        scan.load(&mut DirtyBitmap::full(&layout()));
+        assert_eq!(drain(&scan), [], "nothing before the section opens");
+        scan.allow(u64::MAX);
+        let expected = [(0, 0..128), (0, 128..256), (0, 256..300), (1, 0..5)];
+        assert_eq!(drain(&scan), expected.map(|(block, pages)| (block, pages.collect())));
+        assert!(scan.is_empty());
+    }
+
+    #[test]
+    fn a_section_ends_after_the_pages_it_was_allowed() {
+        let scan = PageScan::new(layout(), 128);
+        scan.load(&mut DirtyBitmap::full(&layout()));
+        scan.allow(130);
+        assert_eq!(drain(&scan).len(), 2);
+        assert!(!scan.is_empty());
+        scan.allow(1);
+        assert_eq!(drain(&scan).len(), 1);
+        scan.allow(u64::MAX);
+        assert_eq!(drain(&scan).len(), 1);
+        assert!(scan.is_empty());
+    }
+
+    #[test]
+    fn known_zeros_are_told_apart() {
+        let scan = PageScan::new(layout(), 128);
+        let mut zeros = DirtyBitmap::new(&layout());
+        zeros.set_range(1..120);
+        let mut dirty = DirtyBitmap::new(&layout());
+        dirty.set_range(0..125);
+        scan.set_zeros(Some(zeros));
+        scan.load(&mut dirty);
+        assert!(dirty.is_empty());
+        scan.allow(u64::MAX);
+        let mut batch = Batch::default();
+        assert!(scan.next(&mut batch));
+        assert_eq!(batch.pages, [0, 120, 121, 122, 123, 124].map(|page| page * 4096));
+        assert_eq!(batch.zeros.len(), 119);
+        assert!(!scan.next(&mut batch));
+    }
+
+    #[test]
+    fn packet_numbers_are_unique_and_rise() {
+        let scan = PageScan::new(layout(), 128);
+        scan.load(&mut DirtyBitmap::full(&layout()));
+        scan.allow(u64::MAX);
+        let mut batch = Batch::default();
+        assert!(scan.next(&mut batch));
+        let first = batch.packet;
+        let sync = scan.packet_number();
+        assert!(scan.next(&mut batch));
+        assert!(first < sync && sync < batch.packet);
+    }
+}

@@ -1,0 +1,198 @@
+//! One sending channel: pulls batches from the page scan and sends each as one packet.
+
+use multifd_proto::{
+    ChannelId,
+    machine::ZeroPages,
+    packet::{self, Compression, Hello, PacketHeader},
+    rounds::Party,
+};
+
+use super::Shared;
+use crate::{
+    compress::Compressor,
+    error::{Connection, Error, Place},
+    ram::GuestRange,
+    scan::Batch,
+    stop::PanicGuard,
+    sync::{Arc, atomic::Ordering, lock},
+    transport::Stream,
+};
+
+/// A channel's thread and all that it owns.
+pub(super) struct SendChannel {
+    id: ChannelId,
+    stream: Box<dyn Stream>,
+    shared: Arc<Shared>,
+    /// The encoded header of the current packet.
+    header: Box<[u8]>,
+    /// The compressed payload of the current packet.
+    payload: Vec<u8>,
+    compressor: Option<Compressor>,
+    /// Bytes sent.
+    sent: u64,
+}
+
+impl SendChannel {
+    pub(super) fn new(id: ChannelId, stream: Box<dyn Stream>, shared: &Arc<Shared>) -> Result<SendChannel, Error> {
+        let page_size = shared.ram.layout().page_size();
+        let options = &shared.options;
+        let compressor = match options.compression {
+            Compression::None => None,
+            method => {
+                let at = Place { connection: Connection::Channel(id), offset: 0 };
+                Some(Compressor::new(method, options.compression_level).map_err(Error::io(at))?)
+            }
+        };
+        Ok(SendChannel {
+            id,
+            stream,
+            shared: shared.clone(),
+            header: vec![0; packet::header_len(page_size)].into(),
+            payload: Vec::new(),
+            compressor,
+            sent: 0,
+        })
+    }
+
+    /// Says which channel this is.
+    pub(super) fn hello(&mut self) -> Result<(), Error> {
+        let hello = Hello { uuid: self.shared.options.uuid, channel: self.id }.encode();
+        self.stream.write(&hello, &[]).map_err(Error::io(self.place()))?;
+        self.count(hello.len() as u64);
+        Ok(())
+    }
+
+    /// Sends section after section until there are no more.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`]: the migration has ended, with this channel's error if it came first.
+    pub(super) fn run(self) -> Result<SendChannel, Error> {
+        let stop = self.shared.stop.clone();
+        let guard = PanicGuard::new(&stop, Connection::Channel(self.id));
+        let outcome = self.sections();
+        guard.disarm();
+        outcome.map_err(|error| {
+            stop.stop(error);
+            Error::Stopped
+        })
+    }
+
+    fn sections(mut self) -> Result<SendChannel, Error> {
+        let shared = self.shared.clone();
+        let mut batch = Batch::default();
+        let mut ranges = Vec::new();
+        loop {
+            shared.barrier.arrive(Party::Channel(self.id), self.place())?;
+            // Pairs with the store before main arrives; the barrier orders the two.
+            if shared.finished.load(Ordering::Acquire) {
+                return Ok(self);
+            }
+            while shared.scan.next(&mut batch) {
+                self.send(&shared, &mut batch, &mut ranges)?;
+            }
+            self.sync()?;
+            shared.barrier.arrive(Party::Channel(self.id), self.place())?;
+        }
+    }
+
+    /// Sends `batch`: pages with content as payload, zero pages by name only.
+    fn send<'a>(
+        &mut self,
+        shared: &'a Shared,
+        batch: &mut Batch,
+        ranges: &mut Vec<GuestRange<'a>>,
+    ) -> Result<(), Error> {
+        let block = &shared.ram.blocks()[batch.block];
+        let page_size = shared.ram.layout().page_size();
+        let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");
+        ranges.clear();
+        let Batch { pages, zeros, .. } = batch;
+        match shared.options.zero_pages {
+            ZeroPages::None => {
+                ranges.extend(pages.iter().map(|&offset| page(offset)));
+                // A page known as zero may hold anything in our memory: only its name tells.
+                let zero = shared.zero_page.page(0).expect("it has one page");
+                ranges.extend(zeros.iter().map(|_| zero));
+                pages.append(zeros);
+            }
+            ZeroPages::Multifd | ZeroPages::Legacy => pages.retain(|&offset| {
+                let range = page(offset);
+                let zero = range.is_zero();
+                if zero {
+                    zeros.push(offset);
+                } else {
+                    ranges.push(range);
+                }
+                !zero
+            }),
+        }
+        shared.progress.add_pages(pages.len() as u64, zeros.len() as u64);
+        if shared.options.zero_pages == ZeroPages::Legacy && !zeros.is_empty() {
+            let first_page = shared.ram.layout().blocks()[batch.block].first_page();
+            let mut legacy = lock(&shared.legacy_zeros);
+            let legacy = legacy.as_mut().expect("made for legacy mode");
+            for offset in zeros.drain(..) {
+                legacy.set(first_page + offset / page_size as u64);
+            }
+        }
+        if pages.is_empty() && zeros.is_empty() {
+            return Ok(());
+        }
+        self.payload.clear();
+        let mut payload_len = ranges.iter().map(GuestRange::len).sum();
+        if let (Some(compressor), false) = (&mut self.compressor, ranges.is_empty()) {
+            let place = Place { connection: Connection::Channel(self.id), offset: self.sent };
+            compressor.compress(ranges, &mut self.payload).map_err(Error::io(place))?;
+            payload_len = self.payload.len();
+        }
+        let header = PacketHeader {
+            sync: false,
+            compression: shared.options.compression,
+            packet_num: batch.packet,
+            block: block.name().as_str(),
+            normal: pages,
+            zero: zeros,
+            payload_len: u32::try_from(payload_len).expect("a packet's payload is bounded"),
+        };
+        header.encode_into(&mut self.header, page_size);
+        let total = (self.header.len() + payload_len) as u64;
+        shared.limiter.take(total);
+        if self.compressor.is_some() {
+            self.write_buffers()?;
+        } else {
+            self.stream.write(&self.header, ranges).map_err(Error::io(self.place()))?;
+        }
+        self.count(total);
+        Ok(())
+    }
+
+    /// Sends the header and the compressed payload.
+    fn write_buffers(&mut self) -> Result<(), Error> {
+        let place = self.place();
+        self.stream.write(&self.header, &[]).map_err(Error::io(place))?;
+        if !self.payload.is_empty() {
+            self.stream.write(&self.payload, &[]).map_err(Error::io(place))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the section on this channel, when the kernel has let go of all its pages.
+    fn sync(&mut self) -> Result<(), Error> {
+        let packet = self.shared.scan.packet_number();
+        PacketHeader::sync_packet(packet).encode_into(&mut self.header, self.shared.ram.layout().page_size());
+        let place = self.place();
+        self.stream.write(&self.header, &[]).map_err(Error::io(place))?;
+        self.stream.flush().map_err(Error::io(place))?;
+        self.count(self.header.len() as u64);
+        Ok(())
+    }
+
+    fn place(&self) -> Place {
+        Place { connection: Connection::Channel(self.id), offset: self.sent }
+    }
+
+    fn count(&mut self, bytes: u64) {
+        self.sent += bytes;
+        self.shared.progress.add_channel_bytes(self.id, bytes);
+    }
+}

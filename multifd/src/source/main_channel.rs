@@ -1,0 +1,153 @@
+//! The main channel of a source: what it says besides pages, in the order in which [`Source::run`](super::Source::run)
+//! has it said.
+
+use multifd_proto::{
+    command::Command,
+    encoder::MainEncoder,
+    machine::{Dialect, sends_switchover_start},
+    ram::BlockEntry,
+};
+
+use super::Shared;
+use crate::{
+    dirty_bitmap::DirtyBitmap,
+    error::{Connection, Error, Place},
+    sections::{RAM_SECTION, Sections},
+    sync::Arc,
+    transport::Stream,
+};
+
+/// The writing half of main.
+pub(super) struct MainChannel {
+    stream: Box<dyn Stream>,
+    shared: Arc<Shared>,
+    encoder: MainEncoder,
+    /// Bytes sent.
+    sent: u64,
+    vmdescription: Vec<u8>,
+}
+
+impl MainChannel {
+    pub(super) fn new(stream: Box<dyn Stream>, shared: &Arc<Shared>) -> MainChannel {
+        MainChannel { stream, shared: shared.clone(), encoder: MainEncoder::new(), sent: 0, vmdescription: Vec::new() }
+    }
+
+    /// The reading half.
+    pub(super) fn reader(&self) -> Result<Box<dyn Stream>, Error> {
+        self.stream.try_clone().map_err(Error::io(self.place()))
+    }
+
+    /// What this stream is, and of which machine.
+    pub(super) fn header(&mut self) -> Result<(), Error> {
+        let options = &self.shared.options;
+        self.encoder.header().configuration(&options.machine);
+        if options.validate_uuid {
+            self.encoder.config_uuid(&options.uuid);
+        }
+        self.send()
+    }
+
+    /// Asks the destination to say when it has the VM.
+    pub(super) fn open_return_path(&mut self) -> Result<(), Error> {
+        self.encoder.command(&Command::OpenReturnPath).command(&Command::Ping(1));
+        self.send()
+    }
+
+    /// Lists the RAM blocks. A sync point and the end of the section follow.
+    pub(super) fn ram_start(&mut self) -> Result<(), Error> {
+        let layout = self.shared.ram.layout();
+        self.encoder.ram_start(RAM_SECTION, layout.bytes());
+        for block in layout.blocks() {
+            self.encoder.block(&BlockEntry::new(block.name().clone(), block.bytes()));
+        }
+        self.send()
+    }
+
+    /// Opens a section of RAM with the guest running.
+    pub(super) fn ram_part(&mut self) -> Result<(), Error> {
+        self.encoder.ram_part(RAM_SECTION, false);
+        self.send()
+    }
+
+    /// Opens the last section of RAM.
+    pub(super) fn ram_end(&mut self) -> Result<(), Error> {
+        self.encoder.ram_part(RAM_SECTION, true);
+        self.send()
+    }
+
+    /// Says that the guest stands still, to destinations that know the command.
+    pub(super) fn switchover_start(&mut self) -> Result<(), Error> {
+        if sends_switchover_start(&self.shared.options.machine) == Some(true) {
+            self.encoder.command(&Command::SwitchoverStart);
+        }
+        self.send()
+    }
+
+    /// Names pages as zeros.
+    pub(super) fn zero_words(&mut self, zeros: &DirtyBitmap) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        for block in shared.ram.layout().blocks() {
+            let pages = block.page_range();
+            let mut next = zeros.next(pages.start);
+            while let Some(page) = next.filter(|page| pages.contains(page)) {
+                self.encoder.zero_page(block.name(), block.offset_of(page));
+                if self.encoder.as_bytes().len() >= BUFFER {
+                    self.send()?;
+                }
+                next = zeros.next(page + 1);
+            }
+        }
+        self.send()
+    }
+
+    /// The sync point of the per-round dialect.
+    pub(super) fn flush_word(&mut self) -> Result<(), Error> {
+        debug_assert_eq!(self.shared.options.dialect, Dialect::PerRound);
+        self.encoder.flush();
+        self.send()
+    }
+
+    /// Ends a section of RAM: the sync point of the per-section dialect.
+    pub(super) fn section_end(&mut self) -> Result<(), Error> {
+        self.encoder.eos().footer(RAM_SECTION);
+        self.send()
+    }
+
+    /// Sends device state; the vmdescription is kept for [`end`](Self::end).
+    pub(super) fn sections(&mut self, sections: Sections) -> Result<(), Error> {
+        let (bytes, vmdescription) = sections.into_parts(self.shared.ram.layout().page_size());
+        self.vmdescription = vmdescription;
+        self.encoder.raw(&bytes);
+        self.send()
+    }
+
+    /// Ends the stream.
+    pub(super) fn end(&mut self) -> Result<(), Error> {
+        self.encoder.eof();
+        if !self.vmdescription.is_empty() {
+            self.encoder.vm_description(&self.vmdescription);
+        }
+        self.send()
+    }
+
+    /// Where the next byte goes.
+    pub(super) fn place(&self) -> Place {
+        Place { connection: Connection::Main, offset: self.sent }
+    }
+
+    fn send(&mut self) -> Result<(), Error> {
+        let bytes = self.encoder.as_bytes();
+        if !bytes.is_empty() {
+            self.stream
+                .write(bytes, &[])
+                .map_err(Error::io(Place { connection: Connection::Main, offset: self.sent }))?;
+            self.sent += bytes.len() as u64;
+            self.shared.progress.add_main_bytes(bytes.len() as u64);
+            self.encoder.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Bytes collected before they are sent.
+const BUFFER: usize = 64 << 10;

@@ -1,0 +1,514 @@
+//! The sending side of a migration: [`Source::run`] is the list of its phases.
+//!
+//! The thread that calls it is the main thread. It owns main, the VM and the dirty bitmap; one thread for each channel
+//! pulls batches from the shared page scan. They meet at the round barrier twice in each section: when it opens and when
+//! every channel has sent its SYNC.
+
+mod channel;
+mod main_channel;
+mod options;
+mod report;
+mod return_path;
+
+use std::time::Duration;
+
+use multifd_proto::{
+    ChannelId,
+    convergence::{Convergence, Decision, RoundReport},
+    machine::{Dialect, ZeroPages},
+    packet,
+    rounds::Party,
+};
+
+use self::{channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
+pub use self::{
+    options::{Flush, Options, Untouched},
+    report::{Downtime, Report},
+};
+use crate::{
+    barrier::RoundBarrier,
+    dirty_bitmap::DirtyBitmap,
+    error::{Connection, Error, Mismatch, Place},
+    limiter::Limiter,
+    progress::{Event, Observer, Phase, Progress, RoundStats},
+    ram::Ram,
+    scan::PageScan,
+    sections::Sections,
+    stop::StopHandle,
+    sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock, thread},
+    transport::Connect,
+    vm::{SourceVm, Throttled},
+};
+
+/// Sends a running VM to a destination.
+pub struct Source {
+    options: Options,
+    stop: StopHandle,
+    progress: Progress,
+}
+
+impl Source {
+    /// A migration that has not begun.
+    pub fn new(options: Options) -> Source {
+        Source { options, stop: StopHandle::new(), progress: Progress::new() }
+    }
+
+    /// What cancels this migration from another thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    /// The counters of this migration.
+    pub fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    /// Sends `vm` over connections from `to` and returns when the destination has confirmed that it has it.
+    ///
+    /// On `Ok` the VM is paused and belongs to the destination. On `Err` it runs, as before, and another attempt may be
+    /// made; the one exception is [`Error::NotResumed`], which says why it could not.
+    ///
+    /// # Errors
+    /// The first thing that went wrong on any connection, with its place; [`Error::DoesNotConverge`];
+    /// [`Error::Cancelled`].
+    pub fn run(self, vm: &mut dyn SourceVm, to: &dyn Connect, observer: &mut dyn Observer) -> Result<Report, Error> {
+        let mut run = Run::new(self, vm.ram().clone())?;
+        let outcome = run.phases(vm, to, observer);
+        run.finish(vm, outcome)
+    }
+}
+
+/// What all threads of one source share.
+pub(super) struct Shared {
+    ram: Ram,
+    /// One page of zeros, to send a page that is zero without reading it.
+    zero_page: Ram,
+    scan: PageScan,
+    barrier: RoundBarrier,
+    limiter: Limiter,
+    progress: Progress,
+    stop: StopHandle,
+    options: Options,
+    /// Zero pages that channels found and main has to name, in legacy mode.
+    legacy_zeros: Mutex<Option<DirtyBitmap>>,
+    /// No section follows; read by channels after the barrier has opened, which orders it.
+    finished: AtomicBool,
+}
+
+/// The main thread's state.
+struct Run {
+    shared: Arc<Shared>,
+    main: Option<MainChannel>,
+    channels: Vec<thread::JoinHandle<Result<SendChannel, Error>>>,
+    /// Channels that have ended; their connections stay open until the destination has confirmed.
+    ended: Vec<SendChannel>,
+    return_path: Option<ReturnPath>,
+    convergence: Convergence,
+    report: Report,
+    tracking: bool,
+    paused: bool,
+    /// When the migration, its first round and its pause began.
+    begun: Duration,
+    rounds_begun: Duration,
+    paused_at: Duration,
+    /// Pages per section, in the per-section dialect.
+    section_pages: u64,
+}
+
+impl Run {
+    fn new(source: Source, ram: Ram) -> Result<Run, Error> {
+        let Source { options, stop, progress } = source;
+        if options.channels == 0 {
+            return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
+        }
+        let page_size = ram.layout().page_size();
+        let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size));
+        let barrier = RoundBarrier::new(Some(usize::from(options.channels)));
+        let limiter = Limiter::new(options.max_bandwidth);
+        stop.register(Box::new(barrier.clone()));
+        stop.register(limiter.stopper());
+        progress.set_pages_total(ram.layout().pages());
+        let legacy_zeros = (options.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
+        let begun = options.clock.now();
+        Ok(Run {
+            convergence: Convergence::new(options.limits),
+            report: Report::new(&options, ram.layout()),
+            shared: Arc::new(Shared {
+                zero_page: Ram::zeros(page_size)?,
+                ram,
+                scan,
+                barrier,
+                limiter,
+                progress,
+                stop,
+                options,
+                legacy_zeros: Mutex::new(legacy_zeros),
+                finished: AtomicBool::new(false),
+            }),
+            main: None,
+            channels: Vec::new(),
+            ended: Vec::new(),
+            return_path: None,
+            tracking: false,
+            paused: false,
+            begun,
+            rounds_begun: begun,
+            paused_at: begun,
+            section_pages: FIRST_SECTION_PAGES,
+        })
+    }
+
+    /// The migration from beginning to end.
+    fn phases(&mut self, vm: &mut dyn SourceVm, to: &dyn Connect, observer: &mut dyn Observer) -> Result<(), Error> {
+        self.enter(Phase::Connect, observer);
+        self.connect(to)?;
+        self.enter(Phase::Setup, observer);
+        self.set_up()?;
+        self.enter(Phase::Rounds, observer);
+        let mut dirty = self.start_tracking(vm)?;
+        loop {
+            self.round(&mut dirty, vm)?;
+            match self.decide(&dirty, observer) {
+                Decision::Continue => {}
+                Decision::Throttle(percent) => self.throttle(percent, vm, observer),
+                Decision::SwitchOver => break,
+                Decision::GiveUp => return Err(self.does_not_converge(&dirty)),
+            }
+        }
+        self.enter(Phase::Switchover, observer);
+        self.pause(vm)?;
+        self.last_round(&mut dirty, vm, observer)?;
+        self.enter(Phase::Devices, observer);
+        self.devices(vm)?;
+        self.enter(Phase::Confirm, observer);
+        self.confirm()?;
+        self.enter(Phase::Done, observer);
+        Ok(())
+    }
+
+    fn enter(&mut self, phase: Phase, observer: &mut dyn Observer) {
+        tracing::debug!(phase = phase.name(), "enters");
+        self.shared.progress.set_phase(phase);
+        observer.event(&Event::Phase(phase));
+    }
+
+    /// Opens main, then the channels, each with its first bytes: a destination may wait for those before it accepts the
+    /// next (spec §1.4, §1.5).
+    fn connect(&mut self, to: &dyn Connect) -> Result<(), Error> {
+        let shared = &self.shared;
+        let open = |connection: Connection| {
+            let at = Place { connection, offset: 0 };
+            let stream = to.connect().map_err(Error::io(at))?;
+            shared.stop.register(stream.stopper().map_err(Error::io(at))?);
+            Ok::<_, Error>(stream)
+        };
+        let mut main = MainChannel::new(open(Connection::Main)?, shared);
+        main.header()?;
+        self.return_path = Some(ReturnPath::listen(main.reader()?, shared.stop.clone()));
+        for id in 0..shared.options.channels {
+            let mut channel = SendChannel::new(ChannelId(id), open(Connection::Channel(ChannelId(id)))?, shared)?;
+            channel.hello()?;
+            self.channels.push(thread::spawn(move || channel.run()));
+        }
+        self.main = Some(main);
+        Ok(())
+    }
+
+    /// Announces the RAM blocks and meets all channels for the first time.
+    fn set_up(&mut self) -> Result<(), Error> {
+        self.main().open_return_path()?;
+        self.main().ram_start()?;
+        self.section(0)?;
+        self.report.setup = self.now() - self.begun;
+        Ok(())
+    }
+
+    /// Switches dirty tracking on and returns the pages of round 0: all of them, but for those never touched where the
+    /// destination needs not be told.
+    fn start_tracking(&mut self, vm: &mut dyn SourceVm) -> Result<DirtyBitmap, Error> {
+        self.report.dirty_log = vm.dirty_log().name();
+        self.tracking = true;
+        let ram = self.shared.ram.clone();
+        vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
+        let mut dirty = DirtyBitmap::full(ram.layout());
+        let mut untouched = DirtyBitmap::new(ram.layout());
+        vm.untouched(&mut untouched).map_err(Error::vm("tell which pages were never touched"))?;
+        match self.shared.options.untouched {
+            Untouched::Skip => {
+                dirty.subtract(&untouched);
+                self.report.skipped = untouched.count();
+                self.shared.progress.add_skipped(self.report.skipped);
+                self.shared.scan.set_zeros(None);
+            }
+            Untouched::Name => self.shared.scan.set_zeros(Some(untouched)),
+        }
+        self.rounds_begun = self.now();
+        Ok(dirty)
+    }
+
+    /// Sends all pages of `dirty` while the guest runs, then puts those written meanwhile into it.
+    fn round(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        let mut stats = self.open_round(dirty, true);
+        let begun = self.now();
+        loop {
+            let pages = self.section_budget();
+            self.main().ram_part()?;
+            let section_begun = self.now();
+            self.section(pages)?;
+            self.measure_section(pages, self.now() - section_begun);
+            if self.shared.scan.is_empty() {
+                break;
+            }
+        }
+        // Zeros known from the beginning say nothing about what was written since.
+        self.shared.scan.set_zeros(None);
+        stats.took = self.now() - begun;
+        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        stats.dirty_after = dirty.count();
+        self.close_round(stats);
+        Ok(())
+    }
+
+    /// Compares what is left with what the pause may take.
+    fn decide(&mut self, dirty: &DirtyBitmap, observer: &mut dyn Observer) -> Decision {
+        let page_size = self.shared.ram.layout().page_size() as u64;
+        let elapsed = self.now() - self.rounds_begun;
+        let last = self.report.rounds.last_mut().expect("a round was sent");
+        let decision = self.convergence.decide(&RoundReport {
+            rounds: last.round + 1,
+            sent: last.normal * page_size,
+            took: last.took,
+            dirty: last.dirty_after * page_size,
+            elapsed,
+        });
+        last.expected_downtime = self.convergence.expected_downtime(dirty.count() * page_size);
+        observer.event(&Event::Round(last.clone()));
+        decision
+    }
+
+    fn throttle(&mut self, percent: u8, vm: &mut dyn SourceVm, observer: &mut dyn Observer) {
+        match vm.throttle(percent) {
+            Throttled::Applied => {
+                self.report.throttle = percent;
+                observer.event(&Event::Throttle(percent));
+            }
+            Throttled::Unsupported => self.convergence.throttle_unsupported(),
+        }
+    }
+
+    fn does_not_converge(&self, dirty: &DirtyBitmap) -> Error {
+        let remaining = dirty.count() * self.shared.ram.layout().page_size() as u64;
+        Error::DoesNotConverge {
+            rounds: self.report.rounds.len() as u64,
+            seconds: (self.now() - self.rounds_begun).as_secs_f64(),
+            remaining,
+            bytes_per_second: self.convergence.bytes_per_second(),
+            expected_downtime_ms: self.convergence.expected_downtime(remaining).as_secs_f64() * 1e3,
+            downtime_limit_ms: self.shared.options.limits.downtime.as_secs_f64() * 1e3,
+        }
+    }
+
+    /// From here on, memory does not change.
+    fn pause(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        if self.shared.stop.is_stopped() {
+            return Err(Error::Stopped);
+        }
+        self.paused_at = self.now();
+        self.paused = true;
+        vm.pause().map_err(Error::vm("pause"))?;
+        self.report.downtime.pause = self.now() - self.paused_at;
+        Ok(())
+    }
+
+    /// A round like any other, with the guest paused: the pages still left, and those written until the pause.
+    fn last_round(
+        &mut self,
+        dirty: &mut DirtyBitmap,
+        vm: &mut dyn SourceVm,
+        observer: &mut dyn Observer,
+    ) -> Result<(), Error> {
+        let drain_begun = self.now();
+        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        let begun = self.now();
+        self.report.downtime.drain = begun - drain_begun;
+        // The limit protects other traffic from a long migration; the pause is short and the guest waits.
+        self.shared.limiter.set_unlimited();
+        let mut stats = self.open_round(dirty, false);
+        self.main().switchover_start()?;
+        self.main().ram_end()?;
+        self.section(u64::MAX)?;
+        stats.took = self.now() - begun;
+        self.report.downtime.last_round = stats.took;
+        self.close_round(stats);
+        if let Some(last) = self.report.rounds.last() {
+            observer.event(&Event::Round(last.clone()));
+        }
+        self.end_channels()
+    }
+
+    /// The channels have nothing more to send. Their connections stay open: an early end would look like a failure.
+    fn end_channels(&mut self) -> Result<(), Error> {
+        self.shared.finished.store(true, Ordering::Release);
+        self.meet()?;
+        for channel in self.channels.drain(..) {
+            self.ended.push(join(channel)?);
+        }
+        Ok(())
+    }
+
+    /// Sends the state of vCPUs and devices, up to the last byte that may still be taken back.
+    fn devices(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        let begun = self.now();
+        let mut sections = Sections::new();
+        vm.save(&mut sections).map_err(Error::vm("save its state"))?;
+        self.main().sections(sections)?;
+        self.report.downtime.devices = self.now() - begun;
+        Ok(())
+    }
+
+    /// Hands the VM over. Once the last bytes are on their way a cancel comes too late, as the destination may already
+    /// have answered: only it can still fail the migration, by its status or by closing main.
+    fn confirm(&mut self) -> Result<(), Error> {
+        let begun = self.now();
+        self.shared.stop.commit()?;
+        self.main().end()?;
+        self.return_path.as_ref().expect("connected").wait_for_shut()?;
+        let now = self.now();
+        self.report.downtime.confirm = now - begun;
+        self.report.downtime.total = now - self.paused_at;
+        Ok(())
+    }
+
+    /// One section, behind its head: opens the scan for `pages`, ends with a sync point and the footer.
+    fn section(&mut self, pages: u64) -> Result<(), Error> {
+        let early = self.shared.options.flush == Flush::Early && self.shared.options.zero_pages != ZeroPages::Legacy;
+        let per_round = self.shared.options.dialect == Dialect::PerRound;
+        self.shared.scan.allow(pages);
+        self.meet()?;
+        if per_round && early {
+            self.main().flush_word()?;
+        }
+        self.meet()?;
+        self.name_zeros()?;
+        if per_round && !early {
+            self.main().flush_word()?;
+        }
+        self.main().section_end()
+    }
+
+    /// Names the zero pages that the channels found, in legacy mode.
+    fn name_zeros(&mut self) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        if let Some(zeros) = &mut *lock(&shared.legacy_zeros) {
+            self.main().zero_words(zeros)?;
+            zeros.clear();
+        }
+        Ok(())
+    }
+
+    /// Meets all channels at the barrier.
+    fn meet(&mut self) -> Result<(), Error> {
+        let at = self.main().place();
+        self.shared.barrier.arrive(Party::Main, at).map(drop)
+    }
+
+    fn section_budget(&self) -> u64 {
+        match self.shared.options.dialect {
+            Dialect::PerRound => u64::MAX,
+            Dialect::PerSection => self.section_pages,
+        }
+    }
+
+    /// Sizes the next section of the per-section dialect so that it takes as long as the options say.
+    fn measure_section(&mut self, pages: u64, took: Duration) {
+        if pages == u64::MAX || took.is_zero() {
+            return;
+        }
+        let ideal = pages as f64 * self.shared.options.section_time.as_secs_f64() / took.as_secs_f64();
+        // At most doubled, so that one section of zero pages does not open the next one for seconds of content.
+        self.section_pages =
+            (ideal as u64).clamp(FIRST_SECTION_PAGES / 4, pages.saturating_mul(2).max(FIRST_SECTION_PAGES));
+    }
+
+    fn open_round(&mut self, dirty: &mut DirtyBitmap, guest_running: bool) -> RoundStats {
+        let round = self.report.rounds.len() as u64;
+        let dirty_pages = dirty.count();
+        self.shared.progress.open_round(round, dirty_pages);
+        self.shared.scan.load(dirty);
+        let before = self.shared.progress.snapshot();
+        RoundStats {
+            round,
+            dirty_pages,
+            // Totals so far, to be subtracted when the round is over.
+            normal: before.normal,
+            zero: before.zero,
+            bytes: before.bytes(),
+            took: Duration::ZERO,
+            guest_running,
+            dirty_after: 0,
+            expected_downtime: Duration::ZERO,
+            throttle: self.report.throttle,
+        }
+    }
+
+    fn close_round(&mut self, mut stats: RoundStats) {
+        let now = self.shared.progress.snapshot();
+        stats.normal = now.normal - stats.normal;
+        stats.zero = now.zero - stats.zero;
+        stats.bytes = now.bytes() - stats.bytes;
+        tracing::debug!(?stats, "round");
+        self.report.rounds.push(stats);
+    }
+
+    fn now(&self) -> Duration {
+        self.shared.options.clock.now()
+    }
+
+    fn main(&mut self) -> &mut MainChannel {
+        self.main.as_mut().expect("connected")
+    }
+
+    /// Ends all threads, and gives the VM back to whom it belongs to.
+    fn finish(mut self, vm: &mut dyn SourceVm, outcome: Result<(), Error>) -> Result<Report, Error> {
+        let failure = outcome.err().map(|error| self.fail(error));
+        // The connections close here; on success the destination has said that it needs them no longer.
+        drop(self.main.take());
+        self.ended.clear();
+        drop(self.return_path.take());
+        if self.tracking
+            && let Err(error) = vm.dirty_log().stop()
+        {
+            tracing::warn!(%error, "dirty log does not stop");
+        }
+        if self.report.throttle > 0 {
+            vm.throttle(0);
+        }
+        let Some(error) = failure else {
+            self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
+            return Ok(self.report);
+        };
+        if self.paused
+            && let Err(resume) = vm.resume()
+        {
+            return Err(Error::NotResumed { first: Box::new(error), resume });
+        }
+        Err(error)
+    }
+
+    /// Ends all threads. Returns the first error of the migration, of which `error` is one.
+    fn fail(&mut self, error: Error) -> Error {
+        let not_first = self.shared.stop.stop(error);
+        for channel in self.channels.drain(..) {
+            // What they ran into is known: the first of it, or a consequence.
+            drop(join(channel));
+        }
+        self.shared.stop.take_first().or(not_first).unwrap_or(Error::Unconfirmed)
+    }
+}
+
+fn join(channel: thread::JoinHandle<Result<SendChannel, Error>>) -> Result<SendChannel, Error> {
+    channel.join().unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
+}
+
+/// 32 MiB of 4 KiB pages: what a first section sends before any speed was measured.
+const FIRST_SECTION_PAGES: u64 = 8192;

@@ -1,0 +1,86 @@
+//! What a source is told before it begins.
+
+use std::time::Duration;
+
+use multifd_proto::{
+    convergence::Limits,
+    machine::{Dialect, ZeroPages},
+    packet::Compression,
+};
+
+use crate::clock::Clock;
+
+/// How to migrate. The destination has to be configured for the same compression; all else it finds out.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Connections beside main, 1 to 255.
+    pub channels: u8,
+    /// Machine type in the configuration section; a QEMU destination refuses another than its own.
+    pub machine: String,
+    /// UUID of the VM, in the first packet of every channel; all zero where it has none.
+    pub uuid: [u8; 16],
+    /// Put the UUID into the configuration section too, for the destination to compare.
+    pub validate_uuid: bool,
+    /// Where rounds end on main.
+    pub dialect: Dialect,
+    /// When main names the end of a round.
+    pub flush: Flush,
+    /// How long a section of the per-section dialect is to take; of no effect in the other.
+    pub section_time: Duration,
+    /// Where zero pages go.
+    pub zero_pages: ZeroPages,
+    /// What happens with pages that were never touched.
+    pub untouched: Untouched,
+    /// Compression of page contents, on all channels.
+    pub compression: Compression,
+    /// Level of the compression; the compressor's range.
+    pub compression_level: i32,
+    /// Bytes per second on all connections together while the guest runs; `None` for no limit.
+    pub max_bandwidth: Option<u64>,
+    /// When to switch over, when to give up.
+    pub limits: Limits,
+    /// Where time comes from.
+    pub clock: Clock,
+}
+
+impl Default for Options {
+    /// 4 channels, one sync point per round, zero pages in packets, no compression, no limit on bandwidth.
+    fn default() -> Options {
+        Options {
+            channels: 4,
+            machine: "multifd".to_owned(),
+            uuid: [0; 16],
+            validate_uuid: false,
+            dialect: Dialect::PerRound,
+            flush: Flush::Early,
+            section_time: Duration::from_millis(50),
+            zero_pages: ZeroPages::Multifd,
+            untouched: Untouched::Skip,
+            compression: Compression::None,
+            compression_level: 1,
+            max_bandwidth: None,
+            limits: Limits::default(),
+            clock: Clock::monotonic(),
+        }
+    }
+}
+
+/// When main sends the FLUSH of a round. The destination waits for all channels either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// When the round opens: one thread hand-over less at its end. Not in legacy zero-page mode, where main has pages of
+    /// its own to send first.
+    Early,
+    /// When every channel has sent its SYNC. A QEMU destination does not answer its monitor between FLUSH and the last
+    /// SYNC, so this is the better choice for one.
+    Late,
+}
+
+/// What happens with pages that [`SourceVm::untouched`](crate::vm::SourceVm::untouched) names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untouched {
+    /// They are not sent. The destination's memory has to be zeros where nothing was sent; ours sees to that.
+    Skip,
+    /// They are sent as zero pages.
+    Name,
+}

@@ -1,0 +1,94 @@
+//! What a finished migration was like, as the source saw it.
+
+use std::time::Duration;
+
+use multifd_proto::{machine::Dialect, packet::Compression};
+
+use super::Options;
+use crate::{
+    layout::Layout,
+    progress::{Progress, RoundStats},
+};
+
+/// The figures of one migration.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// From the first connect to the destination's confirmation.
+    pub total: Duration,
+    /// From the first connect until the destination knew all RAM blocks.
+    pub setup: Duration,
+    /// How long the guest stood still, and why.
+    pub downtime: Downtime,
+    /// All rounds, the last one with the guest paused.
+    pub rounds: Vec<RoundStats>,
+    /// Pages sent with content.
+    pub normal: u64,
+    /// Pages sent as zeros.
+    pub zero: u64,
+    /// Pages not sent because they were never touched.
+    pub skipped: u64,
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Bytes in a page.
+    pub page_size: usize,
+    /// Bytes on main.
+    pub main_bytes: u64,
+    /// Bytes on each channel, by id.
+    pub channel_bytes: Vec<u64>,
+    /// By how many percent the guest was slowed down in the end.
+    pub throttle: u8,
+    /// What tracked the guest's writes.
+    pub dirty_log: &'static str,
+    /// Where rounds ended on main.
+    pub dialect: Dialect,
+    /// How page contents were compressed.
+    pub compression: Compression,
+}
+
+/// The parts of the downtime, in the order in which they follow each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Downtime {
+    /// From the call that paused the guest to the confirmation.
+    pub total: Duration,
+    /// Pausing vCPUs and devices.
+    pub pause: Duration,
+    /// Fetching the pages written until then.
+    pub drain: Duration,
+    /// Sending them, until every channel has sent its SYNC.
+    pub last_round: Duration,
+    /// Saving and sending device state.
+    pub devices: Duration,
+    /// Until the destination has loaded it and said so.
+    pub confirm: Duration,
+}
+
+impl Report {
+    pub(super) fn new(options: &Options, layout: &Layout) -> Report {
+        Report {
+            total: Duration::ZERO,
+            setup: Duration::ZERO,
+            downtime: Downtime::default(),
+            rounds: Vec::new(),
+            normal: 0,
+            zero: 0,
+            skipped: 0,
+            ram_bytes: layout.bytes(),
+            page_size: layout.page_size(),
+            main_bytes: 0,
+            channel_bytes: vec![0; usize::from(options.channels)],
+            throttle: 0,
+            dirty_log: "",
+            dialect: options.dialect,
+            compression: options.compression,
+        }
+    }
+
+    pub(super) fn finish(&mut self, progress: &Progress, total: Duration) {
+        let snapshot = progress.snapshot();
+        self.total = total;
+        self.normal = snapshot.normal;
+        self.zero = snapshot.zero;
+        self.main_bytes = snapshot.main_bytes;
+        self.channel_bytes = progress.channel_bytes(self.channel_bytes.len());
+    }
+}

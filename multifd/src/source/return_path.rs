@@ -1,0 +1,103 @@
+//! Listens to what the destination says on main, while the main thread writes to it.
+//!
+//! The destination answers PING, and ends with SHUT: status 0 when it has the VM. If it says anything else, or closes
+//! main before that, the migration is stopped at once: the main thread may be waiting for something else.
+
+use multifd_proto::{return_path::Message, wire::Step};
+
+use crate::{
+    error::{Connection, Error, Place},
+    stop::StopHandle,
+    sync::{Arc, Condvar, Mutex, lock, thread, wait},
+    transport::{Stopper, Stream},
+};
+
+/// The reading half of main on the source. Dropping it ends its thread.
+pub(super) struct ReturnPath {
+    verdict: Arc<Verdict>,
+    stopper: Option<Box<dyn Stopper>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Verdict {
+    state: Mutex<Option<Result<(), Error>>>,
+    changed: Condvar,
+}
+
+impl ReturnPath {
+    /// Begins to read from `stream`.
+    pub(super) fn listen(mut stream: Box<dyn Stream>, stop: StopHandle) -> ReturnPath {
+        let verdict = Arc::new(Verdict { state: Mutex::new(None), changed: Condvar::new() });
+        let stopper = stream.stopper().ok();
+        let thread = {
+            let verdict = verdict.clone();
+            thread::spawn(move || {
+                let outcome = read_until_shut(&mut *stream);
+                let mut state = lock(&verdict.state);
+                match outcome {
+                    Ok(()) => *state = Some(Ok(())),
+                    // Before the commit this stops the migration and is its first error; afterwards the main thread
+                    // is waiting for it below.
+                    Err(error) => *state = stop.stop(error).map(Err).or(Some(Err(Error::Stopped))),
+                }
+                drop(state);
+                verdict.changed.notify_all();
+            })
+        };
+        ReturnPath { verdict, stopper, thread: Some(thread) }
+    }
+
+    /// Waits until the destination has confirmed that it has the VM.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where it says that it has not; [`Error::Unconfirmed`] where it says nothing any more.
+    pub(super) fn wait_for_shut(&self) -> Result<(), Error> {
+        let mut state = lock(&self.verdict.state);
+        loop {
+            match state.take() {
+                Some(verdict) => return verdict,
+                None => state = wait(&self.verdict.changed, state),
+            }
+        }
+    }
+}
+
+impl Drop for ReturnPath {
+    fn drop(&mut self) {
+        if let Some(stopper) = self.stopper.take() {
+            stopper.stop();
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the return path's thread panicked");
+        }
+    }
+}
+
+fn read_until_shut(stream: &mut dyn Stream) -> Result<(), Error> {
+    let mut buf = [0; 4 + multifd_proto::return_path::MAX_PAYLOAD as usize];
+    let mut filled = 0;
+    let mut position = 0;
+    loop {
+        let place = Place { connection: Connection::ReturnPath, offset: position };
+        match Message::decode(&buf[..filled]).map_err(Error::protocol(place))? {
+            Step::Item { item, used } => {
+                buf.copy_within(used..filled, 0);
+                filled -= used;
+                position += used as u64;
+                match item {
+                    Message::Shut(0) => return Ok(()),
+                    Message::Shut(status) => return Err(Error::Refused { status }),
+                    other => tracing::debug!(message = other.name(), "return path"),
+                }
+            }
+            Step::Need(_) => match stream.read(&mut buf[filled..]) {
+                Ok(0) => return Err(Error::Unconfirmed),
+                Ok(n) => filled += n,
+                Err(source) => return Err(Error::Io { at: place, source }),
+            },
+        }
+    }
+}

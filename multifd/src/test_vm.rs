@@ -1,0 +1,193 @@
+//! A VM without a CPU, for tests of the engine: memory, a log of writes, and callbacks that can be told to fail.
+
+use std::io::{self, Read};
+
+use crate::{
+    dirty::DirtyLog,
+    dirty_bitmap::DirtyBitmap,
+    ram::Ram,
+    sections::Sections,
+    sync::{Arc, Mutex, lock},
+    vm::{DestinationVm, SectionId, SourceVm, Throttled, VmError},
+};
+
+/// Writes to memory and remembers where. Clones write to the same memory, from any thread.
+#[derive(Clone)]
+pub(crate) struct Writer {
+    ram: Ram,
+    dirty: Arc<Mutex<DirtyBitmap>>,
+    running: Arc<Mutex<bool>>,
+}
+
+impl Writer {
+    /// Fills `page` with `value`, unless the guest is paused; says whether it did.
+    pub(crate) fn write(&self, page: u64, value: u64) -> bool {
+        // Held over both steps, so a pause falls between two writes.
+        let running = lock(&self.running);
+        if *running {
+            let bytes: Vec<u8> = value.to_ne_bytes().repeat(self.ram.layout().page_size() / 8);
+            self.ram.page(page).unwrap().write(&bytes);
+            lock(&self.dirty).set(page);
+        }
+        *running
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        *lock(&self.running)
+    }
+}
+
+/// What a VM was asked, in order.
+pub(crate) type Calls = Arc<Mutex<Vec<&'static str>>>;
+
+pub(crate) struct TestSource {
+    pub(crate) writer: Writer,
+    pub(crate) calls: Calls,
+    /// The call that fails, counted from 0 over all calls that may fail.
+    pub(crate) fail_at: Option<usize>,
+    /// Run at each drain, before it: a guest that writes while a round is sent.
+    pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
+    pub(crate) untouched: Vec<u64>,
+    fallible: usize,
+}
+
+impl TestSource {
+    pub(crate) fn new(ram: Ram) -> TestSource {
+        let dirty = Arc::new(Mutex::new(DirtyBitmap::new(ram.layout())));
+        let writer = Writer { ram, dirty, running: Arc::new(Mutex::new(true)) };
+        TestSource {
+            writer,
+            calls: Arc::new(Mutex::new(Vec::new())),
+            fail_at: None,
+            at_drain: Box::new(|_| {}),
+            untouched: Vec::new(),
+            fallible: 0,
+        }
+    }
+
+    pub(crate) fn writer_ram(&self) -> Ram {
+        self.writer.ram.clone()
+    }
+
+    pub(crate) fn calls(&self) -> Vec<&'static str> {
+        lock(&self.calls).clone()
+    }
+
+    fn call(&mut self, name: &'static str) -> Result<(), VmError> {
+        lock(&self.calls).push(name);
+        let index = self.fallible;
+        self.fallible += 1;
+        if self.fail_at == Some(index) { Err(format!("told to fail at {name}").into()) } else { Ok(()) }
+    }
+}
+
+impl SourceVm for TestSource {
+    fn ram(&self) -> &Ram {
+        &self.writer.ram
+    }
+
+    fn dirty_log(&mut self) -> &mut dyn DirtyLog {
+        self
+    }
+
+    fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        self.call("untouched")?;
+        for &page in &self.untouched {
+            into.set(page);
+        }
+        Ok(())
+    }
+
+    fn throttle(&mut self, _percent: u8) -> Throttled {
+        Throttled::Unsupported
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.call("pause")?;
+        *lock(&self.writer.running) = false;
+        Ok(())
+    }
+
+    fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+        self.call("save")?;
+        out.section("cpu", 0, 1, b"state of cpu 0")?;
+        out.section("timer", 7, 3, b"")?;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        lock(&self.calls).push("resume");
+        *lock(&self.writer.running) = true;
+        Ok(())
+    }
+}
+
+impl DirtyLog for TestSource {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+
+    fn start(&mut self, _ram: &Ram) -> io::Result<()> {
+        self.call("start log").map_err(io::Error::other)?;
+        lock(&self.writer.dirty).clear();
+        Ok(())
+    }
+
+    fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        self.call("drain").map_err(io::Error::other)?;
+        let writer = self.writer.clone();
+        (self.at_drain)(&writer);
+        let mut dirty = lock(&self.writer.dirty);
+        into.merge(&dirty);
+        dirty.clear();
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        lock(&self.calls).push("stop log");
+        Ok(())
+    }
+}
+
+pub(crate) struct TestDestination {
+    pub(crate) ram: Ram,
+    pub(crate) calls: Calls,
+    /// The call that fails: `load` or `start`.
+    pub(crate) fail: Option<&'static str>,
+    pub(crate) loaded: Vec<(String, u32, u32)>,
+}
+
+impl TestDestination {
+    pub(crate) fn new(ram: Ram) -> TestDestination {
+        TestDestination { ram, calls: Arc::new(Mutex::new(Vec::new())), fail: None, loaded: Vec::new() }
+    }
+
+    pub(crate) fn calls(&self) -> Vec<&'static str> {
+        lock(&self.calls).clone()
+    }
+
+    fn call(&mut self, name: &'static str) -> Result<(), VmError> {
+        lock(&self.calls).push(name);
+        if self.fail == Some(name) { Err(format!("told to fail at {name}").into()) } else { Ok(()) }
+    }
+}
+
+impl DestinationVm for TestDestination {
+    fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
+        self.call("load")?;
+        let expected: &[u8] = if section.name == "cpu" { b"state of cpu 0" } else { b"" };
+        let mut body = vec![0; expected.len()];
+        input.read_exact(&mut body)?;
+        assert_eq!(body, expected);
+        self.loaded.push((section.name.clone(), section.instance, section.version));
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        self.call("start")
+    }
+}

@@ -1,0 +1,248 @@
+//! Whole migrations between two threads: what arrives, and what is left behind when something fails.
+
+use multifd_proto::machine::{Dialect, ZeroPages};
+
+use crate::{
+    destination::{self, Destination},
+    error::Error,
+    ram::Ram,
+    source::{self, Flush, Source, Untouched},
+    test_vm::{TestDestination, TestSource},
+    transport::memory,
+};
+
+const BLOCKS: [(&str, usize); 3] = [("ram", 700), ("rom", 1), ("vga", 130)];
+
+/// Memory with some content: every third page is zero.
+fn filled() -> Ram {
+    let ram = Ram::for_test(&BLOCKS);
+    for block in ram.layout().blocks() {
+        for page in block.page_range().filter(|page| page % 3 != 0) {
+            ram.page(page).unwrap().write(&(page + 1).to_ne_bytes().repeat(512));
+        }
+    }
+    ram
+}
+
+fn assert_same(source: &Ram, destination: &Ram) {
+    for block in source.layout().blocks() {
+        for page in block.page_range() {
+            assert!(source.page_bytes(page) == destination.page_bytes(page), "page {page} differs");
+        }
+    }
+}
+
+type Outcome = (Result<source::Report, Error>, Result<destination::Report, Error>);
+
+/// Migrates `vm` to `to`.
+fn migrate(
+    vm: &mut TestSource,
+    to: &mut TestDestination,
+    options: source::Options,
+    receiving: destination::Options,
+) -> Outcome {
+    let (listener, connector) = memory::listener(100_000);
+    std::thread::scope(|scope| {
+        let destination = scope.spawn(|| Destination::new(receiving).run(to, Box::new(listener), &mut ()));
+        let sent = Source::new(options).run(vm, &connector, &mut ());
+        (sent, destination.join().unwrap())
+    })
+}
+
+/// A source whose guest writes a few pages in each of the first rounds, also zeros over content.
+fn writing_source(ram: Ram) -> TestSource {
+    let mut vm = TestSource::new(ram);
+    let mut round = 0;
+    vm.at_drain = Box::new(move |writer| {
+        round += 1;
+        for page in (round..400).step_by(13 * round as usize).take(50) {
+            writer.write(page, if page % 5 == 0 { 0 } else { page * 1000 + round });
+        }
+    });
+    vm
+}
+
+#[test]
+fn memory_and_device_state_arrive_in_every_mode() {
+    for dialect in [Dialect::PerRound, Dialect::PerSection] {
+        for zero_pages in [ZeroPages::Multifd, ZeroPages::Legacy, ZeroPages::None] {
+            for flush in [Flush::Early, Flush::Late] {
+                for channels in [1, 2, 5] {
+                    let mut vm = writing_source(filled());
+                    let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+                    let options = source::Options { channels, dialect, zero_pages, flush, ..Default::default() };
+                    let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
+                    let (sent, received) = (sent.unwrap(), received.unwrap());
+                    assert_same(&vm.writer_ram(), &to.ram);
+                    assert_eq!(to.loaded, [("cpu".to_owned(), 0, 1), ("timer".to_owned(), 7, 3)]);
+                    assert_eq!(to.calls(), ["load", "load", "start"]);
+                    assert!(!vm.writer.is_running(), "the VM belongs to the destination");
+                    assert_eq!(received.channels, usize::from(channels));
+                    assert_eq!(received.dialect, Some(dialect));
+                    assert_eq!((sent.normal, sent.zero), (received.normal, received.zero));
+                    assert_eq!(sent.channel_bytes, received.channel_bytes);
+                    assert_eq!(sent.main_bytes, received.main_bytes);
+                    assert_eq!(zero_pages == ZeroPages::None, sent.zero == 0);
+                    assert!(sent.rounds.len() >= 2, "{:?}", sent.rounds);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn untouched_pages_are_not_sent_or_sent_as_zeros_without_being_read() {
+    for (untouched, zero_pages) in [
+        (Untouched::Skip, ZeroPages::Multifd),
+        (Untouched::Name, ZeroPages::Multifd),
+        (Untouched::Name, ZeroPages::Legacy),
+        (Untouched::Name, ZeroPages::None),
+    ] {
+        let ram = filled();
+        let mut vm = TestSource::new(ram.clone());
+        // The source lies about these pages, which shows that nobody read them.
+        vm.untouched = (100..300).collect();
+        let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+        let options = source::Options { untouched, zero_pages, ..Default::default() };
+        let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
+        received.unwrap();
+        assert_eq!(sent.unwrap().skipped, if untouched == Untouched::Skip { 200 } else { 0 });
+        for page in 0..700 {
+            let expected = if (100..300).contains(&page) { vec![0; 4096] } else { ram.page_bytes(page) };
+            assert!(to.ram.page_bytes(page) == expected, "page {page} differs");
+        }
+    }
+}
+
+#[test]
+fn other_page_sizes_work() {
+    for page_size in [1024, 16384, 65536] {
+        let ram = Ram::for_test_with_pages(page_size, &[("ram", 300)]);
+        for page in (0..300).step_by(2) {
+            ram.page(page).unwrap().write(&page.to_ne_bytes().repeat(page_size / 8));
+        }
+        let mut vm = TestSource::new(ram.clone());
+        let mut to = TestDestination::new(Ram::for_test_with_pages(page_size, &[("ram", 300)]));
+        let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+        sent.unwrap();
+        received.unwrap();
+        assert_same(&ram, &to.ram);
+    }
+}
+
+#[test]
+fn a_failing_call_of_the_source_vm_leaves_the_guest_running() {
+    for fail_at in 0.. {
+        let mut vm = writing_source(filled());
+        vm.fail_at = Some(fail_at);
+        let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+        let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+        let Err(error) = sent else {
+            received.unwrap();
+            assert!(fail_at > 5, "only {fail_at} calls may fail");
+            break;
+        };
+        assert!(error.to_string().contains("told to fail"), "{error}");
+        assert!(received.is_err());
+        assert!(vm.writer.is_running());
+        assert!(!to.calls().contains(&"start"));
+        assert_eq!(vm.calls().contains(&"pause"), vm.calls().contains(&"resume"));
+        // A second attempt needs nothing to be repaired first.
+        vm.fail_at = None;
+        let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+        let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+        sent.unwrap();
+        received.unwrap();
+        assert_same(&vm.writer_ram(), &to.ram);
+    }
+}
+
+#[test]
+fn a_failing_load_leaves_the_guest_running_on_the_source() {
+    let mut vm = writing_source(filled());
+    let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+    to.fail = Some("load");
+    let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+    assert!(matches!(sent, Err(Error::Refused { status: 1 })), "{sent:?}");
+    assert!(matches!(received, Err(Error::Load { .. })), "{received:?}");
+    assert!(vm.writer.is_running());
+    assert_eq!(to.calls(), ["load"]);
+}
+
+#[test]
+fn blocks_that_differ_are_named() {
+    for (blocks, expected) in [
+        (
+            &[("ram", 700), ("rom", 1)][..],
+            "the source has RAM block \"vga\" (0x82000 bytes), which this VM does not have",
+        ),
+        (
+            &[("ram", 700), ("rom", 1), ("vga", 130), ("x", 1)],
+            "this VM has RAM block \"x\", which the source does not have",
+        ),
+        (
+            &[("ram", 699), ("rom", 1), ("vga", 130)],
+            "RAM block \"ram\" has 0x2bc000 bytes on the source and 0x2bb000 here",
+        ),
+    ] {
+        let mut vm = TestSource::new(filled());
+        let mut to = TestDestination::new(Ram::for_test(blocks));
+        let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+        assert!(sent.is_err());
+        let error = received.unwrap_err();
+        assert_eq!(error.to_string(), expected);
+        assert!(error.is_peers_fault());
+        assert!(vm.writer.is_running());
+    }
+}
+
+#[test]
+fn another_number_of_channels_than_required_is_refused() {
+    for (opened, required) in [(2, 1), (3, 2)] {
+        let mut vm = TestSource::new(filled());
+        let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+        let options = source::Options { channels: opened, ..Default::default() };
+        let receiving = destination::Options { channels: Some(required), ..Default::default() };
+        let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
+        assert!(sent.is_err());
+        let error = received.unwrap_err();
+        assert!(error.is_peers_fault(), "{error}");
+        assert!(vm.writer.is_running());
+    }
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_does_not_converge() {
+    let mut vm = TestSource::new(filled());
+    vm.at_drain = Box::new(|writer| {
+        for page in 0..700 {
+            writer.write(page, page + 7);
+        }
+    });
+    let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+    let mut options = source::Options::default();
+    options.limits.rounds = Some(4);
+    options.limits.downtime = std::time::Duration::ZERO;
+    let (sent, received) = migrate(&mut vm, &mut to, options, Default::default());
+    assert!(matches!(sent, Err(Error::DoesNotConverge { rounds: 4, .. })), "{sent:?}");
+    assert!(received.is_err());
+    assert!(vm.writer.is_running());
+    assert!(!vm.calls().contains(&"pause"));
+}
+
+#[test]
+fn memory_that_is_not_fresh_ends_up_like_the_source() {
+    let mut vm = TestSource::new(filled());
+    vm.untouched = (0..700).filter(|page| page % 3 == 0).collect();
+    let ram = Ram::for_test(&BLOCKS).not_fresh();
+    for block in ram.layout().blocks() {
+        for page in block.page_range() {
+            ram.page(page).unwrap().write(&[0xee; 4096]);
+        }
+    }
+    let mut to = TestDestination::new(ram);
+    let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+    sent.unwrap();
+    received.unwrap();
+    assert_same(&vm.writer_ram(), &to.ram);
+}
