@@ -4,3 +4,8 @@
 
 pub(crate) mod guest_copy;
 pub(crate) mod heap;
+pub(crate) mod inherited;
+#[cfg(all(test, not(any(loom, shuttle))))]
+pub(crate) mod signals;
+pub(crate) mod vectored;
+pub(crate) mod zerocopy;

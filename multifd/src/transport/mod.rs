@@ -7,7 +7,14 @@ use std::io;
 
 use crate::ram::GuestRange;
 
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod conformance;
+pub mod fd;
 pub mod memory;
+pub mod socket;
+pub mod tcp;
+pub mod unix;
+pub mod uri;
 
 /// One connection. Both directions block.
 pub trait Stream: Send {

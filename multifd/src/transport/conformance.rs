@@ -1,0 +1,654 @@
+//! What every transport has to keep, as one suite that all of them run.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{Shutdown, TcpStream},
+    os::{fd::AsFd, unix::net::UnixStream},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::net::sockopt;
+use test_support::{TempDir, time_limit};
+
+use super::{
+    Connect, Listen, Stream,
+    fd::{FdConnector, FdListener},
+    memory,
+    socket::{SocketListener, SocketStream, ZeroCopyCounters},
+    tcp::{self, TcpConnector},
+    unix::{self, UnixConnector},
+    uri::Uri,
+};
+use crate::{
+    ram::{GuestRange, Ram},
+    sync::Arc,
+    sys::signals::interrupt,
+};
+
+/// A listener, what reaches it, and what both need to stay alive.
+struct Transport {
+    listener: Box<dyn Listen>,
+    connector: Box<dyn Connect>,
+    /// Reads of a memory connection wait for ever.
+    has_clock: bool,
+    _dir: Option<TempDir>,
+}
+
+impl Transport {
+    fn new(listener: impl Listen + 'static, connector: impl Connect + 'static) -> Transport {
+        Transport { listener: Box::new(listener), connector: Box::new(connector), has_clock: true, _dir: None }
+    }
+
+    fn memory() -> Transport {
+        let (listener, connector) = memory::listener(100_000);
+        Transport { has_clock: false, ..Transport::new(listener, connector) }
+    }
+
+    fn tcp(host: &str) -> Transport {
+        let listener = tcp::listen(host, 0).unwrap();
+        let connector = tcp_connector(&listener);
+        Transport::new(listener, connector)
+    }
+
+    fn tcp_zero_copy() -> Transport {
+        let listener = tcp::listen("127.0.0.1", 0).unwrap();
+        let connector = tcp_connector(&listener).zero_copy(Arc::default());
+        Transport::new(listener, connector)
+    }
+
+    fn unix() -> Transport {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("s");
+        let listener = unix::listen(&path).unwrap();
+        Transport { _dir: Some(dir), ..Transport::new(listener, UnixConnector::new(path)) }
+    }
+
+    /// A listening socket that somebody else opened.
+    fn inherited_listener() -> Transport {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let listener = FdListener::new(socket.into(), Uri::from(address)).unwrap();
+        Transport::new(listener, TcpConnector::new(address.ip().to_string(), address.port()))
+    }
+
+    /// One connection, as far as this transport goes.
+    fn socket_pair() -> Transport {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let listener = FdListener::new(ours.into(), Uri::Fd(3)).unwrap();
+        Transport::new(listener, FdConnector::new(theirs.into()).unwrap())
+    }
+
+    fn pair(&mut self) -> (Box<dyn Stream>, Box<dyn Stream>) {
+        let ours = self.connector.connect().unwrap();
+        let theirs = self.listener.accept(Some(SOON)).unwrap();
+        (ours, theirs)
+    }
+}
+
+fn tcp_connector(listener: &SocketListener) -> TcpConnector {
+    let Uri::Tcp { host, port } = listener.uri() else { panic!("{}", listener.uri()) };
+    TcpConnector::new(host, *port)
+}
+
+/// Runs each check on each transport; the transports that are one connection leave out those that need more.
+macro_rules! conformance {
+    ($($check:ident)*; $($listening:ident)*) => {
+        conformance! { @ over_memory, Transport::memory(); $($check)* $($listening)* }
+        conformance! { @ over_tcp_v4, Transport::tcp("127.0.0.1"); $($check)* $($listening)* }
+        conformance! { @ over_tcp_zero_copy, Transport::tcp_zero_copy(); $($check)* $($listening)* }
+        conformance! { @ over_unix, Transport::unix(); $($check)* $($listening)* }
+        conformance! { @ over_inherited_listener, Transport::inherited_listener(); $($check)* $($listening)* }
+        conformance! { @ over_socket_pair, Transport::socket_pair(); $($check)* }
+        conformance! { @ over_tcp_v6, {
+            if std::net::TcpListener::bind("[::1]:0").is_err() {
+                return test_support::skip("no IPv6 on this machine");
+            }
+            Transport::tcp("::1")
+        }; $($check)* $($listening)* }
+    };
+    (@ $transport:ident, $new:expr; $($check:ident)*) => {
+        mod $transport {
+            use super::*;
+            $(#[test]
+            fn $check() {
+                let transport = $new;
+                time_limit(LIMIT, || super::$check(transport));
+            })*
+        }
+    };
+}
+
+conformance! {
+    bytes_and_pages_of_any_size_arrive_in_order
+    more_ranges_than_one_call_takes_arrive
+    stop_releases_a_blocked_writer
+    stop_releases_a_blocked_reader
+    a_dropped_peer_ends_the_stream_after_its_bytes
+    an_end_within_pages_is_an_error
+    a_stopper_outlives_its_connection_and_does_not_keep_it_open
+    two_handles_read_and_write_at_the_same_time
+    a_read_that_waits_too_long_times_out
+    a_peer_that_is_gone_makes_writes_fail
+    nothing_to_send_is_fine;
+    stop_releases_a_blocked_accept
+    every_connection_in_the_backlog_is_found
+    accept_gives_up_after_its_timeout
+}
+
+fn bytes_and_pages_of_any_size_arrive_in_order(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    let from = Ram::for_test(&[("a", 300)]);
+    let to = Ram::for_test(&[("a", 300)]);
+    fill(&from, 300);
+    let packets = packets(40, 300);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for packet in &packets {
+                ours.write(&packet.header, &packet.ranges(&from)).unwrap();
+            }
+            ours.flush().unwrap();
+        });
+        for packet in &packets {
+            let mut header = vec![0; packet.header.len()];
+            theirs.read_exact(&mut header).unwrap();
+            assert_eq!(header, packet.header);
+            let ranges = packet.ranges(&to);
+            theirs.read_pages(&ranges).unwrap();
+            for (sent, arrived) in packet.ranges(&from).iter().zip(&ranges) {
+                assert!(bytes(sent) == bytes(arrived), "{sent:?} differs from {arrived:?}");
+                arrived.clear();
+            }
+        }
+    });
+}
+
+fn more_ranges_than_one_call_takes_arrive(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    let pages = 2 * 1100;
+    let from = Ram::for_test_with_pages(512, &[("a", pages)]);
+    let to = Ram::for_test_with_pages(512, &[("a", pages)]);
+    for page in 0..pages as u64 {
+        from.page(page).unwrap().write(&[page as u8 | 1; 512]);
+    }
+    // Every other page, backwards: nothing to join.
+    let every_other = || (0..pages as u64).rev().step_by(2);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let ranges: Vec<_> = every_other().map(|page| from.page(page).unwrap()).collect();
+            ours.write(b"h", &ranges).unwrap();
+            ours.flush().unwrap();
+        });
+        theirs.read_exact(&mut [0]).unwrap();
+        let ranges: Vec<_> = every_other().map(|page| to.page(page).unwrap()).collect();
+        theirs.read_pages(&ranges).unwrap();
+    });
+    for page in 0..pages as u64 {
+        let sent = if page % 2 == 1 { from.page_bytes(page) } else { vec![0; 512] };
+        assert_eq!(to.page_bytes(page), sent, "page {page}");
+    }
+}
+
+fn stop_releases_a_blocked_writer(mut transport: Transport) {
+    let (mut ours, _theirs) = transport.pair();
+    let ram = Ram::for_test(&[("a", 2048)]);
+    let stopper = ours.stopper().unwrap();
+    let (blocked, is_blocked) = mpsc::channel();
+    thread::scope(|scope| {
+        let writer = scope.spawn(move || {
+            let pages: Vec<_> = (0..2048).map(|page| ram.page(page).unwrap()).collect();
+            // Nobody reads, so this blocks once the buffers in between are full.
+            loop {
+                blocked.send(()).unwrap();
+                if let Err(error) = ours.write(&[], &pages) {
+                    // Also what waits for completions is released.
+                    let _ = ours.flush();
+                    return error.kind();
+                }
+            }
+        });
+        while is_blocked.recv_timeout(Duration::from_millis(200)).is_ok() {}
+        stopper.stop();
+        let kind = writer.join().unwrap();
+        assert!(matches!(kind, io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset), "{kind:?}");
+    });
+}
+
+fn stop_releases_a_blocked_reader(mut transport: Transport) {
+    let (mut ours, _theirs) = transport.pair();
+    let stopper = ours.stopper().unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| ours.read(&mut [0; 10]));
+        thread::sleep(Duration::from_millis(50));
+        stopper.stop();
+        assert_eq!(reader.join().unwrap().unwrap(), 0);
+    });
+    assert_eq!(ours.read_exact(&mut [0]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "and from now on");
+    assert!(ours.write(b"x", &[]).is_err());
+}
+
+fn a_dropped_peer_ends_the_stream_after_its_bytes(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    ours.write(b"the end", &[]).unwrap();
+    drop(ours);
+    let mut received = [0; 7];
+    theirs.read_exact(&mut received).unwrap();
+    assert_eq!(&received, b"the end");
+    assert_eq!(theirs.read(&mut received).unwrap(), 0);
+    assert_eq!(theirs.read_exact(&mut received).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+}
+
+fn an_end_within_pages_is_an_error(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    let ram = Ram::for_test(&[("a", 2)]);
+    ours.write(&[7; 4096 + 100], &[]).unwrap();
+    drop(ours);
+    let pages = [ram.page(0).unwrap(), ram.page(1).unwrap()];
+    assert_eq!(theirs.read_pages(&pages).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+}
+
+fn a_stopper_outlives_its_connection_and_does_not_keep_it_open(mut transport: Transport) {
+    let (ours, mut theirs) = transport.pair();
+    let stopper = ours.stopper().unwrap();
+    drop(ours);
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    stopper.stop();
+}
+
+fn two_handles_read_and_write_at_the_same_time(mut transport: Transport) {
+    let (ours, theirs) = transport.pair();
+    let count = 2000u32;
+    let both_ways = |mut reader: Box<dyn Stream>, mut writer: Box<dyn Stream>| {
+        let read = thread::spawn(move || {
+            for expected in 0..count {
+                let mut bytes = [0; 4];
+                reader.read_exact(&mut bytes).unwrap();
+                assert_eq!(u32::from_be_bytes(bytes), expected);
+            }
+        });
+        let write = thread::spawn(move || {
+            for number in 0..count {
+                writer.write(&number.to_be_bytes(), &[]).unwrap();
+            }
+            writer
+        });
+        [read, thread::spawn(move || drop(write.join().unwrap()))]
+    };
+    let here = both_ways(ours.try_clone().unwrap(), ours);
+    let there = both_ways(theirs.try_clone().unwrap(), theirs);
+    for thread in here.into_iter().chain(there) {
+        thread.join().unwrap();
+    }
+}
+
+fn a_read_that_waits_too_long_times_out(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    theirs.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
+    if !transport.has_clock {
+        return;
+    }
+    let begin = Instant::now();
+    let kind = theirs.read(&mut [0]).unwrap_err().kind();
+    assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind:?}");
+    assert!(begin.elapsed() >= Duration::from_millis(20));
+    theirs.set_read_timeout(Some(Duration::ZERO)).unwrap();
+    assert!(theirs.read(&mut [0]).is_err(), "no time is not for ever");
+    theirs.set_read_timeout(None).unwrap();
+    ours.write(b"x", &[]).unwrap();
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 1, "the connection is as good as before");
+}
+
+fn a_peer_that_is_gone_makes_writes_fail(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    // Unread bytes at the close make TCP reset the connection.
+    ours.write(&[0; 1000], &[]).unwrap();
+    theirs.read_exact(&mut [0; 10]).unwrap();
+    drop(theirs);
+    let ram = Ram::for_test(&[("a", 16)]);
+    let pages: Vec<_> = (0..16).map(|page| ram.page(page).unwrap()).collect();
+    let error = loop {
+        // The first ones may still fit into the buffers; a signal would end this process.
+        if let Err(error) = ours.write(b"header", &pages) {
+            break error;
+        }
+    };
+    assert!(matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset), "{error:?}");
+}
+
+fn nothing_to_send_is_fine(mut transport: Transport) {
+    let (mut ours, mut theirs) = transport.pair();
+    ours.write(&[], &[]).unwrap();
+    ours.flush().unwrap();
+    theirs.read_pages(&[]).unwrap();
+    theirs.read_exact(&mut []).unwrap();
+    ours.write(b"x", &[]).unwrap();
+    assert_eq!(theirs.read(&mut [0; 2]).unwrap(), 1);
+}
+
+fn stop_releases_a_blocked_accept(transport: Transport) {
+    let stopper = transport.listener.stopper().unwrap();
+    let mut listener = transport.listener;
+    thread::scope(|scope| {
+        let accept = scope.spawn(move || (listener.accept(None).err().map(|error| error.kind()), listener));
+        thread::sleep(Duration::from_millis(50));
+        stopper.stop();
+        let (kind, mut listener) = accept.join().unwrap();
+        assert_eq!(kind, Some(io::ErrorKind::Interrupted));
+        assert!(listener.accept(Some(SOON)).is_err(), "and from now on");
+        transport.connector.connect().unwrap();
+        assert!(listener.try_accept().unwrap().is_some(), "also when stopped");
+    });
+}
+
+fn every_connection_in_the_backlog_is_found(mut transport: Transport) {
+    assert!(transport.listener.try_accept().unwrap().is_none());
+    let mut ours: Vec<_> = (0..256).map(|_| transport.connector.connect().unwrap()).collect();
+    let mut theirs = Vec::new();
+    while let Some(stream) = transport.listener.try_accept().unwrap() {
+        theirs.push(stream);
+    }
+    assert_eq!(theirs.len(), 256);
+    for (index, stream) in ours.iter_mut().enumerate() {
+        stream.write(&[index as u8], &[]).unwrap();
+    }
+    let mut seen: Vec<u8> = Vec::new();
+    for stream in &mut theirs {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        seen.push(byte[0]);
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, (0..=255).collect::<Vec<u8>>());
+}
+
+fn accept_gives_up_after_its_timeout(mut transport: Transport) {
+    if !transport.has_clock {
+        return;
+    }
+    let begin = Instant::now();
+    let kind = transport.listener.accept(Some(Duration::from_millis(30))).err().map(|error| error.kind());
+    assert_eq!(kind, Some(io::ErrorKind::TimedOut));
+    assert!(begin.elapsed() >= Duration::from_millis(20));
+    transport.connector.connect().unwrap();
+    transport.listener.accept(Some(Duration::ZERO)).unwrap();
+}
+
+// What only sockets have.
+
+#[test]
+fn sends_and_receives_that_signals_interrupt_are_resumed() {
+    let tcp = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        [ours, listener.accept().unwrap().0].map(|socket| SocketStream::new(socket.into()).unwrap())
+    };
+    let [ours, theirs] = tcp();
+    time_limit(LIMIT, || transfer_interrupted(ours, theirs));
+    let [mut ours, theirs] = tcp();
+    let counters = Arc::new(ZeroCopyCounters::default());
+    ours.send_without_copy(counters.clone()).unwrap();
+    time_limit(LIMIT, || transfer_interrupted(ours, theirs));
+    let sends = counters.zero_copied() + counters.copied();
+    assert!(sends > INTERRUPTED_WRITES, "{sends} sends: none moved only a part");
+    let pair: [UnixStream; 2] = UnixStream::pair().unwrap().into();
+    let [ours, theirs] = pair.map(|socket| SocketStream::new(socket.into()).unwrap());
+    time_limit(LIMIT, || transfer_interrupted(ours, theirs));
+}
+
+/// Sends 512 KiB of single pages several times; every read is preceded by a signal to the writer, every write by one to
+/// the reader.
+fn transfer_interrupted(mut ours: SocketStream, mut theirs: SocketStream) {
+    sockopt::set_socket_send_buffer_size(ours.as_fd(), 20_000).unwrap();
+    let (from, to) = (Ram::for_test(&[("a", 256)]), Ram::for_test(&[("a", 256)]));
+    fill(&from, 256);
+    fn every_other(ram: &Ram) -> Vec<GuestRange<'_>> {
+        (0..256).step_by(2).map(|page| ram.page(page).unwrap()).collect()
+    }
+    let (turn, next) = mpsc::sync_channel(0);
+    let writer = thread::spawn({
+        let from = from.clone();
+        move || {
+            for _ in 0..INTERRUPTED_WRITES {
+                ours.write(b"header", &every_other(&from)).unwrap();
+            }
+            ours.flush().unwrap();
+        }
+    });
+    let reader = thread::spawn({
+        let to = to.clone();
+        move || {
+            for () in next {
+                theirs.read_exact(&mut [0; 6]).unwrap();
+                theirs.read_pages(&every_other(&to)).unwrap();
+                for (sent, arrived) in every_other(&from).iter().zip(every_other(&to)) {
+                    assert!(bytes(sent) == bytes(&arrived), "{sent:?} differs from {arrived:?}");
+                    arrived.clear();
+                }
+            }
+        }
+    });
+    for _ in 0..INTERRUPTED_WRITES {
+        // Long enough for the writer to fill what is in between and block.
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(2));
+            interrupt(&writer);
+        }
+        turn.send(()).unwrap();
+        interrupt(&reader);
+    }
+    drop(turn);
+    writer.join().unwrap();
+    reader.join().unwrap();
+}
+
+const INTERRUPTED_WRITES: u64 = 20;
+
+/// The header's buffer is the caller's again as soon as `write` returns, also while the kernel still reads the pages.
+#[test]
+fn with_zero_copy_the_header_may_be_reused_at_once() {
+    let mut transport = Transport::tcp_zero_copy();
+    let (mut ours, mut theirs) = transport.pair();
+    let ram = Ram::for_test(&[("a", 1)]);
+    let writer = thread::spawn(move || {
+        let page = [ram.page(0).unwrap()];
+        let mut header = [0; 1344];
+        for packet in 0..=255 {
+            header.fill(packet);
+            ours.write(&header, &page).unwrap();
+            header.fill(!packet);
+        }
+        ours.flush().unwrap();
+    });
+    let to = Ram::for_test(&[("a", 1)]);
+    for packet in 0..=255 {
+        let mut header = [0; 1344];
+        theirs.read_exact(&mut header).unwrap();
+        assert_eq!(header, [packet; 1344]);
+        theirs.read_pages(&[to.page(0).unwrap()]).unwrap();
+    }
+    writer.join().unwrap();
+}
+
+#[test]
+fn flush_waits_until_the_kernel_has_let_go_of_every_page() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut theirs = listener.accept().unwrap().0;
+    let mut ours = SocketStream::new(ours.into()).unwrap();
+    let counters = Arc::new(ZeroCopyCounters::default());
+    ours.send_without_copy(counters.clone()).unwrap();
+    let (written, is_written) = mpsc::channel();
+    let writer = thread::spawn(move || {
+        let ram = Ram::for_test(&[("a", 1)]);
+        ram.page(0).unwrap().write(&[7; 4096]);
+        for _ in 0..500 {
+            ours.write(b"h", &[ram.page(0).unwrap()]).unwrap();
+        }
+        ours.flush().unwrap();
+        // Were the kernel still to read the page, some of these would arrive.
+        ram.page(0).unwrap().write(&[9; 4096]);
+        written.send(()).unwrap();
+        ours
+    });
+    let mut received = vec![0; 500 * 4097];
+    theirs.read_exact(&mut received).unwrap();
+    assert!(received.chunks(4097).all(|packet| packet[0] == b'h' && packet[1..] == [7; 4096]));
+    is_written.recv_timeout(SOON).unwrap();
+    assert_eq!(counters.zero_copied() + counters.copied(), 500);
+    drop(writer.join().unwrap());
+}
+
+#[test]
+fn stop_releases_a_flush_that_waits_for_the_peer() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let theirs = listener.accept().unwrap().0;
+    sockopt::set_socket_recv_buffer_size(&theirs, 1).unwrap();
+    let mut ours = SocketStream::new(ours.into()).unwrap();
+    ours.send_without_copy(Arc::default()).unwrap();
+    let stopper = ours.stopper().unwrap();
+    let ram = Ram::for_test(&[("a", 64)]);
+    let flusher = thread::spawn(move || {
+        let pages: Vec<_> = (0..64).map(|page| ram.page(page).unwrap()).collect();
+        ours.write(b"h", &pages).and_then(|()| ours.flush()).unwrap_err().kind()
+    });
+    thread::sleep(Duration::from_millis(100));
+    assert!(!flusher.is_finished(), "nobody reads, so the pages are still the kernel's");
+    stopper.stop();
+    let kind = time_limit(LIMIT, || flusher.join().unwrap());
+    assert_eq!(kind, io::ErrorKind::BrokenPipe);
+}
+
+#[test]
+fn zero_copy_is_refused_where_the_socket_does_not_have_it() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut ours = SocketStream::new(ours.into()).unwrap();
+    assert!(ours.send_without_copy(Arc::default()).is_err());
+    ours.write(b"copied", &[]).unwrap();
+    ours.flush().unwrap();
+}
+
+#[test]
+fn a_peer_that_ended_its_direction_still_takes_bytes() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut raw = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut ours = SocketStream::new(listener.accept().unwrap().0.into()).unwrap();
+    raw.write_all(b"last").unwrap();
+    raw.shutdown(Shutdown::Write).unwrap();
+    ours.read_exact(&mut [0; 4]).unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    ours.write(b"answer", &[]).unwrap();
+    drop(ours);
+    let mut answer = String::new();
+    raw.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "answer");
+}
+
+#[test]
+fn an_inherited_non_blocking_socket_blocks_again() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let connector = FdConnector::new(ours.into()).unwrap();
+    let mut ours = connector.connect().unwrap();
+    let reader = thread::spawn(move || ours.read(&mut [0; 1]).unwrap());
+    thread::sleep(Duration::from_millis(20));
+    (&theirs).write_all(b"x").unwrap();
+    assert_eq!(reader.join().unwrap(), 1);
+    let error = connector.connect().err().unwrap();
+    assert!(error.to_string().contains("main only"), "{error}");
+}
+
+#[test]
+fn what_is_no_stream_socket_is_refused_by_name() {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let error = FdListener::new(file.into(), Uri::Fd(9)).err().unwrap();
+    assert_eq!(error.to_string(), "it is not a socket");
+    let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    let error = FdConnector::new(datagram.into()).err().unwrap();
+    assert_eq!(error.to_string(), "it is a socket, but not a stream socket");
+    let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    assert!(FdConnector::new(listening.into()).is_err());
+}
+
+#[test]
+fn tcp_sends_at_once_and_notices_dead_hosts() {
+    let mut transport = Transport::tcp("127.0.0.1");
+    let ours = TcpStream::connect({
+        let Transport { connector, .. } = &transport;
+        let peer = connector.connect().unwrap().peer();
+        peer.strip_prefix("tcp:").unwrap().to_owned()
+    })
+    .unwrap();
+    let stream = SocketStream::new(ours.into()).unwrap();
+    assert!(sockopt::tcp_nodelay(stream.as_fd()).unwrap());
+    assert!(sockopt::socket_keepalive(stream.as_fd()).unwrap());
+    transport.listener.try_accept().unwrap();
+}
+
+/// A packet of random size: a header, and ranges of `pages` pages.
+struct Packet {
+    header: Vec<u8>,
+    /// Page, offset within it, length.
+    parts: Vec<(u64, usize, usize)>,
+}
+
+impl Packet {
+    fn ranges<'a>(&self, ram: &'a Ram) -> Vec<GuestRange<'a>> {
+        let part = |&(page, offset, len): &(u64, usize, usize)| ram.page(page).unwrap().slice(offset, len).unwrap();
+        self.parts.iter().map(part).collect()
+    }
+}
+
+/// `count` packets of random sizes; no page twice in one.
+fn packets(count: usize, pages: u64) -> Vec<Packet> {
+    let mut random = Random(0x1234_5678_9abc_def1);
+    let packet = |_| {
+        let header = (0..random.below(2000)).map(|byte| byte as u8).collect();
+        let (first, stride) = (random.below(20), 1 + random.below(2));
+        let count = random.below(130).min((pages - first) / stride);
+        let part = |index| match random.below(3) {
+            0 => (first + index * stride, 0, 4096),
+            1 => (first + index * stride, 8 * random.below(256) as usize, 8 * random.below(257) as usize),
+            _ => (first + index * stride, 4088, 8),
+        };
+        Packet { header, parts: (0..count).map(part).collect() }
+    };
+    (0..count).map(packet).collect()
+}
+
+fn fill(ram: &Ram, pages: u64) {
+    let mut random = Random(42);
+    for page in 0..pages {
+        let content: Vec<u8> = (0..512).flat_map(|_| random.next().to_le_bytes()).collect();
+        ram.page(page).unwrap().write(&content);
+    }
+}
+
+fn bytes(range: &GuestRange<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; range.len()];
+    range.read(&mut bytes);
+    bytes
+}
+
+/// xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+/// For what happens at once, with room for a busy machine.
+const SOON: Duration = Duration::from_secs(10);
+
+/// For a whole check.
+const LIMIT: Duration = Duration::from_secs(60);

@@ -1,0 +1,289 @@
+//! Connections over stream sockets, whatever their family: what TCP, unix and inherited sockets share.
+//!
+//! All handles on one connection own its descriptor together; a [`Stopper`] does not. So dropping the last handle
+//! closes the connection, and a late stop can never hit a descriptor that was given out again.
+
+// `std`, because model checkers open no sockets, and because loom has no `Weak`.
+use std::{
+    io,
+    net::TcpStream,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::{Errno, ioctl_fionbio},
+    net::{
+        AddressFamily, Shutdown, SocketFlags, SocketType, accept_with, listen, shutdown,
+        sockopt::{self, Timeout},
+    },
+};
+
+use super::{Listen, Stopper, Stream, unix::OwnPath, uri::Uri};
+use crate::{
+    ram::GuestRange,
+    sys::{vectored, zerocopy::ZeroCopy},
+};
+
+pub use crate::sys::zerocopy::ZeroCopyCounters;
+
+/// One connected stream socket.
+pub struct SocketStream {
+    socket: Arc<OwnedFd>,
+    /// Belongs to one handle of the connection, because the kernel counts for the whole socket.
+    zero_copy: Option<ZeroCopy>,
+    peer: String,
+}
+
+impl SocketStream {
+    /// A connection over `socket`, which is switched to blocking mode, and to sending at once where it is TCP.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] for anything but a connected stream socket; the kernel's.
+    pub fn new(socket: OwnedFd) -> io::Result<SocketStream> {
+        check_stream_socket(&socket)?;
+        if sockopt::socket_acceptconn(&socket)? {
+            return Err(invalid("it listens; a connected socket is needed"));
+        }
+        ioctl_fionbio(&socket, false)?;
+        let peer = match sockopt::socket_domain(&socket)? {
+            AddressFamily::INET | AddressFamily::INET6 => {
+                prepare_tcp(&socket)?;
+                tcp_peer(&socket)
+            }
+            AddressFamily::UNIX => "unix".to_owned(),
+            _ => "socket".to_owned(),
+        };
+        Ok(SocketStream { socket: Arc::new(socket), zero_copy: None, peer })
+    }
+
+    /// The same connection, called `peer` in messages.
+    #[must_use]
+    pub fn with_peer(self, peer: String) -> SocketStream {
+        SocketStream { peer, ..self }
+    }
+
+    /// From now on the kernel reads pages that are written through this handle straight from guest memory, until the
+    /// next [`flush`](Stream::flush). Other handles of the connection go on copying.
+    ///
+    /// # Errors
+    /// The kernel's, where this kind of socket does not have it; the connection copies as before then.
+    pub fn send_without_copy(&mut self, counters: crate::sync::Arc<ZeroCopyCounters>) -> io::Result<()> {
+        if self.zero_copy.is_none() {
+            self.zero_copy = Some(ZeroCopy::enable(self.socket.as_fd(), counters)?);
+        }
+        Ok(())
+    }
+}
+
+impl Stream for SocketStream {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        match &mut self.zero_copy {
+            Some(zero_copy) => zero_copy.send(self.socket.as_fd(), header, pages),
+            None => vectored::send(self.socket.as_fd(), header, pages),
+        }
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::read(&self.socket, &mut *buf) {
+                Err(Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        vectored::receive(self.socket.as_fd(), pages)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.zero_copy {
+            Some(zero_copy) => zero_copy.flush(self.socket.as_fd()),
+            None => Ok(()),
+        }
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(SocketStream { socket: self.socket.clone(), zero_copy: None, peer: self.peer.clone() }))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(StreamStopper(Arc::downgrade(&self.socket))))
+    }
+
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        // The kernel takes 0 as no limit, and counts in microseconds.
+        let timeout = timeout.map(|timeout| timeout.max(Duration::from_micros(1)));
+        Ok(sockopt::set_socket_timeout(&self.socket, Timeout::Recv, timeout)?)
+    }
+
+    fn peer(&self) -> String {
+        self.peer.clone()
+    }
+}
+
+/// Where connections to one address arrive.
+pub struct SocketListener {
+    /// In non-blocking mode, so that a connection which vanished between poll and accept cannot block the latter.
+    socket: OwnedFd,
+    /// An eventfd that is readable once stopped.
+    stopped: Arc<OwnedFd>,
+    uri: Uri,
+    /// Removes the path of a unix socket.
+    _path: Option<OwnPath>,
+}
+
+impl SocketListener {
+    /// Accepts connections from `socket`, which is bound and is told to listen. `uri` is where it can be reached.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] for anything but a stream socket; the kernel's.
+    pub fn new(socket: OwnedFd, uri: Uri) -> io::Result<SocketListener> {
+        SocketListener::with_path(socket, uri, None)
+    }
+
+    pub(super) fn with_path(socket: OwnedFd, uri: Uri, path: Option<OwnPath>) -> io::Result<SocketListener> {
+        check_stream_socket(&socket)?;
+        // Linux also changes the backlog of a socket that listens already.
+        listen(&socket, BACKLOG)?;
+        ioctl_fionbio(&socket, true)?;
+        let stopped = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        Ok(SocketListener { socket, stopped, uri, _path: path })
+    }
+
+    /// Where it can be reached, with the port that the kernel chose.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Waits until there is a connection. `false`: `deadline` has passed.
+    fn wait(&self, deadline: Option<Instant>) -> io::Result<bool> {
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let timeout = left.map(|left| Timespec::try_from(left).unwrap_or(LONGEST));
+            let mut entries = [PollFd::new(&self.stopped, PollFlags::IN), PollFd::new(&self.socket, PollFlags::IN)];
+            match poll(&mut entries, timeout.as_ref()) {
+                Err(Errno::INTR) => continue,
+                other => other?,
+            };
+            let [stopped, socket] = entries.map(|entry| !entry.revents().is_empty());
+            if stopped {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            if socket || left == Some(Duration::ZERO) {
+                return Ok(socket);
+            }
+        }
+    }
+}
+
+impl Listen for SocketListener {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        while self.wait(deadline)? {
+            if let Some(stream) = self.try_accept()? {
+                return Ok(stream);
+            }
+        }
+        Err(io::ErrorKind::TimedOut.into())
+    }
+
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        loop {
+            match accept_with(&self.socket, SocketFlags::CLOEXEC) {
+                Ok(socket) => {
+                    let stream = SocketStream::new(socket)?;
+                    return Ok(Some(match self.uri {
+                        Uri::Unix(_) => Box::new(stream.with_peer(self.uri.to_string())),
+                        _ => Box::new(stream),
+                    }));
+                }
+                Err(Errno::AGAIN) => return Ok(None),
+                // A connection that was gone before it was accepted; the next one may be fine.
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(ListenStopper(self.stopped.clone())))
+    }
+}
+
+struct StreamStopper(Weak<OwnedFd>);
+
+impl Stopper for StreamStopper {
+    fn stop(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            // The peer may have ended the connection before, which is as good.
+            let _ = shutdown(&socket, Shutdown::Both);
+        }
+    }
+}
+
+struct ListenStopper(Arc<OwnedFd>);
+
+impl Stopper for ListenStopper {
+    fn stop(&self) {
+        // Fails only where the counter is at its maximum: then it is readable, as it should be.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Adds `what` in front of the message.
+pub(super) fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+pub(super) fn invalid(message: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
+}
+
+fn check_stream_socket(socket: &OwnedFd) -> io::Result<()> {
+    match sockopt::socket_type(socket) {
+        Ok(SocketType::STREAM) => Ok(()),
+        Ok(_) => Err(invalid("it is a socket, but not a stream socket")),
+        Err(Errno::NOTSOCK) => Err(invalid("it is not a socket")),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn prepare_tcp(socket: &OwnedFd) -> io::Result<()> {
+    // A SYNC packet must not wait for the acknowledgement of the pages before it.
+    sockopt::set_tcp_nodelay(socket, true)?;
+    // A destination that only reads would otherwise never notice that the source's host is gone. With these it is told
+    // within 90 s, while an idle but living source is not disturbed. No TCP_USER_TIMEOUT on top: it also ends
+    // connections whose peer is alive and does not read for a while, as a destination does at a barrier.
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
+    sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepcnt(socket, 6)?;
+    Ok(())
+}
+
+fn tcp_peer(socket: &OwnedFd) -> String {
+    let address = socket.try_clone().and_then(|socket| TcpStream::from(socket).peer_addr());
+    match address {
+        Ok(address) => Uri::from(address).to_string(),
+        // Reset before it was accepted: whoever reads from it is told.
+        Err(_) => "tcp".to_owned(),
+    }
+}
+
+/// Room for main and 255 channels that connect before the first is accepted, and for strays. The kernel drops what does
+/// not fit while the peer believes to be connected, so this errs on the large side; `net.core.somaxconn` caps it.
+const BACKLOG: i32 = 1024;
+
+/// Longer than anybody waits.
+const LONGEST: Timespec = Timespec { tv_sec: i32::MAX as _, tv_nsec: 0 };
+
+/// For modules that need the descriptor itself.
+impl AsFd for SocketStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
