@@ -116,6 +116,14 @@ impl<'a> RamPacket<'a> {
         offsets.try_for_each(|offset| check_page(block, len, offset, page_size as u64))
     }
 
+    /// Refuses the packet when its pages are compressed otherwise than `expected`: the method is configured on both sides.
+    pub fn check_compression(&self, expected: Compression) -> Result<(), Mismatch> {
+        if self.normal > 0 && self.compression != expected {
+            return Err(Mismatch::CompressionMismatch { expected, found: self.compression });
+        }
+        Ok(())
+    }
+
     /// Whether this packet ends its channel's part of the round. Its own pages, if any, belong to the round it ends.
     pub const fn sync(&self) -> bool {
         self.sync
@@ -280,6 +288,11 @@ impl Hello {
         magic_and_version(bytes, "hello")?;
         let uuid = *bytes[8..].first_chunk().expect("a hello is longer");
         Ok(Self { uuid, channel: ChannelId(bytes[24]) })
+    }
+
+    /// Refuses the channel of another VM than the one with this uuid (zeros: a VM without).
+    pub fn check_uuid(&self, expected: [u8; 16]) -> Result<(), Mismatch> {
+        if self.uuid == expected { Ok(()) } else { Err(Mismatch::Uuid { expected, found: self.uuid }) }
     }
 
     /// The hello as it stands on the wire.
@@ -533,6 +546,24 @@ mod tests {
         assert_eq!(Hello::decode(&bytes), Ok(hello));
         assert_eq!(bytes[24], 3);
         assert!(bytes[25..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn channel_of_another_vm_is_refused() {
+        let hello = Hello { uuid: [7; 16], channel: ChannelId(0) };
+        assert_eq!(hello.check_uuid([7; 16]), Ok(()));
+        assert_eq!(hello.check_uuid([0; 16]), Err(Mismatch::Uuid { expected: [0; 16], found: [7; 16] }));
+    }
+
+    #[test]
+    fn pages_must_be_compressed_as_configured() {
+        let bytes = packet(|_| ());
+        let decoded = RamPacket::decode(&bytes, PAGE).unwrap();
+        let (expected, found) = (Compression::Zlib, Compression::None);
+        assert_eq!(decoded.check_compression(found), Ok(()));
+        assert_eq!(decoded.check_compression(expected), Err(Mismatch::CompressionMismatch { expected, found }));
+        let bytes = packet(|bytes| put(bytes, 16, 0));
+        assert_eq!(RamPacket::decode(&bytes, PAGE).unwrap().check_compression(expected), Ok(()));
     }
 
     #[test]
