@@ -7,6 +7,8 @@
 #![deny(unsafe_code)]
 
 mod barrier;
+#[cfg(any(test, feature = "broken-variants"))]
+pub mod broken;
 pub mod clock;
 mod compress;
 pub mod destination;

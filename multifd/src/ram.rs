@@ -213,7 +213,6 @@ impl<'a> GuestRange<'a> {
     }
 
     /// Both ranges as one, where `next` begins where this one ends and both are of the same block.
-    #[expect(dead_code, reason = "for vectored writes")]
     pub(crate) fn joined(&self, next: &GuestRange<'a>) -> Option<GuestRange<'a>> {
         self.is_followed_by(next).then_some(GuestRange { len: self.len + next.len, ..*self })
     }

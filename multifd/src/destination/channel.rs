@@ -99,7 +99,7 @@ impl ReceiveChannel {
         if sync {
             // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they
             // were applied above.
-            self.shared.barrier.arrive(Party::Channel(self.id), self.place())?;
+            self.shared.arrive(Party::Channel(self.id), self.place())?;
             if self.pages.is_none() {
                 self.pages = lock(&self.shared.pages).clone();
             }
@@ -143,6 +143,12 @@ impl ReceiveChannel {
         {
             let mismatch = violation::Mismatch::CompressionMismatch { expected, found: method };
             return Err(Error::protocol(place)(mismatch));
+        }
+        #[cfg(any(test, feature = "broken-variants"))]
+        if sync && self.shared.options.broken == Some(crate::broken::Broken::SyncPagesDropped) {
+            let mut payload = vec![0; payload_len];
+            self.stream.read_exact(&mut payload).map_err(Error::io(at))?;
+            return Ok((sync, payload_len));
         }
         if !self.normal.is_empty() {
             match method {

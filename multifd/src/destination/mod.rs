@@ -34,7 +34,7 @@ pub(crate) use self::{
 pub use self::{options::Options, report::Report};
 use crate::{
     barrier::RoundBarrier,
-    error::{Error, Mismatch},
+    error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
     stop::StopHandle,
@@ -113,6 +113,8 @@ pub(super) struct Shared {
     seen: Mutex<Seen>,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
     streams: Mutex<Vec<std::sync::Arc<dyn Stopper>>>,
+    #[cfg(any(test, feature = "broken-variants"))]
+    loose: crate::broken::LooseBarrier,
 }
 
 /// Where pages go, and the blocks that they may name.
@@ -135,6 +137,15 @@ impl Shared {
         let stopper: std::sync::Arc<dyn Stopper> = stopper.into();
         lock(&self.streams).push(stopper.clone());
         self.stop.register(Box::new(stopper));
+    }
+
+    /// Reaches the end of the round and waits for all others.
+    fn arrive(&self, party: Party, place: Place) -> Result<(), Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if let Some(passed) = self.loose.arrive(party) {
+            return passed;
+        }
+        self.barrier.arrive(party, place).map(drop)
     }
 
     fn end_streams(&self) {
@@ -173,6 +184,8 @@ impl Run {
         let shared = Arc::new(Shared {
             page_size,
             barrier: RoundBarrier::new(None),
+            #[cfg(any(test, feature = "broken-variants"))]
+            loose: crate::broken::LooseBarrier::new(options.broken),
             progress,
             stop,
             options,
@@ -183,6 +196,8 @@ impl Run {
             streams: Mutex::new(Vec::new()),
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
+        #[cfg(any(test, feature = "broken-variants"))]
+        shared.stop.register(Box::new(shared.loose.clone()));
         shared.stop.register(Box::new(accept::MainSlotStopper(shared.clone())));
         let acceptor = Acceptor::spawn(from, &shared)?;
         Ok(Run {
@@ -363,10 +378,12 @@ impl Run {
             self.channels_fixed = true;
             let channels = self.acceptor.channels()?;
             self.shared.barrier.fix_channels(channels).map_err(Error::protocol(place))?;
+            #[cfg(any(test, feature = "broken-variants"))]
+            self.shared.loose.fix_channels(channels);
             self.report.channels = channels;
         }
         self.acceptor.nobody_else()?;
-        self.shared.barrier.arrive(Party::Main, place)?;
+        self.shared.arrive(Party::Main, place)?;
         self.count_round(observer);
         Ok(())
     }

@@ -29,6 +29,9 @@ pub struct Options {
     pub close_timeout: Duration,
     /// Where time comes from.
     pub clock: Clock,
+    /// A defect to be caught.
+    #[cfg(any(test, feature = "broken-variants"))]
+    pub broken: Option<crate::broken::Broken>,
 }
 
 impl Default for Options {
@@ -43,6 +46,8 @@ impl Default for Options {
             setup_timeout: Some(Duration::from_secs(30)),
             close_timeout: Duration::from_secs(5),
             clock: Clock::monotonic(),
+            #[cfg(any(test, feature = "broken-variants"))]
+            broken: None,
         }
     }
 }

@@ -229,7 +229,9 @@ impl Run {
         self.report.dirty_log = vm.dirty_log().name();
         self.tracking = true;
         let ram = self.shared.ram.clone();
-        vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
+        if !self.tracking_starts_late() {
+            vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
+        }
         let mut dirty = DirtyBitmap::full(ram.layout());
         let mut untouched = DirtyBitmap::new(ram.layout());
         vm.untouched(&mut untouched).map_err(Error::vm("tell which pages were never touched"))?;
@@ -263,10 +265,25 @@ impl Run {
         // Zeros known from the beginning say nothing about what was written since.
         self.shared.scan.set_zeros(None);
         stats.took = self.now() - begun;
+        if self.tracking_starts_late() && self.report.rounds.is_empty() {
+            let ram = self.shared.ram.clone();
+            vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
+        }
         vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
         stats.dirty_after = dirty.count();
         self.close_round(stats);
         Ok(())
+    }
+
+    /// Only in tests: see [`Broken`](crate::broken::Broken).
+    #[cfg(any(test, feature = "broken-variants"))]
+    fn tracking_starts_late(&self) -> bool {
+        self.shared.options.broken == Some(crate::broken::Broken::TrackingStartsLate)
+    }
+
+    #[cfg(not(any(test, feature = "broken-variants")))]
+    const fn tracking_starts_late(&self) -> bool {
+        false
     }
 
     /// Compares what is left with what the pause may take.

@@ -41,6 +41,9 @@ pub struct Options {
     pub limits: Limits,
     /// Where time comes from.
     pub clock: Clock,
+    /// A defect to be caught.
+    #[cfg(any(test, feature = "broken-variants"))]
+    pub broken: Option<crate::broken::Broken>,
 }
 
 impl Default for Options {
@@ -61,6 +64,8 @@ impl Default for Options {
             max_bandwidth: None,
             limits: Limits::default(),
             clock: Clock::monotonic(),
+            #[cfg(any(test, feature = "broken-variants"))]
+            broken: None,
         }
     }
 }
