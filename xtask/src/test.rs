@@ -34,7 +34,10 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     });
     steps.run("documentation", || {
         let mut doc = cargo();
-        doc.args(["doc", "--workspace", "--all-features", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+        // Private items too: module docs link to private neighbours, and those links have to lead somewhere.
+        doc.args(["doc", "--workspace", "--all-features", "--no-deps", "--document-private-items"]);
+        // In the public pages such a link is plain text, which is right there.
+        doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links");
         step::command(&mut doc, LONG)
     });
     steps.run("tests", || {
