@@ -424,18 +424,27 @@ impl TailScanner {
 
     /// Looks at what was appended to `buf` since the last call and says where the stream ends, if `buf` ends with it.
     pub fn scan(&mut self, buf: &[u8]) -> Option<TailEnd> {
-        for at in self.scanned..buf.len() {
-            if buf[at] == 0 {
-                self.live.retain(|begin| (begin + 2..begin + HEAD).contains(&at));
-                self.live.push(at);
-            } else {
-                // A beginning is a zero, then 06, a length that is not above the limit, and the brace of an object.
-                self.live.retain(|begin| match at - begin {
-                    1 => buf[at] == VMDESCRIPTION,
-                    HEAD => buf[at] == b'{' && vmdesc_len(buf, *begin) <= MAX_VMDESC as usize,
-                    _ => true,
-                });
+        let mut at = self.scanned;
+        while at < buf.len() {
+            // Behind the head of every beginning, only a zero matters.
+            if self.live.iter().all(|begin| at > begin + HEAD) {
+                let zero = buf[at..].iter().position(|byte| *byte == 0);
+                at += zero.unwrap_or(buf.len() - at);
             }
+            match buf.get(at) {
+                None => break,
+                Some(0) => {
+                    self.live.retain(|begin| (begin + 2..begin + HEAD).contains(&at));
+                    self.live.push(at);
+                }
+                // A beginning is a zero, then 06, a length that is not above the limit, and the brace of an object.
+                Some(byte) => self.live.retain(|begin| match at - begin {
+                    1 => *byte == VMDESCRIPTION,
+                    HEAD => *byte == b'{' && vmdesc_len(buf, *begin) <= MAX_VMDESC as usize,
+                    _ => true,
+                }),
+            }
+            at += 1;
         }
         self.scanned = buf.len();
         self.live.retain(|begin| buf.len() < begin + HEAD || begin + HEAD + vmdesc_len(buf, *begin) >= buf.len());
