@@ -186,7 +186,7 @@ impl DirtyBitmap {
 }
 
 /// The words that `pages` lie in, each with the bits of the pages.
-fn word_masks(pages: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+pub(crate) fn word_masks(pages: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     let mut from = pages.start;
     std::iter::from_fn(move || {
         if from >= pages.end {

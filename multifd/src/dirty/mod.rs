@@ -7,6 +7,14 @@ use std::io;
 
 use crate::{dirty_bitmap::DirtyBitmap, ram::Ram};
 
+pub mod bitmap;
+#[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
+pub mod conformance;
+pub(crate) mod mappings;
+pub mod merged;
+pub mod uffd_wp;
+pub mod untouched;
+
 /// Reports the pages that were written, by the guest's CPUs or by its devices.
 ///
 /// Every implementation passes the same suite, `dirty::conformance`.

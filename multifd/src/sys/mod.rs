@@ -4,8 +4,11 @@
 
 pub(crate) mod guest_copy;
 pub(crate) mod heap;
+pub(crate) mod holes;
 pub(crate) mod inherited;
+pub(crate) mod pagemap;
 #[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod signals;
+pub(crate) mod uffd;
 pub(crate) mod vectored;
 pub(crate) mod zerocopy;

@@ -1,0 +1,54 @@
+//! Which parts of a file in memory were never written: SEEK_DATA and SEEK_HOLE.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
+};
+
+use crate::dirty::mappings::FileId;
+
+/// Opens a memfd, or a file in a tmpfs, once more, so that looking for holes does not move the caller's position.
+///
+/// # Errors
+/// Also for a file of another kind: only memory tells without delay what was written through a mapping.
+pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<(FileId, File)> {
+    let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let mut system = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the kernel fills one struct statfs.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), system.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: filled above; zeros are valid as well.
+    let system = unsafe { system.assume_init() };
+    if system.f_type != libc::TMPFS_MAGIC {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "neither a memfd nor a file in a tmpfs"));
+    }
+    let metadata = file.metadata()?;
+    let device = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
+    Ok((FileId { device, inode: metadata.ino() }, file))
+}
+
+/// The first byte at or behind `from` that lies in a page which was written; `None` where only a hole follows.
+pub(crate) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    match seek(file, from, libc::SEEK_DATA) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// The first byte at or behind `from`, which lies in the file, that lies in a hole or at the end of the file.
+pub(crate) fn next_hole(file: &File, from: u64) -> io::Result<u64> {
+    seek(file, from, libc::SEEK_HOLE)
+}
+
+fn seek(file: &File, from: u64, whence: i32) -> io::Result<u64> {
+    let from = libc::off_t::try_from(from).map_err(io::Error::other)?;
+    // SAFETY: takes numbers only.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+    u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,124 @@
+//! What the kernel knows about the pages of this process: PAGEMAP_SCAN (Linux 6.7).
+
+use std::{fs::File, io, ops::Range, os::fd::AsRawFd};
+
+/// `/proc/self/pagemap`, open.
+#[derive(Debug)]
+pub(crate) struct Pagemap {
+    file: File,
+    /// Where the kernel puts what it found.
+    regions: Vec<Region>,
+}
+
+/// Which pages to look for, and what to do with them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Query {
+    /// Categories that a page must have; of those in `inverted`, must not have.
+    pub(crate) all_of: u64,
+    /// Categories of which a page must have at least one; 0 for no such condition.
+    pub(crate) any_of: u64,
+    /// Categories whose absence is asked for.
+    pub(crate) inverted: u64,
+    /// Categories that the kernel tells apart in its answer.
+    pub(crate) returned: u64,
+    /// Protects the pages found against writing; they have to be registered with a userfaultfd that has WP_ASYNC.
+    pub(crate) protect: bool,
+}
+
+impl Pagemap {
+    /// Opens the one of this process.
+    pub(crate) fn open() -> io::Result<Pagemap> {
+        Ok(Pagemap { file: File::open("/proc/self/pagemap")?, regions: vec![Region::default(); REGIONS] })
+    }
+
+    /// Whether the kernel knows PAGEMAP_SCAN.
+    pub(crate) fn can_scan(&mut self) -> io::Result<()> {
+        self.scan(0..0, Query { all_of: WRITTEN, returned: WRITTEN, ..Query::default() }, |_| {})
+    }
+
+    /// Calls `found` with the ranges of addresses in `within` (a multiple of the system's page size) whose pages match
+    /// `query`, in order.
+    ///
+    /// A page that is protected by the scan is protected before the call that reports it ends, for all threads.
+    pub(crate) fn scan(
+        &mut self,
+        within: Range<u64>,
+        query: Query,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        let mut from = within.start;
+        loop {
+            let mut scan = Scan {
+                size: size_of::<Scan>() as u64,
+                flags: if query.protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
+                start: from,
+                end: within.end,
+                walk_end: 0,
+                vec: self.regions.as_mut_ptr() as u64,
+                vec_len: self.regions.len() as u64,
+                max_pages: 0,
+                category_inverted: query.inverted,
+                category_mask: query.all_of,
+                category_anyof_mask: query.any_of,
+                return_mask: query.returned,
+            };
+            // SAFETY: the kernel reads and writes one struct `pm_scan_arg`, and writes up to `vec_len` regions to
+            // `vec`. Of the memory in the range it changes at most the write protection, which WP_ASYNC undoes by
+            // itself at the next write.
+            let count = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+            let Ok(count) = usize::try_from(count) else { return Err(io::Error::last_os_error()) };
+            for region in &self.regions[..count] {
+                found(region.start..region.end);
+            }
+            if scan.walk_end >= within.end || scan.walk_end <= from {
+                return Ok(());
+            }
+            from = scan.walk_end;
+        }
+    }
+}
+
+/// `struct pm_scan_arg`
+#[repr(C)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const _: () = assert!(size_of::<Scan>() == 96);
+const _: () = assert!(size_of::<Region>() == 24);
+
+/// PAGE_IS_WRITTEN: not protected by a userfaultfd; also set for a page that has no entry in the page table.
+pub(crate) const WRITTEN: u64 = 1 << 1;
+/// PAGE_IS_PRESENT
+pub(crate) const PRESENT: u64 = 1 << 3;
+/// PAGE_IS_SWAPPED: also set for a page that was never there and is protected.
+pub(crate) const SWAPPED: u64 = 1 << 4;
+/// PAGE_IS_PFNZERO: the kernel's shared page of zeros.
+pub(crate) const PFNZERO: u64 = 1 << 5;
+
+const WP_MATCHING: u64 = 1 << 0;
+const CHECK_WPASYNC: u64 = 1 << 1;
+/// The kernel itself works in portions of 512 regions; twice that keeps the calls few and the buffer (24 KiB) in cache.
+const REGIONS: usize = 1024;
+/// `_IOWR('f', 16, struct pm_scan_arg)`
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
