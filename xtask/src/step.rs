@@ -123,9 +123,11 @@ fn end_of(mut child: Child, text: &str, deadline: Instant) -> Outcome {
 
 fn too_late(mut child: Child, text: &str, limit: Duration) -> Outcome {
     // cargo does not end its test programs when it is killed itself.
-    let mut doomed = descendants(child.id());
-    doomed.push(child.id());
-    let _ = Command::new("kill").arg("-9").args(doomed.iter().map(u32::to_string)).status();
+    let doomed = descendants(child.id());
+    // The shell's own `kill`: a small system has no program of that name.
+    let kill = ["-c", "kill -9 \"$@\"", "sh"];
+    let _ = Command::new("sh").args(kill).args(doomed.iter().map(u32::to_string)).status();
+    let _ = child.kill();
     let _ = child.wait();
     Outcome::Failed(format!("{text}: not finished after {limit:?}, killed"))
 }
