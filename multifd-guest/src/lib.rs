@@ -2,7 +2,7 @@
 //!
 //! A guest rewrites its working set for ever, in passes, and checks each page before it rewrites it. What every byte
 //! has to be at any moment is a formula ([`pattern`]), so at a pause the host can compare every page exactly. There are
-//! two kinds behind one type, `Guest`: a vCPU under KVM that runs 64-bit code in user mode, and a thread
+//! two kinds behind one type, [`Guest`](guest::Guest): a vCPU under KVM that runs 64-bit code in user mode, and a thread
 //! of this process for machines without `/dev/kvm`.
 //!
 //! ```text
@@ -17,8 +17,13 @@
 #![deny(unsafe_code)]
 
 pub mod body;
+pub mod guest;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
 pub mod memory;
 pub mod pace;
 pub mod pattern;
+pub mod process;
 mod sys;
 pub mod verify;
+mod worker;

@@ -1,0 +1,1060 @@
+//! [`Guest`]: a small machine that runs, proves its memory, and can be migrated.
+//!
+//! It is the VMM of the demo and the tests: it implements [`SourceVm`] and [`DestinationVm`] and nothing of the
+//! migration itself. Beside the state of its CPUs it sends two sections of its own: its configuration, by which the other
+//! side knows what memory has to be, and on request a digest of every page.
+
+use std::{
+    io::{self, Read},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    dirty::DirtyLog,
+    dirty_bitmap::DirtyBitmap,
+    ram::Ram,
+    sections::Sections,
+    vm::{DestinationVm, SectionId, SourceVm, Throttled, VmError},
+};
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+use crate::kvm::{self, KvmCpus};
+use crate::{
+    body::{Body, BodyError, BodyWriter},
+    memory::{self, Backing, MAX_WORKERS, Memory, field},
+    pace::Rate,
+    pattern::{CheckReport, PAGE_SIZE, Pattern, Position, Writes},
+    process::{self, ProcessCpus, reported},
+    sys::Mapping,
+    verify::{self, VerifyReport},
+    worker::Reins,
+};
+
+/// What guest to make.
+#[derive(Clone, Debug)]
+pub struct GuestConfig {
+    /// Which kind.
+    pub kind: Kind,
+    /// Bytes of block `ram`, a multiple of 4096. It has to be the same on both sides.
+    pub memory: u64,
+    /// How many of them the guest rewrites; at least two pages per CPU.
+    pub working_set: u64,
+    /// Of the rest, the percentage that is filled with random-like bytes; the other pages are never touched.
+    pub filled_percent: u8,
+    /// How fast it writes. Each side has its own: after the switchover the destination's holds.
+    pub write_rate: Rate,
+    /// Every byte of a page, or only eight words of it.
+    pub whole_pages: bool,
+    /// Makes two guests different.
+    pub seed: u64,
+    /// How many CPUs share the working set. It has to be the same on both sides.
+    pub cpus: usize,
+    /// What is behind the memory.
+    pub backing: Backing,
+    /// Sends a digest of every page at the switchover, to be compared on the destination.
+    pub verify: bool,
+}
+
+impl Default for GuestConfig {
+    /// 64 MiB, half of them in the working set, written at 50 MB/s.
+    fn default() -> GuestConfig {
+        GuestConfig {
+            kind: Kind::Auto,
+            memory: 64 << 20,
+            working_set: 32 << 20,
+            filled_percent: 50,
+            write_rate: Rate::BytesPerSecond(50_000_000),
+            whole_pages: false,
+            seed: 1,
+            cpus: 1,
+            backing: Backing::Anonymous,
+            verify: true,
+        }
+    }
+}
+
+/// Who writes the memory of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// vCPUs where KVM works, else threads.
+    Auto,
+    /// vCPUs under KVM.
+    Kvm,
+    /// Threads of this process.
+    Process,
+}
+
+/// A guest: memory, CPUs, and the log of what they write.
+pub struct Guest {
+    // Fields are dropped in this order: first the CPUs stop.
+    cpus: Cpus,
+    log: Box<dyn DirtyLog>,
+    memory: Memory,
+    pattern: Pattern,
+    verify: bool,
+    kind_reason: String,
+    /// Sections that still have to come before an incoming guest can start.
+    missing: Vec<SectionId>,
+    verified: Option<VerifyReport>,
+    verify_time: Duration,
+}
+
+enum Cpus {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    Kvm(KvmCpus),
+    Process(ProcessCpus),
+}
+
+/// Name, instance, version and body.
+pub(crate) type SavedSection = (&'static str, u32, u32, Vec<u8>);
+
+impl Guest {
+    /// Makes a guest with its memory filled, paused before its first instruction: [`run`](Guest::run) starts it.
+    ///
+    /// # Errors
+    /// A configuration that does not make sense; memory or KVM are not to be had.
+    pub fn create(config: &GuestConfig) -> Result<Guest, GuestError> {
+        let guest = Guest::new(config)?;
+        guest.pattern.fill_all(&guest.memory.ram);
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        if let Cpus::Kvm(cpus) = &guest.cpus {
+            cpus.boot(&guest.memory.control)?;
+        }
+        Ok(guest)
+    }
+
+    /// Makes a guest that waits for its memory and state. Nothing of its memory is touched.
+    ///
+    /// Only kind, memory, CPUs, write rate and backing matter; the rest comes from the source.
+    ///
+    /// # Errors
+    /// As [`create`](Guest::create).
+    pub fn create_incoming(config: &GuestConfig) -> Result<Guest, GuestError> {
+        let mut guest = Guest::new(config)?;
+        guest.missing = guest.expected_sections(config.cpus);
+        Ok(guest)
+    }
+
+    fn new(config: &GuestConfig) -> Result<Guest, GuestError> {
+        let pattern = config.pattern()?;
+        let memory = memory::allocate(config.memory, config.backing)?;
+        let (cpus, kind_reason) = Cpus::new(config, pattern, &memory)?;
+        cpus.reins().try_for_each(|reins| reins.wait_paused()).map_err(|why| GuestError::CpuEnded { why })?;
+        // Right, if slow: more than was written may be reported.
+        let log = Box::new(Everything { all: DirtyBitmap::full(memory.ram.layout()) });
+        Ok(Guest {
+            cpus,
+            log,
+            memory,
+            pattern,
+            verify: config.verify,
+            kind_reason,
+            missing: Vec::new(),
+            verified: None,
+            verify_time: Duration::ZERO,
+        })
+    }
+
+    fn expected_sections(&self, cpus: usize) -> Vec<SectionId> {
+        let id = |name: &str, instance| SectionId { name: name.to_owned(), instance, version: 1 };
+        let mut sections = vec![id(CONFIG_SECTION, 0)];
+        match &self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(_) => {
+                sections.extend((0..cpus as u32).map(|index| id(kvm::CPU_SECTION, index)));
+                sections.push(id(kvm::CLOCK_SECTION, 0));
+            }
+            Cpus::Process(_) => sections.extend((0..cpus as u32).map(|index| id(process::SECTION, index))),
+        }
+        sections
+    }
+
+    /// Replaces the log of what is written, for tests and benches.
+    pub fn set_dirty_log(&mut self, log: Box<dyn DirtyLog>) {
+        self.log = log;
+    }
+
+    /// Lets the CPUs run.
+    pub fn run(&mut self) {
+        self.cpus.reins().for_each(Reins::run);
+    }
+
+    /// Stops the CPUs. Memory does not change until [`run`](Guest::run).
+    ///
+    /// # Errors
+    /// A CPU has ended.
+    pub fn stop(&mut self) -> Result<(), GuestError> {
+        match &self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => cpus.pause(),
+            Cpus::Process(cpus) => cpus.pause(),
+        }
+        .map_err(|why| GuestError::CpuEnded { why })
+    }
+
+    /// Compares every page of RAM with what it has to be at this moment, and the CPUs' registers with each other.
+    ///
+    /// # Errors
+    /// The guest runs: then there is no moment.
+    pub fn check_all(&mut self) -> Result<CheckReport, GuestError> {
+        let positions = self.positions()?;
+        let untouched = self.untouched_pages();
+        Ok(self.pattern.check(&self.memory.ram, &positions, &untouched))
+    }
+
+    /// Whether the registers of the paused CPUs are what they have to be: the counter that each keeps in a vector
+    /// register is the one it keeps in a general one.
+    ///
+    /// # Errors
+    /// The guest runs.
+    pub fn registers_agree(&self) -> Result<bool, GuestError> {
+        self.require_pause()?;
+        Ok(match &self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => cpus.registers_agree()?,
+            Cpus::Process(cpus) => cpus.registers_agree(),
+        })
+    }
+
+    /// Where the paused CPUs stand.
+    ///
+    /// # Errors
+    /// The guest runs.
+    pub fn positions(&self) -> Result<Vec<Position>, GuestError> {
+        self.require_pause()?;
+        Ok(match &self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => cpus.positions()?,
+            Cpus::Process(cpus) => cpus.positions(),
+        })
+    }
+
+    fn require_pause(&self) -> Result<(), GuestError> {
+        if self.cpus.reins().all(Reins::is_paused) { Ok(()) } else { Err(GuestError::Runs) }
+    }
+
+    /// Follows the guest from another thread, also while a migration has it.
+    pub fn monitor(&self) -> Monitor {
+        Monitor {
+            control: self.memory.control.clone(),
+            reins: self.cpus.shared_reins(),
+            pattern: self.pattern,
+            last: None,
+        }
+    }
+
+    /// What the guest reports.
+    pub fn status(&self) -> Status {
+        self.monitor().status()
+    }
+
+    /// Waits until each CPU has gone `passes` more times over its share; see [`Monitor::wait_passes`].
+    pub fn wait_passes(&self, passes: u64, timeout: Duration) -> bool {
+        self.monitor().wait_passes(passes, timeout)
+    }
+
+    /// `kvm` or `process`.
+    pub fn kind(&self) -> Kind {
+        match &self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(_) => Kind::Kvm,
+            Cpus::Process(_) => Kind::Process,
+        }
+    }
+
+    /// Why it is of this kind, in a sentence.
+    pub fn kind_reason(&self) -> &str {
+        &self.kind_reason
+    }
+
+    /// What the dirty log is called in reports.
+    pub fn dirty_log_name(&self) -> &'static str {
+        self.log.name()
+    }
+
+    /// What memory has to be.
+    pub fn pattern(&self) -> &Pattern {
+        &self.pattern
+    }
+
+    /// The comparison of all pages with the source's digests, once that section came in.
+    pub fn verified(&self) -> Option<&VerifyReport> {
+        self.verified.as_ref()
+    }
+
+    /// How long digests took on this side while the guest stood still.
+    pub fn verify_time(&self) -> Duration {
+        self.verify_time
+    }
+
+    /// Pages of which it is known that they are zero because nobody touched them.
+    fn untouched_pages(&mut self) -> DirtyBitmap {
+        DirtyBitmap::new(self.memory.ram.layout())
+    }
+
+    /// All sections of the paused guest.
+    pub(crate) fn save_sections(&mut self) -> Result<Vec<SavedSection>, GuestError> {
+        let mut sections = vec![(CONFIG_SECTION, 0, CONFIG_VERSION, self.config_body())];
+        if self.verify {
+            let begin = Instant::now();
+            let untouched = self.untouched_pages();
+            let body = verify::to_body(&self.memory.ram, &untouched);
+            self.verify_time = begin.elapsed();
+            sections.push((verify::SECTION, 0, verify::VERSION, body));
+        }
+        sections.extend(match &self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => cpus.save()?,
+            Cpus::Process(cpus) => cpus.save(),
+        });
+        Ok(sections)
+    }
+
+    pub(crate) fn load_section(&mut self, id: &SectionId, input: &mut dyn Read) -> Result<(), GuestError> {
+        match id {
+            SectionId { name, instance: 0, version: verify::VERSION } if name == verify::SECTION => {
+                let untouched = self.untouched_pages();
+                let report = verify::compare(&self.memory.ram, &untouched, input).map_err(in_section(id))?;
+                self.verify_time = report.destination_time;
+                self.verified = Some(report);
+                return Ok(());
+            }
+            _ => {}
+        }
+        let Some(expected) = self.missing.iter().position(|missing| missing == id) else {
+            return Err(GuestError::UnexpectedSection { id: id.clone(), ours: self.describe() });
+        };
+        if id.name == CONFIG_SECTION {
+            self.load_config(input).map_err(|error| error.in_section(id))?;
+        } else if self.missing.iter().any(|missing| missing.name == CONFIG_SECTION) {
+            return Err(GuestError::ConfigNotFirst);
+        } else {
+            match &self.cpus {
+                #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+                Cpus::Kvm(cpus) if id.name == kvm::CLOCK_SECTION => cpus.load_clock(input)?,
+                #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+                Cpus::Kvm(cpus) => cpus.load_cpu(id.instance, input)?,
+                Cpus::Process(cpus) => cpus.load(id.instance, input).map_err(in_section(id))?,
+            }
+        }
+        self.missing.remove(expected);
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        let cpus = self.cpus.reins().count();
+        format!("a {} guest with {cpus} CPU{}", self.kind().name(), if cpus == 1 { "" } else { "s" })
+    }
+
+    fn config_body(&self) -> Vec<u8> {
+        let Pattern { seed, pages, working_set, writes, filled_percent, zero_mask } = self.pattern;
+        BodyWriter::new(CONFIG_FORMAT)
+            .number(KIND, self.kind().number())
+            .number(CPUS, self.cpus.reins().count() as u64)
+            .number(PAGES, pages)
+            .number(WORKING_SET, working_set)
+            .number(SEED, seed)
+            .number(WRITES, u64::from(writes == Writes::WholePages))
+            .number(FILLED, u64::from(filled_percent))
+            .number(ZERO_MASK, zero_mask)
+            .finish()
+    }
+
+    fn load_config(&mut self, input: &mut dyn Read) -> Result<(), GuestError> {
+        let mut body = Body::read(input, CONFIG_FORMAT, 4096)?;
+        let (kind, cpus) = (body.take_number(KIND)?, body.take_number(CPUS)?);
+        let pattern = Pattern {
+            pages: body.take_number(PAGES)?,
+            working_set: body.take_number(WORKING_SET)?,
+            seed: body.take_number(SEED)?,
+            writes: if body.take_number(WRITES)? == 0 { Writes::Marks } else { Writes::WholePages },
+            filled_percent: u8::try_from(body.take_number(FILLED)?).unwrap_or(u8::MAX).min(100),
+            zero_mask: body.take_number(ZERO_MASK)?,
+        };
+        body.finish()?;
+        let ours = self.cpus.reins().count() as u64;
+        if kind != self.kind().number() || cpus != ours {
+            let kind = Kind::from_number(kind).map_or("unknown", Kind::name);
+            let theirs = format!("a {kind} guest with {cpus} CPU{}", if cpus == 1 { "" } else { "s" });
+            return Err(GuestError::OtherGuest { theirs, ours: self.describe() });
+        }
+        if pattern.pages != self.pattern.pages || !(2 * ours..=pattern.pages).contains(&pattern.working_set) {
+            let (theirs, ours) = (pattern.pages, self.pattern.pages);
+            return Err(GuestError::OtherMemory { theirs, working_set: pattern.working_set, ours });
+        }
+        self.pattern = pattern;
+        match &mut self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => cpus.set_pattern(pattern),
+            Cpus::Process(cpus) => cpus.set_pattern(pattern),
+        }
+        Ok(())
+    }
+}
+
+impl SourceVm for Guest {
+    fn ram(&self) -> &Ram {
+        &self.memory.ram
+    }
+
+    fn dirty_log(&mut self) -> &mut dyn DirtyLog {
+        &mut *self.log
+    }
+
+    fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        into.merge(&self.untouched_pages());
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u8) -> Throttled {
+        self.cpus.reins().for_each(|reins| reins.throttle(percent));
+        Throttled::Applied
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        Ok(self.stop()?)
+    }
+
+    fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+        for (name, instance, version, body) in self.save_sections()? {
+            out.section(name, instance, version, &body)?;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.run();
+        Ok(())
+    }
+}
+
+impl DestinationVm for Guest {
+    fn ram(&self) -> &Ram {
+        &self.memory.ram
+    }
+
+    fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
+        Ok(self.load_section(section, input)?)
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        if let Some(missing) = self.missing.first() {
+            return Err(GuestError::MissingSection { id: missing.clone() }.into());
+        }
+        self.run();
+        Ok(())
+    }
+}
+
+impl GuestConfig {
+    fn pattern(&self) -> Result<Pattern, GuestError> {
+        let refuse = |why: String| Err(GuestError::Config { why });
+        let page = PAGE_SIZE as u64;
+        if self.memory == 0 || !self.memory.is_multiple_of(page) {
+            return refuse(format!("{} bytes of memory are not a multiple of {page} above 0", self.memory));
+        }
+        if !(1..=MAX_WORKERS).contains(&self.cpus) {
+            return refuse(format!("{} CPUs; 1 to {MAX_WORKERS} are possible", self.cpus));
+        }
+        let (pages, working_set) = (self.memory / page, self.working_set.div_ceil(page));
+        let least = 2 * self.cpus as u64;
+        if !(least..=pages).contains(&working_set) {
+            return refuse(format!("a working set of {working_set} pages; {least} to {pages} are possible"));
+        }
+        if self.filled_percent > 100 {
+            return refuse(format!("{} percent of the memory cannot be filled", self.filled_percent));
+        }
+        Ok(Pattern {
+            seed: self.seed,
+            pages,
+            working_set,
+            writes: if self.whole_pages { Writes::WholePages } else { Writes::Marks },
+            filled_percent: self.filled_percent,
+            zero_mask: ZERO_PAGES,
+        })
+    }
+}
+
+impl Kind {
+    /// The word for it in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Auto => "auto",
+            Kind::Kvm => "kvm",
+            Kind::Process => "process",
+        }
+    }
+
+    fn number(self) -> u64 {
+        match self {
+            Kind::Auto => 0,
+            Kind::Kvm => 1,
+            Kind::Process => 2,
+        }
+    }
+
+    fn from_number(number: u64) -> Option<Kind> {
+        [Kind::Kvm, Kind::Process].into_iter().find(|kind| kind.number() == number)
+    }
+}
+
+impl Cpus {
+    fn new(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<(Cpus, String), GuestError> {
+        let process = || ProcessCpus::new(memory, pattern, config.cpus, config.write_rate, None).map(Cpus::Process);
+        match config.kind {
+            Kind::Kvm => Ok((Cpus::kvm(config, pattern, memory)?, "a KVM guest, as asked for".to_owned())),
+            Kind::Process => Ok((process()?, "a process guest, as asked for".to_owned())),
+            Kind::Auto => match Cpus::probe_kvm().and_then(|()| Cpus::kvm(config, pattern, memory)) {
+                Ok(cpus) => Ok((cpus, "a KVM guest, as KVM works here".to_owned())),
+                Err(why) => Ok((process()?, format!("a process guest, as KVM does not work here: {why}"))),
+            },
+        }
+    }
+
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn kvm(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<Cpus, GuestError> {
+        let cpus = KvmCpus::new(memory, pattern, config.cpus, config.write_rate);
+        Ok(Cpus::Kvm(cpus.map_err(GuestError::kvm)?))
+    }
+
+    #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+    fn kvm(_: &GuestConfig, _: Pattern, _: &Memory) -> Result<Cpus, GuestError> {
+        Err(GuestError::NoKvm { why: "the KVM guest exists for Linux on x86-64".to_owned() })
+    }
+
+    /// Runs a guest of four pages, since a KVM that can be opened may still not run our program.
+    fn probe_kvm() -> Result<(), GuestError> {
+        let config = GuestConfig {
+            kind: Kind::Kvm,
+            memory: 4 * PAGE_SIZE as u64,
+            working_set: 4 * PAGE_SIZE as u64,
+            write_rate: Rate::Max,
+            ..GuestConfig::default()
+        };
+        let mut guest = Guest::create(&config)?;
+        guest.run();
+        if !guest.wait_passes(2, PROBE_TIMEOUT) {
+            let why = guest.cpus.reins().find_map(Reins::failure);
+            return Err(GuestError::NoKvm { why: why.unwrap_or_else(|| "a vCPU makes no progress".to_owned()) });
+        }
+        guest.stop()?;
+        let report = guest.check_all()?;
+        if report.pages_different > 0 {
+            return Err(GuestError::NoKvm { why: format!("its memory is wrong: {report}") });
+        }
+        Ok(())
+    }
+
+    fn reins(&self) -> Box<dyn Iterator<Item = &Reins> + '_> {
+        match self {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => Box::new(cpus.reins().map(|reins| &**reins)),
+            Cpus::Process(cpus) => Box::new(cpus.reins().map(|reins| &**reins)),
+        }
+    }
+
+    fn shared_reins(&self) -> Vec<Arc<Reins>> {
+        match self {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => cpus.reins().cloned().collect(),
+            Cpus::Process(cpus) => cpus.reins().cloned().collect(),
+        }
+    }
+}
+
+/// Follows a guest while others have it.
+#[derive(Clone)]
+pub struct Monitor {
+    control: Arc<Mapping>,
+    reins: Vec<Arc<Reins>>,
+    pattern: Pattern,
+    last: Option<(Instant, u64)>,
+}
+
+impl Monitor {
+    /// What the guest reports at this moment, with the speed since the previous call.
+    pub fn status(&mut self) -> Status {
+        let now = Instant::now();
+        let sum = |field| (0..self.reins.len()).map(|index| reported(&self.control, index, field)).sum();
+        let pages_written: u64 = sum(field::PAGES_DONE);
+        let since = self.last.replace((now, pages_written));
+        let pages_per_second = since.map_or(0.0, |(then, pages)| {
+            pages_written.saturating_sub(pages) as f64 / (now - then).as_secs_f64().max(1e-9)
+        });
+        Status {
+            passes: self.passes(),
+            pages_written,
+            pages_per_second,
+            wrong_words: sum(field::WRONG_WORDS),
+            register_errors: sum(field::REGISTER_ERRORS),
+            report_errors: sum(field::REPORT_ERRORS),
+            failure: self.reins.iter().find_map(|reins| reins.failure()),
+        }
+    }
+
+    /// Waits until each CPU has gone `passes` more times over its whole share. Returns whether it has: not when the time
+    /// is over, the guest is paused, or a CPU ended.
+    pub fn wait_passes(&self, passes: u64, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let targets: Vec<u64> =
+            (0..self.reins.len()).map(|index| self.pages_done(index) + passes * self.share(index)).collect();
+        self.reins.iter().zip(targets).all(|(reins, target)| reins.wait_done(target, deadline))
+    }
+
+    /// Complete passes of the CPU that has made the fewest.
+    fn passes(&self) -> u64 {
+        (0..self.reins.len()).map(|index| self.pages_done(index) / self.share(index)).min().unwrap_or(0)
+    }
+
+    fn pages_done(&self, index: usize) -> u64 {
+        reported(&self.control, index, field::PAGES_DONE)
+    }
+
+    fn share(&self, index: usize) -> u64 {
+        let share = self.pattern.share(index as u64, self.reins.len() as u64);
+        share.end - share.start
+    }
+}
+
+/// What a guest reports about itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Status {
+    /// Complete passes over the working set.
+    pub passes: u64,
+    /// Pages written since the beginning, over all passes.
+    pub pages_written: u64,
+    /// The same per second, since the previous status of the same monitor; 0 for the first.
+    pub pages_per_second: f64,
+    /// Words that were not what the previous pass had left there.
+    pub wrong_words: u64,
+    /// How often the counter in a vector register was wrong at the end of a pass.
+    pub register_errors: u64,
+    /// How often a CPU's page in the control block was not what the CPU had written there.
+    pub report_errors: u64,
+    /// Why a CPU ended, if one did.
+    pub failure: Option<String>,
+}
+
+impl Status {
+    /// All that the guest found wrong.
+    pub fn guest_errors(&self) -> u64 {
+        self.wrong_words + self.register_errors + self.report_errors
+    }
+}
+
+/// Reports every page as written, each time.
+struct Everything {
+    all: DirtyBitmap,
+}
+
+impl DirtyLog for Everything {
+    fn name(&self) -> &'static str {
+        "everything"
+    }
+
+    fn start(&mut self, _: &Ram) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        into.merge(&self.all);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Why a guest cannot be made, checked, saved or loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// The configuration makes no sense.
+    #[error("{why}")]
+    Config {
+        /// What is wrong.
+        why: String,
+    },
+    /// KVM is not there, or does not do what it should.
+    #[error("{why}")]
+    NoKvm {
+        /// What is wrong.
+        why: String,
+    },
+    /// A CPU ended by itself.
+    #[error("a CPU of the guest has ended: {why}")]
+    CpuEnded {
+        /// Why.
+        why: String,
+    },
+    /// The guest would have to stand still for this.
+    #[error("the guest runs")]
+    Runs,
+    /// The source has another kind of guest.
+    #[error("the source runs {theirs}, this is {ours}")]
+    OtherGuest {
+        /// What the source has.
+        theirs: String,
+        /// What this is.
+        ours: String,
+    },
+    /// The source's memory has another shape.
+    #[error("the source's guest has {theirs} pages with a working set of {working_set}, this one has {ours} pages")]
+    OtherMemory {
+        /// The source's pages.
+        theirs: u64,
+        /// Its working set.
+        working_set: u64,
+        /// Our pages.
+        ours: u64,
+    },
+    /// A section for a device that is not there, or for the second time.
+    #[error("section {:?} instance {} version {} does not belong to {ours}", id.name, id.instance, id.version)]
+    UnexpectedSection {
+        /// The section.
+        id: SectionId,
+        /// What this is.
+        ours: String,
+    },
+    /// The state of a device never came.
+    #[error("section {:?} instance {} never came", id.name, id.instance)]
+    MissingSection {
+        /// The section.
+        id: SectionId,
+    },
+    /// State came before the configuration that says how to read it.
+    #[error("the state of a CPU came before the section {CONFIG_SECTION:?}")]
+    ConfigNotFirst,
+    /// A section's body is wrong.
+    #[error("section {name:?}: {source}")]
+    Section {
+        /// The section.
+        name: String,
+        /// What is wrong with it.
+        source: BodyError,
+    },
+    /// A body is wrong.
+    #[error(transparent)]
+    Body(#[from] BodyError),
+    /// The state of a vCPU.
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    #[error(transparent)]
+    State(#[from] crate::kvm::StateError),
+    /// The kernel refused.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl GuestError {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn kvm(error: io::Error) -> GuestError {
+        GuestError::NoKvm { why: format!("/dev/kvm: {error}") }
+    }
+
+    fn in_section(self, id: &SectionId) -> GuestError {
+        match self {
+            GuestError::Body(source) => GuestError::Section { name: id.name.clone(), source },
+            other => other,
+        }
+    }
+}
+
+fn in_section(id: &SectionId) -> impl FnOnce(BodyError) -> GuestError {
+    move |source| GuestError::Section { name: id.name.clone(), source }
+}
+
+/// Name and version of the section that says what guest this is.
+const CONFIG_SECTION: &str = "multifd-guest/config";
+const CONFIG_VERSION: u32 = 1;
+const CONFIG_FORMAT: u16 = 1;
+const KIND: u16 = 1;
+const CPUS: u16 = 2;
+const PAGES: u16 = 3;
+const WORKING_SET: u16 = 4;
+const SEED: u16 = 5;
+const WRITES: u16 = 6;
+const FILLED: u16 = 7;
+const ZERO_MASK: u16 = 8;
+
+/// Each 16th page that is written whole becomes zero, another one in each pass.
+const ZERO_PAGES: u64 = 15;
+/// A working KVM needs less than a millisecond.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use test_support::{skip, time_limit};
+
+    const LIMIT: Duration = Duration::from_secs(60);
+    const PAGE: u64 = PAGE_SIZE as u64;
+
+    fn config(kind: Kind) -> GuestConfig {
+        GuestConfig {
+            kind,
+            memory: 300 * PAGE,
+            working_set: 120 * PAGE,
+            write_rate: Rate::Max,
+            ..GuestConfig::default()
+        }
+    }
+
+    /// Runs `test` with each kind of guest that is possible here, in each way of writing, with one CPU and with three.
+    fn with_each(test: impl Fn(GuestConfig)) {
+        for kind in [Kind::Process, Kind::Kvm] {
+            if kind == Kind::Kvm
+                && let Err(why) = Cpus::probe_kvm()
+            {
+                return skip(&format!("the part with KVM: {why}"));
+            }
+            for (whole_pages, cpus) in [(false, 1), (true, 1), (true, 3)] {
+                time_limit(LIMIT, || test(GuestConfig { whole_pages, cpus, ..config(kind) }));
+            }
+        }
+    }
+
+    #[track_caller]
+    fn assert_sound(guest: &mut Guest) {
+        let report = guest.check_all().unwrap();
+        assert_eq!(report.pages_different, 0, "{report}");
+        assert!(guest.registers_agree().unwrap(), "{:?} {:?}", guest.kind(), guest.positions());
+        let status = guest.status();
+        assert_eq!((status.guest_errors(), &status.failure), (0, &None), "{status:?}");
+    }
+
+    fn copy_memory(from: &Guest, to: &Guest) {
+        let mut bytes = [0; PAGE_SIZE];
+        for block in from.memory.ram.layout().blocks() {
+            for page in block.page_range() {
+                from.memory.ram.page(page).unwrap().read(&mut bytes);
+                to.memory.ram.page(page).unwrap().write(&bytes);
+            }
+        }
+    }
+
+    fn load(guest: &mut Guest, sections: &[SavedSection]) -> Result<(), GuestError> {
+        for (name, instance, version, body) in sections {
+            let id = SectionId { name: (*name).to_owned(), instance: *instance, version: *version };
+            let mut input = &body[..];
+            guest.load_section(&id, &mut input)?;
+            assert!(input.is_empty(), "{name} was not read to its end");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_guest_runs_and_every_page_is_right_at_any_pause() {
+        with_each(|config| {
+            let mut guest = Guest::create(&config).unwrap();
+            assert_sound(&mut guest);
+            let mut passes = 0;
+            for _ in 0..20 {
+                guest.run();
+                assert!(guest.wait_passes(1, LIMIT), "{:?}", guest.status());
+                guest.stop().unwrap();
+                assert_sound(&mut guest);
+                assert!(guest.status().passes > passes);
+                passes = guest.status().passes;
+            }
+        });
+    }
+
+    /// Without waiting for a pass, so that the pause comes anywhere in the program.
+    #[test]
+    fn a_guest_is_right_wherever_it_is_stopped() {
+        with_each(|config| {
+            let mut guest = Guest::create(&config).unwrap();
+            let mut positions = std::collections::BTreeSet::new();
+            for _ in 0..100 {
+                let before = guest.status().pages_written;
+                guest.run();
+                while guest.status().pages_written == before {
+                    std::thread::yield_now();
+                }
+                guest.stop().unwrap();
+                assert_sound(&mut guest);
+                positions.insert(guest.positions().unwrap()[0].words_done);
+            }
+            if config.whole_pages && guest.kind() == Kind::Kvm {
+                assert!(positions.len() > 1, "the vCPU was never stopped within a page: {positions:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_guest_goes_on_elsewhere_where_it_stopped() {
+        with_each(|config| {
+            let mut source = Guest::create(&config).unwrap();
+            source.run();
+            assert!(source.wait_passes(3, LIMIT));
+            source.stop().unwrap();
+            let sections = source.save_sections().unwrap();
+            // What the destination was told on its own command line does not matter.
+            let mut destination =
+                Guest::create_incoming(&GuestConfig { working_set: 7 * PAGE, seed: 99, ..config.clone() }).unwrap();
+            copy_memory(&source, &destination);
+            let positions = source.positions().unwrap();
+            drop(source);
+            load(&mut destination, &sections).unwrap();
+            assert_eq!(destination.positions().unwrap(), positions);
+            assert_eq!(destination.verified().unwrap().pages_different, 0);
+            assert_eq!(destination.verified().unwrap().pages_compared, 300 + 512);
+            assert_sound(&mut destination);
+            destination.start().unwrap();
+            assert!(destination.wait_passes(3, LIMIT), "{:?}", destination.status());
+            destination.stop().unwrap();
+            assert_sound(&mut destination);
+            assert!(destination.status().passes >= 6);
+        });
+    }
+
+    #[test]
+    fn a_stale_page_is_found_by_host_digests_and_guest() {
+        with_each(|config| {
+            let mut source = Guest::create(&config).unwrap();
+            source.run();
+            assert!(source.wait_passes(2, LIMIT));
+            source.stop().unwrap();
+            let sections = source.save_sections().unwrap();
+            let mut destination = Guest::create_incoming(&config).unwrap();
+            copy_memory(&source, &destination);
+            // Neither its present nor its next content is zeros.
+            let page = 60;
+            let mut stale = [0; PAGE_SIZE];
+            source.memory.ram.page(page).unwrap().read(&mut stale);
+            stale[..8].copy_from_slice(&source.pattern.base(1 << 30, page).to_ne_bytes());
+            destination.memory.ram.page(page).unwrap().write(&stale);
+            load(&mut destination, &sections).unwrap();
+            assert_eq!(destination.verified().unwrap().differences, [("ram".to_owned(), page)]);
+            let report = destination.check_all().unwrap();
+            assert_eq!((report.pages_different, report.differences[0].page), (1, page));
+            destination.start().unwrap();
+            assert!(destination.wait_passes(2, LIMIT));
+            assert_eq!(destination.status().wrong_words, 1);
+        });
+    }
+
+    #[test]
+    fn a_stale_page_of_the_control_block_is_found_by_the_guest() {
+        with_each(|config| {
+            let mut guest = Guest::create(&config).unwrap();
+            guest.run();
+            assert!(guest.wait_passes(1, LIMIT));
+            guest.stop().unwrap();
+            let word = guest.memory.control.word(memory::worker_page(0) + field::PAGES_DONE);
+            word.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            guest.run();
+            assert!(guest.wait_passes(1, LIMIT));
+            let errors = guest.status().report_errors;
+            // None if the guest was stopped right before it writes that word.
+            assert!(errors <= 1);
+            assert!(errors == 1 || guest.kind() == Kind::Kvm);
+        });
+    }
+
+    #[test]
+    fn an_idle_guest_writes_nothing_and_pauses_and_ends() {
+        with_each(|config| {
+            let mut guest = Guest::create(&GuestConfig { write_rate: Rate::Idle, ..config }).unwrap();
+            guest.run();
+            assert!(!guest.wait_passes(1, Duration::from_millis(20)));
+            guest.stop().unwrap();
+            assert_eq!(guest.status().pages_written, 0);
+            assert_sound(&mut guest);
+        });
+    }
+
+    #[test]
+    fn a_throttled_guest_goes_on_slower() {
+        with_each(|config| {
+            let mut guest = Guest::create(&config).unwrap();
+            guest.run();
+            assert!(guest.wait_passes(1, LIMIT));
+            assert_eq!(guest.throttle(90), Throttled::Applied);
+            assert!(guest.wait_passes(20, LIMIT), "{:?}", guest.status());
+            assert_eq!(guest.throttle(0), Throttled::Applied);
+            assert!(guest.wait_passes(1, LIMIT));
+            guest.stop().unwrap();
+            assert_sound(&mut guest);
+        });
+    }
+
+    #[test]
+    fn a_running_guest_cannot_be_checked() {
+        with_each(|config| {
+            let mut guest = Guest::create(&config).unwrap();
+            guest.run();
+            assert!(matches!(guest.check_all(), Err(GuestError::Runs)));
+        });
+    }
+
+    #[test]
+    fn another_guest_is_refused_in_words() {
+        with_each(|config| {
+            let mut source = Guest::create(&config).unwrap();
+            let sections = source.save_sections().unwrap();
+            let refused = |config: GuestConfig| {
+                let mut destination = Guest::create_incoming(&config).unwrap();
+                load(&mut destination, &sections[..1]).unwrap_err().to_string()
+            };
+            let cpus = refused(GuestConfig { cpus: config.cpus + 1, ..config.clone() });
+            assert!(
+                cpus.starts_with("the source runs a ") && cpus.contains(&format!("with {} CPU", config.cpus)),
+                "{cpus}"
+            );
+            let memory = refused(GuestConfig { memory: 301 * PAGE, ..config.clone() });
+            assert!(memory.contains("has 300 pages with a working set of 120, this one has 301"), "{memory}");
+        });
+    }
+
+    #[test]
+    fn an_incomplete_guest_does_not_start() {
+        with_each(|config| {
+            let mut source = Guest::create(&GuestConfig { verify: false, ..config.clone() }).unwrap();
+            let sections = source.save_sections().unwrap();
+            for missing in 0..sections.len() {
+                let mut destination = Guest::create_incoming(&config).unwrap();
+                let mut sections = sections.clone();
+                sections.remove(missing);
+                match load(&mut destination, &sections) {
+                    Ok(()) => assert!(destination.start().unwrap_err().to_string().contains("never came")),
+                    Err(error) => assert!(matches!(error, GuestError::ConfigNotFirst), "{error}"),
+                }
+            }
+            let mut destination = Guest::create_incoming(&config).unwrap();
+            load(&mut destination, &sections).unwrap();
+            let error = load(&mut destination, &sections[..1]).unwrap_err();
+            assert!(matches!(error, GuestError::UnexpectedSection { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn configurations_that_make_no_sense_are_refused() {
+        let config = config(Kind::Process);
+        let refused = |config: GuestConfig| Guest::create(&config).err().map(|error| error.to_string());
+        for (config, words) in [
+            (GuestConfig { memory: 5000, ..config.clone() }, "not a multiple"),
+            (GuestConfig { memory: 0, ..config.clone() }, "not a multiple"),
+            (GuestConfig { working_set: 301 * PAGE, ..config.clone() }, "working set of 301 pages"),
+            (GuestConfig { working_set: PAGE, ..config.clone() }, "working set of 1 pages"),
+            (GuestConfig { cpus: 0, ..config.clone() }, "0 CPUs"),
+            (GuestConfig { cpus: 65, ..config.clone() }, "65 CPUs"),
+            (GuestConfig { filled_percent: 101, ..config.clone() }, "101 percent"),
+        ] {
+            let error = refused(config).expect("has to be refused");
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn auto_says_what_it_chose_and_why() {
+        let guest = Guest::create(&config(Kind::Auto)).unwrap();
+        match guest.kind() {
+            Kind::Kvm => assert!(guest.kind_reason().starts_with("a KVM guest")),
+            Kind::Process => assert!(guest.kind_reason().contains("KVM does not work here: ")),
+            Kind::Auto => panic!("it has to choose"),
+        }
+    }
+}
