@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use std::{env, fs};
 
 use test_support::{REPORTS, SKIPPED_FILE, TempDir, in_ci};
@@ -136,7 +136,14 @@ fn package() -> Outcome {
         println!("the working tree has changes, they are packed as they are");
         package.arg("--allow-dirty");
     }
-    step::command(&mut package, LONG)
+    // cargo unpacks packages once per version and build directory: in one that was used before, a changed crate of the
+    // same version would be built against the packages of that time.
+    let age = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let directory = root().join(format!("target/package-{}", age.as_nanos()));
+    package.arg("--target-dir").arg(&directory);
+    let outcome = step::command(&mut package, LONG);
+    let _ = fs::remove_dir_all(&directory);
+    outcome
 }
 
 fn cargo() -> Command {
