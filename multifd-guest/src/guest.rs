@@ -11,7 +11,7 @@ use std::{
 };
 
 use multifd::{
-    dirty::DirtyLog,
+    dirty::{DirtyLog, untouched},
     dirty_bitmap::DirtyBitmap,
     ram::Ram,
     sections::Sections,
@@ -22,6 +22,7 @@ use multifd::{
 use crate::kvm::{self, KvmCpus};
 use crate::{
     body::{Body, BodyError, BodyWriter},
+    log::{self, Chosen, DirtyLogChoice},
     memory::{self, Backing, MAX_WORKERS, Memory, field},
     pace::Rate,
     pattern::{CheckReport, PAGE_SIZE, Pattern, Position, Writes},
@@ -52,6 +53,8 @@ pub struct GuestConfig {
     pub cpus: usize,
     /// What is behind the memory.
     pub backing: Backing,
+    /// What tracks the guest's writes.
+    pub dirty_log: DirtyLogChoice,
     /// Sends a digest of every page at the switchover, to be compared on the destination.
     pub verify: bool,
 }
@@ -69,6 +72,7 @@ impl Default for GuestConfig {
             seed: 1,
             cpus: 1,
             backing: Backing::Anonymous,
+            dirty_log: DirtyLogChoice::Auto,
             verify: true,
         }
     }
@@ -89,7 +93,7 @@ pub enum Kind {
 pub struct Guest {
     // Fields are dropped in this order: first the CPUs stop.
     cpus: Cpus,
-    log: Box<dyn DirtyLog>,
+    log: Chosen,
     memory: Memory,
     pattern: Pattern,
     verify: bool,
@@ -139,10 +143,8 @@ impl Guest {
     fn new(config: &GuestConfig) -> Result<Guest, GuestError> {
         let pattern = config.pattern()?;
         let memory = memory::allocate(config.memory, config.backing)?;
-        let (cpus, kind_reason) = Cpus::new(config, pattern, &memory)?;
+        let (cpus, log, kind_reason) = Cpus::new(config, pattern, &memory)?;
         cpus.reins().try_for_each(|reins| reins.wait_paused()).map_err(|why| GuestError::CpuEnded { why })?;
-        // Right, if slow: more than was written may be reported.
-        let log = Box::new(Everything { all: DirtyBitmap::full(memory.ram.layout()) });
         Ok(Guest {
             cpus,
             log,
@@ -170,11 +172,6 @@ impl Guest {
         sections
     }
 
-    /// Replaces the log of what is written, for tests and benches.
-    pub fn set_dirty_log(&mut self, log: Box<dyn DirtyLog>) {
-        self.log = log;
-    }
-
     /// Lets the CPUs run.
     pub fn run(&mut self) {
         self.cpus.reins().for_each(Reins::run);
@@ -197,7 +194,7 @@ impl Guest {
     ///
     /// # Errors
     /// The guest runs: then there is no moment.
-    pub fn check_all(&mut self) -> Result<CheckReport, GuestError> {
+    pub fn check_all(&self) -> Result<CheckReport, GuestError> {
         let positions = self.positions()?;
         let untouched = self.untouched_pages();
         Ok(self.pattern.check(&self.memory.ram, &positions, &untouched))
@@ -268,9 +265,14 @@ impl Guest {
         &self.kind_reason
     }
 
-    /// What the dirty log is called in reports.
-    pub fn dirty_log_name(&self) -> &'static str {
-        self.log.name()
+    /// What tracks the guest's writes; never `Auto`.
+    pub fn dirty_log_choice(&self) -> DirtyLogChoice {
+        self.log.choice
+    }
+
+    /// Why a better log was not chosen, in words.
+    pub fn dirty_log_reason(&self) -> Option<&str> {
+        self.log.reason.as_deref()
     }
 
     /// What memory has to be.
@@ -288,9 +290,17 @@ impl Guest {
         self.verify_time
     }
 
+    /// How many pages of all blocks were ever touched; those of which the kernel does not know it count as touched.
+    pub fn touched_pages(&self) -> u64 {
+        self.memory.ram.layout().pages() - self.untouched_pages().count()
+    }
+
     /// Pages of which it is known that they are zero because nobody touched them.
-    fn untouched_pages(&mut self) -> DirtyBitmap {
-        DirtyBitmap::new(self.memory.ram.layout())
+    fn untouched_pages(&self) -> DirtyBitmap {
+        let mut untouched = DirtyBitmap::new(self.memory.ram.layout());
+        // An old kernel cannot tell. What was found is right; every other page is read, which takes longer.
+        let _ = untouched::untouched(&self.memory.ram, &self.memory.files(), &mut untouched);
+        untouched
     }
 
     /// All sections of the paused guest.
@@ -399,7 +409,7 @@ impl SourceVm for Guest {
     }
 
     fn dirty_log(&mut self) -> &mut dyn DirtyLog {
-        &mut *self.log
+        &mut *self.log.log
     }
 
     fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
@@ -500,26 +510,38 @@ impl Kind {
 }
 
 impl Cpus {
-    fn new(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<(Cpus, String), GuestError> {
-        let process = || ProcessCpus::new(memory, pattern, config.cpus, config.write_rate, None).map(Cpus::Process);
+    fn new(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<(Cpus, Chosen, String), GuestError> {
+        let with_reason = |(cpus, log), reason| (cpus, log, reason);
         match config.kind {
-            Kind::Kvm => Ok((Cpus::kvm(config, pattern, memory)?, "a KVM guest, as asked for".to_owned())),
-            Kind::Process => Ok((process()?, "a process guest, as asked for".to_owned())),
+            Kind::Kvm => Ok(with_reason(Cpus::kvm(config, pattern, memory)?, "a KVM guest, as asked for".to_owned())),
+            Kind::Process => {
+                Ok(with_reason(Cpus::process(config, pattern, memory)?, "a process guest, as asked for".to_owned()))
+            }
             Kind::Auto => match Cpus::probe_kvm().and_then(|()| Cpus::kvm(config, pattern, memory)) {
-                Ok(cpus) => Ok((cpus, "a KVM guest, as KVM works here".to_owned())),
-                Err(why) => Ok((process()?, format!("a process guest, as KVM does not work here: {why}"))),
+                Ok(kvm) => Ok(with_reason(kvm, "a KVM guest, as KVM works here".to_owned())),
+                Err(why) => {
+                    let reason = format!("a process guest, as KVM does not work here: {why}");
+                    Ok(with_reason(Cpus::process(config, pattern, memory)?, reason))
+                }
             },
         }
     }
 
+    fn process(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<(Cpus, Chosen), GuestError> {
+        let (log, marks) = log::for_process(config.dirty_log, memory)?;
+        let cpus = ProcessCpus::new(memory, pattern, config.cpus, config.write_rate, marks)?;
+        Ok((Cpus::Process(cpus), log))
+    }
+
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    fn kvm(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<Cpus, GuestError> {
-        let cpus = KvmCpus::new(memory, pattern, config.cpus, config.write_rate);
-        Ok(Cpus::Kvm(cpus.map_err(GuestError::kvm)?))
+    fn kvm(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<(Cpus, Chosen), GuestError> {
+        let cpus = KvmCpus::new(memory, pattern, config.cpus, config.write_rate).map_err(GuestError::kvm)?;
+        let log = cpus.dirty_log(config.dirty_log)?;
+        Ok((Cpus::Kvm(cpus), log))
     }
 
     #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-    fn kvm(_: &GuestConfig, _: Pattern, _: &Memory) -> Result<Cpus, GuestError> {
+    fn kvm(_: &GuestConfig, _: Pattern, _: &Memory) -> Result<(Cpus, Chosen), GuestError> {
         Err(GuestError::NoKvm { why: "the KVM guest exists for Linux on x86-64".to_owned() })
     }
 
@@ -643,30 +665,6 @@ impl Status {
     }
 }
 
-/// Reports every page as written, each time.
-struct Everything {
-    all: DirtyBitmap,
-}
-
-impl DirtyLog for Everything {
-    fn name(&self) -> &'static str {
-        "everything"
-    }
-
-    fn start(&mut self, _: &Ram) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
-        into.merge(&self.all);
-        Ok(())
-    }
-
-    fn stop(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Why a guest cannot be made, checked, saved or loaded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -681,6 +679,12 @@ pub enum GuestError {
     #[error("{why}")]
     NoKvm {
         /// What is wrong.
+        why: String,
+    },
+    /// The dirty log that was asked for does not work here.
+    #[error("{why}")]
+    NoDirtyLog {
+        /// What is missing.
         why: String,
     },
     /// A CPU ended by itself.
@@ -748,6 +752,10 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    pub(crate) fn no_log(why: impl std::fmt::Display) -> GuestError {
+        GuestError::NoDirtyLog { why: why.to_string() }
+    }
+
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     fn kvm(error: io::Error) -> GuestError {
         GuestError::NoKvm { why: format!("/dev/kvm: {error}") }

@@ -20,6 +20,7 @@ pub mod body;
 pub mod guest;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
+pub mod log;
 pub mod memory;
 pub mod pace;
 pub mod pattern;

@@ -12,6 +12,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use multifd::dirty::bitmap::AtomicDirtyBitmap;
+
 use crate::{
     body::{Body, BodyError, BodyWriter},
     guest::SavedSection,
@@ -21,9 +23,6 @@ use crate::{
     sys::Mapping,
     worker::{Next, Reins},
 };
-
-/// Called with (block, offset, length) after each write; the position of the block in the layout.
-pub(crate) type Mark = Arc<dyn Fn(usize, u64, u64) + Send + Sync>;
 
 /// Threads that write the guest's memory.
 pub(crate) struct ProcessCpus {
@@ -58,7 +57,7 @@ impl ProcessCpus {
         pattern: Pattern,
         count: usize,
         rate: Rate,
-        mark: Option<Mark>,
+        marks: Option<AtomicDirtyBitmap>,
     ) -> std::io::Result<ProcessCpus> {
         let mut workers = Vec::new();
         for index in 0..count {
@@ -75,7 +74,7 @@ impl ProcessCpus {
                 pattern,
                 index: index as u64,
                 count: count as u64,
-                mark: mark.clone(),
+                marks: marks.clone(),
             };
             let thread = thread::Builder::new().name(format!("guest cpu {index}")).spawn(move || writer.run())?;
             workers.push(Worker { reins, shared, thread: Some(thread) });
@@ -156,7 +155,7 @@ struct Writer {
     pattern: Pattern,
     index: u64,
     count: u64,
-    mark: Option<Mark>,
+    marks: Option<AtomicDirtyBitmap>,
 }
 
 impl Writer {
@@ -217,9 +216,9 @@ impl Writer {
             self.add(field::REGISTER_ERRORS);
         }
         // After the writes, and before anybody learns of them: the order that the tracking law asks of a writer.
-        if let Some(mark) = &self.mark {
-            mark(0, offset as u64, PAGE_SIZE as u64);
-            mark(1, self.report as u64, PAGE_SIZE as u64);
+        if let Some(marks) = &self.marks {
+            marks.mark(0, offset as u64, PAGE_SIZE as u64);
+            marks.mark(1, self.report as u64, PAGE_SIZE as u64);
         }
     }
 

@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsRawFd, FromRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd},
     ptr::NonNull,
     sync::{
         Once,
@@ -21,6 +21,8 @@ use multifd_proto::BlockName;
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// The file in memory that it is of.
+    file: Option<File>,
 }
 
 // SAFETY: plain memory, only reachable through atomics and raw pointers.
@@ -44,7 +46,9 @@ impl Mapping {
         // SAFETY: the descriptor is new and nobody else's.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(len as u64)?;
-        Mapping::map(len, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())
+        let mut mapping = Mapping::map(len, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())?;
+        mapping.file = Some(file);
+        Ok(mapping)
     }
 
     /// The first `len` bytes of a descriptor, shared with the kernel or another mapping.
@@ -60,13 +64,18 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("memory was mapped at address 0"))?;
-        Ok(Mapping { base, len })
+        Ok(Mapping { base, len, file: None })
     }
 
     /// Asks for 2 MiB pages. That they are not to be had is no error.
     pub(crate) fn advise_huge(&self) {
         // SAFETY: the range is this mapping; the advice does not change its contents.
         unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_HUGEPAGE) };
+    }
+
+    /// The file in memory that it is of, if it is of one.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(|file| file.as_fd())
     }
 
     /// Bytes in the mapping.

@@ -31,7 +31,8 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 pub use self::state::StateError;
 use self::state::{CpuState, clock_from_body, clock_to_body};
 use crate::{
-    guest::SavedSection,
+    guest::{GuestError, SavedSection},
+    log::{self, Chosen, DirtyLogChoice},
     memory::{self, Memory, field},
     pace::{Pacer, Rate},
     pattern::{PAGE_SIZE, PAGE_STEP, PASS_STEP, Pattern, Position, WORD_STEP},
@@ -87,6 +88,20 @@ impl KvmCpus {
             guest.cpus.push(Cpu::new(&guest.vm, index, reins)?);
         }
         Ok(guest)
+    }
+
+    /// The log of what the vCPUs write.
+    pub(crate) fn dirty_log(&self, choice: DirtyLogChoice) -> Result<Chosen, GuestError> {
+        match choice {
+            DirtyLogChoice::Auto | DirtyLogChoice::UffdWp => log::uffd_wp().map_err(GuestError::no_log),
+            DirtyLogChoice::KvmDirtyLog | DirtyLogChoice::KvmDirtyRing => {
+                Err(GuestError::NoDirtyLog { why: format!("{} is not available", choice.name()) })
+            }
+            DirtyLogChoice::Bitmap => {
+                let why = "vCPUs do not mark their own writes: a bitmap needs a process guest".to_owned();
+                Err(GuestError::Config { why })
+            }
+        }
     }
 
     /// Writes code, page tables and parameters into the control block and gives the vCPUs their first state.
