@@ -1,0 +1,394 @@
+//! The command line: verbs, options, and what is right for each.
+
+use std::{num::NonZeroU8, time::Duration};
+
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
+use multifd::{destination, source, transport::uri::Uri};
+use multifd_guest::{
+    guest::{GuestConfig, Kind},
+    pace::Rate,
+};
+use multifd_proto::{
+    convergence::Limits,
+    machine::{self, Dialect},
+    packet,
+};
+
+use crate::units;
+
+/// Moves running virtual machines between processes and hosts, in QEMU's multifd format.
+#[derive(Debug, Parser)]
+#[command(name = "multifd", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run the built-in guest; it can be migrated away, or wait for an incoming migration.
+    Guest(GuestArgs),
+}
+
+impl Verb {
+    /// What to print.
+    pub fn output(&self) -> &OutputArgs {
+        match self {
+            Verb::Guest(args) => &args.output,
+        }
+    }
+}
+
+/// Options of `multifd guest`.
+#[derive(Debug, Args)]
+pub struct GuestArgs {
+    /// Wait here for a guest to come, and run it on.
+    #[arg(long, value_name = "URI", conflicts_with_all = ["migrate_to", "after"], help_heading = MIGRATION)]
+    pub incoming: Option<Uri>,
+    /// Migrate the guest there; given several times, the next is tried when one fails.
+    #[arg(long, value_name = "URI", help_heading = MIGRATION)]
+    pub migrate_to: Vec<Uri>,
+    /// How long the guest runs before it is migrated.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = MIGRATION)]
+    pub after: Duration,
+    /// How long the guest runs on here, once it has come or could not leave [default: until interrupted when it has
+    /// come, 1s when it could not leave].
+    #[arg(long, value_name = "TIME", value_parser = units::time, help_heading = MIGRATION)]
+    pub run_for: Option<Duration>,
+    /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "quit".
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
+    pub control: Option<Uri>,
+    /// Send digests of all pages along while the guest stands still, for the destination to compare.
+    #[arg(long, help_heading = MIGRATION)]
+    pub verify: bool,
+    /// The guest.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// How to migrate.
+    #[command(flatten)]
+    pub transfer: TransferArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// Ends with the process of this id, which reports errors in its place.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub child_of: Option<i32>,
+}
+
+/// What the built-in guest is like.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct MachineArgs {
+    /// Who writes the memory: a vCPU under KVM, or a thread of the process; auto is kvm where it works.
+    #[arg(long, value_enum, default_value_t = GuestKind::Auto)]
+    pub guest: GuestKind,
+    /// Memory; the same on both sides.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = memory_size)]
+    pub memory: u64,
+    /// How much of it the guest rewrites for ever [default: 64MiB, or half the memory if that is less].
+    #[arg(long, value_name = "SIZE", value_parser = memory_size)]
+    pub working_set: Option<u64>,
+    /// How fast it does so, e.g. 100MB/s, or max.
+    #[arg(long, value_name = "RATE|max", default_value = "100MB/s", value_parser = write_rate)]
+    pub write_rate: WriteRate,
+    /// CPUs that share the working set; the same on both sides.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub cpus: u8,
+}
+
+impl MachineArgs {
+    /// The guest's configuration.
+    pub fn config(&self, verify: bool) -> GuestConfig {
+        GuestConfig {
+            kind: self.guest.into(),
+            memory: self.memory,
+            working_set: self.working_set(),
+            write_rate: self.write_rate.0,
+            cpus: usize::from(self.cpus),
+            verify,
+            ..GuestConfig::default()
+        }
+    }
+
+    /// Bytes that the guest rewrites.
+    pub fn working_set(&self) -> u64 {
+        let default = DEFAULT_WORKING_SET.min(self.memory / 2).next_multiple_of(PAGE).max(self.least());
+        self.working_set.unwrap_or(default)
+    }
+
+    /// A CPU needs two pages.
+    fn least(&self) -> u64 {
+        2 * PAGE * u64::from(self.cpus)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let (least, most, working_set) = (self.least(), self.memory, self.working_set());
+        if (least..=most).contains(&working_set) {
+            return Ok(());
+        }
+        let [working_set, least, most] = [working_set, least, most].map(units::show_size);
+        Err(format!(
+            "invalid value '{working_set}' for '--working-set <SIZE>': between {least} (two pages for each CPU) and {most} \
+             (--memory) would be right"
+        ))
+    }
+}
+
+/// How to migrate.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = MIGRATION)]
+pub struct TransferArgs {
+    /// Connections for pages, 1 to 255 [default: 4 when sending, as many as the source opens when receiving].
+    #[arg(long, value_name = "N", value_parser = channels)]
+    pub channels: Option<NonZeroU8>,
+    /// Compression of pages [default: none when sending, any when receiving].
+    #[arg(long, value_enum)]
+    pub compression: Option<Compression>,
+    /// Level of the compression: 0 to 9 for zlib, 1 to 20 for zstd.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(0..=20))]
+    pub compression_level: i32,
+    /// Where pages of zeros go: into the channels' packets, on the main connection as QEMU before 9.0 does it, or
+    /// nowhere, so that they are sent as any other [default: multifd, or by the machine type].
+    #[arg(long, value_enum)]
+    pub zero_pages: Option<ZeroPages>,
+    /// Where channels are synchronised: once a round, or in each section as QEMU before 8.1 does it
+    /// [default: per-round, or by the machine type].
+    #[arg(long, value_enum)]
+    pub sync: Option<Sync>,
+    /// Bytes or bits per second on all connections together, e.g. 200MB/s, 10Gbit/s [default: no limit].
+    #[arg(long, value_name = "RATE", value_parser = bandwidth)]
+    pub max_bandwidth: Option<u64>,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::time)]
+    pub downtime_limit: Duration,
+    /// Give up after so many rounds with the guest running.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_rounds: u64,
+    /// Give up after this time [default: no limit].
+    #[arg(long, value_name = "TIME", value_parser = units::time)]
+    pub max_time: Option<Duration>,
+    /// Never slow the guest down, even if it writes faster than its memory can be sent.
+    #[arg(long)]
+    pub no_throttle: bool,
+}
+
+impl TransferArgs {
+    /// What a source of machine type `machine` is told.
+    pub fn source_options(&self, machine: &str) -> source::Options {
+        let dialect = self.sync.map(Dialect::from).or_else(|| Dialect::of_machine(machine));
+        let zero_pages = self.zero_pages.map(machine::ZeroPages::from);
+        let zero_pages = zero_pages.or_else(|| machine::ZeroPages::of_machine(machine));
+        source::Options {
+            channels: self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get),
+            machine: machine.to_owned(),
+            dialect: dialect.unwrap_or(Dialect::PerRound),
+            zero_pages: zero_pages.unwrap_or(machine::ZeroPages::Multifd),
+            compression: self.compression.unwrap_or(Compression::None).into(),
+            compression_level: self.compression_level,
+            max_bandwidth: self.max_bandwidth,
+            limits: Limits {
+                downtime: self.downtime_limit,
+                rounds: Some(self.max_rounds),
+                time: self.max_time,
+                throttle: !self.no_throttle,
+            },
+            ..source::Options::default()
+        }
+    }
+
+    /// What a destination is told.
+    pub fn destination_options(&self) -> destination::Options {
+        destination::Options {
+            channels: self.channels.map(NonZeroU8::get),
+            compression: self.compression.map(packet::Compression::from),
+            ..destination::Options::default()
+        }
+    }
+}
+
+/// What to print, and how much.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Print one JSON object instead of text for a person.
+    #[arg(long)]
+    pub json: bool,
+    /// Log more; twice, still more.
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Neither progress nor warnings.
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Show progress: on a terminal, always (a line per round elsewhere), or never.
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto, value_name = "WHEN")]
+    pub progress: ProgressMode,
+}
+
+impl OutputArgs {}
+
+/// When to show progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// If stderr is a terminal.
+    Auto,
+    /// Anywhere; a line per round where stderr is no terminal.
+    Always,
+    /// Nowhere.
+    Never,
+}
+
+/// Who writes the memory of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GuestKind {
+    /// kvm where it works, else process.
+    Auto,
+    /// vCPUs under KVM.
+    Kvm,
+    /// Threads of the process.
+    Process,
+}
+
+impl From<GuestKind> for Kind {
+    fn from(kind: GuestKind) -> Kind {
+        match kind {
+            GuestKind::Auto => Kind::Auto,
+            GuestKind::Kvm => Kind::Kvm,
+            GuestKind::Process => Kind::Process,
+        }
+    }
+}
+
+/// Compression of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// Pages as they are.
+    None,
+    /// zlib, the better known.
+    Zlib,
+    /// zstd, the faster one.
+    Zstd,
+}
+
+impl From<Compression> for packet::Compression {
+    fn from(compression: Compression) -> packet::Compression {
+        match compression {
+            Compression::None => packet::Compression::None,
+            Compression::Zlib => packet::Compression::Zlib,
+            Compression::Zstd => packet::Compression::Zstd,
+        }
+    }
+}
+
+/// Where pages of zeros go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ZeroPages {
+    /// Into the packets of the channels.
+    Multifd,
+    /// On the main connection.
+    Legacy,
+    /// Nowhere: as pages with content.
+    None,
+}
+
+impl From<ZeroPages> for machine::ZeroPages {
+    fn from(zero_pages: ZeroPages) -> machine::ZeroPages {
+        match zero_pages {
+            ZeroPages::Multifd => machine::ZeroPages::Multifd,
+            ZeroPages::Legacy => machine::ZeroPages::Legacy,
+            ZeroPages::None => machine::ZeroPages::None,
+        }
+    }
+}
+
+/// Where channels are synchronised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sync {
+    /// Once a round.
+    PerRound,
+    /// In each section.
+    PerSection,
+}
+
+impl From<Sync> for Dialect {
+    fn from(sync: Sync) -> Dialect {
+        match sync {
+            Sync::PerRound => Dialect::PerRound,
+            Sync::PerSection => Dialect::PerSection,
+        }
+    }
+}
+
+/// How fast a guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteRate(pub Rate);
+
+/// Reads the command line of this process.
+///
+/// # Errors
+/// It makes no sense, or asks for help: clap's error prints the right thing.
+pub fn parse() -> Result<Cli, clap::Error> {
+    let cli = Cli::try_parse()?;
+    let checked = match &cli.verb {
+        Verb::Guest(args) => args.machine.check(),
+    };
+    checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
+    Ok(cli)
+}
+
+/// Whether one JSON object is wanted of a command line that could not be read.
+pub fn asks_for_json() -> bool {
+    std::env::args_os().take_while(|arg| arg != "--").any(|arg| arg == "--json")
+}
+
+fn channels(text: &str) -> Result<NonZeroU8, String> {
+    text.parse().map_err(|_| "a number from 1 to 255 would be right".to_owned())
+}
+
+fn memory_size(text: &str) -> Result<u64, String> {
+    match units::size(text).map_err(|error| error.to_string())? {
+        size if size > 0 && size.is_multiple_of(PAGE) => Ok(size),
+        _ => Err("a multiple of 4KiB would be right, e.g. 64MiB".to_owned()),
+    }
+}
+
+fn bandwidth(text: &str) -> Result<u64, String> {
+    match units::rate(text).map_err(|error| error.to_string())? {
+        0 => Err("nothing would ever be sent; 1B/s or more would be right".to_owned()),
+        rate => Ok(rate),
+    }
+}
+
+fn write_rate(text: &str) -> Result<WriteRate, String> {
+    if text == "max" {
+        return Ok(WriteRate(Rate::Max));
+    }
+    match units::rate(text) {
+        Ok(0) => Ok(WriteRate(Rate::Idle)),
+        Ok(rate) => Ok(WriteRate(Rate::BytesPerSecond(rate))),
+        Err(error) => Err(format!("{error}, or max")),
+    }
+}
+
+fn unix_uri(text: &str) -> Result<Uri, String> {
+    match text.parse() {
+        Ok(uri @ Uri::Unix(_)) => Ok(uri),
+        _ => Err("unix:PATH would be right".to_owned()),
+    }
+}
+
+const MIGRATION: &str = "Migration";
+const PAGE: u64 = 4096;
+const DEFAULT_WORKING_SET: u64 = 64 << 20;
+const DEFAULT_CHANNELS: u8 = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,163 @@
+//! The control socket: commands to a running guest, one JSON value a line, one answer a line.
+//!
+//! ```text
+//! "status"                                   what it is doing
+//! {"migrate": "tcp:host:4444"}               begin to migrate it there; "status" tells how it went
+//! "cancel"                                   cancel that
+//! {"finish": {"passes": 2, "within": 30}}    end after so many passes over its memory, or so many seconds
+//! "quit"                                     end
+//! ```
+//!
+//! An answer is `{"return": …}` or `{"error": "…"}`.
+
+use std::{
+    fs::Permissions,
+    io::{self, BufRead, BufReader, Read, Write},
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// What can be asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Command {
+    /// What the guest is doing.
+    Status,
+    /// Begin to migrate it to this URI.
+    Migrate(String),
+    /// Cancel the migration.
+    Cancel,
+    /// End after `passes` more passes over its memory, or after `within` seconds.
+    Finish {
+        /// Complete passes, counted from now.
+        passes: u64,
+        /// Seconds.
+        within: f64,
+    },
+    /// End now.
+    Quit,
+}
+
+/// A command that waits for its answer.
+pub struct Request {
+    /// What is asked.
+    pub command: Command,
+    /// Takes the answer.
+    pub answer: mpsc::Sender<Result<Value, String>>,
+}
+
+/// A socket where commands arrive. Dropping it removes the path.
+pub struct Control {
+    path: PathBuf,
+}
+
+impl Control {
+    /// Listens at `path`, to which only this user gets access, and passes each command to `requests`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn listen(path: &Path, requests: impl Fn(Request) + Clone + Send + 'static) -> io::Result<Control> {
+        let listener = UnixListener::bind(path)?;
+        let control = Control { path: path.to_owned() };
+        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        // Both kinds of threads end with the process.
+        thread::Builder::new().name("control".to_owned()).spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let requests = requests.clone();
+                thread::spawn(move || {
+                    if let Err(error) = serve(&stream, &requests) {
+                        tracing::debug!(%error, "control connection");
+                    }
+                });
+            }
+        })?;
+        Ok(control)
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Left behind, it would be in the way of the next; nothing else depends on it.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Sends `command` to the control socket at `path` and returns the answer.
+///
+/// # Errors
+/// The connection's; [`io::ErrorKind::Other`] with the other side's error.
+#[allow(dead_code, reason = "the next verbs use it")]
+pub fn ask(path: &Path, command: &Command) -> io::Result<Value> {
+    let mut stream = UnixStream::connect(path)?;
+    let line = serde_json::to_string(command).map_err(io::Error::other)?;
+    writeln!(stream, "{line}")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    let mut answer: Value = serde_json::from_str(&answer).map_err(io::Error::other)?;
+    match answer.get("error").and_then(Value::as_str) {
+        Some(error) => Err(io::Error::other(error.to_owned())),
+        None => Ok(answer["return"].take()),
+    }
+}
+
+fn serve(stream: &UnixStream, requests: &impl Fn(Request)) -> io::Result<()> {
+    let mut lines = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        // Nobody has a command as long as that.
+        if lines.by_ref().take(LONGEST_COMMAND).read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let answer = match serde_json::from_str(&line) {
+            Ok(command) => {
+                let (answer, answered) = mpsc::channel();
+                requests(Request { command, answer });
+                answered.recv().unwrap_or_else(|_| Err("the guest has ended".to_owned()))
+            }
+            Err(error) => Err(format!("not a command: {error}")),
+        };
+        let answer = answer.map_or_else(|error| json!({ "error": error }), |value| json!({ "return": value }));
+        writeln!(&mut &*stream, "{answer}")?;
+    }
+}
+
+const LONGEST_COMMAND: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use test_support::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn commands_are_answered_and_the_path_goes_away() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("control");
+        let control = Control::listen(&path, |request| {
+            let answer = match request.command {
+                Command::Migrate(uri) => Ok(json!({ "to": uri })),
+                other => Err(format!("no {other:?}")),
+            };
+            request.answer.send(answer).unwrap();
+        })
+        .unwrap();
+        assert_eq!(ask(&path, &Command::Migrate("unix:x".to_owned())).unwrap(), json!({ "to": "unix:x" }));
+        let finish = Command::Finish { passes: 2, within: 1.5 };
+        assert_eq!(ask(&path, &finish).unwrap_err().to_string(), "no Finish { passes: 2, within: 1.5 }");
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"{}\n\"status\"\n").unwrap();
+        let mut lines = BufReader::new(stream).lines();
+        assert!(lines.next().unwrap().unwrap().starts_with("{\"error\":\"not a command"));
+        assert_eq!(lines.next().unwrap().unwrap(), "{\"error\":\"no Status\"}");
+        drop(control);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,212 @@
+//! Shows a migration while it happens: a row per round, and below them a bar for the current one.
+//!
+//! The rows come from the engine's events; the bar is drawn by a thread that looks at the counters ten times a second.
+//! Everything goes to stderr.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use multifd::progress::{Event, Observer, Phase, Progress, RoundStats};
+
+use crate::{
+    cli::{OutputArgs, ProgressMode},
+    report::Round,
+    table,
+};
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Nothing,
+    /// A line per round.
+    Lines,
+    /// Lines, and a bar below them.
+    Bar,
+}
+
+/// Shows one migration and remembers its rounds. Ends the bar when dropped.
+pub struct Display {
+    style: Style,
+    rounds: Arc<Mutex<Vec<RoundStats>>>,
+    header_shown: bool,
+    /// Ends the thread that draws when dropped.
+    ticker: Option<(mpsc::Sender<()>, thread::JoinHandle<()>)>,
+}
+
+impl Display {
+    /// Shows the migration that `progress` counts.
+    pub fn new(output: &OutputArgs, progress: &Progress) -> Display {
+        let style = Style::of(output, io::stderr().is_terminal());
+        let rounds = Arc::new(Mutex::new(Vec::new()));
+        let ticker = (style == Style::Bar).then(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            *lock(&BAR) = Some(bar.clone());
+            let (end, ended) = mpsc::channel();
+            let (progress, rounds) = (progress.clone(), rounds.clone());
+            (end, thread::spawn(move || draw_until(&ended, &bar, &progress, &rounds)))
+        });
+        Display { style, rounds, header_shown: false, ticker }
+    }
+
+    /// All rounds that are over.
+    pub fn rounds(&self) -> Vec<RoundStats> {
+        lock(&self.rounds).clone()
+    }
+
+    fn line(&self, line: &str) {
+        if self.style != Style::Nothing {
+            // Progress is for display only.
+            let _ = above_the_bar(|| writeln!(io::stderr(), "{line}"));
+        }
+    }
+}
+
+impl Observer for Display {
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Round(stats) => {
+                lock(&self.rounds).push(stats.clone());
+                if !std::mem::replace(&mut self.header_shown, true) {
+                    self.line(&table::header());
+                }
+                self.line(&table::row(&Round::from(stats)));
+            }
+            Event::Throttle(percent) => self.line(&format!("        the guest is slowed down by {percent} %")),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        if let Some((end, thread)) = self.ticker.take() {
+            drop(end);
+            // It only draws: whatever became of it, the migration is over.
+            let _ = thread.join();
+            *lock(&BAR) = None;
+        }
+    }
+}
+
+impl Style {
+    fn of(output: &OutputArgs, terminal: bool) -> Style {
+        match (output.progress, terminal) {
+            (ProgressMode::Never, _) => Style::Nothing,
+            (ProgressMode::Auto, _) if output.quiet => Style::Nothing,
+            (ProgressMode::Auto, false) => Style::Nothing,
+            (ProgressMode::Always, false) => Style::Lines,
+            (_, true) => Style::Bar,
+        }
+    }
+}
+
+/// Runs `print`, which prints to stderr, with the bar out of the way.
+///
+/// # Errors
+/// Those of `print`.
+pub fn above_the_bar(print: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let bar = lock(&BAR).clone();
+    match bar {
+        Some(bar) => bar.suspend(print),
+        None => print(),
+    }
+}
+
+fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress, rounds: &Mutex<Vec<RoundStats>>) {
+    let mut rate = Rate::default();
+    loop {
+        let snapshot = progress.snapshot();
+        let phase = snapshot.phase.map_or("", Phase::name);
+        let rate = rate.at(Instant::now(), snapshot.bytes());
+        let sent = table::bytes(snapshot.bytes());
+        let expected = lock(rounds).last().map_or(String::new(), |last| {
+            let round = Round::from(last);
+            let expected = round.expected_downtime.filter(|_| round.guest_running);
+            expected.map_or(String::new(), |time| format!("  expected downtime {}", table::milliseconds(time)))
+        });
+        if snapshot.round_pages > 0 {
+            bar.set_style(style(BAR_TEMPLATE));
+            bar.set_length(snapshot.round_pages);
+            bar.set_position(snapshot.round_done.min(snapshot.round_pages));
+        } else {
+            bar.set_style(style(SPINNER_TEMPLATE));
+        }
+        bar.set_prefix(match snapshot.phase {
+            Some(Phase::Rounds) => format!("round {}", snapshot.round),
+            _ => phase.to_owned(),
+        });
+        bar.set_message(format!("{sent}  {}/s{expected}", table::decimal_bytes(rate)));
+        bar.tick();
+        if ended.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Disconnected) {
+            return bar.finish_and_clear();
+        }
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the templates below are valid").progress_chars("━╸─")
+}
+
+/// Bytes per second, smoothed over about a second.
+#[derive(Default)]
+struct Rate {
+    last: Option<(Instant, u64)>,
+    smooth: f64,
+}
+
+impl Rate {
+    fn at(&mut self, now: Instant, bytes: u64) -> f64 {
+        if let Some((then, before)) = self.last {
+            let seconds = (now - then).as_secs_f64().max(1e-3);
+            let current = bytes.saturating_sub(before) as f64 / seconds;
+            let weight = if self.smooth == 0.0 { 1.0 } else { seconds.min(1.0) };
+            self.smooth += (current - self.smooth) * weight;
+        }
+        self.last = Some((now, bytes));
+        self.smooth
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in it is for display: a panic elsewhere leaves nothing half-done that matters.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The bar on stderr, of which there is at most one: whoever else prints there moves it out of the way.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+const BAR_TEMPLATE: &str = "{prefix:>12} {bar:28.cyan/dim} {human_pos}/{human_len} pages  {msg}";
+const SPINNER_TEMPLATE: &str = "{prefix:>12} {spinner:.cyan} {msg}";
+const TICK: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_shown_elsewhere_than_on_a_terminal_unless_asked_for() {
+        let output = |progress, quiet| OutputArgs { json: false, verbose: 0, quiet, progress };
+        assert_eq!(Style::of(&output(ProgressMode::Auto, false), true), Style::Bar);
+        assert_eq!(Style::of(&output(ProgressMode::Auto, true), true), Style::Nothing);
+        assert_eq!(Style::of(&output(ProgressMode::Auto, false), false), Style::Nothing);
+        assert_eq!(Style::of(&output(ProgressMode::Always, false), false), Style::Lines);
+        assert_eq!(Style::of(&output(ProgressMode::Always, true), true), Style::Bar);
+        assert_eq!(Style::of(&output(ProgressMode::Never, false), true), Style::Nothing);
+    }
+
+    #[test]
+    fn the_rate_follows_what_is_sent() {
+        let (start, mut rate) = (Instant::now(), Rate::default());
+        assert_eq!(rate.at(start, 0), 0.0);
+        assert_eq!(rate.at(start + Duration::from_millis(100), 1000), 10_000.0);
+        for tick in 2..60 {
+            rate.at(start + tick * Duration::from_millis(100), 1000 + 2000 * u64::from(tick - 1));
+        }
+        assert!((rate.smooth - 20_000.0).abs() < 100.0, "{}", rate.smooth);
+    }
+}

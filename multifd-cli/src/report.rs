@@ -1,0 +1,444 @@
+//! What a verb hands back: text for a person, or one JSON object with the names of QMP's `query-migrate`.
+
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
+
+use multifd::{
+    destination,
+    error::Error,
+    progress::{Progress, RoundStats},
+    source,
+};
+use multifd_proto::{machine::Dialect, packet::Compression};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{cli::OutputArgs, exit::Exit};
+
+/// The end of a verb.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The exit status.
+    pub exit: Exit,
+    /// Why it is not [`Exit::Done`].
+    pub error: Option<String>,
+    /// The JSON report, but for `status` and `error`.
+    pub report: Map<String, Value>,
+    /// The same for a person; may be empty.
+    pub text: String,
+}
+
+impl Outcome {
+    /// A good end, described by `report`.
+    pub fn done(report: Map<String, Value>, text: String) -> Outcome {
+        Outcome { exit: Exit::Done, error: None, report, text }
+    }
+
+    /// An end without a report.
+    pub fn failed(exit: Exit, error: impl ToString) -> Outcome {
+        Outcome { exit, error: Some(error.to_string()), report: Map::new(), text: String::new() }
+    }
+
+    /// The end of a migration that did not come to its end.
+    #[allow(dead_code, reason = "the next verbs use it")]
+    pub fn migration_failed(error: &Error, report: Map<String, Value>) -> Outcome {
+        Outcome { exit: Exit::from(error), error: Some(error.to_string()), report, text: String::new() }
+    }
+
+    /// The JSON object.
+    pub fn json(&self) -> Value {
+        let mut object = Map::new();
+        object.insert("status".to_owned(), self.exit.status().into());
+        if let Some(error) = &self.error {
+            object.insert("error".to_owned(), error.clone().into());
+        }
+        object.extend(self.report.clone());
+        Value::Object(object)
+    }
+
+    /// Prints it: the result to stdout, what went wrong to stderr. `for_parent`: another process reports the error.
+    pub fn print(&self, output: &OutputArgs, for_parent: bool) {
+        // Nobody is left to be told if these cannot be written.
+        let _ = if output.json { self.print_json() } else { io::stdout().write_all(self.text.as_bytes()) };
+        if let Some(error) = self.error.as_ref().filter(|_| !for_parent) {
+            let _ = writeln!(io::stderr(), "multifd: {error}");
+        }
+    }
+
+    /// Prints the JSON object to stdout.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn print_json(&self) -> io::Result<()> {
+        writeln!(io::stdout(), "{}", self.json())
+    }
+}
+
+/// The fields of `value`, which is a struct, as part of a JSON object.
+pub fn fields(value: &impl Serialize) -> Map<String, Value> {
+    match serde_json::to_value(value) {
+        Ok(Value::Object(fields)) => fields,
+        other => unreachable!("reports are structs with text keys: {other:?}"),
+    }
+}
+
+/// The figures of one migration. Times are in milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationReport {
+    /// From the first connect to the confirmation.
+    pub total_time: f64,
+    /// How long the guest stood still, without `verify-time`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<f64>,
+    /// Its parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_parts: Option<DowntimeParts>,
+    /// How long comparing all pages took, in which the guest stood still as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify_time: Option<f64>,
+    /// Until the destination knew all RAM blocks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub setup_time: Option<f64>,
+    /// Memory.
+    pub ram: RamReport,
+    /// How many there are.
+    pub channels: usize,
+    /// How page contents were compressed, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<String>,
+    /// Where rounds end on main.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dialect: Option<String>,
+    /// By how many percent the guest was slowed down in the end.
+    #[serde(default)]
+    pub cpu_throttle_percentage: u8,
+    /// All rounds that are over.
+    pub rounds: Vec<Round>,
+    /// Bytes on each channel.
+    pub channel_bytes: Vec<u64>,
+}
+
+/// The parts of the downtime, in the order in which they follow each other, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DowntimeParts {
+    /// Pausing vCPUs and devices.
+    pub pause: f64,
+    /// Fetching the pages written until then.
+    pub drain: f64,
+    /// Sending them.
+    pub last_round: f64,
+    /// Saving and sending device state.
+    pub devices: f64,
+    /// Until the destination has loaded it and said so.
+    pub confirm: f64,
+}
+
+/// What happened to the memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RamReport {
+    /// Bytes on all connections.
+    pub transferred: u64,
+    /// Bytes of RAM.
+    pub total: u64,
+    /// Bytes of pages still to be sent.
+    pub remaining: u64,
+    /// Pages sent as zeros.
+    pub duplicate: u64,
+    /// Pages not sent because they were never touched.
+    pub skipped: u64,
+    /// Pages sent with content.
+    pub normal: u64,
+    /// Their bytes.
+    pub normal_bytes: u64,
+    /// Rounds: how often the dirty log was fetched.
+    pub dirty_sync_count: u64,
+    /// Bytes in a page.
+    pub page_size: usize,
+    /// Megabits per second while memory was sent.
+    pub mbps: f64,
+    /// Bytes on the channels.
+    pub multifd_bytes: u64,
+    /// Pages per second while memory was sent.
+    pub pages_per_second: f64,
+}
+
+/// One round that is over.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Round {
+    /// Counted from 0, which sends every page.
+    pub round: u64,
+    /// Pages that it had to send.
+    pub dirty_pages: u64,
+    /// Pages sent with content.
+    pub normal: u64,
+    /// Pages sent as zeros.
+    pub duplicate: u64,
+    /// Bytes on all connections.
+    pub bytes: u64,
+    /// In milliseconds.
+    pub time: f64,
+    /// Not in the last.
+    pub guest_running: bool,
+    /// Pages written meanwhile.
+    pub dirty_after: u64,
+    /// What sending those would take, in milliseconds; none where no speed was measured.
+    pub expected_downtime: Option<f64>,
+    /// By how many percent the guest was slowed down.
+    pub throttle: u8,
+}
+
+impl MigrationReport {
+    /// A migration that the source finished. `verify_time` is the part of the pause in which it digested its pages.
+    pub fn sent(report: &source::Report, verify_time: Duration) -> MigrationReport {
+        let downtime = report.downtime;
+        let parts = DowntimeParts {
+            pause: millis(downtime.pause),
+            drain: millis(downtime.drain),
+            last_round: millis(downtime.last_round),
+            devices: millis(downtime.devices.saturating_sub(verify_time)),
+            confirm: millis(downtime.confirm),
+        };
+        let rounds: Vec<Round> = report.rounds.iter().map(Round::from).collect();
+        MigrationReport {
+            total_time: millis(report.total),
+            downtime: Some(millis(downtime.total.saturating_sub(verify_time))),
+            downtime_parts: Some(parts),
+            verify_time: (!verify_time.is_zero()).then(|| millis(verify_time)),
+            setup_time: Some(millis(report.setup)),
+            ram: RamReport::new(Totals {
+                page_size: report.page_size,
+                total: report.ram_bytes,
+                remaining: 0,
+                normal: report.normal,
+                zero: report.zero,
+                skipped: report.skipped,
+                main_bytes: report.main_bytes,
+                multifd_bytes: report.channel_bytes.iter().sum(),
+                rounds: &rounds,
+                seconds: seconds(&rounds),
+            }),
+            channels: report.channel_bytes.len(),
+            compression: Some(compression_name(report.compression).to_owned()),
+            dialect: Some(dialect_name(report.dialect).to_owned()),
+            cpu_throttle_percentage: report.throttle,
+            rounds,
+            channel_bytes: report.channel_bytes.clone(),
+        }
+    }
+
+    /// A migration that the destination finished, in pages of `page_size`.
+    pub fn received(report: &destination::Report, page_size: usize, verify_time: Duration) -> MigrationReport {
+        let rounds: Vec<Round> = report.rounds.iter().map(Round::from).collect();
+        MigrationReport {
+            total_time: millis(report.total),
+            downtime: None,
+            downtime_parts: None,
+            verify_time: (!verify_time.is_zero()).then(|| millis(verify_time)),
+            setup_time: None,
+            ram: RamReport::new(Totals {
+                page_size,
+                total: report.blocks.iter().map(|(_, bytes)| bytes).sum(),
+                remaining: 0,
+                normal: report.normal,
+                zero: report.zero,
+                skipped: 0,
+                main_bytes: report.main_bytes,
+                multifd_bytes: report.channel_bytes.iter().sum(),
+                rounds: &rounds,
+                // The first of its rounds may have begun long before the first page came.
+                seconds: report.total.saturating_sub(verify_time).as_secs_f64(),
+            }),
+            channels: report.channels,
+            compression: None,
+            dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
+            cpu_throttle_percentage: 0,
+            rounds,
+            channel_bytes: report.channel_bytes.clone(),
+        }
+    }
+
+    /// A migration that failed: as far as it got, in pages of `page_size`, with `rounds` over after `total_time`.
+    pub fn partial(
+        progress: &Progress,
+        rounds: &[RoundStats],
+        page_size: usize,
+        total_time: Duration,
+    ) -> MigrationReport {
+        let snapshot = progress.snapshot();
+        let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
+        let mut channel_bytes = progress.channel_bytes(MAX_CHANNELS);
+        let channels = channel_bytes.iter().rposition(|&bytes| bytes > 0).map_or(0, |last| last + 1);
+        channel_bytes.truncate(channels);
+        MigrationReport {
+            total_time: millis(total_time),
+            downtime: None,
+            downtime_parts: None,
+            verify_time: None,
+            setup_time: None,
+            ram: RamReport::new(Totals {
+                page_size,
+                total: snapshot.pages_total * page_size as u64,
+                remaining: snapshot.round_pages.saturating_sub(snapshot.round_done) * page_size as u64,
+                normal: snapshot.normal,
+                zero: snapshot.zero,
+                skipped: snapshot.skipped,
+                main_bytes: snapshot.main_bytes,
+                multifd_bytes: snapshot.channel_bytes,
+                rounds: &rounds,
+                seconds: seconds(&rounds),
+            }),
+            channels,
+            compression: None,
+            dialect: None,
+            cpu_throttle_percentage: rounds.last().map_or(0, |round| round.throttle),
+            rounds,
+            channel_bytes,
+        }
+    }
+}
+
+/// What [`RamReport`] is computed from.
+struct Totals<'a> {
+    page_size: usize,
+    total: u64,
+    remaining: u64,
+    normal: u64,
+    zero: u64,
+    skipped: u64,
+    main_bytes: u64,
+    multifd_bytes: u64,
+    rounds: &'a [Round],
+    /// How long memory was sent.
+    seconds: f64,
+}
+
+impl RamReport {
+    fn new(totals: Totals<'_>) -> RamReport {
+        let per_second = |amount: u64| if totals.seconds > 0.0 { amount as f64 / totals.seconds } else { 0.0 };
+        let transferred = totals.main_bytes + totals.multifd_bytes;
+        RamReport {
+            transferred,
+            total: totals.total,
+            remaining: totals.remaining,
+            duplicate: totals.zero,
+            skipped: totals.skipped,
+            normal: totals.normal,
+            normal_bytes: totals.normal * totals.page_size as u64,
+            dirty_sync_count: totals.rounds.len() as u64,
+            page_size: totals.page_size,
+            mbps: per_second(transferred) * 8.0 / 1e6,
+            multifd_bytes: totals.multifd_bytes,
+            pages_per_second: per_second(totals.normal + totals.zero),
+        }
+    }
+}
+
+impl From<&RoundStats> for Round {
+    fn from(stats: &RoundStats) -> Round {
+        Round {
+            round: stats.round,
+            dirty_pages: stats.dirty_pages,
+            normal: stats.normal,
+            duplicate: stats.zero,
+            bytes: stats.bytes,
+            time: millis(stats.took),
+            guest_running: stats.guest_running,
+            dirty_after: stats.dirty_after,
+            expected_downtime: (stats.expected_downtime < Duration::MAX).then(|| millis(stats.expected_downtime)),
+            throttle: stats.throttle,
+        }
+    }
+}
+
+fn seconds(rounds: &[Round]) -> f64 {
+    rounds.iter().map(|round| round.time).sum::<f64>() / 1e3
+}
+
+/// `time` in milliseconds, to the microsecond.
+pub fn millis(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1e3
+}
+
+/// The word for `dialect` in options and reports.
+pub fn dialect_name(dialect: Dialect) -> &'static str {
+    match dialect {
+        Dialect::PerRound => "per-round",
+        Dialect::PerSection => "per-section",
+    }
+}
+
+/// The word for `compression` in options and reports.
+pub fn compression_name(compression: Compression) -> &'static str {
+    match compression {
+        Compression::None => "none",
+        Compression::Zlib => "zlib",
+        Compression::Zstd => "zstd",
+    }
+}
+
+const MAX_CHANNELS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_has_its_status_and_reason_in_front() {
+        let mut outcome = Outcome::failed(Exit::Peer, "bad magic");
+        outcome.report.insert("channels".to_owned(), 3.into());
+        assert_eq!(outcome.json().to_string(), r#"{"status":"failed","error":"bad magic","channels":3}"#);
+        assert_eq!(Outcome::failed(Exit::Cancelled, "x").json()["status"], "cancelled");
+    }
+
+    #[test]
+    fn the_time_for_digests_is_no_downtime() {
+        let mut report = empty();
+        report.downtime.total = Duration::from_millis(50);
+        report.downtime.devices = Duration::from_millis(31);
+        let report = MigrationReport::sent(&report, Duration::from_millis(30));
+        assert_eq!(report.downtime, Some(20.0));
+        assert_eq!(report.downtime_parts.unwrap().devices, 1.0);
+        assert_eq!(report.verify_time, Some(30.0));
+    }
+
+    #[test]
+    fn names_are_those_of_qmp() {
+        let fields = fields(&MigrationReport::sent(&empty(), Duration::ZERO));
+        for name in ["total-time", "downtime", "setup-time", "ram", "channels", "compression", "dialect", "rounds"] {
+            assert!(fields.contains_key(name), "{name}");
+        }
+        let ram = fields["ram"].as_object().unwrap();
+        for name in ["transferred", "total", "remaining", "duplicate", "normal", "normal-bytes", "dirty-sync-count"] {
+            assert!(ram.contains_key(name), "{name}");
+        }
+        for name in ["page-size", "mbps", "multifd-bytes", "pages-per-second"] {
+            assert!(ram.contains_key(name), "{name}");
+        }
+    }
+
+    fn empty() -> source::Report {
+        source::Report {
+            total: Duration::from_secs(1),
+            setup: Duration::ZERO,
+            downtime: source::Downtime::default(),
+            rounds: Vec::new(),
+            normal: 0,
+            zero: 0,
+            skipped: 0,
+            ram_bytes: 4096,
+            page_size: 4096,
+            main_bytes: 0,
+            channel_bytes: vec![0; 4],
+            throttle: 0,
+            dirty_log: "test",
+            dialect: Dialect::PerRound,
+            compression: Compression::None,
+        }
+    }
+}
