@@ -47,6 +47,11 @@ impl StopHandle {
 
     /// Ends the migration with `error`, unless it was stopped or committed before: then gives `error` back.
     pub(crate) fn stop(&self, error: Error) -> Option<Error> {
+        self.stop_after(error, || {})
+    }
+
+    /// The same, with something to be done once `error` is known as the reason and before anything ends because of it.
+    pub(crate) fn stop_after(&self, error: Error, last: impl FnOnce()) -> Option<Error> {
         let mut state = lock(&self.state);
         if state.phase != Phase::Running {
             drop(state);
@@ -57,6 +62,7 @@ impl StopHandle {
         state.first = Some(error);
         let stoppers = std::mem::take(&mut state.stoppers);
         drop(state);
+        last();
         for stopper in &stoppers {
             stopper.stop();
         }
@@ -92,6 +98,11 @@ impl StopHandle {
     /// Whether the migration was stopped.
     pub fn is_stopped(&self) -> bool {
         lock(&self.state).phase == Phase::Stopped
+    }
+
+    /// Whether nothing stops the migration any more.
+    pub(crate) fn is_committed(&self) -> bool {
+        lock(&self.state).phase == Phase::Committed
     }
 
     /// The error that stopped the migration, for the one who reports it. Everybody else gets [`Error::Stopped`].

@@ -1,6 +1,9 @@
 //! Whole migrations between two threads: what arrives, and what is left behind when something fails.
 
-use multifd_proto::machine::{Dialect, ZeroPages};
+use multifd_proto::{
+    machine::{Dialect, ZeroPages},
+    return_path::Message,
+};
 
 use crate::{
     destination::{self, Destination},
@@ -8,7 +11,7 @@ use crate::{
     ram::Ram,
     source::{self, Flush, Source, Untouched},
     test_vm::{TestDestination, TestSource},
-    transport::memory,
+    transport::{Listen, memory},
 };
 
 const BLOCKS: [(&str, usize); 3] = [("ram", 700), ("rom", 1), ("vga", 130)];
@@ -245,4 +248,24 @@ fn memory_that_is_not_fresh_ends_up_like_the_source() {
     sent.unwrap();
     received.unwrap();
     assert_same(&vm.writer_ram(), &to.ram);
+}
+
+#[test]
+fn a_destination_that_confirms_before_it_has_the_vm_is_not_believed() {
+    let (mut listener, connector) = memory::listener(100_000);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut main = listener.accept(None).unwrap();
+            let mut shut = Vec::new();
+            Message::Shut(0).encode(&mut shut);
+            main.write(&shut, &[]).unwrap();
+            // The channels wait to be accepted until the source gives up.
+            while main.read(&mut [0; 1000]).unwrap() > 0 {}
+        });
+        let mut vm = TestSource::new(filled());
+        let error = Source::new(source::Options::default()).run(&mut vm, &connector, &mut ()).unwrap_err();
+        assert!(error.is_peers_fault(), "{error}");
+        assert!(error.to_string().contains("SHUT with status 0 before the end of the stream"), "{error}");
+        assert!(vm.writer.is_running());
+    });
 }

@@ -440,8 +440,9 @@ impl Run {
             }));
         }
         self.acceptor.nobody_else()?;
-        target.commit()?;
+        // A cancel that comes while the target makes it last must not leave it both kept and cancelled.
         self.shared.stop.commit()?;
+        target.commit()?;
         if self.return_path {
             self.main().reply(&Message::Shut(0))?;
         }
@@ -468,11 +469,13 @@ impl Run {
     /// Ends all threads.
     fn finish(mut self, target: &mut dyn Target, outcome: Result<(), Error>) -> Result<Report, Error> {
         let failure = outcome.err().map(|error| {
-            if self.return_path && !matches!(error, Error::Stopped) {
-                // The source learns the reason sooner than by a closed connection; it is no matter if it does not.
-                let _ = self.main().reply(&Message::Shut(1));
-            }
-            self.shared.stop.stop(error)
+            let stop = self.shared.stop.clone();
+            stop.stop_after(error, || {
+                if self.return_path {
+                    // The source learns it sooner than by a closed connection; it is no matter if it does not.
+                    let _ = self.main().reply(&Message::Shut(1));
+                }
+            })
         });
         let late = self.acceptor.finish();
         drop(self.main.take());

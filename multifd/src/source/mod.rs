@@ -519,7 +519,13 @@ impl Run {
             // What they ran into is known: the first of it, or a consequence.
             drop(join(channel));
         }
-        self.shared.stop.take_first().or(not_first).unwrap_or(Error::Unconfirmed)
+        let refused = self.return_path.take().and_then(ReturnPath::end);
+        let first = self.shared.stop.take_first().or(not_first).unwrap_or(Error::Unconfirmed);
+        match first {
+            // A connection that broke because the destination left: it may have said why.
+            Error::Io { .. } => refused.unwrap_or(first),
+            _ => first,
+        }
     }
 }
 

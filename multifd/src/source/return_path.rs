@@ -3,7 +3,7 @@
 //! The destination answers PING, and ends with SHUT: status 0 when it has the VM. If it says anything else, or closes
 //! main before that, the migration is stopped at once: the main thread may be waiting for something else.
 
-use multifd_proto::{return_path::Message, wire::Step};
+use multifd_proto::{Violation, return_path::Message, wire::Step};
 
 use crate::{
     error::{Connection, Error, Place},
@@ -33,7 +33,7 @@ impl ReturnPath {
         let thread = {
             let verdict = verdict.clone();
             thread::spawn(move || {
-                let outcome = read_until_shut(&mut *stream);
+                let outcome = read_until_shut(&mut *stream, &stop);
                 let mut state = lock(&verdict.state);
                 match outcome {
                     Ok(()) => *state = Some(Ok(())),
@@ -63,8 +63,18 @@ impl ReturnPath {
     }
 }
 
-impl Drop for ReturnPath {
-    fn drop(&mut self) {
+impl ReturnPath {
+    /// Ends the thread, once it has read what the destination said before it left. Returns why the destination refused
+    /// the VM, if it did: a better reason than the broken connections that follow.
+    pub(super) fn end(mut self) -> Option<Error> {
+        self.join();
+        match lock(&self.verdict.state).take() {
+            Some(Err(error @ Error::Refused { .. })) => Some(error),
+            _ => None,
+        }
+    }
+
+    fn join(&mut self) {
         if let Some(stopper) = self.stopper.take() {
             stopper.stop();
         }
@@ -76,7 +86,13 @@ impl Drop for ReturnPath {
     }
 }
 
-fn read_until_shut(stream: &mut dyn Stream) -> Result<(), Error> {
+impl Drop for ReturnPath {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn read_until_shut(stream: &mut dyn Stream, stop: &StopHandle) -> Result<(), Error> {
     let mut buf = [0; 4 + multifd_proto::return_path::MAX_PAYLOAD as usize];
     let mut filled = 0;
     let mut position = 0;
@@ -88,7 +104,13 @@ fn read_until_shut(stream: &mut dyn Stream) -> Result<(), Error> {
                 filled -= used;
                 position += used as u64;
                 match item {
-                    Message::Shut(0) => return Ok(()),
+                    Message::Shut(0) if stop.is_committed() => return Ok(()),
+                    Message::Shut(0) => {
+                        return Err(Error::protocol(place)(Violation::UnexpectedElement {
+                            element: "SHUT with status 0",
+                            place: "before the end of the stream",
+                        }));
+                    }
                     Message::Shut(status) => return Err(Error::Refused { status }),
                     other => tracing::debug!(message = other.name(), "return path"),
                 }
