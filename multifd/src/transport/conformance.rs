@@ -14,8 +14,10 @@ use test_support::{TempDir, time_limit};
 
 use super::{
     Connect, Listen, Stream,
+    faulty::Faults,
     fd::{FdConnector, FdListener},
     memory,
+    record::Recording,
     socket::{SocketListener, SocketStream, ZeroCopyCounters},
     tcp::{self, TcpConnector},
     unix::{self, UnixConnector},
@@ -30,14 +32,14 @@ use crate::{
 /// A listener, what reaches it, and what both need to stay alive.
 struct Transport {
     listener: Box<dyn Listen>,
-    connector: Box<dyn Connect>,
+    connector: Box<dyn Connect + Send>,
     /// Reads of a memory connection wait for ever.
     has_clock: bool,
     _dir: Option<TempDir>,
 }
 
 impl Transport {
-    fn new(listener: impl Listen + 'static, connector: impl Connect + 'static) -> Transport {
+    fn new(listener: impl Listen + 'static, connector: impl Connect + Send + 'static) -> Transport {
         Transport { listener: Box::new(listener), connector: Box::new(connector), has_clock: true, _dir: None }
     }
 
@@ -80,6 +82,20 @@ impl Transport {
         Transport::new(listener, FdConnector::new(theirs.into()).unwrap())
     }
 
+    fn recorded() -> Transport {
+        let dir = TempDir::new().unwrap();
+        let Transport { listener, connector, .. } = Transport::tcp("127.0.0.1");
+        let listener = Recording::new(dir.path()).unwrap().listener(listener);
+        Transport { listener: Box::new(listener), connector, has_clock: true, _dir: Some(dir) }
+    }
+
+    /// Under a plan without faults.
+    fn faulty() -> Transport {
+        let Transport { listener, connector, .. } = Transport::tcp("127.0.0.1");
+        let faults = Faults::new();
+        Transport::new(faults.listener(listener), faults.connector(connector))
+    }
+
     fn pair(&mut self) -> (Box<dyn Stream>, Box<dyn Stream>) {
         let ours = self.connector.connect().unwrap();
         let theirs = self.listener.accept(Some(SOON)).unwrap();
@@ -99,6 +115,8 @@ macro_rules! conformance {
         conformance! { @ over_tcp_v4, Transport::tcp("127.0.0.1"); $($check)* $($listening)* }
         conformance! { @ over_tcp_zero_copy, Transport::tcp_zero_copy(); $($check)* $($listening)* }
         conformance! { @ over_unix, Transport::unix(); $($check)* $($listening)* }
+        conformance! { @ over_recorded, Transport::recorded(); $($check)* $($listening)* }
+        conformance! { @ over_faulty, Transport::faulty(); $($check)* $($listening)* }
         conformance! { @ over_inherited_listener, Transport::inherited_listener(); $($check)* $($listening)* }
         conformance! { @ over_socket_pair, Transport::socket_pair(); $($check)* }
         conformance! { @ over_tcp_v6, {

@@ -9,8 +9,10 @@ use crate::ram::GuestRange;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod conformance;
+pub mod faulty;
 pub mod fd;
 pub mod memory;
+pub mod record;
 pub mod socket;
 pub mod tcp;
 pub mod unix;

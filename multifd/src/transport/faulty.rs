@@ -1,0 +1,419 @@
+//! Connections on which things go wrong as planned, for tests of VMMs and of the engine.
+//!
+//! A [`Faults`] counts the operations of all its connections: each connect, write, read, read of pages and flush is one,
+//! from 0. What happens at the k-th is decided before the test starts, so a test can go through every k and a failure
+//! can be repeated. Where several threads use the connections, which of them does the k-th operation is up to them.
+
+use std::{io, time::Duration};
+
+use super::{Connect, Listen, Stopper, Stream};
+use crate::{
+    ram::GuestRange,
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+        lock, wait,
+    },
+};
+
+/// What happens to one operation.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// It fails with this error and has done nothing. The connection stays.
+    Fail(io::ErrorKind),
+    /// It fails, and the connection has ended for both sides.
+    Cut,
+    /// A read returns at most so many bytes (and at least one), as any read may. A write, and a read of pages, moves only
+    /// so many bytes (of pages: a multiple of 8), then the connection is cut.
+    Shorten(usize),
+    /// It happens so much later. For model checkers, who have no clock: when the others have had a turn.
+    Delay(Duration),
+    /// It waits for [`Faults::release`], or for the connection to be stopped.
+    Hold,
+}
+
+/// A plan of faults, and the count of operations that it refers to. Clones share both.
+#[derive(Clone, Default)]
+pub struct Faults {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// Signalled when held operations may go on.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    plan: Vec<(When, Fault)>,
+    operations: u64,
+    released: bool,
+}
+
+#[derive(Clone, Copy)]
+enum When {
+    At(u64),
+    From(u64),
+}
+
+impl Faults {
+    /// A plan in which nothing goes wrong.
+    pub fn new() -> Faults {
+        Faults::default()
+    }
+
+    /// Adds `fault` at operation number `operation`. Of several faults at one operation the first one counts.
+    #[must_use]
+    pub fn at(self, operation: u64, fault: Fault) -> Faults {
+        lock(&self.shared.state).plan.push((When::At(operation), fault));
+        self
+    }
+
+    /// Adds `fault` at operation number `operation` and all after it.
+    #[must_use]
+    pub fn from(self, operation: u64, fault: Fault) -> Faults {
+        lock(&self.shared.state).plan.push((When::From(operation), fault));
+        self
+    }
+
+    /// `stream`, with the faults of this plan.
+    pub fn stream(&self, stream: Box<dyn Stream>) -> FaultyStream {
+        FaultyStream { stream, faults: self.clone(), ended: Arc::new(Ended::default()) }
+    }
+
+    /// `connector`, whose connections have the faults of this plan.
+    pub fn connector(&self, connector: Box<dyn Connect + Send>) -> FaultyConnector {
+        FaultyConnector { connector, faults: self.clone() }
+    }
+
+    /// `listener`, whose connections have the faults of this plan.
+    pub fn listener(&self, listener: Box<dyn Listen>) -> FaultyListener {
+        FaultyListener { listener, faults: self.clone() }
+    }
+
+    /// Lets all operations go on that are held, now and from now on.
+    pub fn release(&self) {
+        lock(&self.shared.state).released = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// How many operations there were.
+    pub fn operations(&self) -> u64 {
+        lock(&self.shared.state).operations
+    }
+
+    /// Counts an operation, and returns what happens to it after any delay.
+    fn next(&self, ended: &Ended) -> Option<Fault> {
+        let mut state = lock(&self.shared.state);
+        let number = state.operations;
+        state.operations += 1;
+        let applies = |when: &When| match *when {
+            When::At(at) => at == number,
+            When::From(from) => from <= number,
+        };
+        let fault = state.plan.iter().find(|(when, _)| applies(when)).map(|(_, fault)| fault.clone());
+        match fault {
+            Some(Fault::Delay(delay)) => {
+                drop(state);
+                pause(delay);
+                None
+            }
+            Some(Fault::Hold) => {
+                while !state.released && !ended.stopped.load(SeqCst) {
+                    state = wait(&self.shared.changed, state);
+                }
+                None
+            }
+            other => other,
+        }
+    }
+}
+
+/// A connection with the faults of a plan.
+pub struct FaultyStream {
+    stream: Box<dyn Stream>,
+    faults: Faults,
+    ended: Arc<Ended>,
+}
+
+/// Shared by all handles on one connection.
+#[derive(Default)]
+struct Ended {
+    /// A fault cut it: nothing works any more.
+    cut: AtomicBool,
+    /// Somebody stopped it. Set before the lock of the plan is taken and released, so who waits there sees it.
+    stopped: AtomicBool,
+}
+
+impl FaultyStream {
+    /// What is left of the next operation: nothing special, or a limit on its bytes.
+    fn next(&mut self) -> io::Result<Option<usize>> {
+        if self.ended.cut.load(SeqCst) {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        match self.faults.next(&self.ended) {
+            Some(Fault::Fail(kind)) => Err(io::Error::new(kind, "a planned fault")),
+            Some(Fault::Cut) => Err(self.cut()),
+            Some(Fault::Shorten(limit)) => Ok(Some(limit)),
+            Some(Fault::Delay(_) | Fault::Hold) | None => Ok(None),
+        }
+    }
+
+    fn cut(&mut self) -> io::Error {
+        self.ended.cut.store(true, SeqCst);
+        match self.stream.stopper() {
+            Ok(stopper) => stopper.stop(),
+            Err(error) => return error,
+        }
+        io::Error::new(io::ErrorKind::ConnectionReset, "a planned cut")
+    }
+}
+
+impl Stream for FaultyStream {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        match self.next()? {
+            None => self.stream.write(header, pages),
+            Some(limit) => {
+                let header = &header[..limit.min(header.len())];
+                self.stream.write(header, &first_bytes(pages, limit - header.len()))?;
+                Err(self.cut())
+            }
+        }
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self.next()? {
+            None => self.stream.read(buf),
+            Some(limit) => {
+                let len = buf.len().min(limit.max(1));
+                self.stream.read(&mut buf[..len])
+            }
+        }
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        match self.next()? {
+            None => self.stream.read_pages(pages),
+            Some(limit) => {
+                self.stream.read_pages(&first_bytes(pages, limit))?;
+                Err(self.cut())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.next()?;
+        self.stream.flush()
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        let stream = self.stream.try_clone()?;
+        Ok(Box::new(FaultyStream { stream, faults: self.faults.clone(), ended: self.ended.clone() }))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        let stopper = self.stream.stopper()?;
+        Ok(Box::new(FaultyStopper { stopper, faults: self.faults.clone(), ended: self.ended.clone() }))
+    }
+
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
+    }
+
+    fn peer(&self) -> String {
+        self.stream.peer()
+    }
+}
+
+struct FaultyStopper {
+    stopper: Box<dyn Stopper>,
+    faults: Faults,
+    ended: Arc<Ended>,
+}
+
+impl Stopper for FaultyStopper {
+    fn stop(&self) {
+        self.stopper.stop();
+        self.ended.stopped.store(true, SeqCst);
+        drop(lock(&self.faults.shared.state));
+        self.faults.shared.changed.notify_all();
+    }
+}
+
+/// Opens connections with the faults of a plan. A fault at the connect itself refuses it.
+pub struct FaultyConnector {
+    connector: Box<dyn Connect + Send>,
+    faults: Faults,
+}
+
+impl Connect for FaultyConnector {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        match self.faults.next(&Ended::default()) {
+            Some(Fault::Fail(kind)) => Err(io::Error::new(kind, "a planned fault")),
+            Some(Fault::Cut | Fault::Shorten(_)) => Err(io::ErrorKind::ConnectionRefused.into()),
+            Some(Fault::Delay(_) | Fault::Hold) | None => Ok(Box::new(self.faults.stream(self.connector.connect()?))),
+        }
+    }
+}
+
+/// Accepts connections with the faults of a plan.
+pub struct FaultyListener {
+    listener: Box<dyn Listen>,
+    faults: Faults,
+}
+
+impl Listen for FaultyListener {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let stream = self.listener.accept(timeout)?;
+        Ok(Box::new(self.faults.stream(stream)))
+    }
+
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        let stream = self.listener.try_accept()?;
+        Ok(stream.map(|stream| Box::new(self.faults.stream(stream)) as Box<dyn Stream>))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.listener.stopper()
+    }
+}
+
+/// The first `limit` bytes of `pages`, less what a range cannot end at.
+fn first_bytes<'a>(pages: &[GuestRange<'a>], limit: usize) -> Vec<GuestRange<'a>> {
+    let mut left = limit;
+    let mut first = Vec::new();
+    for page in pages {
+        let len = page.len().min(left & !7);
+        first.extend(page.slice(0, len).filter(|part| !part.is_empty()));
+        left -= len;
+        if len < page.len() {
+            break;
+        }
+    }
+    first
+}
+
+/// The sleep is the fault that was asked for: a slow link.
+#[cfg(not(any(loom, shuttle)))]
+fn pause(delay: Duration) {
+    crate::sync::thread::sleep(delay);
+}
+
+#[cfg(any(loom, shuttle))]
+fn pause(_delay: Duration) {
+    for _ in 0..3 {
+        crate::sync::thread::yield_now();
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::time::Instant;
+
+    use test_support::time_limit;
+
+    use super::*;
+    use crate::{ram::Ram, sync::thread, transport::memory};
+
+    fn pair(faults: &Faults) -> (FaultyStream, memory::MemoryStream) {
+        let (ours, theirs) = memory::pair(100_000);
+        (faults.stream(Box::new(ours)), theirs)
+    }
+
+    #[test]
+    fn the_planned_operation_fails_and_no_other() {
+        for planned in 0..4 {
+            let faults = Faults::new().at(planned, Fault::Fail(io::ErrorKind::OutOfMemory));
+            let (mut ours, _theirs) = pair(&faults);
+            let results = [(); 4].map(|()| ours.write(b"x", &[]).map_err(|error| error.kind()));
+            for (operation, result) in (0..).zip(results) {
+                let expected = if operation == planned { Err(io::ErrorKind::OutOfMemory) } else { Ok(()) };
+                assert_eq!(result, expected);
+            }
+            assert_eq!(faults.operations(), 4);
+        }
+    }
+
+    #[test]
+    fn a_cut_ends_the_connection_for_both_sides_and_all_handles() {
+        let (mut ours, mut theirs) = pair(&Faults::new().at(0, Fault::Cut));
+        let mut clone = ours.try_clone().unwrap();
+        assert_eq!(ours.write(b"x", &[]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(clone.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_shortened_write_sends_its_first_bytes() {
+        let ram = Ram::for_test(&[("a", 2)]);
+        let pages = [ram.page(0).unwrap(), ram.page(1).unwrap()];
+        for page in &pages {
+            page.write(&[7; 4096]);
+        }
+        for (limit, arrives) in [(0, 0), (3, 3), (4, 4), (13, 12), (4 + 4096 + 8, 4108), (100_000, 4 + 8192)] {
+            let (mut ours, mut theirs) = pair(&Faults::new().at(0, Fault::Shorten(limit)));
+            assert!(ours.write(b"head", &pages).is_err());
+            let mut received = vec![0; arrives];
+            theirs.read_exact(&mut received).unwrap();
+            assert_eq!(theirs.read(&mut [0]).unwrap(), 0, "{limit}");
+        }
+    }
+
+    #[test]
+    fn a_shortened_read_is_only_short_but_one_of_pages_is_the_end() {
+        let faults = Faults::new().at(0, Fault::Shorten(2)).at(1, Fault::Shorten(0)).at(2, Fault::Shorten(16));
+        let (mut ours, mut theirs) = pair(&faults);
+        theirs.write(&[1; 100], &[]).unwrap();
+        assert_eq!(ours.read(&mut [0; 10]).unwrap(), 2);
+        assert_eq!(ours.read(&mut [0; 10]).unwrap(), 1);
+        let ram = Ram::for_test(&[("a", 1)]);
+        assert!(ours.read_pages(&[ram.page(0).unwrap()]).is_err());
+        assert_eq!(ram.page_bytes(0)[..17], [&[1; 16][..], &[0]].concat());
+        assert!(ours.read(&mut [0]).is_err());
+    }
+
+    #[test]
+    fn a_held_operation_waits_for_its_release_or_a_stop() {
+        for stop in [false, true] {
+            let faults = Faults::new().from(1, Fault::Hold);
+            let (mut ours, _theirs) = pair(&faults);
+            let stopper = ours.stopper().unwrap();
+            ours.write(b"x", &[]).unwrap();
+            let held = thread::spawn(move || ours.write(b"x", &[]));
+            thread::sleep(Duration::from_millis(20));
+            assert!(!held.is_finished());
+            if stop {
+                stopper.stop()
+            } else {
+                faults.release()
+            }
+            let result = time_limit(Duration::from_secs(10), || held.join().unwrap());
+            assert_eq!(result.is_err(), stop);
+        }
+    }
+
+    #[test]
+    fn a_delayed_operation_happens_later() {
+        let (mut ours, mut theirs) = pair(&Faults::new().at(0, Fault::Delay(Duration::from_millis(20))));
+        let begin = Instant::now();
+        ours.write(b"x", &[]).unwrap();
+        assert!(begin.elapsed() >= Duration::from_millis(20));
+        theirs.read_exact(&mut [0]).unwrap();
+    }
+
+    #[test]
+    fn connects_count_and_can_be_refused() {
+        let (listener, connector) = memory::listener(100);
+        let faults = Faults::new().at(1, Fault::Cut);
+        let (connector, mut listener) = (faults.connector(Box::new(connector)), faults.listener(Box::new(listener)));
+        let mut ours = connector.connect().unwrap();
+        assert_eq!(connector.connect().err().unwrap().kind(), io::ErrorKind::ConnectionRefused);
+        ours.write(b"x", &[]).unwrap();
+        let mut theirs = listener.accept(None).unwrap();
+        theirs.read_exact(&mut [0]).unwrap();
+        assert_eq!(faults.operations(), 4);
+        assert!(listener.try_accept().unwrap().is_none());
+    }
+}

@@ -1,0 +1,299 @@
+//! Keeps a copy of every byte that arrives: one file for each connection, to be looked at later.
+//!
+//! Files are named after what the connection turns out to be, by its first bytes: `main.bin`, `ch0.bin`, …; what is
+//! neither, or is there already, is `connection0.bin`, … in the order of arrival. Sent bytes are not recorded.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use multifd_proto::{packet, stream};
+
+use super::{Listen, Stopper, Stream, socket::context};
+use crate::{
+    ram::GuestRange,
+    sync::{Arc, Mutex, lock},
+};
+
+/// A directory that takes the recorded connections of one migration.
+#[derive(Clone)]
+pub struct Recording {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    dir: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Connections so far.
+    arrived: usize,
+    /// Files that exist.
+    names: HashSet<String>,
+}
+
+impl Recording {
+    /// Records into `dir`, which is created if needed.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::AlreadyExists`] where the directory has files: a mixture of two recordings is of no use to
+    /// anybody. Else the kernel's.
+    pub fn new(dir: impl Into<PathBuf>) -> io::Result<Recording> {
+        let dir = dir.into();
+        let make = |dir: &Path| {
+            fs::create_dir_all(dir)?;
+            if fs::read_dir(dir)?.next().is_some() {
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, "the directory is not empty"));
+            }
+            Ok(())
+        };
+        make(&dir).map_err(context(dir.display()))?;
+        Ok(Recording { shared: Arc::new(Shared { dir, state: Mutex::default() }) })
+    }
+
+    /// The same connection, recorded from now on.
+    pub fn stream(&self, stream: Box<dyn Stream>) -> RecordedStream {
+        let mut state = lock(&self.shared.state);
+        let number = state.arrived;
+        state.arrived += 1;
+        drop(state);
+        let tape = Tape { shared: self.shared.clone(), number, head: Vec::new(), file: None };
+        RecordedStream { stream, tape: Arc::new(Mutex::new(tape)), staging: Vec::new() }
+    }
+
+    /// The same listener, whose connections are recorded.
+    pub fn listener(&self, listener: Box<dyn Listen>) -> RecordingListener {
+        RecordingListener { listener, recording: self.clone() }
+    }
+}
+
+/// A connection that is recorded.
+pub struct RecordedStream {
+    stream: Box<dyn Stream>,
+    tape: Arc<Mutex<Tape>>,
+    staging: Vec<u8>,
+}
+
+impl Stream for RecordedStream {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        self.stream.write(header, pages)
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.stream.read(buf)?;
+        lock(&self.tape).record(&buf[..n])?;
+        Ok(n)
+    }
+
+    /// Goes through private memory, so that also what arrives before an error is recorded.
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        for page in pages {
+            let mut staging = std::mem::take(&mut self.staging);
+            staging.resize(page.len(), 0);
+            self.read_exact(&mut staging)?;
+            page.write(&staging);
+            self.staging = staging;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        let stream = self.stream.try_clone()?;
+        Ok(Box::new(RecordedStream { stream, tape: self.tape.clone(), staging: Vec::new() }))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.stream.stopper()
+    }
+
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
+    }
+
+    fn peer(&self) -> String {
+        self.stream.peer()
+    }
+}
+
+/// A listener whose connections are recorded.
+pub struct RecordingListener {
+    listener: Box<dyn Listen>,
+    recording: Recording,
+}
+
+impl Listen for RecordingListener {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let stream = self.listener.accept(timeout)?;
+        Ok(Box::new(self.recording.stream(stream)))
+    }
+
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        let stream = self.listener.try_accept()?;
+        Ok(stream.map(|stream| Box::new(self.recording.stream(stream)) as Box<dyn Stream>))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.listener.stopper()
+    }
+}
+
+/// What has arrived on one connection.
+struct Tape {
+    shared: Arc<Shared>,
+    /// In the order of arrival.
+    number: usize,
+    /// The first bytes, for as long as they do not tell what this is. Shorter than a hello then.
+    head: Vec<u8>,
+    /// Made once the name is known.
+    file: Option<File>,
+}
+
+impl Tape {
+    fn record(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(file) = &mut self.file {
+            return file.write_all(bytes).map_err(context(self.shared.dir.display()));
+        }
+        self.head.extend_from_slice(bytes);
+        match name_by(&self.head, self.number) {
+            Some(name) => self.open(&name),
+            None => Ok(()),
+        }
+    }
+
+    fn open(&mut self, name: &str) -> io::Result<()> {
+        let mut state = lock(&self.shared.state);
+        let name = match state.names.insert(name.to_owned()) {
+            true => name.to_owned(),
+            // A peer that opens a channel twice must not get at the recording of the first one.
+            false => unknown(self.number),
+        };
+        drop(state);
+        let path = self.shared.dir.join(name);
+        let file = File::create_new(&path).and_then(|mut file| file.write_all(&self.head).map(|()| file));
+        self.file = Some(file.map_err(context(path.display()))?);
+        self.head = Vec::new();
+        Ok(())
+    }
+}
+
+impl Drop for Tape {
+    fn drop(&mut self) {
+        // Ended before it said what it is; that, too, may be what somebody looks for.
+        if !self.head.is_empty()
+            && self.file.is_none()
+            && let Err(error) = self.open(&unknown(self.number))
+        {
+            tracing::warn!(%error, "the recording of a connection is lost");
+        }
+    }
+}
+
+/// The file for connection `number`, which begins with `head`; `None` where that is too little to tell.
+fn name_by(head: &[u8], number: usize) -> Option<String> {
+    if u32::from_be_bytes(*head.first_chunk()?) == stream::MAGIC {
+        return Some("main.bin".to_owned());
+    }
+    match packet::Hello::decode(head.first_chunk()?) {
+        Ok(hello) => Some(format!("ch{}.bin", hello.channel.0)),
+        Err(_) => Some(unknown(number)),
+    }
+}
+
+fn unknown(number: usize) -> String {
+    format!("connection{number}.bin")
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use multifd_proto::ChannelId;
+    use test_support::TempDir;
+
+    use super::*;
+    use crate::{ram::Ram, transport::memory};
+
+    fn hello(channel: u8) -> [u8; packet::HELLO_LEN] {
+        packet::Hello { uuid: [0; 16], channel: ChannelId(channel) }.encode()
+    }
+
+    /// Sends `sent` over a connection of its own and receives it through `recording`, the last page into guest memory.
+    fn pass(recording: &Recording, sent: &[u8]) {
+        let (mut ours, theirs) = memory::pair(100_000);
+        let mut theirs = recording.stream(Box::new(theirs));
+        ours.write(sent, &[]).unwrap();
+        drop(ours);
+        let into_memory = if sent.len() > 4096 { 4096 } else { 0 };
+        // In pieces, so that the name is not known at once.
+        let mut rest = sent.len() - into_memory;
+        while rest > 0 {
+            let mut piece = vec![0; rest.min(7)];
+            theirs.read_exact(&mut piece).unwrap();
+            rest -= piece.len();
+        }
+        if into_memory > 0 {
+            let ram = Ram::for_test(&[("a", 1)]);
+            theirs.read_pages(&[ram.page(0).unwrap()]).unwrap();
+            assert_eq!(ram.page_bytes(0), &sent[sent.len() - 4096..]);
+        }
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn files_are_named_after_what_the_connection_says_it_is() {
+        let dir = TempDir::new().unwrap();
+        let recording = Recording::new(dir.path().join("new")).unwrap();
+        let mut channel = hello(7).to_vec();
+        channel.extend((0..5000).map(|byte| byte as u8));
+        let stray = [b'x'; 100];
+        let sent: [(&str, &[u8]); 6] = [
+            ("ch7.bin", &channel),
+            ("main.bin", b"QEVM and more"),
+            ("connection2.bin", &stray),
+            ("connection3.bin", &hello(7)),
+            ("connection4.bin", b"abc"),
+            ("ch255.bin", &hello(255)),
+        ];
+        for (_, bytes) in sent {
+            pass(&recording, bytes);
+        }
+        pass(&recording, b"");
+        for (name, bytes) in sent {
+            assert_eq!(fs::read(dir.path().join("new").join(name)).unwrap(), bytes, "{name}");
+        }
+        assert_eq!(fs::read_dir(dir.path().join("new")).unwrap().count(), sent.len());
+    }
+
+    #[test]
+    fn bytes_before_an_end_within_a_page_are_kept() {
+        let dir = TempDir::new().unwrap();
+        let recording = Recording::new(dir.path()).unwrap();
+        let (mut ours, theirs) = memory::pair(100_000);
+        let mut theirs = recording.stream(Box::new(theirs));
+        let ram = Ram::for_test(&[("a", 1)]);
+        ours.write(b"QEVM", &[]).unwrap();
+        ours.write(&[5; 1000], &[]).unwrap();
+        drop(ours);
+        theirs.read_exact(&mut [0; 4]).unwrap();
+        let error = theirs.read_pages(&[ram.page(0).unwrap()]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(fs::read(dir.path().join("main.bin")).unwrap().len(), 1004);
+    }
+
+    #[test]
+    fn a_directory_with_files_is_refused() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("main.bin"), "of last week").unwrap();
+        let error = Recording::new(dir.path()).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert!(error.to_string().contains(&*dir.path().to_string_lossy()), "{error}");
+    }
+}
