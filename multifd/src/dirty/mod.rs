@@ -10,6 +10,9 @@ use crate::{dirty_bitmap::DirtyBitmap, ram::Ram};
 pub mod bitmap;
 #[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
 pub mod conformance;
+pub mod kvm_log;
+pub mod kvm_ring;
+pub(crate) mod kvm_slot;
 pub(crate) mod mappings;
 pub mod merged;
 pub mod uffd_wp;

@@ -6,6 +6,7 @@ pub(crate) mod guest_copy;
 pub(crate) mod heap;
 pub(crate) mod holes;
 pub(crate) mod inherited;
+pub(crate) mod kvm;
 pub(crate) mod pagemap;
 #[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod signals;
