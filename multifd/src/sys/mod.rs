@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod file_block;
 pub(crate) mod guest_copy;
 pub(crate) mod heap;
 pub(crate) mod holes;
