@@ -448,11 +448,13 @@ impl Run {
         target.prepare(self.report.uuid.or(named))?;
         // A cancel that comes while the target makes it last must not leave it both kept and cancelled.
         self.shared.stop.commit()?;
-        target.commit()?;
+        let kept = target.commit();
         if self.return_path {
-            self.main().reply(&Message::Shut(0))?;
+            let told = self.main().reply(&Message::Shut(u32::from(kept.is_err())));
+            // That it could not be kept matters more than that this could not be said.
+            return kept.and(told);
         }
-        Ok(())
+        kept
     }
 
     /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
