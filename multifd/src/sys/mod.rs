@@ -13,4 +13,6 @@ pub(crate) mod pagemap;
 pub(crate) mod signals;
 pub(crate) mod uffd;
 pub(crate) mod vectored;
+#[cfg(feature = "vm-memory")]
+pub(crate) mod vm_memory;
 pub(crate) mod zerocopy;
