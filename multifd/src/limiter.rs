@@ -73,7 +73,7 @@ impl Shared {
     #[cfg(any(loom, shuttle))]
     fn take(&self, bytes: u64) {
         if let Some(bucket) = &mut lock(&self.state).bucket {
-            bucket.take(Duration::ZERO, bytes);
+            bucket.take(self.epoch.elapsed(), bytes);
         }
     }
 
