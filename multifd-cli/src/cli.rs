@@ -1,11 +1,12 @@
 //! The command line: verbs, options, and what is right for each.
 
-use std::{num::NonZeroU8, time::Duration};
+use std::{fmt, num::NonZeroU8, time::Duration};
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use multifd::{destination, source, transport::uri::Uri};
 use multifd_guest::{
     guest::{GuestConfig, Kind},
+    log::DirtyLogChoice,
     pace::Rate,
 };
 use multifd_proto::{
@@ -28,6 +29,8 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    /// Live-migrate a running, self-checking guest between two processes on this machine.
+    Demo(DemoArgs),
     /// Run the built-in guest; it can be migrated away, or wait for an incoming migration.
     Guest(GuestArgs),
 }
@@ -36,9 +39,39 @@ impl Verb {
     /// What to print.
     pub fn output(&self) -> &OutputArgs {
         match self {
+            Verb::Demo(args) => &args.output,
             Verb::Guest(args) => &args.output,
         }
     }
+}
+
+/// Options of `multifd demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// The guest that moves.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// What connects the two processes.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp, help_heading = MIGRATION)]
+    pub transport: Transport,
+    /// Address for tcp, IPv6 in brackets [default: 127.0.0.1].
+    #[arg(long, value_name = "HOST", value_parser = host, help_heading = MIGRATION)]
+    pub address: Option<String>,
+    /// Use IPv6: the same as `--address '[::1]'`.
+    #[arg(long, conflicts_with = "address", help_heading = MIGRATION)]
+    pub ipv6: bool,
+    /// How long the guest runs before it is migrated.
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = units::time, help_heading = MIGRATION)]
+    pub after: Duration,
+    /// Do not compare every page of both sides while the guest stands still.
+    #[arg(long, help_heading = MIGRATION)]
+    pub no_verify: bool,
+    /// How to migrate.
+    #[command(flatten)]
+    pub transfer: TransferArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// Options of `multifd guest`.
@@ -93,6 +126,9 @@ pub struct MachineArgs {
     /// How fast it does so, e.g. 100MB/s, or max.
     #[arg(long, value_name = "RATE|max", default_value = "100MB/s", value_parser = write_rate)]
     pub write_rate: WriteRate,
+    /// What tracks the guest's writes; auto is the best that works here.
+    #[arg(long, value_enum, default_value_t = DirtyLog::Auto)]
+    pub dirty_log: DirtyLog,
     /// CPUs that share the working set; the same on both sides.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub cpus: u8,
@@ -107,6 +143,7 @@ impl MachineArgs {
             working_set: self.working_set(),
             write_rate: self.write_rate.0,
             cpus: usize::from(self.cpus),
+            dirty_log: self.dirty_log.into(),
             verify,
             ..GuestConfig::default()
         }
@@ -116,6 +153,19 @@ impl MachineArgs {
     pub fn working_set(&self) -> u64 {
         let default = DEFAULT_WORKING_SET.min(self.memory / 2).next_multiple_of(PAGE).max(self.least());
         self.working_set.unwrap_or(default)
+    }
+
+    /// The same as options of a command line.
+    pub fn to_args(&self) -> Vec<String> {
+        let MachineArgs { guest, memory, working_set: _, write_rate, dirty_log, cpus } = self;
+        vec![
+            format!("--guest={}", value_name(guest)),
+            format!("--memory={memory}"),
+            format!("--working-set={}", self.working_set()),
+            format!("--write-rate={write_rate}"),
+            format!("--dirty-log={}", value_name(dirty_log)),
+            format!("--cpus={cpus}"),
+        ]
     }
 
     /// A CPU needs two pages.
@@ -206,6 +256,35 @@ impl TransferArgs {
             ..destination::Options::default()
         }
     }
+
+    /// The same as options of a command line.
+    pub fn to_args(&self) -> Vec<String> {
+        let TransferArgs {
+            channels,
+            compression,
+            compression_level,
+            zero_pages,
+            sync,
+            max_bandwidth,
+            downtime_limit,
+            max_rounds,
+            max_time,
+            no_throttle,
+        } = self;
+        let mut args = vec![
+            format!("--compression-level={compression_level}"),
+            format!("--downtime-limit={}us", downtime_limit.as_micros()),
+            format!("--max-rounds={max_rounds}"),
+        ];
+        args.extend(channels.map(|channels| format!("--channels={channels}")));
+        args.extend(compression.map(|compression| format!("--compression={}", value_name(&compression))));
+        args.extend(zero_pages.map(|zero_pages| format!("--zero-pages={}", value_name(&zero_pages))));
+        args.extend(sync.map(|sync| format!("--sync={}", value_name(&sync))));
+        args.extend(max_bandwidth.map(|rate| format!("--max-bandwidth={rate}B/s")));
+        args.extend(max_time.map(|time| format!("--max-time={}us", time.as_micros())));
+        args.extend(no_throttle.then(|| "--no-throttle".to_owned()));
+        args
+    }
 }
 
 /// What to print, and how much.
@@ -226,7 +305,15 @@ pub struct OutputArgs {
     pub progress: ProgressMode,
 }
 
-impl OutputArgs {}
+impl OutputArgs {
+    /// The same as options of a command line, but for `--json`.
+    pub fn to_args(&self) -> Vec<String> {
+        let mut args = vec![format!("--progress={}", value_name(&self.progress))];
+        args.extend(self.quiet.then(|| "--quiet".to_owned()));
+        args.extend((0..self.verbose).map(|_| "--verbose".to_owned()));
+        args
+    }
+}
 
 /// When to show progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -237,6 +324,15 @@ pub enum ProgressMode {
     Always,
     /// Nowhere.
     Never,
+}
+
+/// What connects the processes of the demo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// TCP on this machine.
+    Tcp,
+    /// A unix socket in a private directory.
+    Unix,
 }
 
 /// Who writes the memory of the guest.
@@ -256,6 +352,35 @@ impl From<GuestKind> for Kind {
             GuestKind::Auto => Kind::Auto,
             GuestKind::Kvm => Kind::Kvm,
             GuestKind::Process => Kind::Process,
+        }
+    }
+}
+
+/// What tracks the guest's writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DirtyLog {
+    /// The best that works here.
+    Auto,
+    /// KVM's dirty log, for a KVM guest.
+    #[value(name = "kvm-dirty-log")]
+    KvmLog,
+    /// KVM's dirty ring, for a KVM guest.
+    #[value(name = "kvm-dirty-ring")]
+    KvmRing,
+    /// Write protection through userfaultfd.
+    UffdWp,
+    /// A bitmap in which a process guest marks its own writes.
+    Bitmap,
+}
+
+impl From<DirtyLog> for DirtyLogChoice {
+    fn from(log: DirtyLog) -> DirtyLogChoice {
+        match log {
+            DirtyLog::Auto => DirtyLogChoice::Auto,
+            DirtyLog::KvmLog => DirtyLogChoice::KvmDirtyLog,
+            DirtyLog::KvmRing => DirtyLogChoice::KvmDirtyRing,
+            DirtyLog::UffdWp => DirtyLogChoice::UffdWp,
+            DirtyLog::Bitmap => DirtyLogChoice::Bitmap,
         }
     }
 }
@@ -324,6 +449,16 @@ impl From<Sync> for Dialect {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WriteRate(pub Rate);
 
+impl fmt::Display for WriteRate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Rate::Idle => f.write_str("0B/s"),
+            Rate::BytesPerSecond(rate) => write!(f, "{rate}B/s"),
+            Rate::Max => f.write_str("max"),
+        }
+    }
+}
+
 /// Reads the command line of this process.
 ///
 /// # Errors
@@ -331,6 +466,7 @@ pub struct WriteRate(pub Rate);
 pub fn parse() -> Result<Cli, clap::Error> {
     let cli = Cli::try_parse()?;
     let checked = match &cli.verb {
+        Verb::Demo(args) => args.machine.check(),
         Verb::Guest(args) => args.machine.check(),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
@@ -340,6 +476,10 @@ pub fn parse() -> Result<Cli, clap::Error> {
 /// Whether one JSON object is wanted of a command line that could not be read.
 pub fn asks_for_json() -> bool {
     std::env::args_os().take_while(|arg| arg != "--").any(|arg| arg == "--json")
+}
+
+fn value_name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().expect("no value is skipped").get_name().to_owned()
 }
 
 fn channels(text: &str) -> Result<NonZeroU8, String> {
@@ -368,6 +508,13 @@ fn write_rate(text: &str) -> Result<WriteRate, String> {
         Ok(0) => Ok(WriteRate(Rate::Idle)),
         Ok(rate) => Ok(WriteRate(Rate::BytesPerSecond(rate))),
         Err(error) => Err(format!("{error}, or max")),
+    }
+}
+
+fn host(text: &str) -> Result<String, String> {
+    match format!("tcp:{text}:0").parse::<Uri>() {
+        Ok(Uri::Tcp { .. }) => Ok(text.to_owned()),
+        _ => Err("a name or an address would be right, IPv6 in brackets, as in [::1]".to_owned()),
     }
 }
 

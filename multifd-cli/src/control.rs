@@ -94,7 +94,6 @@ impl Drop for Control {
 ///
 /// # Errors
 /// The connection's; [`io::ErrorKind::Other`] with the other side's error.
-#[allow(dead_code, reason = "the next verbs use it")]
 pub fn ask(path: &Path, command: &Command) -> io::Result<Value> {
     let mut stream = UnixStream::connect(path)?;
     let line = serde_json::to_string(command).map_err(io::Error::other)?;

@@ -232,6 +232,22 @@ impl MigrationReport {
         }
     }
 
+    /// Takes the time out of the downtime for which the destination compared digests, in milliseconds.
+    pub fn exclude_verify_time(&mut self, destination: f64) {
+        if let Some(downtime) = &mut self.downtime {
+            *downtime = (*downtime - destination).max(0.0);
+        }
+        if let Some(parts) = &mut self.downtime_parts {
+            // The destination compares while the source waits, mostly for the confirmation; it may begin before.
+            let before = (destination - parts.confirm).max(0.0);
+            parts.confirm = (parts.confirm - destination).max(0.0);
+            parts.devices = (parts.devices - before).max(0.0);
+        }
+        if destination > 0.0 {
+            self.verify_time = Some(self.verify_time.unwrap_or_default() + destination);
+        }
+    }
+
     /// A migration that the destination finished, in pages of `page_size`.
     pub fn received(report: &destination::Report, page_size: usize, verify_time: Duration) -> MigrationReport {
         let rounds: Vec<Round> = report.rounds.iter().map(Round::from).collect();

@@ -153,6 +153,9 @@ impl<'a> Session<'a> {
         report.insert("guest".to_owned(), guest.kind().name().into());
         report.insert("guest-reason".to_owned(), guest.kind_reason().into());
         report.insert("dirty-log".to_owned(), guest.dirty_log_choice().name().into());
+        if let Some(reason) = guest.dirty_log_reason() {
+            report.insert("dirty-log-reason".to_owned(), reason.into());
+        }
         Ok(Session {
             args,
             monitor: guest.monitor(),

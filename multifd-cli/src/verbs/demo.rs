@@ -1,0 +1,399 @@
+//! `multifd demo`: a running guest moves from one process to another, and proves that nothing was lost.
+//!
+//! Both processes are `multifd guest`, as a person would start them on two hosts. The source has ended before the verdict:
+//! what the guest says afterwards, it says without it.
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::mpsc::{self, RecvTimeoutError},
+    time::{Duration, Instant},
+};
+
+use multifd_guest::pace::Rate;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tempfile::TempDir;
+
+use crate::{
+    child::{Ending, GuestProcess, Said},
+    cli::{DemoArgs, Transport},
+    control::{self, Command},
+    exit::Exit,
+    report::{MigrationReport, Outcome, fields},
+    signals, table, units,
+};
+
+/// Migrates a guest between two processes.
+pub fn run(args: &DemoArgs) -> Outcome {
+    let demo = Demo::new(args).map_err(|error| failed(Exit::Failed, error));
+    demo.and_then(Demo::run).unwrap_or_else(|outcome| *outcome)
+}
+
+fn failed(exit: Exit, error: impl ToString) -> Box<Outcome> {
+    Box::new(Outcome::failed(exit, error))
+}
+
+/// Which process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Source,
+    Destination,
+}
+
+/// Something happened.
+enum Event {
+    /// Ctrl-C or SIGTERM.
+    Interrupt,
+    /// A process said something.
+    Said(Side, Said),
+}
+
+struct Demo<'a> {
+    args: &'a DemoArgs,
+    events: mpsc::Sender<Event>,
+    arrivals: mpsc::Receiver<Event>,
+    source: Option<GuestProcess>,
+    destination: Option<GuestProcess>,
+    /// What the processes printed.
+    outputs: [Option<String>; 2],
+    interrupted: bool,
+    uri: String,
+    /// For sockets; only this user gets in. Removed last.
+    dir: TempDir,
+}
+
+/// The verdict.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Verified {
+    /// Pages of which both sides took digests while the guest stood still.
+    pages_compared: u64,
+    /// Pages that were not what they have to be, then or at the end.
+    pages_different: u64,
+    /// What the guest found wrong itself.
+    guest_errors: u64,
+    /// Passes over its working set when it had arrived.
+    guest_passes_before: u64,
+    /// And at the end.
+    guest_passes_after: u64,
+}
+
+/// What the destination reports beside the migration.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct DestinationReport {
+    verify_time: f64,
+    pages_compared: u64,
+    pages_different: u64,
+    pages_checked: u64,
+    pages_wrong: u64,
+    guest_errors: u64,
+    guest_passes_before: u64,
+    guest_passes_after: u64,
+}
+
+impl<'a> Demo<'a> {
+    fn new(args: &'a DemoArgs) -> io::Result<Demo<'a>> {
+        let (events, arrivals) = mpsc::channel();
+        let interrupts = events.clone();
+        signals::on_interrupt(move || drop(interrupts.send(Event::Interrupt)))?;
+        Ok(Demo {
+            args,
+            events,
+            arrivals,
+            source: None,
+            destination: None,
+            outputs: [None, None],
+            interrupted: false,
+            uri: String::new(),
+            dir: tempfile::Builder::new().prefix("multifd-").tempdir()?,
+        })
+    }
+
+    fn run(mut self) -> Result<Outcome, Box<Outcome>> {
+        self.start_destination().map_err(|error| failed(Exit::Failed, error))?;
+        self.wait_until_it_listens()?;
+        self.start_source().map_err(|error| failed(Exit::Failed, error))?;
+        let source = self.wait_for_source()?;
+        self.source = None;
+        self.finish_destination()?;
+        let destination = self.wait_for_destination(None)?;
+        self.verdict(&source, &destination)
+    }
+
+    fn start_destination(&mut self) -> io::Result<()> {
+        let args = self.args;
+        let incoming = match args.transport {
+            Transport::Unix => format!("unix:{}", self.dir.path().join("migration").display()),
+            Transport::Tcp if args.ipv6 => "tcp:[::1]:0".to_owned(),
+            Transport::Tcp => format!("tcp:{}:0", args.address.as_deref().unwrap_or("127.0.0.1")),
+        };
+        let mut options =
+            vec![format!("--incoming={incoming}"), format!("--control=unix:{}", self.control().display())];
+        options.extend(args.machine.to_args());
+        options.extend(args.transfer.to_args());
+        options.extend((0..args.output.verbose).map(|_| "--verbose".to_owned()));
+        options.extend(args.output.quiet.then(|| "--quiet".to_owned()));
+        options.push("--progress=never".to_owned());
+        self.destination = Some(GuestProcess::start(options, false, self.listener(Side::Destination))?);
+        Ok(())
+    }
+
+    fn start_source(&mut self) -> io::Result<()> {
+        let args = self.args;
+        let mut options = vec![format!("--migrate-to={}", self.uri)];
+        options.push(format!("--after={}us", args.after.as_micros()));
+        options.extend((!args.no_verify).then(|| "--verify".to_owned()));
+        options.extend(args.machine.to_args());
+        options.extend(args.transfer.to_args());
+        options.extend(args.output.to_args());
+        self.source = Some(GuestProcess::start(options, true, self.listener(Side::Source))?);
+        Ok(())
+    }
+
+    fn listener(&self, side: Side) -> impl Fn(Said) + Clone + Send + 'static {
+        let events = self.events.clone();
+        // The main loop is only gone when the process is about to end.
+        move |said| drop(events.send(Event::Said(side, said)))
+    }
+
+    fn control(&self) -> PathBuf {
+        self.dir.path().join("control")
+    }
+
+    fn wait_until_it_listens(&mut self) -> Result<(), Box<Outcome>> {
+        while self.uri.is_empty() {
+            self.step(None);
+            if self.interrupted {
+                return Err(failed(Exit::Cancelled, "cancelled"));
+            }
+            if self.outputs[Side::Destination as usize].is_some() {
+                let ending = self.ending(Side::Destination)?;
+                return Err(failed(ending.exit, ending.error.unwrap_or_default()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the source has ended. An error if it ended in another way than by handing the guest over.
+    fn wait_for_source(&mut self) -> Result<Ending, Box<Outcome>> {
+        while self.outputs[Side::Source as usize].is_none() {
+            self.step(None);
+        }
+        let source = self.ending(Side::Source)?;
+        if source.error.is_none() {
+            return Ok(source);
+        }
+        // It has lost its source and will find out by itself; its reason may be the better one.
+        let destination = self.wait_for_destination(Some(Instant::now() + AFTER_THE_SOURCE)).ok();
+        Err(self.failure(source, destination))
+    }
+
+    /// Has the guest make its passes without the source, then end.
+    fn finish_destination(&mut self) -> Result<(), Box<Outcome>> {
+        let passes = if self.args.machine.write_rate.0 == Rate::Idle { 0 } else { PASSES };
+        let pass = match self.args.machine.write_rate.0 {
+            Rate::BytesPerSecond(rate) if rate > 0 => self.args.machine.working_set() as f64 / rate as f64,
+            _ => 0.0,
+        };
+        let within = LEAST_TIME_FOR_PASSES + 3.0 * pass * passes as f64;
+        let answer = control::ask(&self.control(), &Command::Finish { passes, within });
+        answer.map(drop).map_err(|error| {
+            let ending = self.wait_for_destination(Some(Instant::now() + AFTER_THE_SOURCE)).ok();
+            let error = ending.and_then(|ending| ending.error).unwrap_or_else(|| error.to_string());
+            failed(Exit::Failed, format!("the destination: {error}"))
+        })
+    }
+
+    fn wait_for_destination(&mut self, deadline: Option<Instant>) -> Result<Ending, Box<Outcome>> {
+        while self.outputs[Side::Destination as usize].is_none() {
+            if !self.step(deadline) {
+                return Err(failed(Exit::Failed, "the destination does not end"));
+            }
+        }
+        self.ending(Side::Destination)
+    }
+
+    /// Takes note of the next event. `false`: `deadline` has passed.
+    fn step(&mut self, deadline: Option<Instant>) -> bool {
+        let event = match deadline {
+            Some(deadline) => self.arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            None => self.arrivals.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match event {
+            Err(RecvTimeoutError::Timeout) => return false,
+            Err(RecvTimeoutError::Disconnected) => unreachable!("`self` holds a sender"),
+            Ok(Event::Interrupt) => {
+                self.interrupted = true;
+                // The source first: it runs the guest on, the destination just ends.
+                for process in self.source.iter().chain(&self.destination) {
+                    process.interrupt();
+                }
+            }
+            Ok(Event::Said(_, Said::Listening(uri))) => self.uri = uri,
+            Ok(Event::Said(side, Said::Output(output))) => self.outputs[side as usize] = Some(output),
+        }
+        true
+    }
+
+    /// How the process of `side` ended, whose output is there.
+    fn ending(&mut self, side: Side) -> Result<Ending, Box<Outcome>> {
+        let process = match side {
+            Side::Source => &mut self.source,
+            Side::Destination => &mut self.destination,
+        };
+        let process = process.as_mut().expect("started before it could say anything");
+        let output = self.outputs[side as usize].as_deref().unwrap_or_default();
+        process.ending(output).map_err(|error| failed(Exit::Failed, error))
+    }
+
+    /// Puts together why the guest did not move.
+    fn failure(&self, source: Ending, destination: Option<Ending>) -> Box<Outcome> {
+        let of_source = source.error.unwrap_or_default();
+        let mut outcome = failed(source.exit, &of_source);
+        if let Value::Object(report) = source.report {
+            outcome.report = report;
+            outcome.report.remove("status");
+            outcome.report.remove("error");
+        }
+        if self.interrupted {
+            outcome.exit = Exit::Cancelled;
+            return outcome;
+        }
+        let Some(destination) = destination else { return outcome };
+        // "The connection ended" on one side is the consequence of a better reason on the other.
+        if source.exit == Exit::Failed && destination.exit == Exit::Peer {
+            outcome.exit = Exit::Peer;
+        }
+        if let Some(of_destination) = destination.error {
+            outcome.error = Some(format!("{of_source}; the destination: {of_destination}"));
+        }
+        outcome
+    }
+
+    fn verdict(&self, source: &Ending, destination: &Ending) -> Result<Outcome, Box<Outcome>> {
+        if self.interrupted {
+            return Err(failed(Exit::Cancelled, "cancelled after the guest had moved"));
+        }
+        let unreadable = |error| failed(Exit::Failed, format!("the report of a process: {error}"));
+        let mut migration = MigrationReport::deserialize(&source.report).map_err(unreadable)?;
+        let there = match destination.exit {
+            Exit::Done | Exit::Different => DestinationReport::deserialize(&destination.report).map_err(unreadable)?,
+            exit => {
+                let error = destination.error.clone().unwrap_or_default();
+                return Err(failed(exit, format!("the destination: {error}")));
+            }
+        };
+        migration.exclude_verify_time(there.verify_time);
+        let verified = Verified {
+            pages_compared: there.pages_compared,
+            pages_different: there.pages_different + there.pages_wrong,
+            guest_errors: there.guest_errors,
+            guest_passes_before: there.guest_passes_before,
+            guest_passes_after: there.guest_passes_after,
+        };
+        let mut report = Map::new();
+        for name in ["guest", "guest-reason", "dirty-log", "dirty-log-reason"] {
+            if let Some(value) = source.report.get(name) {
+                report.insert(name.to_owned(), value.clone());
+            }
+        }
+        report.extend(fields(&migration));
+        report.insert("verified".to_owned(), Value::Object(fields(&verified)));
+        let text = self.text(&source.report, &migration, &verified, &there);
+        let mut outcome = Outcome::done(report, text);
+        let too_few = self.args.machine.write_rate.0 != Rate::Idle
+            && verified.guest_passes_after < verified.guest_passes_before + PASSES;
+        if destination.exit == Exit::Different || verified.pages_different + verified.guest_errors > 0 {
+            outcome.exit = Exit::Different;
+            outcome.error = Some(destination.error.clone().unwrap_or_else(|| "memory is different".to_owned()));
+        } else if too_few {
+            outcome.exit = Exit::Failed;
+            outcome.error = Some("the guest makes no progress where it has arrived".to_owned());
+        }
+        Ok(outcome)
+    }
+
+    /// The result for a person.
+    fn text(
+        &self,
+        source: &Value,
+        migration: &MigrationReport,
+        verified: &Verified,
+        there: &DestinationReport,
+    ) -> String {
+        let word = |name: &str| source.get(name).and_then(Value::as_str).unwrap_or("unknown").to_owned();
+        let machine = &self.args.machine;
+        let rate = match machine.write_rate.0 {
+            Rate::Idle => "idle".to_owned(),
+            Rate::BytesPerSecond(rate) => format!("rewritten at {}/s", table::decimal_bytes(rate as f64)),
+            Rate::Max => "rewritten as fast as it can".to_owned(),
+        };
+        let compression = match migration.compression.as_deref() {
+            None | Some("none") => "no compression",
+            Some(other) => other,
+        };
+        let ram = &migration.ram;
+        let mut lines = vec![
+            format!("guest       {}; writes tracked by {}", word("guest-reason"), word("dirty-log")),
+            format!(
+                "memory      {}, {} of it {rate}",
+                units::show_size(machine.memory),
+                units::show_size(machine.working_set())
+            ),
+            format!("path        {}, {} channels, {compression}", self.uri, migration.channels),
+            String::new(),
+            table::header(),
+        ];
+        lines.extend(migration.rounds.iter().map(table::row));
+        lines.push(String::new());
+        lines.push(format!(
+            "total       {}, {} sent at {}/s; {} pages were never touched and not sent",
+            table::milliseconds(migration.total_time),
+            table::bytes(ram.transferred),
+            table::decimal_bytes(ram.mbps * 1e6 / 8.0),
+            table::grouped(ram.skipped),
+        ));
+        if let (Some(downtime), Some(parts)) = (migration.downtime, migration.downtime_parts) {
+            lines.push(format!(
+                "downtime    {} = pause {:.1} + dirty log {:.1} + last round {:.1} + devices {:.1} + confirmation {:.1}",
+                table::milliseconds(downtime),
+                parts.pause,
+                parts.drain,
+                parts.last_round,
+                parts.devices,
+                parts.confirm
+            ));
+        }
+        if !self.args.no_verify {
+            lines.push(format!(
+                "verified    {} of {} pages different ({} for digests of both sides, not counted as downtime)",
+                table::grouped(verified.pages_different),
+                table::grouped(verified.pages_compared),
+                table::milliseconds(migration.verify_time.unwrap_or_default()),
+            ));
+        }
+        let label = if self.args.no_verify { "verified" } else { "" };
+        lines.push(format!(
+            "{label:<12}the guest checked its own memory there: passes {} to {}, {} errors",
+            verified.guest_passes_before, verified.guest_passes_after, verified.guest_errors
+        ));
+        lines.push(format!(
+            "{:<12}at the end {} of {} pages were not what they have to be",
+            "",
+            table::grouped(there.pages_wrong),
+            table::grouped(there.pages_checked)
+        ));
+        lines.push(String::new());
+        lines.join("\n")
+    }
+}
+
+/// Over its whole working set, which the guest makes after the source has ended: in the first it checks what came from
+/// the source, in the second what it wrote here itself.
+const PASSES: u64 = 2;
+/// In seconds; a slow machine may need it even for a small working set.
+const LEAST_TIME_FOR_PASSES: f64 = 60.0;
+/// How long the destination may take to end after the source has failed.
+const AFTER_THE_SOURCE: Duration = Duration::from_secs(10);
