@@ -9,7 +9,6 @@
 mod barrier;
 #[cfg(any(test, feature = "broken-variants"))]
 pub mod broken;
-pub mod checkpoint;
 pub mod clock;
 mod compress;
 pub mod destination;
@@ -32,3 +31,5 @@ mod test_vm;
 mod tests;
 pub mod transport;
 pub mod vm;
+
+pub use multifd_proto;

@@ -3,7 +3,7 @@
 //! A [`GuestRange`] lies within its block by construction, so whoever holds one may pass it to the kernel or copy from
 //! it without a further check. Guest memory is never a Rust slice: it changes under our hands.
 
-use std::{any::Any, fmt, marker::PhantomData, ptr::NonNull};
+use std::{any::Any, fmt, io, marker::PhantomData, ptr::NonNull};
 
 use multifd_proto::BlockName;
 
@@ -11,7 +11,7 @@ use crate::{
     error::Mismatch,
     layout::{BlockLayout, Layout},
     sync::Arc,
-    sys::{guest_copy, heap},
+    sys::{guest_copy, heap, mapping::Mapping},
 };
 
 /// The memory of a VM: its RAM blocks and the numbering of their pages. Cheap to clone; all clones are the same memory.
@@ -108,6 +108,28 @@ impl RamBlock {
         owner: Box<dyn Any + Send + Sync>,
     ) -> RamBlock {
         RamBlock { name, base, len, fresh: false, _owner: owner }
+    }
+
+    /// Maps `len` bytes of fresh private memory; the kernel gives it pages as they are touched.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn anonymous(name: BlockName, len: usize) -> io::Result<RamBlock> {
+        Ok(RamBlock::mapped(name, len, Mapping::anonymous(len)?))
+    }
+
+    /// Maps `len` bytes of a fresh memory file (memfd), as guests have it that share memory with device processes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn memory_file(name: BlockName, len: usize) -> io::Result<RamBlock> {
+        Ok(RamBlock::mapped(name, len, Mapping::memory_file(len)?))
+    }
+
+    #[allow(unsafe_code)]
+    fn mapped(name: BlockName, len: usize, mapping: Mapping) -> RamBlock {
+        // SAFETY: the mapping is that long, new, and ends with its owner.
+        unsafe { RamBlock::from_raw(name, mapping.base(), len, Box::new(mapping)) }.fresh()
     }
 
     /// Declares that no byte of the block was written since it was mapped: every page still reads as zeros.

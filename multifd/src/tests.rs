@@ -1,14 +1,15 @@
 //! Whole migrations between two threads: what arrives, and what is left behind when something fails.
 
 use multifd_proto::{
+    BlockName,
     machine::{Dialect, ZeroPages},
     return_path::Message,
 };
 
 use crate::{
-    destination::{self, Destination},
+    destination::{self, Destination, FirstTouch},
     error::Error,
-    ram::Ram,
+    ram::{Ram, RamBlock},
     source::{self, Flush, Source, Untouched},
     test_vm::{TestDestination, TestSource},
     transport::{Listen, memory},
@@ -268,4 +269,26 @@ fn a_destination_that_confirms_before_it_has_the_vm_is_not_believed() {
         assert!(error.to_string().contains("SHUT with status 0 before the end of the stream"), "{error}");
         assert!(vm.writer.is_running());
     });
+}
+
+#[test]
+fn memory_arrives_whatever_way_fresh_memory_is_filled() {
+    let source = filled();
+    for first_touch in [FirstTouch::Auto, FirstTouch::Direct, FirstTouch::Copy, FirstTouch::Populate, FirstTouch::Huge]
+    {
+        for map in [RamBlock::anonymous, RamBlock::memory_file] {
+            let block = |&(name, pages): &(&str, usize)| map(BlockName::new(name).unwrap(), pages * 4096).unwrap();
+            let ram = Ram::new(4096, BLOCKS.iter().map(block).collect()).unwrap();
+            // Somebody was faster than the stream: a page that is present, in the middle of a run.
+            ram.page(400).unwrap().write(&[0xee; 4096]);
+            let mut vm = writing_source(filled());
+            let mut to = TestDestination::new(ram);
+            let receiving = destination::Options { first_touch, ..Default::default() };
+            let (sent, received) = migrate(&mut vm, &mut to, source::Options::default(), receiving);
+            sent.unwrap();
+            received.unwrap();
+            assert_same(&vm.writer_ram(), &to.ram);
+            assert!(source.page_bytes(400) == to.ram.page_bytes(400), "{first_touch:?}");
+        }
+    }
 }

@@ -6,6 +6,7 @@
 
 mod accept;
 mod channel;
+mod first_touch;
 mod main_reader;
 mod options;
 mod report;
@@ -22,16 +23,16 @@ use multifd_proto::{
     return_path::Message,
     rounds::Party,
     stream::{Item, Section, SectionKind},
-    violation, xbzrle,
+    xbzrle,
 };
 
 use self::{accept::Acceptor, target::VmTarget};
+pub use self::{first_touch::FirstTouch, options::Options, report::Report};
 pub(crate) use self::{
     main_reader::MainReader,
-    sink::{PageBits, PageSink, Scratch},
+    sink::{PageSink, Scratch},
     target::{Body, StreamHead, Target},
 };
-pub use self::{options::Options, report::Report};
 use crate::{
     barrier::RoundBarrier,
     error::{Error, Mismatch, Place},
@@ -81,7 +82,8 @@ impl Destination {
         observer: &mut dyn Observer,
     ) -> Result<Report, Error> {
         let page_size = vm.ram().layout().page_size();
-        self.receive(&mut VmTarget::new(vm), page_size, from, observer)
+        let first_touch = self.options.first_touch;
+        self.receive(&mut VmTarget::new(vm, first_touch), page_size, from, observer)
     }
 
     /// The same for anything that can take a stream.
@@ -259,9 +261,7 @@ impl Run {
             match item {
                 Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
                 Item::Configuration { machine } => self.configuration(machine)?,
-                Item::ConfigCapabilities(names) => {
-                    refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
-                }
+                Item::ConfigCapabilities(_) => {}
                 Item::ConfigUuid(uuid) => self.report.uuid = Some(uuid),
                 Item::Command(command) => self.command(&command)?,
                 Item::RamStart { .. } => {}
@@ -331,8 +331,7 @@ impl Run {
         let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.used_len)))?;
         self.shared.progress.set_pages_total(layout.pages());
         self.report.blocks = blocks.iter().map(|block| (block.name.clone(), block.used_len)).collect();
-        let ram_section = self.main().decoder().ram_section().expect("its block list was read");
-        let head = StreamHead { machine: self.report.machine.clone(), ram_section, blocks, layout };
+        let head = StreamHead { machine: self.report.machine.clone(), uuid: self.report.uuid, blocks, layout };
         let sink = target.open_ram(&head)?;
         *lock(&self.shared.pages) = Some(Pages { layout: Arc::new(head.layout), sink: sink.clone() });
         self.sink = Some(sink);
@@ -443,18 +442,13 @@ impl Run {
             }));
         }
         self.acceptor.nobody_else()?;
-        // A source without uuid names one of zeros.
-        let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
-        target.prepare(self.report.uuid.or(named))?;
         // A cancel that comes while the target makes it last must not leave it both kept and cancelled.
         self.shared.stop.commit()?;
-        let kept = target.commit();
+        target.commit()?;
         if self.return_path {
-            let told = self.main().reply(&Message::Shut(u32::from(kept.is_err())));
-            // That it could not be kept matters more than that this could not be said.
-            return kept.and(told);
+            self.main().reply(&Message::Shut(0))?;
         }
-        kept
+        Ok(())
     }
 
     /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
@@ -495,10 +489,4 @@ impl Run {
         target.abandon();
         Err(self.shared.stop.take_first().or(not_first).or(late).unwrap_or(Error::Stopped))
     }
-}
-
-/// Refuses streams that leave out a part of the VM, or put it elsewhere.
-fn refuse_capabilities(names: Vec<String>) -> Result<(), violation::Mismatch> {
-    // The decoder knows no capabilities that need nothing of us.
-    names.into_iter().next().map_or(Ok(()), |name| Err(violation::Mismatch::Capability { name }))
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use multifd_proto::packet::Compression;
 
+use super::FirstTouch;
 use crate::clock::Clock;
 
 /// How to receive. Everything that the stream tells is found out unless it is required here.
@@ -16,6 +17,8 @@ pub struct Options {
     pub channels: Option<u8>,
     /// How page contents have to be compressed; `None` for whatever each packet says.
     pub compression: Option<Compression>,
+    /// How memory that was never touched gets its first content.
+    pub first_touch: FirstTouch,
     /// The machine type that the source has to run.
     pub machine: Option<String>,
     /// The UUID that the source's channels have to name; `None` for any, the same on all channels.
@@ -40,6 +43,7 @@ impl Default for Options {
         Options {
             channels: None,
             compression: None,
+            first_touch: FirstTouch::Auto,
             machine: None,
             uuid: None,
             switchover_ack: false,

@@ -5,6 +5,7 @@
 
 use std::io;
 
+use super::first_touch::{Filler, FirstTouch};
 use crate::{
     layout::Layout,
     ram::{GuestRange, Ram},
@@ -43,14 +44,17 @@ pub(crate) struct MemorySink {
     ram: Ram,
     /// Our position of each of the source's blocks.
     order: Vec<usize>,
-    /// One bit for each page that may hold something else than zeros.
+    /// One bit for each page that may hold something else than zeros. Set only when its content is in place, so that two
+    /// threads that bring the same page both fill it.
     touched: PageBits,
     /// One bit for each page that was named; only where there is memory that is not known to be zeros.
     named: Option<PageBits>,
+    /// How pages that are not touched are filled.
+    filler: Filler,
 }
 
 impl MemorySink {
-    pub(crate) fn new(ram: Ram, order: Vec<usize>) -> MemorySink {
+    pub(crate) fn new(ram: Ram, order: Vec<usize>, first_touch: FirstTouch) -> MemorySink {
         let touched = PageBits::new(ram.layout());
         let mut named = None;
         for (block, layout) in ram.blocks().iter().zip(ram.layout().blocks()) {
@@ -59,7 +63,8 @@ impl MemorySink {
                 named.get_or_insert_with(|| PageBits::new(ram.layout()));
             }
         }
-        MemorySink { ram, order, touched, named }
+        let filler = Filler::new(first_touch, &ram);
+        MemorySink { ram, order, touched, named, filler }
     }
 
     /// The page at `offset` of the source's block `block`, with its number.
@@ -73,32 +78,72 @@ impl MemorySink {
         }
         Ok((page, range))
     }
+
+    /// The pages at `offsets` as runs that follow each other in memory and are alike in whether they were touched: the
+    /// first page's number, the run, whether it is touched.
+    fn runs(&self, block: usize, offsets: &[u64]) -> io::Result<Vec<(u64, GuestRange<'_>, bool)>> {
+        let mut runs: Vec<(u64, GuestRange<'_>, bool)> = Vec::new();
+        for &offset in offsets {
+            let (page, range) = self.page(block, offset)?;
+            let touched = self.touched.contains(page);
+            match runs.last_mut() {
+                Some((_, run, same)) if *same == touched && run.is_followed_by(&range) => {
+                    *run = run.joined(&range).expect("it follows");
+                }
+                _ => runs.push((page, range, touched)),
+            }
+        }
+        Ok(runs)
+    }
+
+    fn touch(&self, runs: &[(u64, GuestRange<'_>, bool)]) {
+        for (first, run, touched) in runs {
+            if !touched {
+                let pages = (run.len() / self.ram.layout().page_size()) as u64;
+                (*first..first + pages).for_each(|page| self.touched.set(page));
+            }
+        }
+    }
+
+    /// Puts `bytes` into `runs`, in order.
+    fn place(&self, runs: &[(u64, GuestRange<'_>, bool)], mut bytes: &[u8]) -> io::Result<()> {
+        for (_, run, touched) in runs {
+            let (now, later) = bytes.split_at(run.len());
+            if *touched {
+                run.write(now);
+            } else {
+                self.filler.fill(*run, now, self.ram.layout().page_size())?;
+            }
+            bytes = later;
+        }
+        self.touch(runs);
+        Ok(())
+    }
 }
 
 impl PageSink for MemorySink {
-    fn receive(
-        &self,
-        stream: &mut dyn Stream,
-        block: usize,
-        offsets: &[u64],
-        _scratch: &mut Scratch,
-    ) -> io::Result<()> {
-        let mut ranges = Vec::with_capacity(offsets.len());
-        for &offset in offsets {
-            let (page, range) = self.page(block, offset)?;
-            self.touched.set(page);
-            ranges.push(range);
+    fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()> {
+        let runs = self.runs(block, offsets)?;
+        let all_touched = runs.iter().all(|(_, _, touched)| *touched);
+        if self.filler.copies() && !all_touched {
+            scratch.bytes.resize(offsets.len() * self.ram.layout().page_size(), 0);
+            stream.read_exact(&mut scratch.bytes)?;
+            return self.place(&runs, &scratch.bytes);
         }
-        stream.read_pages(&ranges)
+        for (_, run, touched) in &runs {
+            if !touched {
+                self.filler.prepare(*run);
+            }
+        }
+        let ranges: Vec<GuestRange<'_>> = runs.iter().map(|(_, run, _)| *run).collect();
+        let outcome = stream.read_pages(&ranges);
+        // Also on failure: any part of it may have been written.
+        self.touch(&runs);
+        outcome
     }
 
     fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
-        for (&offset, content) in offsets.iter().zip(bytes.chunks_exact(self.ram.layout().page_size())) {
-            let (page, range) = self.page(block, offset)?;
-            self.touched.set(page);
-            range.write(content);
-        }
-        Ok(())
+        self.place(&self.runs(block, offsets)?, bytes)
     }
 
     fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()> {
@@ -128,21 +173,20 @@ impl PageSink for MemorySink {
     }
 }
 
-/// A set of pages that all threads change.
-pub(crate) struct PageBits {
+/// A set of pages that all threads add to.
+struct PageBits {
     words: Vec<AtomicU64>,
 }
 
 impl PageBits {
-    /// An empty set for the pages of `layout`.
-    pub(crate) fn new(layout: &Layout) -> PageBits {
+    fn new(layout: &Layout) -> PageBits {
         let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
         PageBits { words: std::iter::repeat_with(|| AtomicU64::new(0)).take(words).collect() }
     }
 
     /// Rounds are ordered by the barrier, and within one the order of two copies of a page does not matter, so relaxed
     /// is enough.
-    pub(crate) fn set(&self, page: u64) {
+    fn set(&self, page: u64) {
         let (word, bit) = (&self.words[(page / 64) as usize], 1 << (page % 64));
         // Most pages come more than once; a load does not take the line from other threads.
         if word.load(Relaxed) & bit == 0 {
@@ -150,25 +194,7 @@ impl PageBits {
         }
     }
 
-    pub(crate) fn contains(&self, page: u64) -> bool {
+    fn contains(&self, page: u64) -> bool {
         self.words[(page / 64) as usize].load(Relaxed) >> (page % 64) & 1 == 1
-    }
-
-    /// Takes `page` out of the set.
-    pub(crate) fn clear(&self, page: u64) {
-        let (word, bit) = (&self.words[(page / 64) as usize], 1 << (page % 64));
-        if word.load(Relaxed) & bit != 0 {
-            word.fetch_and(!bit, Relaxed);
-        }
-    }
-
-    /// The pages `index * 64 + i` for each bit `i`.
-    pub(crate) fn word(&self, index: u64) -> u64 {
-        self.words[index as usize].load(Relaxed)
-    }
-
-    /// Number of pages in the set.
-    pub(crate) fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.load(Relaxed).count_ones())).sum()
     }
 }

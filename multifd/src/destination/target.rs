@@ -4,7 +4,7 @@ use std::io::Read;
 
 use multifd_proto::{BlockName, ram::BlockEntry, stream::Section};
 
-use super::{MainReader, PageSink, sink::MemorySink};
+use super::{FirstTouch, MainReader, PageSink, sink::MemorySink};
 use crate::{
     error::{Error, Mismatch},
     layout::Layout,
@@ -14,9 +14,10 @@ use crate::{
 
 /// What main has said before the first page.
 pub(crate) struct StreamHead {
+    #[expect(dead_code, reason = "for checkpoints")]
     pub(crate) machine: String,
-    /// The id of the `ram` section.
-    pub(crate) ram_section: u32,
+    #[expect(dead_code, reason = "for checkpoints")]
+    pub(crate) uuid: Option<[u8; 16]>,
     pub(crate) blocks: Vec<BlockEntry>,
     /// The blocks in the source's order; pages are named by the position of their block in it.
     pub(crate) layout: Layout,
@@ -40,10 +41,7 @@ pub(crate) trait Target {
     /// `ram_ended`.
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error>;
 
-    /// Everything has arrived: makes it last, up to what may still be taken back. `uuid` is that of the VM, if it has one.
-    fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
-
-    /// The migration can no longer be cancelled. The source is told afterwards, and then [`start`](Self::start) follows.
+    /// Everything has arrived: makes it last. The source is told afterwards, and then [`start`](Self::start) follows.
     fn commit(&mut self) -> Result<(), Error>;
 
     /// The VM is ours.
@@ -56,11 +54,12 @@ pub(crate) trait Target {
 /// A VM of the VMM.
 pub(super) struct VmTarget<'a> {
     vm: &'a mut dyn DestinationVm,
+    first_touch: FirstTouch,
 }
 
 impl<'a> VmTarget<'a> {
-    pub(super) fn new(vm: &'a mut dyn DestinationVm) -> VmTarget<'a> {
-        VmTarget { vm }
+    pub(super) fn new(vm: &'a mut dyn DestinationVm, first_touch: FirstTouch) -> VmTarget<'a> {
+        VmTarget { vm, first_touch }
     }
 }
 
@@ -74,7 +73,7 @@ impl Target for VmTarget<'_> {
         if let Some(missing) = (0..ram.blocks().len()).find(|index| !order.contains(index)) {
             return Err(Mismatch::BlockMissing { name: ram.blocks()[missing].name().clone() }.into());
         }
-        Ok(Arc::new(MemorySink::new(ram.clone(), order)))
+        Ok(Arc::new(MemorySink::new(ram.clone(), order, self.first_touch)))
     }
 
     fn section(&mut self, section: &Section, _ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
@@ -82,10 +81,6 @@ impl Target for VmTarget<'_> {
         let mut body = main.body();
         self.vm.load(&id, &mut body as &mut dyn Read).map_err(|source| Error::Load { section: id, source })?;
         Ok(Body::Section)
-    }
-
-    fn prepare(&mut self, _uuid: Option<[u8; 16]>) -> Result<(), Error> {
-        Ok(())
     }
 
     fn commit(&mut self) -> Result<(), Error> {

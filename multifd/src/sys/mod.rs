@@ -2,17 +2,16 @@
 
 #![allow(unsafe_code)]
 
-pub(crate) mod file_block;
+pub(crate) mod advice;
 pub(crate) mod guest_copy;
 pub(crate) mod heap;
 pub(crate) mod holes;
 pub(crate) mod inherited;
 pub(crate) mod kvm;
+pub(crate) mod mapping;
 pub(crate) mod pagemap;
 #[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod signals;
 pub(crate) mod uffd;
 pub(crate) mod vectored;
-#[cfg(feature = "vm-memory")]
-pub(crate) mod vm_memory;
 pub(crate) mod zerocopy;

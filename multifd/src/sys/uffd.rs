@@ -1,4 +1,4 @@
-//! userfaultfd, as far as asynchronous write protection needs it.
+//! userfaultfd, as far as asynchronous write protection and filling fresh memory need it.
 //!
 //! Raw, because the `userfaultfd` crate takes its feature flags from the headers it is built with and does not know
 //! WP_ASYNC (Linux 6.7).
@@ -8,6 +8,8 @@ use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
+
+use crate::ram::GuestRange;
 
 /// A userfaultfd with asynchronous write protection: a write to a protected page unprotects it, and nobody has to be
 /// there to answer.
@@ -51,6 +53,27 @@ impl Userfaultfd {
         // resolved, not what the memory holds; with WP_ASYNC no fault waits for an answer.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Fills pages that nobody has touched yet with the start of `from`, beginning with the first of `to`, which is
+    /// registered. Returns how many bytes were filled: less than asked for where the next page is already present, or
+    /// where the kernel wants to be asked again.
+    ///
+    /// Saves the page fault and the zeroing that a plain write costs. Registered for write protection only, no access of
+    /// anybody to these pages ever waits for us.
+    pub(crate) fn fill(&self, to: GuestRange<'_>, from: &[u8]) -> io::Result<usize> {
+        assert_eq!(to.len(), from.len());
+        let mut copy =
+            Copy { dst: to.as_ptr() as u64, src: from.as_ptr() as u64, len: from.len() as u64, mode: 0, copy: 0 };
+        // SAFETY: the kernel reads `len` bytes at `src`, which are ours, and writes guest memory in bounds of `to`.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) };
+        if result == 0 || copy.copy > 0 {
+            return Ok(usize::try_from(copy.copy).unwrap_or(0));
+        }
+        match io::Error::last_os_error() {
+            error if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::EAGAIN)) => Ok(0),
+            error => Err(error),
+        }
     }
 }
 
@@ -100,6 +123,18 @@ struct Register {
     ioctls: u64,
 }
 
+/// `struct uffdio_copy`
+#[repr(C)]
+struct Copy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    /// Bytes copied, or a negative error.
+    copy: i64,
+}
+
+const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<Api>() == 24);
 const _: () = assert!(size_of::<Register>() == 32);
 
@@ -116,5 +151,7 @@ const MODE_WP: u64 = 1 << 1;
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
 /// `_IOWR(0xaa, 0x3f, struct uffdio_api)`
 const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
+/// `_IOWR(0xaa, 0x03, struct uffdio_copy)`
+const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03_u32 as libc::Ioctl;
 /// `_IOWR(0xaa, 0x00, struct uffdio_register)`
 const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;

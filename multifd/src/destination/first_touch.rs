@@ -1,0 +1,169 @@
+//! How memory that nobody has touched yet gets its first content: the destination's bottleneck.
+//!
+//! A plain read into such memory takes a page fault for each page, in which the kernel clears a page that is overwritten
+//! at once. The alternatives save the fault, the clearing, or both.
+
+use std::io;
+
+use crate::{
+    ram::{GuestRange, Ram},
+    sys::{advice, uffd::Userfaultfd},
+};
+
+/// How fresh memory is filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FirstTouch {
+    /// [`Copy`](FirstTouch::Copy) where the kernel permits it and the memory has small pages, else
+    /// [`Direct`](FirstTouch::Direct).
+    #[default]
+    Auto,
+    /// Read from the socket into place. Best where the memory is present already or has huge pages.
+    Direct,
+    /// Read into private memory, then have the kernel copy runs of pages into place (`UFFDIO_COPY`): one system call a
+    /// run instead of one page fault a page. Needs userfaultfd; without it as `Direct`.
+    Copy,
+    /// Make each run of pages present (`MADV_POPULATE_WRITE`), then read into place.
+    Populate,
+    /// Ask for transparent huge pages once, then read into place. Fast where memory is dense; a sparse guest grows, as
+    /// one page with content takes a whole huge page.
+    Huge,
+}
+
+/// A strategy, prepared for the memory of one VM.
+pub(super) enum Filler {
+    Direct,
+    Copy(Userfaultfd),
+    Populate,
+}
+
+impl Filler {
+    /// Prepares `ram` as `strategy` says. What the kernel refuses is logged and done without.
+    pub(super) fn new(strategy: FirstTouch, ram: &Ram) -> Filler {
+        // Nothing to gain for memory that was touched before, and nothing is known of it.
+        if !ram.blocks().iter().any(|block| block.is_fresh()) {
+            return Filler::Direct;
+        }
+        match strategy {
+            FirstTouch::Direct => Filler::Direct,
+            FirstTouch::Populate => Filler::Populate,
+            FirstTouch::Huge => {
+                for_each_block(ram, "huge pages", advice::huge_pages);
+                Filler::Direct
+            }
+            FirstTouch::Auto if has_huge_pages(ram) => Filler::Direct,
+            FirstTouch::Auto | FirstTouch::Copy => match register(ram) {
+                Ok(uffd) => Filler::Copy(uffd),
+                Err(error) => {
+                    tracing::debug!(%error, "no userfaultfd; fresh memory is filled by page faults");
+                    Filler::Direct
+                }
+            },
+        }
+    }
+
+    /// Whether content comes through private memory and [`fill`](Self::fill).
+    pub(super) fn copies(&self) -> bool {
+        matches!(self, Filler::Copy(_))
+    }
+
+    /// Gets `range`, which was never touched, ready to be read into.
+    pub(super) fn prepare(&self, range: GuestRange<'_>) {
+        if let Filler::Populate = self
+            && let Err(error) = advice::populate(range)
+        {
+            tracing::debug!(%error, "memory is not populated ahead");
+        }
+    }
+
+    /// Puts `from` into `range`, which was never touched as far as is known.
+    pub(super) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
+        let Filler::Copy(uffd) = self else {
+            range.write(from);
+            return Ok(());
+        };
+        let mut done = 0;
+        while done < from.len() {
+            let rest = range.slice(done, from.len() - done).expect("done < len, whole pages");
+            let filled = uffd.fill(rest, &from[done..])?;
+            if filled == 0 {
+                // Somebody has touched the page since: another channel in the same round, or the VMM.
+                let page = rest.slice(0, page_size).expect("at least one page is left");
+                page.write(&from[done..done + page_size]);
+                done += page_size;
+            }
+            done += filled;
+        }
+        Ok(())
+    }
+}
+
+/// A userfaultfd with all of `ram` registered.
+fn register(ram: &Ram) -> io::Result<Userfaultfd> {
+    let uffd = Userfaultfd::open().map_err(|(_, error)| error)?;
+    for block in ram.blocks() {
+        uffd.register(block.address(), block.bytes() as u64)?;
+    }
+    Ok(uffd)
+}
+
+fn for_each_block(ram: &Ram, what: &str, advise: impl Fn(GuestRange<'_>) -> io::Result<()>) {
+    for block in ram.blocks() {
+        let whole = block.range(0, block.bytes()).expect("the whole block");
+        if let Err(error) = advise(whole) {
+            tracing::debug!(block = block.name().as_str(), %error, "no {what}");
+        }
+    }
+}
+
+/// Whether any block may be backed by pages larger than the smallest, as the kernel describes its mapping.
+fn has_huge_pages(ram: &Ram) -> bool {
+    let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps") else { return false };
+    ram.blocks().iter().any(|block| mapping_is_huge(&smaps, block.address()))
+}
+
+/// Whether the mapping that `address` lies in has huge pages now, or gets them at a page fault.
+fn mapping_is_huge(smaps: &str, address: u64) -> bool {
+    let mut inside = false;
+    for line in smaps.lines() {
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        if let Some((start, end)) = word.split_once('-')
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
+            inside = (start..end).contains(&address);
+        } else if inside {
+            let number = rest.split_whitespace().next().and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
+            match word {
+                "KernelPageSize:" if number > 64 => return true,
+                "THPeligible:" => return number == 1,
+                _ => {}
+            }
+        }
+    }
+    false
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+7f0000000000-7f0000200000 rw-p 00000000 00:00 0 \n\
+Size:               2048 kB\n\
+KernelPageSize:        4 kB\n\
+THPeligible:           0\n\
+VmFlags: rd wr mr mw me ac sd \n\
+7f0000400000-7f0000600000 rw-p 00000000 00:00 0 \n\
+KernelPageSize:        4 kB\n\
+THPeligible:           1\n\
+7f0000800000-7f0000a00000 rw-s 00000000 00:0f 123   /anon_hugepage\n\
+KernelPageSize:     2048 kB\n\
+THPeligible:           0\n";
+
+    #[test]
+    fn the_kernel_tells_which_mapping_has_huge_pages() {
+        assert!(!mapping_is_huge(SMAPS, 0x7f00_0000_0000));
+        assert!(!mapping_is_huge(SMAPS, 0x7f00_0020_0000), "between two mappings");
+        assert!(mapping_is_huge(SMAPS, 0x7f00_005f_ffff));
+        assert!(mapping_is_huge(SMAPS, 0x7f00_0080_0000));
+    }
+}

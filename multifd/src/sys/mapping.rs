@@ -1,0 +1,63 @@
+//! Fresh memory, mapped for RAM blocks.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    ptr::NonNull,
+};
+
+/// A mapping that ends when it is dropped.
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: an address and a length; whoever reaches the memory does so through `RamBlock`.
+unsafe impl Send for Mapping {}
+// SAFETY: as `Send`.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// `len` bytes of private memory without a file.
+    pub(crate) fn anonymous(len: usize) -> io::Result<Mapping> {
+        Mapping::new(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+    }
+
+    /// `len` bytes of a new memory file, which other processes can map too.
+    pub(crate) fn memory_file(len: usize) -> io::Result<Mapping> {
+        // SAFETY: the name is a C string; the flags ask for nothing else.
+        let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let size = libc::off_t::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: takes a descriptor and a number.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd())
+    }
+
+    fn new(len: usize, flags: i32, fd: i32) -> io::Result<Mapping> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: without an address asked for, nothing that exists is replaced.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, fd, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping { base: NonNull::new(base.cast()).expect("the kernel does not map address 0 unasked"), len })
+    }
+
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, unmapped nowhere else; whoever used it held the owner.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
