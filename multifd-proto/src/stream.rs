@@ -818,7 +818,8 @@ pub const MAX_SECTIONS: usize = 256;
 /// The longest vmdescription accepted. A small VM's has 100 KB.
 pub const MAX_VMDESC: u32 = 16 << 20;
 
-pub(crate) const EOF: u8 = 0x00;
+/// The end of the VM's state.
+pub const EOF: u8 = 0x00;
 pub(crate) const START: u8 = 0x01;
 pub(crate) const PART: u8 = 0x02;
 pub(crate) const END: u8 = 0x03;
@@ -827,4 +828,5 @@ pub(crate) const SUBSECTION: u8 = 0x05;
 pub(crate) const VMDESCRIPTION: u8 = 0x06;
 pub(crate) const CONFIGURATION: u8 = 0x07;
 pub(crate) const COMMAND: u8 = 0x08;
-pub(crate) const FOOTER: u8 = 0x7e;
+/// The end of a section, before its id.
+pub const FOOTER: u8 = 0x7e;

@@ -4,7 +4,10 @@ use std::{fmt, io};
 
 use multifd_proto::{BlockName, ChannelId, ProtocolError};
 
-use crate::vm::{SectionId, VmError};
+use crate::{
+    checkpoint::CheckpointError,
+    vm::{SectionId, VmError},
+};
 
 /// The reason why a migration ended. One variant for each party that can be at fault.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +90,9 @@ pub enum Error {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// A checkpoint cannot be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The migration was cancelled on this side.
     #[error("cancelled")]
     Cancelled,
@@ -114,6 +120,7 @@ impl Error {
     pub fn is_peers_fault(&self) -> bool {
         match self {
             Error::Protocol { .. } | Error::Mismatch(_) => true,
+            Error::Checkpoint(error) => error.is_peers_fault(),
             Error::NotResumed { first, .. } => first.is_peers_fault(),
             _ => false,
         }

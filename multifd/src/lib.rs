@@ -9,6 +9,7 @@
 mod barrier;
 #[cfg(any(test, feature = "broken-variants"))]
 pub mod broken;
+pub mod checkpoint;
 pub mod clock;
 mod compress;
 pub mod destination;

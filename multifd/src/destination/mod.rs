@@ -23,14 +23,14 @@ use multifd_proto::{
     return_path::Message,
     rounds::Party,
     stream::{Item, Section, SectionKind},
-    xbzrle,
+    violation, xbzrle,
 };
 
 use self::{accept::Acceptor, target::VmTarget};
 pub use self::{first_touch::FirstTouch, options::Options, report::Report};
 pub(crate) use self::{
     main_reader::MainReader,
-    sink::{PageSink, Scratch},
+    sink::{PageBits, PageSink, Scratch},
     target::{Body, StreamHead, Target},
 };
 use crate::{
@@ -261,7 +261,9 @@ impl Run {
             match item {
                 Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
                 Item::Configuration { machine } => self.configuration(machine)?,
-                Item::ConfigCapabilities(_) => {}
+                Item::ConfigCapabilities(names) => {
+                    refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
+                }
                 Item::ConfigUuid(uuid) => self.report.uuid = Some(uuid),
                 Item::Command(command) => self.command(&command)?,
                 Item::RamStart { .. } => {}
@@ -331,7 +333,8 @@ impl Run {
         let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.used_len)))?;
         self.shared.progress.set_pages_total(layout.pages());
         self.report.blocks = blocks.iter().map(|block| (block.name.clone(), block.used_len)).collect();
-        let head = StreamHead { machine: self.report.machine.clone(), uuid: self.report.uuid, blocks, layout };
+        let ram_section = self.main().decoder().ram_section().expect("its block list was read");
+        let head = StreamHead { machine: self.report.machine.clone(), ram_section, blocks, layout };
         let sink = target.open_ram(&head)?;
         *lock(&self.shared.pages) = Some(Pages { layout: Arc::new(head.layout), sink: sink.clone() });
         self.sink = Some(sink);
@@ -442,13 +445,18 @@ impl Run {
             }));
         }
         self.acceptor.nobody_else()?;
+        // A source without uuid names one of zeros.
+        let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
+        target.prepare(self.report.uuid.or(named))?;
         // A cancel that comes while the target makes it last must not leave it both kept and cancelled.
         self.shared.stop.commit()?;
-        target.commit()?;
+        let kept = target.commit();
         if self.return_path {
-            self.main().reply(&Message::Shut(0))?;
+            let told = self.main().reply(&Message::Shut(u32::from(kept.is_err())));
+            // That it could not be kept matters more than that this could not be said.
+            return kept.and(told);
         }
-        Ok(())
+        kept
     }
 
     /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
@@ -489,4 +497,10 @@ impl Run {
         target.abandon();
         Err(self.shared.stop.take_first().or(not_first).or(late).unwrap_or(Error::Stopped))
     }
+}
+
+/// Refuses streams that leave out a part of the VM, or put it elsewhere.
+fn refuse_capabilities(names: Vec<String>) -> Result<(), violation::Mismatch> {
+    // The decoder knows no capabilities that need nothing of us.
+    names.into_iter().next().map_or(Ok(()), |name| Err(violation::Mismatch::Capability { name }))
 }

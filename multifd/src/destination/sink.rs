@@ -173,20 +173,21 @@ impl PageSink for MemorySink {
     }
 }
 
-/// A set of pages that all threads add to.
-struct PageBits {
+/// A set of pages that all threads change.
+pub(crate) struct PageBits {
     words: Vec<AtomicU64>,
 }
 
 impl PageBits {
-    fn new(layout: &Layout) -> PageBits {
+    /// An empty set for the pages of `layout`.
+    pub(crate) fn new(layout: &Layout) -> PageBits {
         let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
         PageBits { words: std::iter::repeat_with(|| AtomicU64::new(0)).take(words).collect() }
     }
 
     /// Rounds are ordered by the barrier, and within one the order of two copies of a page does not matter, so relaxed
     /// is enough.
-    fn set(&self, page: u64) {
+    pub(crate) fn set(&self, page: u64) {
         let (word, bit) = (&self.words[(page / 64) as usize], 1 << (page % 64));
         // Most pages come more than once; a load does not take the line from other threads.
         if word.load(Relaxed) & bit == 0 {
@@ -194,7 +195,25 @@ impl PageBits {
         }
     }
 
-    fn contains(&self, page: u64) -> bool {
+    pub(crate) fn contains(&self, page: u64) -> bool {
         self.words[(page / 64) as usize].load(Relaxed) >> (page % 64) & 1 == 1
+    }
+
+    /// Takes `page` out of the set.
+    pub(crate) fn clear(&self, page: u64) {
+        let (word, bit) = (&self.words[(page / 64) as usize], 1 << (page % 64));
+        if word.load(Relaxed) & bit != 0 {
+            word.fetch_and(!bit, Relaxed);
+        }
+    }
+
+    /// The pages `index * 64 + i` for each bit `i`.
+    pub(crate) fn word(&self, index: u64) -> u64 {
+        self.words[index as usize].load(Relaxed)
+    }
+
+    /// Number of pages in the set.
+    pub(crate) fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.load(Relaxed).count_ones())).sum()
     }
 }

@@ -14,10 +14,9 @@ use crate::{
 
 /// What main has said before the first page.
 pub(crate) struct StreamHead {
-    #[expect(dead_code, reason = "for checkpoints")]
     pub(crate) machine: String,
-    #[expect(dead_code, reason = "for checkpoints")]
-    pub(crate) uuid: Option<[u8; 16]>,
+    /// The id of the `ram` section.
+    pub(crate) ram_section: u32,
     pub(crate) blocks: Vec<BlockEntry>,
     /// The blocks in the source's order; pages are named by the position of their block in it.
     pub(crate) layout: Layout,
@@ -41,7 +40,10 @@ pub(crate) trait Target {
     /// `ram_ended`.
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error>;
 
-    /// Everything has arrived: makes it last. The source is told afterwards, and then [`start`](Self::start) follows.
+    /// Everything has arrived: makes it last, up to what may still be taken back. `uuid` is that of the VM, if it has one.
+    fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
+
+    /// The migration can no longer be cancelled. The source is told afterwards, and then [`start`](Self::start) follows.
     fn commit(&mut self) -> Result<(), Error>;
 
     /// The VM is ours.
@@ -81,6 +83,10 @@ impl Target for VmTarget<'_> {
         let mut body = main.body();
         self.vm.load(&id, &mut body as &mut dyn Read).map_err(|source| Error::Load { section: id, source })?;
         Ok(Body::Section)
+    }
+
+    fn prepare(&mut self, _uuid: Option<[u8; 16]>) -> Result<(), Error> {
+        Ok(())
     }
 
     fn commit(&mut self) -> Result<(), Error> {

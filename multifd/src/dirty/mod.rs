@@ -17,6 +17,8 @@ pub(crate) mod mappings;
 pub mod merged;
 pub mod uffd_wp;
 pub mod untouched;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
 
 /// Reports the pages that were written, by the guest's CPUs or by its devices.
 ///

@@ -12,7 +12,7 @@ use super::Shared;
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
-    sections::{RAM_SECTION, Sections},
+    sections::Sections,
     sync::Arc,
     transport::Stream,
 };
@@ -56,22 +56,29 @@ impl MainChannel {
     /// Lists the RAM blocks. A sync point and the end of the section follow.
     pub(super) fn ram_start(&mut self) -> Result<(), Error> {
         let layout = self.shared.ram.layout();
-        self.encoder.ram_start(RAM_SECTION, layout.bytes());
+        self.encoder.ram_start(self.shared.options.replay.ram_section, layout.bytes());
         for block in layout.blocks() {
             self.encoder.block(&BlockEntry::new(block.name().clone(), block.bytes()));
         }
         self.send()
     }
 
+    /// Sends the device state that is needed before the pages.
+    pub(super) fn early_sections(&mut self) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        self.encoder.raw(&shared.options.replay.early);
+        self.send()
+    }
+
     /// Opens a section of RAM with the guest running.
     pub(super) fn ram_part(&mut self) -> Result<(), Error> {
-        self.encoder.ram_part(RAM_SECTION, false);
+        self.encoder.ram_part(self.ram_section(), false);
         self.send()
     }
 
     /// Opens the last section of RAM.
     pub(super) fn ram_end(&mut self) -> Result<(), Error> {
-        self.encoder.ram_part(RAM_SECTION, true);
+        self.encoder.ram_part(self.ram_section(), true);
         self.send()
     }
 
@@ -109,7 +116,8 @@ impl MainChannel {
 
     /// Ends a section of RAM: the sync point of the per-section dialect.
     pub(super) fn section_end(&mut self) -> Result<(), Error> {
-        self.encoder.eos().footer(RAM_SECTION);
+        let ram_section = self.ram_section();
+        self.encoder.eos().footer(ram_section);
         self.send()
     }
 
@@ -133,6 +141,10 @@ impl MainChannel {
     /// Where the next byte goes.
     pub(super) fn place(&self) -> Place {
         Place { connection: Connection::Main, offset: self.sent }
+    }
+
+    fn ram_section(&self) -> u32 {
+        self.shared.options.replay.ram_section
     }
 
     fn send(&mut self) -> Result<(), Error> {

@@ -22,7 +22,7 @@ use multifd_proto::{
 
 use self::{channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
 pub use self::{
-    options::{Flush, Options, Untouched},
+    options::{Flush, Options, Replay, Untouched},
     report::{Downtime, Report},
 };
 use crate::{
@@ -219,6 +219,7 @@ impl Run {
         self.main().open_return_path()?;
         self.main().ram_start()?;
         self.section(0)?;
+        self.main().early_sections()?;
         self.report.setup = self.now() - self.begun;
         Ok(())
     }

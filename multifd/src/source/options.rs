@@ -8,7 +8,7 @@ use multifd_proto::{
     packet::Compression,
 };
 
-use crate::clock::Clock;
+use crate::{clock::Clock, sections::RAM_SECTION};
 
 /// How to migrate. The destination has to be configured for the same compression; all else it finds out.
 #[derive(Clone, Debug)]
@@ -39,6 +39,8 @@ pub struct Options {
     pub max_bandwidth: Option<u64>,
     /// When to switch over, when to give up.
     pub limits: Limits,
+    /// What the stream keeps of an earlier one, if it is sent again from a checkpoint.
+    pub replay: Replay,
     /// Where time comes from.
     pub clock: Clock,
     /// A defect to be caught.
@@ -63,10 +65,28 @@ impl Default for Options {
             compression_level: 1,
             max_bandwidth: None,
             limits: Limits::default(),
+            replay: Replay::default(),
             clock: Clock::monotonic(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
         }
+    }
+}
+
+/// What a stream keeps of an earlier one whose device state it carries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replay {
+    /// The id of the `ram` section. Early sections carry ids of the earlier stream, which this one must not collide with.
+    pub ram_section: u32,
+    /// Sections of devices that were sent behind the block list because they are needed before the pages, as they stand
+    /// on the wire. They are sent there again.
+    pub early: Vec<u8>,
+}
+
+impl Default for Replay {
+    /// Nothing.
+    fn default() -> Replay {
+        Replay { ram_section: RAM_SECTION, early: Vec::new() }
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod advice;
+pub(crate) mod file_block;
 pub(crate) mod guest_copy;
 pub(crate) mod heap;
 pub(crate) mod holes;
@@ -14,4 +15,6 @@ pub(crate) mod pagemap;
 pub(crate) mod signals;
 pub(crate) mod uffd;
 pub(crate) mod vectored;
+#[cfg(feature = "vm-memory")]
+pub(crate) mod vm_memory;
 pub(crate) mod zerocopy;

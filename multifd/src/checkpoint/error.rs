@@ -1,0 +1,109 @@
+//! Why a checkpoint cannot be written or read.
+
+use std::{io, path::PathBuf};
+
+use multifd_proto::ProtocolError;
+
+use crate::error::Mismatch;
+
+/// What is wrong with a checkpoint, or with the place where it is to be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The file system did not do what it was asked.
+    #[error("{path:?}: {doing}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was to be done with it.
+        doing: &'static str,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// There is something under the name that the checkpoint is to get.
+    #[error("{path:?} exists")]
+    Exists {
+        /// The name.
+        path: PathBuf,
+    },
+    /// What is there is no regular file, and is not replaced.
+    #[error("{path:?} is not a regular file")]
+    NotAFile {
+        /// The name.
+        path: PathBuf,
+    },
+    /// A path that ends without a name.
+    #[error("{path:?} names no file")]
+    NoName {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file is no migration stream, or one that breaks a rule.
+    #[error("{path:?}, at byte {offset}: {source}")]
+    Stream {
+        /// The file.
+        path: PathBuf,
+        /// Where the offending bytes begin.
+        offset: u64,
+        /// The rule.
+        source: ProtocolError,
+    },
+    /// A migration stream, and not one with a place for every page.
+    #[error("{path:?} is a migration stream without the capability mapped-ram")]
+    NotMappedRam {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file ends too early.
+    #[error("{path:?} ends in the middle, at byte {len}")]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// RAM blocks that cannot be handled.
+    #[error("{path:?}: {source}")]
+    Ram {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with them.
+        source: Mismatch,
+    },
+    /// More guest memory than fits a checkpoint.
+    #[error("{bytes:#x} bytes of guest memory, more than the {limit:#x} that a checkpoint may have")]
+    TooMuchRam {
+        /// What the stream announces.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// Device state that does not end.
+    #[error("more than {limit} bytes of device state")]
+    TooMuchDeviceState {
+        /// The limit.
+        limit: usize,
+    },
+    /// The state of a device before that of RAM: how long it is could not be told.
+    #[error("section {name:?} comes before the RAM blocks, which is not supported")]
+    SectionBeforeRam {
+        /// The device.
+        name: String,
+    },
+}
+
+impl CheckpointError {
+    /// The peer or the file is at fault, as opposed to the place.
+    pub(crate) fn is_peers_fault(&self) -> bool {
+        matches!(
+            self,
+            CheckpointError::Stream { .. }
+                | CheckpointError::NotMappedRam { .. }
+                | CheckpointError::Truncated { .. }
+                | CheckpointError::Ram { .. }
+                | CheckpointError::TooMuchRam { .. }
+                | CheckpointError::TooMuchDeviceState { .. }
+                | CheckpointError::SectionBeforeRam { .. }
+        )
+    }
+}

@@ -1,0 +1,190 @@
+//! Pages on their way into a checkpoint file, each to its place.
+//!
+//! The file is written with positional writes from a buffer of the channel's own, one for each run of neighbouring pages.
+//! (Of 1 GiB through a unix socket to ext4, on disk: 923 MB/s this way, 505 with O_DIRECT, 114 into a mapping of the
+//! file, where each page costs a fault and a block of its own. A mapping would also turn a full disk into a signal.)
+
+use std::{
+    fs::File,
+    io::{self, IoSlice},
+    os::unix::fs::FileExt,
+    path::PathBuf,
+};
+
+use multifd_proto::mapped_ram;
+use rustix::fs::FallocateFlags;
+
+use crate::{
+    destination::{PageBits, PageSink, Scratch},
+    layout::Layout,
+    sync::Arc,
+    transport::Stream,
+};
+
+/// The pages of a checkpoint that is being written.
+pub(crate) struct FilePages {
+    file: Arc<File>,
+    /// What the file is called in errors.
+    path: PathBuf,
+    layout: Layout,
+    /// Where the first page of each block lies.
+    first: Vec<u64>,
+    /// Pages with content; all others are zeros.
+    valid: PageBits,
+    /// Pages that had content at some time: the file has blocks for them.
+    written: PageBits,
+}
+
+impl FilePages {
+    /// Takes the pages of `layout` into `file`, which is called `path`. The pages of each block begin at `first`.
+    pub(crate) fn new(file: Arc<File>, path: PathBuf, layout: Layout, first: Vec<u64>) -> FilePages {
+        let (valid, written) = (PageBits::new(&layout), PageBits::new(&layout));
+        FilePages { file, path, layout, first, valid, written }
+    }
+
+    /// Number of pages with content.
+    pub(crate) fn valid_pages(&self) -> u64 {
+        self.valid.count()
+    }
+
+    /// Gives back the blocks of pages that had content and are zeros by now.
+    pub(crate) fn punch_holes(&self) {
+        for (block, first) in self.layout.blocks().iter().zip(&self.first) {
+            let pages = block.page_range();
+            let stale = |page: u64| self.written.contains(page) && !self.valid.contains(page);
+            let mut page = pages.start;
+            while page < pages.end {
+                let begin = page;
+                while page < pages.end && stale(page) {
+                    page += 1;
+                }
+                if page > begin {
+                    let (from, page_size) = (first + block.offset_of(begin), self.layout.page_size() as u64);
+                    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    let punched = rustix::fs::fallocate(&self.file, flags, from, (page - begin) * page_size);
+                    if let Err(error) = punched {
+                        // The pages are not valid either way; they only take space.
+                        tracing::debug!(%error, "no holes in checkpoints here");
+                        return;
+                    }
+                }
+                page += 1;
+            }
+        }
+    }
+
+    /// Writes the bitmap of `block` to `at`.
+    pub(crate) fn write_bitmap(&self, block: usize, at: u64) -> io::Result<()> {
+        let block = &self.layout.blocks()[block];
+        let (first, words) = (block.first_page() / 64, block.pages().div_ceil(64));
+        let mut bytes = Vec::with_capacity(BITMAP_PART as usize * 8);
+        for begin in (0..words).step_by(BITMAP_PART as usize) {
+            bytes.clear();
+            for word in begin..words.min(begin + BITMAP_PART) {
+                bytes.extend_from_slice(&self.valid.word(first + word).to_le_bytes());
+            }
+            self.file.write_all_at(&bytes, at + begin * 8).map_err(|error| self.error(error))?;
+        }
+        debug_assert_eq!(words * 8, mapped_ram::bitmap_len(block.bytes(), self.layout.page_size() as u64));
+        Ok(())
+    }
+
+    /// Puts `bytes`, one page for each of `offsets`, into place.
+    fn write(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
+        let page_size = self.layout.page_size();
+        let content = |index: usize| &bytes[index * page_size..][..page_size];
+        let pages = &self.layout.blocks()[block];
+        let mut order: Vec<(u64, usize)> = Vec::with_capacity(offsets.len());
+        for (index, &offset) in offsets.iter().enumerate() {
+            if is_zero(content(index)) {
+                // A source may send zeros as content; they are a hole all the same.
+                self.valid.clear(pages.page_at(offset));
+            } else {
+                order.push((offset, index));
+            }
+        }
+        // Sources list pages in no particular order.
+        order.sort_unstable();
+        let mut parts = Vec::new();
+        for run in order.chunk_by(|a, b| a.0 + page_size as u64 == b.0) {
+            parts.clear();
+            for part in run.chunk_by(|a, b| a.1 + 1 == b.1) {
+                let begin = part[0].1 * page_size;
+                parts.push(IoSlice::new(&bytes[begin..begin + part.len() * page_size]));
+            }
+            self.write_run(&mut parts, self.first[block] + run[0].0)?;
+            for &(offset, _) in run {
+                let page = pages.page_at(offset);
+                self.written.set(page);
+                self.valid.set(page);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_run(&self, mut parts: &mut [IoSlice<'_>], mut at: u64) -> io::Result<()> {
+        while !parts.is_empty() {
+            match rustix::io::pwritev(&self.file, parts, at) {
+                Ok(0) => return Err(self.error(io::ErrorKind::WriteZero.into())),
+                Ok(n) => {
+                    at += n as u64;
+                    IoSlice::advance_slices(&mut parts, n);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(self.error(error.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// `error` with the name of the file: it would be taken for one of the connection otherwise.
+    fn error(&self, error: io::Error) -> io::Error {
+        io::Error::new(error.kind(), format!("writing {:?}: {error}", self.path))
+    }
+}
+
+impl PageSink for FilePages {
+    fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()> {
+        let len = offsets.len() * self.layout.page_size();
+        if scratch.bytes.len() < len {
+            scratch.bytes.resize(len, 0);
+        }
+        stream.read_exact(&mut scratch.bytes[..len])?;
+        self.write(block, offsets, &scratch.bytes[..len])
+    }
+
+    fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
+        self.write(block, offsets, bytes)
+    }
+
+    fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()> {
+        let block = &self.layout.blocks()[block];
+        for &offset in offsets {
+            self.valid.clear(block.page_at(offset));
+        }
+        Ok(())
+    }
+
+    fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if !self.valid.contains(self.layout.blocks()[block].page_at(offset)) {
+            into.fill(0);
+            return Ok(());
+        }
+        self.file
+            .read_exact_at(into, self.first[block] + offset)
+            .map_err(|error| io::Error::new(error.kind(), format!("reading {:?}: {error}", self.path)))
+    }
+
+    fn ram_complete(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Whether every byte is zero.
+fn is_zero(page: &[u8]) -> bool {
+    // In pieces that are compared at once; a page with content is left early.
+    page.chunks(256).all(|part| part.iter().fold(0, |any, byte| any | byte) == 0)
+}
+
+/// Words of a bitmap written at once: 1 MiB.
+const BITMAP_PART: u64 = 1 << 17;

@@ -1,0 +1,368 @@
+//! Reads a checkpoint: of ours, or a mapped-ram file that QEMU wrote.
+//!
+//! Nothing in the file is trusted. When [`Checkpoint::open`] has returned, every offset lies inside the file, every bitmap
+//! was read, and every page that a bitmap names exists.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use multifd_proto::{
+    BlockName, ProtocolError,
+    encoder::MainEncoder,
+    ram::BlockEntry,
+    stream::{Item, MainDecoder, Section, SectionKind, Step, StreamError, X_IGNORE_SHARED, early_body_len},
+    violation,
+};
+
+use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail};
+use crate::{dirty_bitmap::DirtyBitmap, layout::Layout};
+
+/// A checkpoint that was opened and checked.
+pub struct Checkpoint {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    stream: Stream,
+    blocks: Vec<CheckpointBlock>,
+    layout: Layout,
+    /// Pages with content.
+    present: DirtyBitmap,
+}
+
+/// One RAM block in a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointBlock {
+    /// The name.
+    pub name: BlockName,
+    /// The length in bytes, a multiple of the page size.
+    pub bytes: u64,
+    /// Where its first page lies in the file.
+    pub pages_offset: u64,
+    /// Pages with content; all others are zeros.
+    pub pages_present: u64,
+}
+
+impl Checkpoint {
+    /// Opens the file `path` and checks all of it but the contents of pages and device state.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NotMappedRam`] for a migration stream of another kind; whatever else is wrong with it.
+    pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
+        let io = |doing| move |source| CheckpointError::Io { path: path.to_owned(), doing, source };
+        let file = File::open(path).map_err(io("opening it"))?;
+        let metadata = file.metadata().map_err(io("asking for its length"))?;
+        if !metadata.is_file() {
+            return Err(CheckpointError::NotAFile { path: path.to_owned() });
+        }
+        let stream = FileReader { path, file: &file, len: metadata.len(), at: 0, buf: Vec::new() }.stream()?;
+        let ram = |source| CheckpointError::Ram { path: path.to_owned(), source };
+        let lengths = stream.blocks.iter().map(|entry| (entry.name.clone(), entry.used_len));
+        let layout = Layout::new(PAGE_SIZE, lengths).map_err(ram)?;
+        if layout.bytes() > MAX_RAM {
+            return Err(CheckpointError::TooMuchRam { bytes: layout.bytes(), limit: MAX_RAM });
+        }
+        let mut present = DirtyBitmap::new(&layout);
+        let mut blocks = Vec::new();
+        for (entry, block) in stream.blocks.iter().zip(layout.blocks()) {
+            let header = entry.mapped_ram.expect("every block has one in a mapped-ram file");
+            let before = present.count();
+            read_bitmap(&file, header.bitmap_offset, block.page_range(), &mut present)
+                .map_err(io("reading a bitmap"))?;
+            let pages_present = present.count() - before;
+            let (name, bytes, pages_offset) = (entry.name.clone(), entry.used_len, header.pages_offset);
+            blocks.push(CheckpointBlock { name, bytes, pages_offset, pages_present });
+        }
+        Ok(Checkpoint { path: path.to_owned(), file, len: metadata.len(), stream, blocks, layout, present })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length of the file.
+    pub fn bytes(&self) -> u64 {
+        self.len
+    }
+
+    /// The machine type.
+    pub fn machine(&self) -> &str {
+        &self.stream.machine
+    }
+
+    /// Capabilities that change the layout of the stream.
+    pub fn capabilities(&self) -> &[String] {
+        &self.stream.capabilities
+    }
+
+    /// The VM's UUID, if it is in the file.
+    pub fn uuid(&self) -> Option<[u8; 16]> {
+        self.stream.uuid
+    }
+
+    /// The id of the `ram` section, which early sections must not collide with.
+    pub fn ram_section(&self) -> u32 {
+        self.stream.ram_section
+    }
+
+    /// The RAM blocks, in the order of the stream.
+    pub fn blocks(&self) -> &[CheckpointBlock] {
+        &self.blocks
+    }
+
+    /// The numbering of all pages.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The pages with content.
+    pub fn present(&self) -> &DirtyBitmap {
+        &self.present
+    }
+
+    /// Device state that belongs in front of the pages, as it stands on the wire; mostly none.
+    pub fn early(&self) -> &[u8] {
+        &self.stream.early
+    }
+
+    /// Device state as it stands on the wire, up to the end of state.
+    pub fn sections(&self) -> &[u8] {
+        &self.stream.tail.sections
+    }
+
+    /// The description of the device state, as JSON; empty where there is none.
+    pub fn vmdescription(&self) -> &[u8] {
+        &self.stream.tail.vmdescription
+    }
+
+    /// The contents of block number `block`, zeros included.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn block_reader(&self, block: usize) -> BlockReader<'_> {
+        BlockReader { checkpoint: self, block, offset: 0 }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// Reads the contents of one block, front to back. Pages of zeros are not read from the file.
+pub struct BlockReader<'a> {
+    checkpoint: &'a Checkpoint,
+    block: usize,
+    offset: u64,
+}
+
+impl BlockReader<'_> {
+    /// How many bytes from here on are of one kind: zeros, or content; 0 at the end. A writer can leave a hole for zeros.
+    pub fn run(&self) -> (u64, bool) {
+        let Checkpoint { layout, present, .. } = self.checkpoint;
+        let block = &layout.blocks()[self.block];
+        if self.offset == block.bytes() {
+            return (0, true);
+        }
+        let (page, end) = (block.page_at(self.offset), block.page_range().end);
+        let zeros = !present.contains(page);
+        let run_end = match zeros {
+            true => present.next(page).map_or(end, |next| next.min(end)),
+            false => (page..end).find(|&page| !present.contains(page)).unwrap_or(end),
+        };
+        let run_end = if run_end == end { block.bytes() } else { block.offset_of(run_end) };
+        (run_end - self.offset, zeros)
+    }
+
+    /// Passes over the next `bytes`, which lie in one [`run`](Self::run).
+    pub fn skip(&mut self, bytes: u64) {
+        debug_assert!(bytes <= self.run().0);
+        self.offset += bytes;
+    }
+}
+
+impl Read for BlockReader<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let (run, zeros) = self.run();
+        let len = into.len().min(usize::try_from(run).unwrap_or(usize::MAX));
+        let into = &mut into[..len];
+        if zeros {
+            into.fill(0);
+        } else {
+            let at = self.checkpoint.blocks[self.block].pages_offset + self.offset;
+            self.checkpoint.file.read_exact_at(into, at)?;
+        }
+        self.offset += len as u64;
+        Ok(len)
+    }
+}
+
+/// What a mapped-ram file says besides the contents of RAM.
+#[derive(Default)]
+struct Stream {
+    machine: String,
+    capabilities: Vec<String>,
+    uuid: Option<[u8; 16]>,
+    ram_section: u32,
+    /// Each with a mapped-ram header that was checked.
+    blocks: Vec<BlockEntry>,
+    early: Vec<u8>,
+    tail: Tail,
+}
+
+/// Decodes the stream in a file.
+struct FileReader<'a> {
+    path: &'a Path,
+    file: &'a File,
+    len: u64,
+    /// Where `buf` begins.
+    at: u64,
+    /// Bytes not used yet.
+    buf: Vec<u8>,
+}
+
+impl FileReader<'_> {
+    fn stream(mut self) -> Result<Stream, CheckpointError> {
+        let mut decoder = MainDecoder::for_file(PAGE_SIZE, self.len);
+        let mut stream = Stream::default();
+        loop {
+            let begin = self.at;
+            let item = match decoder.step(&self.buf) {
+                Ok(Step::Item { item, used }) => {
+                    self.skip((used as u64).saturating_add(item.payload_len()));
+                    item
+                }
+                Ok(Step::Need(total)) => {
+                    self.need(total)?;
+                    continue;
+                }
+                Err(StreamError { offset, source }) => return Err(self.refused(offset, source)),
+            };
+            match item {
+                Item::Configuration { machine } => stream.machine = machine,
+                Item::ConfigUuid(uuid) => stream.uuid = Some(uuid),
+                Item::ConfigCapabilities(names) => {
+                    if names.iter().any(|name| name == X_IGNORE_SHARED) {
+                        // A part of RAM is not in the file.
+                        let name = X_IGNORE_SHARED.to_owned();
+                        return Err(self.refused(begin, violation::Mismatch::Capability { name }));
+                    }
+                    stream.capabilities = names;
+                }
+                Item::RamStart { section_id, .. } => {
+                    if !decoder.layout().mapped_ram {
+                        return Err(CheckpointError::NotMappedRam { path: self.path.to_owned() });
+                    }
+                    stream.ram_section = section_id;
+                }
+                Item::Block(entry) => stream.blocks.push(entry),
+                Item::Section(section) if section.kind != SectionKind::Full => {
+                    let (element, place) = ("section in parts", "besides ram");
+                    return Err(self.refused(begin, violation::Violation::UnexpectedElement { element, place }));
+                }
+                Item::Section(_) if decoder.ram_ended() => {
+                    // Everything from its head on; nothing more is decoded.
+                    self.at = begin;
+                    self.buf.clear();
+                    stream.tail = self.tail()?;
+                    return Ok(stream);
+                }
+                Item::Section(section) => {
+                    let body = self.early_body(&section, stream.ram_section)?;
+                    decoder.body_taken(body.len() as u64);
+                    let mut out = MainEncoder::new();
+                    out.section(&section).raw(&body).footer(section.id);
+                    stream.early.extend_from_slice(out.as_bytes());
+                }
+                // A VM without devices.
+                Item::Eof if self.at + self.buf.len() as u64 == self.len && self.buf.is_empty() => return Ok(stream),
+                Item::VmDescription { .. } => return Ok(stream),
+                _ => {}
+            }
+        }
+    }
+
+    /// Device state, which goes on to the end of the file.
+    fn tail(&mut self) -> Result<Tail, CheckpointError> {
+        let len = self.len - self.at;
+        if len > MAX_DEVICE_STATE as u64 {
+            return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE });
+        }
+        self.need(len as usize)?;
+        Tail::in_file(&self.buf).ok_or_else(|| self.truncated())
+    }
+
+    /// The body of a device's section in front of the pages.
+    fn early_body(&mut self, section: &Section, ram_section: u32) -> Result<Vec<u8>, CheckpointError> {
+        let len = loop {
+            match early_body_len(&self.buf, section.id, ram_section) {
+                Some(len) => break len,
+                None if self.buf.len() > MAX_DEVICE_STATE => {
+                    return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE });
+                }
+                None => self.need(self.buf.len() + 1)?,
+            }
+        };
+        let body = self.buf[..len].to_vec();
+        self.skip(len as u64);
+        Ok(body)
+    }
+
+    /// Has at least `total` bytes in `buf`.
+    fn need(&mut self, total: usize) -> Result<(), CheckpointError> {
+        let left = self.len.saturating_sub(self.at);
+        if total as u64 > left {
+            return Err(self.truncated());
+        }
+        let have = self.buf.len();
+        // At least so much at once, where the file has it.
+        let want = (total.max(have + READ_SIZE) as u64).min(left) as usize;
+        self.buf.resize(want, 0);
+        self.file.read_exact_at(&mut self.buf[have..], self.at + have as u64).map_err(|source| CheckpointError::Io {
+            path: self.path.to_owned(),
+            doing: "reading it",
+            source,
+        })
+    }
+
+    fn skip(&mut self, bytes: u64) {
+        let in_buf = usize::try_from(bytes).unwrap_or(usize::MAX).min(self.buf.len());
+        self.buf.drain(..in_buf);
+        self.at = self.at.saturating_add(bytes);
+    }
+
+    fn truncated(&self) -> CheckpointError {
+        CheckpointError::Truncated { path: self.path.to_owned(), len: self.len }
+    }
+
+    fn refused(&self, offset: u64, source: impl Into<ProtocolError>) -> CheckpointError {
+        CheckpointError::Stream { path: self.path.to_owned(), offset, source: source.into() }
+    }
+}
+
+/// Adds the pages of one block to `present`: `pages`, whose bitmap begins at `at` in the file.
+fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitmap) -> io::Result<()> {
+    let words = (pages.end - pages.start).div_ceil(64);
+    let mut bytes = vec![0; READ_SIZE];
+    for begin in (0..words).step_by(READ_SIZE / 8) {
+        let part = &mut bytes[..(words - begin).min(READ_SIZE as u64 / 8) as usize * 8];
+        file.read_exact_at(part, at + begin * 8)?;
+        for (word, bytes) in (pages.start / 64 + begin..).zip(part.chunks_exact(8)) {
+            let mut bits = u64::from_le_bytes(bytes.try_into().expect("chunks of 8"));
+            // What lies behind the last page counts for nothing.
+            let left = pages.end - word * 64;
+            if left < 64 {
+                bits &= (1 << left) - 1;
+            }
+            present.merge_word(word as usize, bits);
+        }
+    }
+    Ok(())
+}
+
+/// Bytes read at once.
+const READ_SIZE: usize = 64 << 10;

@@ -1,0 +1,118 @@
+//! The VM in a checkpoint as a source: it stands still, and its memory is the file.
+
+use std::io;
+
+use super::{Checkpoint, CheckpointError};
+use crate::{
+    dirty::DirtyLog,
+    dirty_bitmap::DirtyBitmap,
+    ram::Ram,
+    sections::Sections,
+    source::{self, Flush, Replay, Untouched},
+    sys::file_block::file_block,
+    vm::{SourceVm, VmError},
+};
+
+/// The VM in a checkpoint, to be passed to [`Source::run`](source::Source::run) any number of times.
+///
+/// Memory is mapped from the file, and pages are sent from there. The file must not be cut short meanwhile: that would
+/// end the process.
+pub struct CheckpointSource {
+    ram: Ram,
+    /// Pages that are zeros whatever the file has in their place.
+    zeros: DirtyBitmap,
+    sections: Vec<u8>,
+    vmdescription: Vec<u8>,
+    log: NoWrites,
+}
+
+impl CheckpointSource {
+    /// Maps the memory of `checkpoint`.
+    ///
+    /// # Errors
+    /// The kernel's, and blocks that cannot be handled.
+    pub fn new(checkpoint: &Checkpoint) -> Result<CheckpointSource, CheckpointError> {
+        let path = checkpoint.path();
+        let mut blocks = Vec::new();
+        for block in checkpoint.blocks() {
+            let io = |source| CheckpointError::Io { path: path.to_owned(), doing: "mapping it", source };
+            let len = usize::try_from(block.bytes).map_err(|_| io(io::ErrorKind::OutOfMemory.into()))?;
+            blocks.push(file_block(block.name.clone(), checkpoint.file(), block.pages_offset, len).map_err(io)?);
+        }
+        let page_size = checkpoint.layout().page_size();
+        let ram =
+            Ram::new(page_size, blocks).map_err(|source| CheckpointError::Ram { path: path.to_owned(), source })?;
+        let mut zeros = DirtyBitmap::full(ram.layout());
+        zeros.subtract(checkpoint.present());
+        Ok(CheckpointSource {
+            ram,
+            zeros,
+            sections: checkpoint.sections().to_vec(),
+            vmdescription: checkpoint.vmdescription().to_vec(),
+            log: NoWrites,
+        })
+    }
+}
+
+impl Checkpoint {
+    /// Sets what a source has to know to send this checkpoint: machine type, UUID, the `ram` section's id and
+    /// early sections, and that pages of zeros have to be named. A destination that is a QEMU answers its monitor
+    /// while it waits, so FLUSH is sent late.
+    pub fn apply_to(&self, options: &mut source::Options) {
+        options.machine = self.machine().to_owned();
+        options.uuid = self.uuid().unwrap_or_default();
+        options.validate_uuid = self.uuid().is_some();
+        options.replay = Replay { ram_section: self.ram_section(), early: self.early().to_vec() };
+        options.untouched = Untouched::Name;
+        options.flush = Flush::Late;
+    }
+}
+
+impl SourceVm for CheckpointSource {
+    fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    fn dirty_log(&mut self) -> &mut dyn DirtyLog {
+        &mut self.log
+    }
+
+    fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        into.merge(&self.zeros);
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+        out.replay(self.sections.clone(), self.vmdescription.clone());
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+}
+
+/// The log of memory that nobody writes to.
+struct NoWrites;
+
+impl DirtyLog for NoWrites {
+    fn name(&self) -> &'static str {
+        "none"
+    }
+
+    fn start(&mut self, _ram: &Ram) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn drain(&mut self, _into: &mut DirtyBitmap) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,104 @@
+//! What follows RAM on main: kept as it is, without understanding any device.
+//!
+//! Device state has no length on the wire. Its end is where the stream ends, and that is found by its shape: the end of
+//! state, and a description of all devices that ends with the last byte received. With the return path open the source
+//! waits for our answer then, so the end of the connection must not be waited for. Where the description is suppressed
+//! there is nothing but the end of the connection; with the return path open such a stream never ends.
+
+use std::io;
+
+use multifd_proto::{
+    encoder::MainEncoder,
+    stream::{EOF, FOOTER, Section, early_body_len},
+    vmdesc::{self, TailScanner, VmDescription},
+};
+
+use super::{CheckpointError, MAX_DEVICE_STATE};
+use crate::{destination::MainReader, error::Error};
+
+/// Device state of a whole VM, with what describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tail {
+    /// All sections as they stand on the wire, up to the end of state.
+    pub(crate) sections: Vec<u8>,
+    /// The description; empty where the source sent none.
+    pub(crate) vmdescription: Vec<u8>,
+}
+
+impl Tail {
+    /// Takes all of `main`, of which the head of the first device's section was read.
+    pub(super) fn receive(first: &Section, main: &mut MainReader) -> Result<Tail, Error> {
+        let mut encoder = MainEncoder::new();
+        let mut bytes = encoder.section(first).as_bytes().to_vec();
+        let mut scanner = TailScanner::new();
+        loop {
+            let received = main.unread().len();
+            bytes.extend_from_slice(main.unread());
+            main.consume(received);
+            main.body_taken(received as u64);
+            if bytes.len() > MAX_DEVICE_STATE {
+                return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
+            }
+            let end = scanner
+                .scan(&bytes)
+                .map(|end| Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json].to_vec() });
+            if let Some(tail) = &end
+                && (tail.is_complete() || main.decoder().return_path_open())
+            {
+                return Ok(tail.clone());
+            }
+            if main.receive()? == 0 {
+                let at = main.place();
+                // Without a description the end of state is the last byte, behind a footer.
+                let undescribed = || Tail::without_description(&bytes);
+                let tail = end.or_else(|| if main.decoder().return_path_open() { None } else { undescribed() });
+                return tail.ok_or(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+            }
+        }
+    }
+
+    /// What `bytes`, everything behind RAM, consists of.
+    pub(super) fn in_file(bytes: &[u8]) -> Option<Tail> {
+        match vmdesc::find_end(bytes) {
+            Some(end) => Some(Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json].to_vec() }),
+            None => Tail::without_description(bytes),
+        }
+    }
+
+    /// Whether the sections are exactly those described: no end in the middle of a device's state looks like that.
+    fn is_complete(&self) -> bool {
+        VmDescription::parse(&self.vmdescription)
+            .is_ok_and(|description| vmdesc::cut(&self.sections, &description).is_ok())
+    }
+
+    fn without_description(bytes: &[u8]) -> Option<Tail> {
+        let sections = bytes.strip_suffix(&[EOF])?;
+        let ends_with_footer = matches!(sections, [] | [.., FOOTER, _, _, _, _]);
+        ends_with_footer.then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() })
+    }
+}
+
+/// The section of a device that comes before the pages, whole: `main` goes on with its footer afterwards.
+pub(super) fn early_section(section: &Section, main: &mut MainReader) -> Result<Vec<u8>, Error> {
+    let Some(ram_section) = main.decoder().ram_section() else {
+        return Err(CheckpointError::SectionBeforeRam { name: section.name.clone() }.into());
+    };
+    let len = loop {
+        match early_body_len(main.unread(), section.id, ram_section) {
+            Some(len) => break len,
+            None if main.unread().len() > MAX_DEVICE_STATE => {
+                return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
+            }
+            None => {
+                if main.receive()? == 0 {
+                    return Err(Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() });
+                }
+            }
+        }
+    };
+    let mut encoder = MainEncoder::new();
+    encoder.section(section).raw(&main.unread()[..len]).footer(section.id);
+    main.consume(len);
+    main.body_taken(len as u64);
+    Ok(encoder.as_bytes().to_vec())
+}

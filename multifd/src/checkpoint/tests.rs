@@ -1,0 +1,251 @@
+//! Checkpoints written from whole migrations, read and sent again; and files that lie.
+
+use std::{fs, io::Read, os::unix::fs::FileExt, path::Path};
+
+use multifd_proto::machine::{Dialect, ZeroPages};
+use test_support::TempDir;
+
+use super::{Checkpoint, CheckpointError, CheckpointSource, Writer};
+use crate::{
+    destination::{self, Destination},
+    error::Error,
+    ram::Ram,
+    source::{self, Source},
+    test_vm::{TestDestination, TestSource},
+    transport::memory,
+    vm::SourceVm,
+};
+
+const BLOCKS: [(&str, usize); 3] = [("pc.ram", 700), ("rom", 1), ("vga", 130)];
+
+/// Memory of which every third page is zeros.
+fn filled() -> Ram {
+    let ram = Ram::for_test(&BLOCKS);
+    for block in ram.layout().blocks() {
+        for page in block.page_range().filter(|page| page % 3 != 0) {
+            ram.page(page).unwrap().write(&(page + 1).to_ne_bytes().repeat(4096 / 8));
+        }
+    }
+    ram
+}
+
+/// Migrates `vm` into the file `path`.
+fn receive(
+    vm: &mut dyn SourceVm,
+    path: &Path,
+    options: source::Options,
+) -> (Result<source::Report, Error>, Result<destination::Report, Error>) {
+    let (listener, connector) = memory::listener(100_000);
+    let path = path.to_owned();
+    let receiver = std::thread::spawn(move || {
+        let mut writer = Writer::create(&path, false)?;
+        let options = destination::Options::default();
+        let report = writer.receive(Destination::new(options), Box::new(listener), &mut ());
+        assert_eq!(writer.is_published(), report.is_ok());
+        report
+    });
+    let sent = Source::new(options).run(vm, &connector, &mut ());
+    (sent, receiver.join().unwrap())
+}
+
+fn contents(checkpoint: &Checkpoint, block: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    checkpoint.block_reader(block).read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn memory_of(ram: &Ram, block: usize) -> Vec<u8> {
+    ram.layout().blocks()[block].page_range().flat_map(|page| ram.page_bytes(page)).collect()
+}
+
+#[test]
+fn a_checkpoint_holds_the_memory_and_state_of_a_guest_that_was_writing() {
+    for zero_pages in [ZeroPages::Multifd, ZeroPages::Legacy, ZeroPages::None] {
+        for dialect in [Dialect::PerRound, Dialect::PerSection] {
+            let dir = TempDir::new().unwrap();
+            let path = dir.join("checkpoint");
+            let mut vm = TestSource::new(filled());
+            // Some pages become zeros after they had content, and the other way round.
+            vm.at_drain = Box::new(|writer| {
+                for page in 0..40 {
+                    writer.write(page * 7, if page % 2 == 0 { 0 } else { page });
+                }
+            });
+            let options = source::Options {
+                zero_pages,
+                dialect,
+                machine: "pc-i440fx-10.0".to_owned(),
+                uuid: [7; 16],
+                ..Default::default()
+            };
+            let (sent, received) = receive(&mut vm, &path, options);
+            sent.unwrap();
+            received.unwrap();
+
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            assert_eq!(checkpoint.machine(), "pc-i440fx-10.0");
+            assert_eq!(checkpoint.capabilities(), ["mapped-ram"]);
+            assert_eq!(checkpoint.uuid(), Some([7; 16]));
+            let ram = vm.writer_ram();
+            for (index, block) in ram.layout().blocks().iter().enumerate() {
+                assert!(contents(&checkpoint, index) == memory_of(&ram, index), "{}", block.name());
+                let content = block.page_range().filter(|&page| !ram.page(page).unwrap().is_zero()).count() as u64;
+                assert_eq!(checkpoint.blocks()[index].pages_present, content, "zero pages are holes");
+                assert_eq!(checkpoint.blocks()[index].pages_offset % (1 << 20), 0);
+            }
+
+            // And again, as often as one likes.
+            for _ in 0..2 {
+                let mut to = TestDestination::new(Ram::for_test(&BLOCKS).not_fresh());
+                let (listener, connector) = memory::listener(100_000);
+                std::thread::scope(|scope| {
+                    let to = &mut to;
+                    let receiver =
+                        scope.spawn(move || Destination::new(Default::default()).run(to, Box::new(listener), &mut ()));
+                    let mut options = source::Options { zero_pages, dialect, ..Default::default() };
+                    checkpoint.apply_to(&mut options);
+                    let mut vm = CheckpointSource::new(&checkpoint).unwrap();
+                    Source::new(options).run(&mut vm, &connector, &mut ()).unwrap();
+                    let report = receiver.join().unwrap().unwrap();
+                    assert_eq!(report.uuid, Some([7; 16]));
+                });
+                assert_eq!(to.calls(), ["load", "load", "start"]);
+                for index in 0..BLOCKS.len() {
+                    assert!(memory_of(&to.ram, index) == memory_of(&ram, index));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failed_migration_leaves_no_file_and_the_guest_running() {
+    for fail_at in 0.. {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("checkpoint");
+        let mut vm = TestSource::new(filled());
+        vm.fail_at = Some(fail_at);
+        let (sent, received) = receive(&mut vm, &path, Default::default());
+        if sent.is_ok() {
+            received.unwrap();
+            assert!(fail_at > 5, "only {fail_at} calls may fail");
+            break;
+        }
+        assert!(received.is_err());
+        assert!(vm.writer.is_running());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_name_that_was_taken_meanwhile_fails_the_migration_and_the_guest_runs_on() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("checkpoint");
+    let mut vm = TestSource::new(filled());
+    let theirs = path.clone();
+    vm.at_drain = Box::new(move |_| fs::write(&theirs, "theirs").unwrap());
+    let (sent, received) = receive(&mut vm, &path, Default::default());
+    assert!(matches!(sent, Err(Error::Refused { status: 1 })), "{sent:?}");
+    assert!(matches!(received, Err(Error::Checkpoint(CheckpointError::Exists { .. }))), "{received:?}");
+    assert!(vm.writer.is_running());
+    assert_eq!(fs::read(&path).unwrap(), b"theirs");
+}
+
+/// A checkpoint of [`filled`].
+fn written(dir: &TempDir) -> std::path::PathBuf {
+    let path = dir.join("checkpoint");
+    let (sent, received) = receive(&mut TestSource::new(filled()), &path, Default::default());
+    sent.unwrap();
+    received.unwrap();
+    path
+}
+
+#[test]
+fn a_file_that_ends_early_is_refused_wherever_it_ends() {
+    let dir = TempDir::new().unwrap();
+    let path = written(&dir);
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let len = file.metadata().unwrap().len();
+    let mut cuts: Vec<u64> = (0..200).chain((200..len).step_by(77_777)).chain(len - 300..len).collect();
+    // What is left without the description is a whole stream: some machines send none.
+    let description = Checkpoint::open(&path).unwrap().vmdescription().len() as u64;
+    cuts.retain(|&cut| cut != len - description - 5);
+    cuts.reverse();
+    for cut in cuts {
+        file.set_len(cut).unwrap();
+        let error = Checkpoint::open(&path).err().unwrap_or_else(|| panic!("cut at {cut} of {len}"));
+        assert!(Error::from(error).is_peers_fault(), "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_file_with_any_wrong_byte_is_refused_or_read_within_its_bounds() {
+    let dir = TempDir::new().unwrap();
+    let path = written(&dir);
+    let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    // Everything but pages: the beginning with the first bitmap, and the entries behind each block.
+    let mut places: Vec<u64> = (0..300).collect();
+    for block in checkpoint.blocks() {
+        let end = block.pages_offset + block.bytes;
+        places.extend(end..end + 120);
+    }
+    drop(checkpoint);
+    let (mut refused, mut read) = (0, 0);
+    for at in places {
+        let mut byte = [0];
+        if file.read_at(&mut byte, at).unwrap() == 0 {
+            continue;
+        }
+        for wrong in [byte[0] ^ 1, byte[0] ^ 0x80, 0xff] {
+            file.write_all_at(&[wrong], at).unwrap();
+            match Checkpoint::open(&path) {
+                Err(_) => refused += 1,
+                Ok(checkpoint) => {
+                    read += 1;
+                    let blocks = checkpoint.blocks().len();
+                    assert!((0..blocks).all(|index| {
+                        contents(&checkpoint, index).len() as u64 == checkpoint.blocks()[index].bytes
+                    }));
+                    CheckpointSource::new(&checkpoint).unwrap();
+                }
+            }
+        }
+        file.write_all_at(&byte, at).unwrap();
+    }
+    assert!(refused > 300 && read > 100, "{refused} refused, {read} read");
+    Checkpoint::open(&path).unwrap();
+}
+
+#[test]
+fn what_is_no_checkpoint_is_named() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("x");
+    for (bytes, message) in [
+        (&b""[..], "ends in the middle, at byte 0"),
+        (b"GET / HTTP/1.1\r\n", "at byte 0: magic 0x47455420 instead of 0x5145564d"),
+        (
+            b"QEVM\0\0\0\x03\x07\0\0\0\x01x\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x10\x04",
+            "is a migration stream without the capability mapped-ram",
+        ),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let error = Checkpoint::open(&path).err().unwrap().to_string();
+        assert!(error.ends_with(message), "{error}");
+    }
+    assert!(matches!(Checkpoint::open(dir.path()), Err(CheckpointError::NotAFile { .. })));
+}
+
+#[test]
+fn a_reader_passes_over_holes_without_reading_them() {
+    let dir = TempDir::new().unwrap();
+    let checkpoint = Checkpoint::open(&written(&dir)).unwrap();
+    let mut reader = checkpoint.block_reader(0);
+    let mut runs = Vec::new();
+    while let (bytes @ 1.., zeros) = reader.run() {
+        runs.push((bytes, zeros));
+        reader.skip(bytes);
+    }
+    assert_eq!(runs[..4], [(4096, true), (8192, false), (4096, true), (8192, false)]);
+    assert_eq!(runs.iter().map(|(bytes, _)| bytes).sum::<u64>(), 700 * 4096);
+}

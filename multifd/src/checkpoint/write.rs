@@ -1,0 +1,201 @@
+//! Takes a migration into a checkpoint file.
+//!
+//! The block list gives the place of every page, so pages are written as they come. Header, block list, bitmaps and device
+//! state are written when all of it is there; then the file is put on disk and gets its name, and after that the source is
+//! told that its VM is safe.
+
+use std::{
+    fs::File,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
+};
+
+use multifd_proto::{
+    command::Command,
+    encoder::MainEncoder,
+    machine::sends_switchover_start,
+    mapped_ram::BlockHeader,
+    ram::BlockEntry,
+    stream::{MAPPED_RAM, Section},
+};
+
+use super::{CheckpointError, FilePages, MAX_RAM, PAGE_SIZE, Tail, pending::PendingFile, tail};
+use crate::{
+    destination::{Body, Destination, MainReader, PageSink, Report, StreamHead, Target},
+    error::Error,
+    progress::Observer,
+    sync::Arc,
+    transport::Listen,
+};
+
+/// A checkpoint that is yet to be received.
+pub struct Writer {
+    file: PendingFile,
+    ram: Option<ReceivedRam>,
+    /// Device state that came before the pages, as it stands on the wire.
+    early: Vec<u8>,
+    tail: Tail,
+    published: bool,
+}
+
+/// What came before the first page, and the pages.
+struct ReceivedRam {
+    machine: String,
+    section: u32,
+    /// Blocks in the order of the stream, with the place of their pages.
+    blocks: Vec<BlockEntry>,
+    pages: Arc<FilePages>,
+}
+
+impl Writer {
+    /// Prepares a checkpoint that is going to be the file `path`; one that is there is replaced only if `replace` says so,
+    /// and not before the new one is complete.
+    ///
+    /// # Errors
+    /// The directory is not there or takes no files; something is in the way.
+    pub fn create(path: &Path, replace: bool) -> Result<Writer, CheckpointError> {
+        let file = PendingFile::create(path, replace)?;
+        Ok(Writer { file, ram: None, early: Vec::new(), tail: Tail::default(), published: false })
+    }
+
+    /// Waits for a source at `from` and takes its VM into the file.
+    ///
+    /// On `Ok` the checkpoint is complete and on disk, and the source was told so if it opened the return path. On `Err`
+    /// the source was not told, and there is no file, unless [`is_published`](Self::is_published) says otherwise: then
+    /// telling the source failed, and it may run on.
+    ///
+    /// # Errors
+    /// As [`Destination::run`]; [`Error::Checkpoint`].
+    pub fn receive(
+        &mut self,
+        destination: Destination,
+        from: Box<dyn Listen>,
+        observer: &mut dyn Observer,
+    ) -> Result<Report, Error> {
+        destination.receive(self, PAGE_SIZE, from, observer)
+    }
+
+    /// Whether the file has its name.
+    pub fn is_published(&self) -> bool {
+        self.published
+    }
+
+    /// Number of pages with content.
+    pub fn pages_with_content(&self) -> u64 {
+        self.ram.as_ref().map_or(0, |ram| ram.pages.valid_pages())
+    }
+
+    /// Length of the file, and how many bytes of disk it takes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn bytes(&self) -> Result<(u64, u64), CheckpointError> {
+        let metadata = self.file.file().metadata().map_err(self.file.error("asking for its length"))?;
+        Ok((metadata.len(), metadata.blocks() * 512))
+    }
+
+    /// Writes everything but the pages.
+    fn write_stream(&self, uuid: Option<[u8; 16]>) -> Result<(), CheckpointError> {
+        let Some(ram) = &self.ram else { return Ok(()) };
+        let file: &File = self.file.file();
+        let write = |bytes: &[u8], at| file.write_all_at(bytes, at).map_err(self.file.error("writing to it"));
+        let mut out = beginning(&ram.machine, uuid, ram.section, total(&ram.blocks));
+        let mut at = 0;
+        for (index, entry) in ram.blocks.iter().enumerate() {
+            let placed = entry.mapped_ram.expect("placed when the block list came");
+            let mut entry = entry.clone();
+            let bitmap_offset = at + out.as_bytes().len() as u64 + entry_len(&entry);
+            entry.mapped_ram = Some(BlockHeader { bitmap_offset, ..placed });
+            out.block(&entry);
+            write(out.as_bytes(), at)?;
+            out.clear();
+            ram.pages.write_bitmap(index, bitmap_offset).map_err(self.file.error("writing to it"))?;
+            at = placed.next_entry(entry.used_len);
+        }
+        // Early state behind the block list is where QEMU has it, too.
+        out.eos().footer(ram.section).raw(&self.early);
+        if sends_switchover_start(&ram.machine) == Some(true) {
+            out.command(&Command::SwitchoverStart);
+        }
+        out.ram_part(ram.section, true).eos().footer(ram.section).raw(&self.tail.sections).eof();
+        if !self.tail.vmdescription.is_empty() {
+            out.vm_description(&self.tail.vmdescription);
+        }
+        write(out.as_bytes(), at)
+    }
+}
+
+impl Target for Writer {
+    fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
+        let bytes = head.layout.bytes();
+        if bytes > MAX_RAM {
+            return Err(CheckpointError::TooMuchRam { bytes, limit: MAX_RAM }.into());
+        }
+        // Channels may tell the VM's uuid after this: there is room for it in front of the first block's pages.
+        let begin = beginning(&head.machine, Some([0; 16]), head.ram_section, bytes);
+        let mut at = begin.as_bytes().len() as u64;
+        let mut blocks = Vec::new();
+        for entry in &head.blocks {
+            let mut entry = BlockEntry::new(entry.name.clone(), entry.used_len);
+            let header = BlockHeader::place(at + entry_len(&entry), entry.used_len, PAGE_SIZE as u64);
+            entry.mapped_ram = Some(header);
+            at = header.next_entry(entry.used_len);
+            blocks.push(entry);
+        }
+        let first = blocks.iter().filter_map(|entry| Some(entry.mapped_ram?.pages_offset)).collect();
+        let (file, path) = (self.file.file().clone(), self.file.path().to_owned());
+        let pages = Arc::new(FilePages::new(file, path, head.layout.clone(), first));
+        let (machine, section) = (head.machine.clone(), head.ram_section);
+        self.ram = Some(ReceivedRam { machine, section, blocks, pages: pages.clone() });
+        Ok(pages)
+    }
+
+    fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
+        if ram_ended {
+            self.tail = Tail::receive(section, main)?;
+            return Ok(Body::RestOfStream);
+        }
+        self.early.extend_from_slice(&tail::early_section(section, main)?);
+        Ok(Body::Section)
+    }
+
+    fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error> {
+        self.write_stream(uuid)?;
+        if let Some(ram) = &self.ram {
+            ram.pages.punch_holes();
+        }
+        Ok(self.file.sync()?)
+    }
+
+    fn commit(&mut self) -> Result<(), Error> {
+        self.file.publish()?;
+        self.published = true;
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn abandon(&mut self) {}
+}
+
+/// Everything up to the block list.
+fn beginning(machine: &str, uuid: Option<[u8; 16]>, ram_section: u32, total: u64) -> MainEncoder {
+    let mut out = MainEncoder::new();
+    out.header().configuration(machine).config_capabilities(&[MAPPED_RAM]);
+    if let Some(uuid) = uuid {
+        out.config_uuid(&uuid);
+    }
+    out.ram_start(ram_section, total);
+    out
+}
+
+/// Length of an entry of the block list with its header.
+fn entry_len(entry: &BlockEntry) -> u64 {
+    (1 + entry.name.as_str().len() + 8 + BlockHeader::LEN) as u64
+}
+
+fn total(blocks: &[BlockEntry]) -> u64 {
+    blocks.iter().map(|block| block.used_len).sum()
+}
