@@ -13,10 +13,10 @@ use std::{
 };
 
 use multifd::{
-    multifd_proto::BlockName,
     destination::{self, Destination, FirstTouch},
     dirty::DirtyLog,
     dirty_bitmap::DirtyBitmap,
+    multifd_proto::BlockName,
     ram::{Ram, RamBlock},
     sections::Sections,
     source::{self, Source},
@@ -63,7 +63,10 @@ fn receive(uri: Uri, mib: usize, memory: &str, first_touch: &str) -> Outcome {
     let options = destination::Options { first_touch, ..Default::default() };
     let report = Destination::new(options).run(&mut vm, Box::new(listener), &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
-    println!("{{\"side\":\"destination\",\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"normal\":{}}}", report.normal);
+    println!(
+        "{{\"side\":\"destination\",\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"normal\":{}}}",
+        report.normal
+    );
     Ok(())
 }
 
