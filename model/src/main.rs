@@ -1,0 +1,82 @@
+//! Explores the model and prints the table of verdicts, with the shortest counterexamples.
+
+use std::{env, process::ExitCode, time::Instant};
+
+use multifd_model::variants::{Effort, Variant, Verdict, protocols, removals};
+
+fn main() -> ExitCode {
+    let mut effort = Effort::Full;
+    let mut traces = false;
+    for argument in env::args().skip(1) {
+        match argument.as_str() {
+            "--quick" => effort = Effort::Quick,
+            "--traces" => traces = true,
+            _ => {
+                eprintln!("usage: multifd-model [--quick] [--traces]");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let begun = Instant::now();
+    let (mut states, mut caught, mut wrong) = (0, 0, 0);
+    let (protocols, removals) = (protocols(), removals());
+    println!("| protocol | verdict | states | steps | s |\n|---|---|---|---|---|");
+    for variant in &protocols {
+        let verdict = variant.verdict(effort);
+        states += verdict.states;
+        wrong += usize::from(!verdict.is(variant.expected));
+        print_row(variant, &verdict);
+        print_traces(&verdict, traces);
+    }
+    println!("\n| left out or done wrong | verdict | states | steps | s |\n|---|---|---|---|---|");
+    for variant in &removals {
+        let verdict = variant.verdict(effort);
+        states += verdict.states;
+        wrong += usize::from(!verdict.is(variant.expected));
+        caught += usize::from(variant.expected.is_some() && verdict.is(variant.expected));
+        print_row(variant, &verdict);
+        print_traces(&verdict, traces);
+    }
+    let harmful = removals.iter().filter(|variant| variant.expected.is_some()).count();
+    let seconds = begun.elapsed().as_secs_f64();
+    let largest = if effort == Effort::Full {
+        "2×3×2 and 3×2×2 with faults, 2×3×3, 3×3×1"
+    } else {
+        "2×3×2, 3×2×2; 2×2×2, 3×2×1 with faults"
+    };
+    test_support::report(
+        "proof",
+        &format!(
+            "model | {largest} (channels × rounds × pages) | {states} states | {caught} of {harmful} | {seconds:.0} s"
+        ),
+    );
+    if wrong > 0 {
+        eprintln!("{wrong} verdicts are not as expected");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn print_row(variant: &Variant, verdict: &Verdict) {
+    let answer = match verdict.counterexample() {
+        None => "no harm".to_owned(),
+        Some(counterexample) => {
+            let (channels, rounds, pages) = counterexample.size;
+            let length = counterexample.trace.len();
+            format!("**{}**, in {length} steps at {channels}×{rounds}×{pages}", counterexample.harm)
+        }
+    };
+    let unexpected = if verdict.is(variant.expected) { "" } else { " (UNEXPECTED)" };
+    let (name, states, steps, seconds) = (variant.name, verdict.states, verdict.steps, verdict.took.as_secs_f64());
+    println!("| {name} | {answer}{unexpected} | {states} | {steps} | {seconds:.1} |");
+}
+
+fn print_traces(verdict: &Verdict, wanted: bool) {
+    if let (true, Some(counterexample)) = (wanted, verdict.counterexample()) {
+        println!();
+        for (number, event) in counterexample.trace.iter().enumerate() {
+            println!("    {:>2}  {event}", number + 1);
+        }
+        println!("        {}\n", counterexample.harm);
+    }
+}

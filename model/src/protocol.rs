@@ -1,0 +1,1137 @@
+//! The states of a migration and the steps between them.
+//!
+//! A page's content is its version: the section in which the guest last wrote it before it was read. Section 0 is the set-up,
+//! which has a sync point and no pages; each later one is a round. Steps that no other thread can observe are joined with
+//! the next one that can be observed, which leaves out interleavings and no outcome.
+
+use std::fmt;
+
+use multifd_proto::{
+    ChannelId, Violation,
+    rounds::{Arrival, Party, Rounds},
+};
+
+/// How large the model is, which dialect it speaks and which of its parts are missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Channels, at most [`MAX_CHANNELS`].
+    pub channels: usize,
+    /// Rounds with pages, at most 4.
+    pub rounds: u8,
+    /// Pages, at most [`MAX_PAGES`].
+    pub pages: usize,
+    /// Where the source ends rounds on main.
+    pub source: Dialect,
+    /// Where the destination looks for the end of a round.
+    pub destination: Dialect,
+    /// When main writes FLUSH.
+    pub flush: Flush,
+    /// SYNC packets may carry a page, as those of QEMU before 9.0.
+    pub sync_carries_pages: bool,
+    /// Any page may be named by main as a zero page instead of being sent on a channel.
+    pub zeros_on_main: bool,
+    /// Packets that fit into a connection; the writer waits for room.
+    pub capacity: usize,
+    /// One thing goes wrong at any moment: either side fails or is cancelled, or a connection dies.
+    pub faults: bool,
+    /// Leave out interleavings that differ only in when somebody arrives at a meeting point. Changes no verdict.
+    pub reduced: bool,
+    /// Main opens a round when all pages are handed out; each channel begins it after its own SYNC.
+    pub rounds_overlap: bool,
+    /// Waits that are missing.
+    pub without: Vec<Wait>,
+    /// Something else that is missing.
+    pub defect: Option<Defect>,
+}
+
+/// Where a round ends on main.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// At FLUSH.
+    PerRound,
+    /// At the end of a section.
+    PerSection,
+}
+
+/// When main writes FLUSH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// As soon as the round is open.
+    Early,
+    /// When every channel has written its SYNC.
+    Late,
+}
+
+/// A wait at one of the meeting points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Source: channels, for the round to be opened.
+    SourceChannelsAtOpen,
+    /// Source: main, for all channels to be ready for the round.
+    SourceMainAtOpen,
+    /// Source: channels, behind their SYNC, for all others.
+    SourceChannelsAtClose,
+    /// Source: main, for every channel to have written SYNC.
+    SourceMainAtClose,
+    /// Destination: main, for every channel's SYNC.
+    DestinationMain,
+    /// The same at all sync points but the last.
+    DestinationMainButLast,
+    /// Destination: channels, behind SYNC, for everybody.
+    DestinationChannels,
+    /// Destination: channels, behind SYNC, for main; they wait for each other.
+    DestinationChannelsForMain,
+}
+
+/// A part of the protocol that is left out or done wrong, other than a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Defect {
+    /// One FLUSH (or end of section) is not written, whichever.
+    NoFlush,
+    /// One SYNC is not written on one channel, whichever.
+    NoSync,
+    /// The last round has neither SYNC nor FLUSH.
+    NoLastBarrier,
+    /// The destination ignores the page in a SYNC packet (QEMU 9.2.0).
+    SyncPagesDropped,
+    /// The destination takes the page of a SYNC packet behind the barrier.
+    SyncBeforeItsPages,
+}
+
+/// What went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Harm {
+    /// An older copy of a page was put over a newer one.
+    Overtaken,
+    /// The destination's VM started without the last version of a page.
+    StartedStale,
+    /// A thread waits and nothing can happen any more.
+    WaitsForEver,
+    /// A side gave up although nothing failed.
+    GaveUp,
+    /// The VM runs nowhere.
+    GuestLost,
+    /// The VM runs on both sides.
+    GuestTwice,
+}
+
+impl fmt::Display for Harm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Harm::Overtaken => "an old copy of a page replaces a newer one",
+            Harm::StartedStale => "the VM starts without the last version of a page",
+            Harm::WaitsForEver => "waits for ever",
+            Harm::GaveUp => "the migration fails",
+            Harm::GuestLost => "the VM runs nowhere",
+            Harm::GuestTwice => "the VM runs on both sides",
+        })
+    }
+}
+
+/// Who makes a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The sending side.
+    Source,
+    /// The receiving side.
+    Destination,
+}
+
+/// One step, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "fields are sections, channels, pages and versions, as they are called")]
+pub enum Event {
+    /// Source main opens a section with these dirty pages.
+    Opens { section: u8, dirty: u8 },
+    /// Somebody reaches a meeting point.
+    Meets { side: Side, party: Who, at: Meeting },
+    /// A sender takes a page and writes it.
+    SendsPage { channel: usize, page: u8, version: u8, held: bool },
+    /// A sender finds a zero page, which main will name.
+    FindsZero { channel: usize, page: u8, version: u8 },
+    /// A sender writes SYNC and meets the others.
+    SendsSync { channel: usize, section: u8, page: Option<(u8, u8)> },
+    /// A sender leaves its SYNC out.
+    OmitsSync { channel: usize, section: u8 },
+    /// Source main writes FLUSH.
+    SendsFlush { section: u8 },
+    /// Source main leaves it out.
+    OmitsFlush { section: u8 },
+    /// Source main ends a section.
+    SendsEos { section: u8 },
+    /// Source main names zero pages.
+    NamesZeros { pages: u8 },
+    /// All channels of the source end.
+    SendersEnd,
+    /// Source main sends the device state.
+    SendsDevices,
+    /// Source main has the confirmation.
+    Confirmed,
+    /// A receiver applies a page; `over` is what it replaces.
+    Applies { by: Who, page: u8, version: u8, over: u8 },
+    /// A receiver takes a SYNC.
+    TakesSync { channel: usize, page: Option<(u8, u8)> },
+    /// Destination main takes its sync point.
+    TakesSyncPoint { eos: bool },
+    /// Destination main passes over the end of a section, which means nothing in its dialect.
+    IgnoresEos,
+    /// The destination starts the VM.
+    Starts,
+    /// Something goes wrong on purpose.
+    Fault(Fault),
+    /// A side ends because of what it saw.
+    Ends { side: Side, why: Why },
+}
+
+/// A thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Who {
+    /// Main.
+    Main,
+    /// A channel.
+    Channel(usize),
+}
+
+/// A meeting point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meeting {
+    /// Source: the round opens.
+    Open,
+    /// Source: every channel has written its SYNC.
+    Close,
+    /// Destination: end of the round.
+    SyncPoint,
+}
+
+/// What can go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "a connection, and whether what is under way is lost")]
+pub enum Fault {
+    /// The side fails or is cancelled.
+    Stops(Side),
+    /// The connection dies; what is under way arrives first, or is lost.
+    Cut { connection: Who, lost: bool },
+}
+
+/// Why a side ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// A write to a connection that is gone.
+    WriteFailed(Who),
+    /// End of a connection in the middle of the migration.
+    Eof(Who),
+    /// Everything is done.
+    Done,
+}
+
+/// A state of the model.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct State {
+    /// Position in the program of source main.
+    pc: u8,
+    main_waits: Waiting,
+    /// The section that is open, or was last.
+    section: u8,
+    /// Pages not handed out.
+    scan: u8,
+    finished: bool,
+    /// The version of each page on the source.
+    versions: [u8; MAX_PAGES],
+    /// Zero pages that channels found, with their versions; 0 for none.
+    zeros: [u8; MAX_PAGES],
+    senders: [Sender; MAX_CHANNELS],
+    source_meeting: Account,
+    /// Packets under way, by channel; main is the last.
+    links: [Queue; MAX_CHANNELS + 1],
+    /// Connections that are gone, one bit each; main is bit [`MAX_CHANNELS`].
+    gone: u8,
+    /// The confirmation is under way or there.
+    shut: bool,
+    receivers: [Receiver; MAX_CHANNELS],
+    destination_main_waits: Waiting,
+    sync_points: u8,
+    started: bool,
+    destination_meeting: Account,
+    memory: [u8; MAX_PAGES],
+    source_end: End,
+    destination_end: End,
+    fault_used: bool,
+    main_was_cut: bool,
+    defect_used: bool,
+    /// Set by the step that does harm.
+    pub harm: Option<Harm>,
+}
+
+impl State {
+    /// Nothing of it is looked at any more, so such states need not be told apart.
+    fn forget_source(&mut self) {
+        self.pc = 0;
+        self.main_waits = Waiting::default();
+        self.scan = 0;
+        self.zeros = [0; MAX_PAGES];
+        self.senders = [Sender::default(); MAX_CHANNELS];
+        self.source_meeting = Account::Loose([0; MAX_CHANNELS + 1]);
+    }
+
+    /// As [`forget_source`](Self::forget_source).
+    fn forget_destination(&mut self) {
+        self.links = [Queue::default(); MAX_CHANNELS + 1];
+        self.destination_main_waits = Waiting::default();
+        self.receivers = [Receiver::default(); MAX_CHANNELS];
+        self.destination_meeting = Account::Loose([0; MAX_CHANNELS + 1]);
+        self.memory = [0; MAX_PAGES];
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+struct Sender {
+    at: Stage,
+    waits: Waiting,
+    /// The section it works on.
+    section: u8,
+    /// A page taken and not yet written: it may go with SYNC.
+    held: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+enum Stage {
+    #[default]
+    Opening,
+    Sending,
+    Closing,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+struct Receiver {
+    waits: Waiting,
+    /// Applied when the wait is over.
+    pending: u8,
+    left: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum End {
+    Running,
+    Ok,
+    Failed,
+}
+
+/// What a thread waits for: its count, and whose counts have to reach it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+struct Waiting {
+    token: u8,
+    /// 0: for nobody.
+    parties: u8,
+}
+
+/// Who has arrived how often.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Account {
+    /// The code that ships.
+    Real(Rounds),
+    /// Counts, where somebody does not wait; main is the last.
+    Loose([u8; MAX_CHANNELS + 1]),
+}
+
+/// At most 16 packets, the first in the lowest byte; a packet is never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+struct Queue(u128);
+
+impl Queue {
+    fn len(self) -> usize {
+        (128 - self.0.leading_zeros() as usize).div_ceil(8)
+    }
+
+    fn push(&mut self, packet: u8) {
+        let len = self.len();
+        assert!(len < 16, "the model is small enough for its queues");
+        self.0 |= u128::from(packet) << (8 * len);
+    }
+
+    fn pop(&mut self) -> Option<u8> {
+        let first = (self.0 & 0xff) as u8;
+        self.0 >>= 8;
+        (first != 0).then_some(first)
+    }
+}
+
+/// `kind` in 3 bits, page in 2, version in 3.
+fn packet(kind: u8, page: u8, version: u8) -> u8 {
+    kind << 5 | page << 3 | version
+}
+
+const PAGE: u8 = 1;
+const SYNC: u8 = 2;
+const SYNC_WITH_PAGE: u8 = 3;
+const FLUSH: u8 = 4;
+const EOS: u8 = 5;
+const ZERO: u8 = 6;
+const DEVICES: u8 = 7;
+
+fn unpack(packet: u8) -> (u8, u8, u8) {
+    (packet >> 5, packet >> 3 & 3, packet & 7)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Op {
+    Open,
+    MeetOpen,
+    Flush,
+    MeetClose,
+    Zeros,
+    Eos,
+    Finish,
+    Devices,
+    AwaitShut,
+}
+
+/// The model: a configuration and the program of source main that follows from it.
+#[derive(Clone, Debug)]
+pub struct Protocol {
+    config: Config,
+    program: Vec<Op>,
+}
+
+impl Protocol {
+    /// The model of `config`.
+    pub fn new(config: Config) -> Protocol {
+        assert!(config.channels <= MAX_CHANNELS && config.pages <= MAX_PAGES && config.rounds <= 4);
+        let mut section = vec![Op::Open, Op::MeetOpen];
+        let per_round = config.source == Dialect::PerRound;
+        let early = config.flush == Flush::Early;
+        section.extend((per_round && early).then_some(Op::Flush));
+        section.push(Op::MeetClose);
+        section.extend(config.zeros_on_main.then_some(Op::Zeros));
+        section.extend((per_round && !early).then_some(Op::Flush));
+        // What means nothing to the destination is not modelled.
+        section.extend((!per_round || config.destination == Dialect::PerSection).then_some(Op::Eos));
+        let mut program = section.repeat(usize::from(config.rounds) + 1);
+        program.extend([Op::Finish, Op::Devices, Op::AwaitShut]);
+        Protocol { config, program }
+    }
+
+    /// Where it begins.
+    pub fn initial(&self) -> State {
+        let channels = self.config.channels;
+        let loose = |waits: &[Wait]| self.config.without.iter().any(|wait| waits.contains(wait));
+        let source_meeting = if self.config.rounds_overlap
+            || loose(&[
+                Wait::SourceChannelsAtOpen,
+                Wait::SourceMainAtOpen,
+                Wait::SourceChannelsAtClose,
+                Wait::SourceMainAtClose,
+            ]) {
+            Account::Loose([0; MAX_CHANNELS + 1])
+        } else {
+            Account::Real(Rounds::new(Some(channels)))
+        };
+        let destination_meeting = if loose(&[
+            Wait::DestinationMain,
+            Wait::DestinationMainButLast,
+            Wait::DestinationChannels,
+            Wait::DestinationChannelsForMain,
+        ]) {
+            Account::Loose([0; MAX_CHANNELS + 1])
+        } else {
+            // As in the engine, their number is known when main gets to its first sync point.
+            Account::Real(Rounds::new(None))
+        };
+        State {
+            pc: 0,
+            main_waits: Waiting::default(),
+            section: 0,
+            scan: 0,
+            finished: false,
+            versions: [0; MAX_PAGES],
+            zeros: [0; MAX_PAGES],
+            senders: [Sender::default(); MAX_CHANNELS],
+            source_meeting,
+            links: [Queue::default(); MAX_CHANNELS + 1],
+            gone: 0,
+            shut: false,
+            receivers: [Receiver::default(); MAX_CHANNELS],
+            destination_main_waits: Waiting::default(),
+            sync_points: 0,
+            started: false,
+            destination_meeting,
+            memory: [0; MAX_PAGES],
+            source_end: End::Running,
+            destination_end: End::Running,
+            fault_used: false,
+            main_was_cut: false,
+            defect_used: false,
+            harm: None,
+        }
+    }
+
+    /// Whether both sides have ended.
+    pub fn is_over(&self, state: &State) -> bool {
+        state.source_end != End::Running && state.destination_end != End::Running
+    }
+
+    /// What is wrong with `state`, which has no successor if `stuck`.
+    pub fn harm(&self, state: &State, stuck: bool) -> Option<Harm> {
+        if state.harm.is_some() {
+            return state.harm;
+        }
+        if !self.is_over(state) {
+            return stuck.then_some(Harm::WaitsForEver);
+        }
+        let runs_at_source = state.source_end == End::Failed;
+        match (runs_at_source, state.started) {
+            (false, false) => Some(Harm::GuestLost),
+            // The confirmation was written and the connection died: nobody can know. See the table of verdicts.
+            (true, true) if !state.main_was_cut => Some(Harm::GuestTwice),
+            (true, false) if !state.fault_used => Some(Harm::GaveUp),
+            _ => None,
+        }
+    }
+
+    /// Whether `state` is over with the VM running on both sides.
+    pub fn guest_runs_twice(&self, state: &State) -> bool {
+        self.is_over(state) && state.source_end == End::Failed && state.started
+    }
+
+    /// Every step that can be made from `state`.
+    pub fn successors(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        if state.harm.is_some() {
+            return;
+        }
+        if self.config.reduced {
+            self.arrival(state, out);
+            if !out.is_empty() {
+                return;
+            }
+        }
+        if state.source_end == End::Running {
+            self.source_main(state, out);
+            for channel in 0..self.config.channels {
+                self.sender(state, channel, out);
+            }
+        }
+        if state.destination_end == End::Running {
+            self.destination_main(state, out);
+            for channel in 0..self.config.channels {
+                self.receiver(state, channel, out);
+            }
+        }
+        if self.config.faults && !state.fault_used && !self.is_over(state) {
+            self.faults(state, out);
+        }
+    }
+
+    /// A thread whose next step is nothing but an arrival: that step alone, if there is one.
+    ///
+    /// An arrival is its thread's only step, commutes with every step of every other thread, disables none and does no
+    /// harm; and no path of the model returns to a state. So whatever can happen can also happen with this step first.
+    /// (The destination's arrivals are taken from a connection, which a fault may empty; without faults they qualify.)
+    fn arrival(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        if state.source_end == End::Running {
+            let op = self.program[usize::from(state.pc)];
+            if matches!(op, Op::MeetOpen | Op::MeetClose) && !self.config.rounds_overlap {
+                self.source_main(state, out);
+            }
+            for channel in 0..self.config.channels {
+                if out.is_empty() && state.senders[channel].at == Stage::Opening && !self.config.rounds_overlap {
+                    self.sender(state, channel, out);
+                }
+            }
+        }
+        if state.destination_end == End::Running && !self.config.faults {
+            let waits = |kind: u8, link: usize| unpack((state.links[link].0 & 0xff) as u8).0 == kind;
+            if out.is_empty() && (waits(FLUSH, MAIN) || waits(EOS, MAIN)) {
+                self.destination_main(state, out);
+            }
+            for channel in 0..self.config.channels {
+                if out.is_empty() && waits(SYNC, channel) && state.receivers[channel].pending == 0 {
+                    self.receiver(state, channel, out);
+                }
+            }
+        }
+    }
+
+    fn source_main(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        if !self.released(&state.source_meeting, state.main_waits) {
+            return;
+        }
+        let op = self.program[usize::from(state.pc)];
+        let mut next = state.clone();
+        next.main_waits = Waiting::default();
+        next.pc += 1;
+        match op {
+            Op::Open => self.open(state, &next, out),
+            Op::MeetOpen if self.config.rounds_overlap => self.source_main(&next, out),
+            Op::MeetOpen => out.push(self.source_main_meets(next, Meeting::Open)),
+            Op::MeetClose => {
+                if self.config.rounds_overlap {
+                    // All pages are handed out: nobody waits for the SYNCs.
+                    if state.scan == 0 {
+                        self.source_main(&next, out);
+                    }
+                } else {
+                    out.push(self.source_main_meets(next, Meeting::Close));
+                }
+            }
+            Op::Flush | Op::Eos => {
+                let section = state.section;
+                let (kind, sent, omitted) = if op == Op::Flush {
+                    (FLUSH, Event::SendsFlush { section }, Event::OmitsFlush { section })
+                } else {
+                    (EOS, Event::SendsEos { section }, Event::OmitsFlush { section })
+                };
+                let last = section == self.config.rounds;
+                if self.config.defect == Some(Defect::NoLastBarrier) && last {
+                    return out.push((omitted, next));
+                }
+                if self.config.defect == Some(Defect::NoFlush) && !state.defect_used {
+                    let mut without = next.clone();
+                    without.defect_used = true;
+                    out.push((omitted, without));
+                }
+                self.write(state, next, Who::Main, packet(kind, 0, 0), sent, out);
+            }
+            Op::Zeros => {
+                let mut pages = 0;
+                for (page, version) in next.zeros.iter_mut().enumerate().filter(|(_, version)| **version != 0) {
+                    pages |= 1 << page;
+                    next.links[MAIN].push(packet(ZERO, page as u8, std::mem::take(version)));
+                }
+                if pages == 0 {
+                    return self.source_main(&next, out);
+                }
+                if state.gone >> MAIN & 1 == 1 {
+                    return out.push(self.source_ends(state, Why::WriteFailed(Who::Main)));
+                }
+                out.push((Event::NamesZeros { pages }, next));
+            }
+            Op::Finish => {
+                next.finished = true;
+                if self.config.rounds_overlap {
+                    // Joins them.
+                    if state.senders[..self.config.channels].iter().all(|sender| sender.section > self.config.rounds) {
+                        out.push((Event::SendersEnd, next));
+                    }
+                    return;
+                }
+                out.push(self.source_main_meets(next, Meeting::Open));
+            }
+            Op::Devices => {
+                self.write(state, next, Who::Main, packet(DEVICES, 0, 0), Event::SendsDevices, out);
+            }
+            Op::AwaitShut => {
+                if state.shut {
+                    next.source_end = End::Ok;
+                    next.gone = ALL_GONE;
+                    next.forget_source();
+                    out.push((Event::Confirmed, next));
+                } else if state.gone >> MAIN & 1 == 1 {
+                    out.push(self.source_ends(state, Why::Eof(Who::Main)));
+                }
+            }
+        }
+    }
+
+    /// Opens a section, with any pages written since the one before; the first with pages has all of them.
+    fn open(&self, state: &State, next: &State, out: &mut Vec<(Event, State)>) {
+        let mut next = next.clone();
+        next.section = if state.pc == 0 { 0 } else { state.section + 1 };
+        let all = (1u8 << self.config.pages) - 1;
+        let choices = match next.section {
+            0 => 0..=0,
+            1 => all..=all,
+            _ => 0..=all,
+        };
+        for dirty in choices {
+            let mut opened = next.clone();
+            for page in (0..self.config.pages).filter(|page| dirty >> page & 1 == 1) {
+                opened.versions[page] = opened.section;
+            }
+            // Whatever was not handed out is still dirty.
+            opened.scan |= dirty;
+            out.push((Event::Opens { section: opened.section, dirty }, opened));
+        }
+    }
+
+    fn source_main_meets(&self, mut state: State, at: Meeting) -> (Event, State) {
+        let waits = !self.is_missing(match at {
+            Meeting::Open => Wait::SourceMainAtOpen,
+            _ => Wait::SourceMainAtClose,
+        });
+        let parties = if waits { self.everybody() } else { 0 };
+        let token = self.arrive(&mut state.source_meeting, Who::Main).expect("nobody leaves a source's barrier");
+        state.main_waits = Waiting { token, parties };
+        (Event::Meets { side: Side::Source, party: Who::Main, at }, state)
+    }
+
+    fn sender(&self, state: &State, channel: usize, out: &mut Vec<(Event, State)>) {
+        let sender = state.senders[channel];
+        if !self.released(&state.source_meeting, sender.waits) {
+            return;
+        }
+        let mut next = state.clone();
+        next.senders[channel].waits = Waiting::default();
+        match sender.at {
+            Stage::Opening if self.config.rounds_overlap => {
+                if sender.section <= self.config.rounds && state.pc > 0 && sender.section <= state.section {
+                    next.senders[channel].at = Stage::Sending;
+                    self.sender(&next, channel, out);
+                }
+            }
+            Stage::Opening => out.push(self.sender_meets(next, channel, Meeting::Open)),
+            Stage::Closing => out.push(self.sender_meets(next, channel, Meeting::Close)),
+            Stage::Sending => {
+                if state.finished && sender.section > self.config.rounds {
+                    return;
+                }
+                let own = !self.config.rounds_overlap || sender.section == state.section;
+                if state.scan != 0 && own {
+                    self.send(state, &next, channel, out);
+                } else {
+                    self.sync(state, &next, channel, out);
+                }
+            }
+        }
+    }
+
+    fn sender_meets(&self, mut state: State, channel: usize, at: Meeting) -> (Event, State) {
+        let (wait, then) = match at {
+            Meeting::Open => (Wait::SourceChannelsAtOpen, Stage::Sending),
+            _ => (Wait::SourceChannelsAtClose, Stage::Opening),
+        };
+        let parties = if self.is_missing(wait) { 0 } else { self.everybody() };
+        let who = Who::Channel(channel);
+        let token = self.arrive(&mut state.source_meeting, who).expect("nobody leaves a source's barrier");
+        state.senders[channel].waits = Waiting { token, parties };
+        state.senders[channel].at = then;
+        (Event::Meets { side: Side::Source, party: who, at }, state)
+    }
+
+    /// Takes any page.
+    fn send(&self, state: &State, next: &State, channel: usize, out: &mut Vec<(Event, State)>) {
+        for page in (0..self.config.pages).filter(|page| state.scan >> page & 1 == 1) {
+            let version = state.versions[page];
+            let mut taken = next.clone();
+            taken.scan &= !(1 << page);
+            let page = page as u8;
+            if self.config.zeros_on_main {
+                let mut zero = taken.clone();
+                zero.zeros[usize::from(page)] = version;
+                out.push((Event::FindsZero { channel, page, version }, zero));
+            }
+            let held = std::mem::take(&mut taken.senders[channel].held);
+            if held != 0 {
+                if state.gone >> channel & 1 == 1 {
+                    out.push(self.source_ends(state, Why::WriteFailed(Who::Channel(channel))));
+                    continue;
+                }
+                taken.links[channel].push(held);
+            }
+            if self.config.sync_carries_pages {
+                let mut holding = taken.clone();
+                holding.senders[channel].held = packet(PAGE, page, version);
+                out.push((Event::SendsPage { channel, page, version, held: true }, holding));
+            }
+            let event = Event::SendsPage { channel, page, version, held: false };
+            self.write(state, taken, Who::Channel(channel), packet(PAGE, page, version), event, out);
+        }
+    }
+
+    /// The scan is empty: writes SYNC, and meets the others in the same step.
+    fn sync(&self, state: &State, next: &State, channel: usize, out: &mut Vec<(Event, State)>) {
+        let mut next = next.clone();
+        let sender = &mut next.senders[channel];
+        let section = sender.section;
+        let held = std::mem::take(&mut sender.held);
+        sender.section += 1;
+        sender.at = if self.config.rounds_overlap { Stage::Opening } else { Stage::Closing };
+        let closes = |mut next: State| {
+            if self.config.rounds_overlap {
+                next
+            } else {
+                next.senders[channel].at = Stage::Closing;
+                self.sender_meets(next, channel, Meeting::Close).1
+            }
+        };
+        let last = section == self.config.rounds;
+        let omits = self.config.defect == Some(Defect::NoLastBarrier) && last;
+        let may_omit = self.config.defect == Some(Defect::NoSync) && !state.defect_used;
+        if omits || may_omit {
+            let mut without = next.clone();
+            if held != 0 {
+                without.links[channel].push(held);
+            }
+            without.defect_used |= may_omit;
+            out.push((Event::OmitsSync { channel, section }, closes(without)));
+            if omits {
+                return;
+            }
+        }
+        let (_, page, version) = unpack(held);
+        let (bytes, with) = match held {
+            0 => (packet(SYNC, 0, 0), None),
+            _ => (packet(SYNC_WITH_PAGE, page, version), Some((page, version))),
+        };
+        let event = Event::SendsSync { channel, section, page: with };
+        self.write(state, closes(next), Who::Channel(channel), bytes, event, out);
+    }
+
+    /// Writes `packet` to a connection: waits for room, and ends the source where it is gone.
+    fn write(&self, state: &State, mut next: State, to: Who, packet: u8, event: Event, out: &mut Vec<(Event, State)>) {
+        let link = link(to);
+        if state.gone >> link & 1 == 1 {
+            out.push(self.source_ends(state, Why::WriteFailed(to)));
+        } else if next.links[link].len() < self.config.capacity {
+            next.links[link].push(packet);
+            out.push((event, next));
+        }
+    }
+
+    /// All threads of the source return, and its connections close.
+    fn source_ends(&self, state: &State, why: Why) -> (Event, State) {
+        let mut next = state.clone();
+        next.source_end = End::Failed;
+        next.gone = ALL_GONE;
+        next.forget_source();
+        (Event::Ends { side: Side::Source, why }, next)
+    }
+
+    fn destination_main(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        if !self.released(&state.destination_meeting, state.destination_main_waits) {
+            return;
+        }
+        let mut next = state.clone();
+        next.destination_main_waits = Waiting::default();
+        if state.started {
+            if state.gone >> MAIN & 1 == 1 {
+                next.destination_end = End::Ok;
+                next.gone = ALL_GONE;
+                next.forget_destination();
+                out.push((Event::Ends { side: Side::Destination, why: Why::Done }, next));
+            }
+            return;
+        }
+        let Some(packet) = next.links[MAIN].pop() else {
+            if state.gone >> MAIN & 1 == 1 {
+                out.push(self.destination_ends(state, Why::Eof(Who::Main)));
+            }
+            return;
+        };
+        match unpack(packet) {
+            (kind @ (FLUSH | EOS), ..) => {
+                let eos = kind == EOS;
+                // FLUSH is a sync point in either dialect.
+                if eos && self.config.destination == Dialect::PerRound {
+                    return out.push((Event::IgnoresEos, next));
+                }
+                if let Account::Real(rounds) = &mut next.destination_meeting
+                    && rounds.channels().is_none()
+                {
+                    rounds.fix_channels(self.config.channels).expect("the source opened no more");
+                }
+                next.sync_points += 1;
+                let missing = self.is_missing(Wait::DestinationMain)
+                    || self.is_missing(Wait::DestinationMainButLast) && next.sync_points <= self.config.rounds;
+                match self.arrive(&mut next.destination_meeting, Who::Main) {
+                    Ok(token) => {
+                        next.destination_main_waits =
+                            Waiting { token, parties: if missing { 0 } else { self.everybody() } };
+                        out.push((Event::TakesSyncPoint { eos }, next));
+                    }
+                    Err(_) => out.push(self.destination_ends(state, Why::Eof(Who::Main))),
+                }
+            }
+            (ZERO, page, version) => out.push(self.apply(next, Who::Main, page, version)),
+            (DEVICES, ..) => {
+                next.started = true;
+                next.shut = state.gone >> MAIN & 1 == 0;
+                if next.memory != next.versions {
+                    next.harm = Some(Harm::StartedStale);
+                }
+                out.push((Event::Starts, next));
+            }
+            other => unreachable!("{other:?} on main"),
+        }
+    }
+
+    fn receiver(&self, state: &State, channel: usize, out: &mut Vec<(Event, State)>) {
+        let receiver = state.receivers[channel];
+        if receiver.left || !self.released(&state.destination_meeting, receiver.waits) {
+            return;
+        }
+        let mut next = state.clone();
+        next.receivers[channel].waits = Waiting::default();
+        if receiver.pending != 0 {
+            let (_, page, version) = unpack(receiver.pending);
+            next.receivers[channel].pending = 0;
+            return out.push(self.apply(next, Who::Channel(channel), page, version));
+        }
+        let Some(packet) = next.links[channel].pop() else {
+            if state.gone >> channel & 1 == 1 {
+                next.receivers[channel].left = true;
+                let Account::Real(rounds) = &mut next.destination_meeting else { return };
+                match rounds.leave(id(channel)) {
+                    Ok(()) => {
+                        out.push((Event::Ends { side: Side::Destination, why: Why::Eof(Who::Channel(channel)) }, next))
+                    }
+                    Err(_) => out.push(self.destination_ends(state, Why::Eof(Who::Channel(channel)))),
+                }
+            }
+            return;
+        };
+        match unpack(packet) {
+            (PAGE, page, version) => out.push(self.apply(next, Who::Channel(channel), page, version)),
+            (SYNC, ..) => self.take_sync(state, next, channel, None, out),
+            (SYNC_WITH_PAGE, page, version) => {
+                match self.config.defect {
+                    Some(Defect::SyncPagesDropped) => {}
+                    Some(Defect::SyncBeforeItsPages) => next.receivers[channel].pending = packet,
+                    _ => next = self.apply(next, Who::Channel(channel), page, version).1,
+                }
+                self.take_sync(state, next, channel, Some((page, version)), out);
+            }
+            other => unreachable!("{other:?} on a channel"),
+        }
+    }
+
+    fn take_sync(
+        &self,
+        state: &State,
+        mut next: State,
+        channel: usize,
+        page: Option<(u8, u8)>,
+        out: &mut Vec<(Event, State)>,
+    ) {
+        let parties = if self.is_missing(Wait::DestinationChannels) {
+            0
+        } else if self.is_missing(Wait::DestinationChannelsForMain) {
+            self.everybody() & !(1 << MAIN)
+        } else {
+            self.everybody()
+        };
+        match self.arrive(&mut next.destination_meeting, Who::Channel(channel)) {
+            Ok(token) => {
+                next.receivers[channel].waits = Waiting { token, parties };
+                out.push((Event::TakesSync { channel, page }, next));
+            }
+            Err(_) => out.push(self.destination_ends(state, Why::Eof(Who::Channel(channel)))),
+        }
+    }
+
+    fn apply(&self, mut state: State, by: Who, page: u8, version: u8) -> (Event, State) {
+        let over = std::mem::replace(&mut state.memory[usize::from(page)], version);
+        if over > version {
+            state.harm = Some(Harm::Overtaken);
+        } else if state.started {
+            state.harm = Some(Harm::StartedStale);
+        }
+        (Event::Applies { by, page, version, over }, state)
+    }
+
+    /// All threads of the destination return, and its connections close.
+    fn destination_ends(&self, state: &State, why: Why) -> (Event, State) {
+        let mut next = state.clone();
+        next.destination_end = End::Failed;
+        next.gone = ALL_GONE;
+        next.forget_destination();
+        (Event::Ends { side: Side::Destination, why }, next)
+    }
+
+    fn faults(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        // Behind its last bytes a source cannot be cancelled; a destination that has started the VM cannot either.
+        let committed = self.program.get(usize::from(state.pc)).is_none_or(|&op| op == Op::AwaitShut);
+        for (side, possible) in [
+            (Side::Source, state.source_end == End::Running && !committed),
+            (Side::Destination, state.destination_end == End::Running && !state.started),
+        ] {
+            if possible {
+                let (_, mut next) = match side {
+                    Side::Source => self.source_ends(state, Why::Done),
+                    Side::Destination => self.destination_ends(state, Why::Done),
+                };
+                next.fault_used = true;
+                out.push((Event::Fault(Fault::Stops(side)), next));
+            }
+        }
+        let channels = (0..self.config.channels).map(Who::Channel);
+        for connection in channels.chain([Who::Main]).filter(|&who| state.gone >> link(who) & 1 == 0) {
+            for lost in [false, true] {
+                let mut next = state.clone();
+                next.fault_used = true;
+                next.gone |= 1 << link(connection);
+                next.main_was_cut = connection == Who::Main;
+                if lost {
+                    if next.links[link(connection)] == Queue::default() && !(next.shut && next.main_was_cut) {
+                        continue;
+                    }
+                    next.links[link(connection)] = Queue::default();
+                    next.shut &= connection != Who::Main;
+                }
+                out.push((Event::Fault(Fault::Cut { connection, lost }), next));
+            }
+        }
+    }
+
+    fn arrive(&self, account: &mut Account, who: Who) -> Result<u8, Violation> {
+        match account {
+            Account::Real(rounds) => {
+                let round = rounds.round();
+                let party = match who {
+                    Who::Main => Party::Main,
+                    Who::Channel(channel) => Party::Channel(id(channel)),
+                };
+                let _: Arrival = rounds.arrive(party)?;
+                Ok(u8::try_from(round).expect("few rounds"))
+            }
+            Account::Loose(counts) => {
+                counts[link(who)] += 1;
+                Ok(counts[link(who)])
+            }
+        }
+    }
+
+    fn released(&self, account: &Account, waiting: Waiting) -> bool {
+        waiting.parties == 0
+            || match account {
+                Account::Real(rounds) => rounds.round() != u64::from(waiting.token),
+                Account::Loose(counts) => (0..=MAX_CHANNELS)
+                    .filter(|link| waiting.parties >> link & 1 == 1)
+                    .all(|link| counts[link] >= waiting.token),
+            }
+    }
+
+    fn is_missing(&self, wait: Wait) -> bool {
+        self.config.without.contains(&wait)
+    }
+
+    fn everybody(&self) -> u8 {
+        ((1 << self.config.channels) - 1) | (1 << MAIN)
+    }
+}
+
+fn link(who: Who) -> usize {
+    match who {
+        Who::Main => MAIN,
+        Who::Channel(channel) => channel,
+    }
+}
+
+fn id(channel: usize) -> ChannelId {
+    ChannelId(u8::try_from(channel).expect("few channels"))
+}
+
+/// Most channels in a model.
+pub const MAX_CHANNELS: usize = 3;
+/// Most pages in a model.
+pub const MAX_PAGES: usize = 3;
+const MAIN: usize = MAX_CHANNELS;
+const ALL_GONE: u8 = u8::MAX;
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Who::Main => f.write_str("main"),
+            Who::Channel(channel) => write!(f, "channel {channel}"),
+        }
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        })
+    }
+}
+
+impl fmt::Display for Event {
+    /// Thread, then what it does.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = |side: Side, who: Who, what: String| write!(f, "{:<23} {what}", format!("{side} {who}"));
+        let (source, destination) = (Side::Source, Side::Destination);
+        let with = |page: Option<(u8, u8)>| match page {
+            Some((page, version)) => format!(", with page {page} as written in round {version}"),
+            None => String::new(),
+        };
+        match *self {
+            Event::Opens { section: 0, .. } => line(source, Who::Main, "begins the set-up, which has no pages".into()),
+            Event::Opens { section, dirty } => {
+                line(source, Who::Main, format!("opens round {section}, dirty: {}", Pages(dirty)))
+            }
+            Event::Meets { side, party, at } => line(
+                side,
+                party,
+                match at {
+                    Meeting::Open => "is ready for the next round",
+                    Meeting::Close => "is at the end of the round",
+                    Meeting::SyncPoint => "is at the sync point",
+                }
+                .into(),
+            ),
+            Event::SendsPage { channel, page, version, held } => {
+                let verb = if held { "takes" } else { "sends" };
+                line(source, Who::Channel(channel), format!("{verb} page {page} as written in round {version}"))
+            }
+            Event::FindsZero { channel, page, version } => line(
+                source,
+                Who::Channel(channel),
+                format!("finds page {page}, as written in round {version}, zero: main will name it"),
+            ),
+            Event::SendsSync { channel, section, page } => {
+                line(source, Who::Channel(channel), format!("sends SYNC of round {section}{}", with(page)))
+            }
+            Event::OmitsSync { channel, section } => {
+                line(source, Who::Channel(channel), format!("leaves out SYNC of round {section}"))
+            }
+            Event::SendsFlush { section } => line(source, Who::Main, format!("sends FLUSH of round {section}")),
+            Event::OmitsFlush { section } => {
+                line(source, Who::Main, format!("leaves out the sync point of round {section}"))
+            }
+            Event::SendsEos { section } => line(source, Who::Main, format!("sends end of section {section}")),
+            Event::NamesZeros { pages } => line(source, Who::Main, format!("names as zero: {}", Pages(pages))),
+            Event::SendersEnd => line(source, Who::Main, "joins the channels".into()),
+            Event::SendsDevices => line(source, Who::Main, "sends the state of the devices".into()),
+            Event::Confirmed => line(source, Who::Main, "has the confirmation, ends".into()),
+            Event::Applies { by, page, version, over } => line(
+                destination,
+                by,
+                match over {
+                    0 => format!("puts page {page} of round {version} into place"),
+                    _ => format!("puts page {page} of round {version} over that of round {over}"),
+                },
+            ),
+            Event::TakesSync { channel, page } => {
+                line(destination, Who::Channel(channel), format!("takes SYNC{}", with(page)))
+            }
+            Event::TakesSyncPoint { eos } => {
+                line(destination, Who::Main, format!("takes {}", if eos { "the end of a section" } else { "FLUSH" }))
+            }
+            Event::IgnoresEos => line(destination, Who::Main, "passes over the end of a section".into()),
+            Event::Starts => line(destination, Who::Main, "starts the VM".into()),
+            Event::Fault(Fault::Stops(side)) => {
+                line(side, Who::Main, "fails or is cancelled: all its threads return".into())
+            }
+            Event::Fault(Fault::Cut { connection, lost }) => {
+                let what = if lost { "dies, what was under way is lost" } else { "dies behind what was under way" };
+                write!(f, "{:<23} {what}", format!("connection of {connection}"))
+            }
+            Event::Ends { side, why } => match why {
+                Why::WriteFailed(who) => line(side, who, "cannot write: all threads of this side return".into()),
+                Why::Eof(who) => line(side, who, "sees the end of its connection".into()),
+                Why::Done => line(side, Who::Main, "ends".into()),
+            },
+        }
+    }
+}
+
+/// Names of the pages in a set.
+struct Pages(u8);
+
+impl fmt::Display for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> =
+            (0..MAX_PAGES).filter(|page| self.0 >> page & 1 == 1).map(|page| format!("page {page}")).collect();
+        f.write_str(if names.is_empty() { "nothing" } else { "" })?;
+        f.write_str(&names.join(", "))
+    }
+}

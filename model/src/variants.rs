@@ -1,0 +1,270 @@
+//! What is asked of the model: the protocol in each dialect, and what becomes of it when one part is missing.
+
+use std::time::Duration;
+
+use crate::{
+    protocol::{Config, Defect, Dialect, Event, Flush, Harm, Wait},
+    search::explore,
+};
+
+/// One question.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// What is asked, as a row of the table.
+    pub name: &'static str,
+    /// How the protocol is spoken; the answer has to be the same for each.
+    pub dialects: Vec<Config>,
+    /// The answer that is known.
+    pub expected: Option<Harm>,
+    /// Whether something can go wrong at any moment, too.
+    pub faults: bool,
+}
+
+/// The answer to one question.
+#[derive(Debug)]
+pub struct Verdict {
+    /// States visited, in all searches together.
+    pub states: usize,
+    /// Steps between them.
+    pub steps: usize,
+    /// States in which both sides had ended.
+    pub ends: usize,
+    /// States in which the VM runs on both sides because its connection died with the confirmation.
+    pub unconfirmed: usize,
+    /// How long it took.
+    pub took: Duration,
+    /// The largest searches: channels, rounds, pages.
+    pub sizes: Vec<Size>,
+    /// By dialect, the nearest harm.
+    pub harms: Vec<Option<Counterexample>>,
+}
+
+/// A way to harm.
+#[derive(Debug)]
+pub struct Counterexample {
+    /// What happens in the end.
+    pub harm: Harm,
+    /// The smallest size at which it happens.
+    pub size: Size,
+    /// The steps that lead there.
+    pub trace: Vec<Event>,
+}
+
+/// Channels, rounds with pages, pages.
+pub type Size = (usize, u8, usize);
+
+impl Variant {
+    /// Searches at all sizes from the smallest to those of `effort`; stops a dialect's searches at the first harm.
+    pub fn verdict(&self, effort: Effort) -> Verdict {
+        let mut verdict = Verdict {
+            states: 0,
+            steps: 0,
+            ends: 0,
+            unconfirmed: 0,
+            took: Duration::ZERO,
+            sizes: Vec::new(),
+            harms: Vec::new(),
+        };
+        for dialect in &self.dialects {
+            let mut counterexample = None;
+            for (size, faults) in effort.sizes(self.faults) {
+                let (channels, rounds, pages) = size;
+                let config = Config { channels, rounds, pages, faults, ..dialect.clone() };
+                let outcome = explore(&config);
+                verdict.states += outcome.states;
+                verdict.steps += outcome.steps;
+                verdict.ends += outcome.ends;
+                verdict.unconfirmed += outcome.unconfirmed;
+                verdict.took += outcome.took;
+                if !verdict.sizes.contains(&size) {
+                    verdict.sizes.push(size);
+                }
+                if let Some((harm, trace)) = outcome.harm {
+                    counterexample = Some(Counterexample { harm, size, trace });
+                    break;
+                }
+            }
+            verdict.harms.push(counterexample);
+        }
+        verdict
+    }
+}
+
+impl Verdict {
+    /// Whether every dialect gave the answer `expected`.
+    pub fn is(&self, expected: Option<Harm>) -> bool {
+        self.harms.iter().all(|harm| harm.as_ref().map(|counterexample| counterexample.harm) == expected)
+    }
+
+    /// The shortest counterexample in the first dialect that has one.
+    pub fn counterexample(&self) -> Option<&Counterexample> {
+        self.harms.iter().flatten().next()
+    }
+}
+
+/// How large the largest searches are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Seconds, also without optimisation: for tests.
+    Smallest,
+    /// Up to half a minute.
+    Quick,
+    /// Minutes, and some gigabytes of memory.
+    Full,
+}
+
+impl Effort {
+    /// Sizes in the order of search, each with whether faults are tried.
+    fn sizes(self, faults: bool) -> Vec<(Size, bool)> {
+        let mut sizes: Vec<Size> = vec![(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)];
+        if self != Effort::Smallest {
+            sizes.extend([(2, 3, 2), (3, 2, 2)]);
+        }
+        if self == Effort::Full {
+            sizes.extend([(3, 3, 1), (2, 3, 3)]);
+        }
+        let mut all: Vec<_> = sizes.into_iter().map(|size| (size, false)).collect();
+        if faults {
+            let with_faults: &[Size] = match self {
+                Effort::Smallest => &[(2, 2, 1)],
+                Effort::Quick => &[(2, 2, 2), (3, 2, 1)],
+                Effort::Full => &[(2, 2, 2), (2, 3, 2), (3, 2, 2)],
+            };
+            all.extend(with_faults.iter().map(|&size| (size, true)));
+        }
+        all
+    }
+}
+
+/// The protocol as it is; no harm can come of it.
+pub fn protocols() -> Vec<Variant> {
+    let protocol = |name, config| Variant { name, dialects: vec![config], expected: None, faults: true };
+    let [late, early, per_section, carrying, legacy] = dialects();
+    vec![
+        protocol("FLUSH per round, behind the last SYNC (late)", late.clone()),
+        protocol("FLUSH per round, when the round opens (early)", early.clone()),
+        protocol("sync point at each end of section", per_section.clone()),
+        protocol("sync point at each end of section, SYNC packets carry pages", carrying),
+        protocol("FLUSH per round, SYNC packets carry pages", Config { sync_carries_pages: true, ..late.clone() }),
+        protocol("FLUSH per round, zero pages named on main", legacy.clone()),
+        protocol(
+            "sync point at each end of section, zero pages named on main",
+            Config { zeros_on_main: true, ..per_section },
+        ),
+        protocol("connections that hold one packet", Config { capacity: 1, ..early.clone() }),
+        protocol("rounds overlap: a channel goes on after its own SYNC", Config { rounds_overlap: true, ..late }),
+    ]
+}
+
+/// The protocol with a part left out, or done wrong.
+pub fn removals() -> Vec<Variant> {
+    let [late, early, per_section, carrying, legacy] = dialects();
+    let all = vec![late.clone(), early.clone(), per_section.clone(), carrying.clone(), legacy.clone()];
+    let no_pages_on_main = vec![late.clone(), early.clone(), per_section.clone(), carrying.clone()];
+    let without = |name, waits: &[Wait], dialects: &[Config], expected| {
+        let dialects = dialects.iter().map(|dialect| Config { without: waits.to_vec(), ..dialect.clone() }).collect();
+        Variant { name, dialects, expected, faults: false }
+    };
+    let defect = |name, defect, dialects: &[Config], expected| {
+        let dialects = dialects.iter().map(|dialect| Config { defect: Some(defect), ..dialect.clone() }).collect();
+        Variant { name, dialects, expected, faults: false }
+    };
+    let overtaken = Some(Harm::Overtaken);
+    let stale = Some(Harm::StartedStale);
+    let hangs = Some(Harm::WaitsForEver);
+    let both = vec![carrying.clone(), Config { sync_carries_pages: true, ..late.clone() }];
+    vec![
+        without("source main does not wait for the channels when a round opens", &[Wait::SourceMainAtOpen], &all, None),
+        without(
+            "source channels do not wait for the others at the end of a round",
+            &[Wait::SourceChannelsAtClose],
+            &all,
+            None,
+        ),
+        without("neither of these two waits", &[Wait::SourceMainAtOpen, Wait::SourceChannelsAtClose], &all, None),
+        without(
+            "source main does not wait for the channels' SYNCs",
+            &[Wait::SourceMainAtClose],
+            &no_pages_on_main,
+            overtaken,
+        ),
+        without("source channels do not wait for a round to open", &[Wait::SourceChannelsAtOpen], &all, stale),
+        without("destination main does not wait for the SYNCs", &[Wait::DestinationMain], &all, stale),
+        without(
+            "destination main waits at the last sync point only",
+            &[Wait::DestinationMainButLast],
+            &no_pages_on_main,
+            None,
+        ),
+        without(
+            "the same, zero pages named on main",
+            &[Wait::DestinationMainButLast],
+            std::slice::from_ref(&legacy),
+            overtaken,
+        ),
+        without("destination channels do not wait behind SYNC", &[Wait::DestinationChannels], &all, overtaken),
+        without(
+            "destination channels wait for each other, not for main",
+            &[Wait::DestinationChannelsForMain],
+            &no_pages_on_main,
+            None,
+        ),
+        without(
+            "the same, zero pages named on main",
+            &[Wait::DestinationChannelsForMain],
+            std::slice::from_ref(&legacy),
+            overtaken,
+        ),
+        defect("one sync point left out on main", Defect::NoFlush, &all, stale),
+        defect("one SYNC left out on one channel", Defect::NoSync, &all, hangs),
+        defect("no barrier behind the last round", Defect::NoLastBarrier, &all, stale),
+        defect("pages in SYNC packets not taken (QEMU 9.2.0)", Defect::SyncPagesDropped, &both, stale),
+        defect("SYNC handled before the pages of its packet", Defect::SyncBeforeItsPages, &both, stale),
+        Variant {
+            name: "FLUSH early although main has zero pages to name",
+            dialects: vec![Config { flush: Flush::Early, ..legacy }],
+            expected: overtaken,
+            faults: false,
+        },
+        Variant {
+            name: "FLUSH per round sent to a destination that syncs per section",
+            dialects: vec![Config { destination: Dialect::PerSection, ..late }],
+            expected: hangs,
+            faults: false,
+        },
+        Variant {
+            name: "sync points per section sent to a destination that wants FLUSH",
+            dialects: vec![Config { destination: Dialect::PerRound, ..per_section }],
+            expected: stale,
+            faults: false,
+        },
+    ]
+}
+
+/// FLUSH late, FLUSH early, per section, per section with pages in SYNC packets, zero pages on main.
+fn dialects() -> [Config; 5] {
+    let late = Config {
+        channels: 0,
+        rounds: 0,
+        pages: 0,
+        source: Dialect::PerRound,
+        destination: Dialect::PerRound,
+        flush: Flush::Late,
+        sync_carries_pages: false,
+        zeros_on_main: false,
+        capacity: 16,
+        faults: false,
+        reduced: true,
+        rounds_overlap: false,
+        without: Vec::new(),
+        defect: None,
+    };
+    let per_section = Config { source: Dialect::PerSection, destination: Dialect::PerSection, ..late.clone() };
+    [
+        late.clone(),
+        Config { flush: Flush::Early, ..late.clone() },
+        per_section.clone(),
+        Config { sync_carries_pages: true, ..per_section },
+        Config { zeros_on_main: true, ..late },
+    ]
+}
