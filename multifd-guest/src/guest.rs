@@ -535,8 +535,7 @@ impl Cpus {
 
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     fn kvm(config: &GuestConfig, pattern: Pattern, memory: &Memory) -> Result<(Cpus, Chosen), GuestError> {
-        let cpus = KvmCpus::new(memory, pattern, config.cpus, config.write_rate).map_err(GuestError::kvm)?;
-        let log = cpus.dirty_log(config.dirty_log)?;
+        let (cpus, log) = KvmCpus::new(memory, pattern, config.cpus, config.write_rate, config.dirty_log)?;
         Ok((Cpus::Kvm(cpus), log))
     }
 
@@ -754,11 +753,6 @@ pub enum GuestError {
 impl GuestError {
     pub(crate) fn no_log(why: impl std::fmt::Display) -> GuestError {
         GuestError::NoDirtyLog { why: why.to_string() }
-    }
-
-    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    fn kvm(error: io::Error) -> GuestError {
-        GuestError::NoKvm { why: format!("/dev/kvm: {error}") }
     }
 
     fn in_section(self, id: &SectionId) -> GuestError {

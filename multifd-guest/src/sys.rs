@@ -126,6 +126,12 @@ pub(crate) fn ram_block(name: &'static str, mapping: &std::sync::Arc<Mapping>) -
     unsafe { RamBlock::from_raw(name, mapping.base, mapping.len, Box::new(mapping.clone())) }
 }
 
+/// The descriptor of something that does not lend it in the standard library's type.
+pub(crate) fn borrowed(owner: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as its owner is borrowed.
+    unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
+}
+
 /// A thread that can be interrupted in a system call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kick(libc::pthread_t);
@@ -167,6 +173,7 @@ pub(crate) mod kvm {
 
     use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
     use kvm_ioctls::{VcpuFd, VmFd};
+    use multifd::dirty::kvm_log::KvmSlot;
 
     use super::Mapping;
 
@@ -179,6 +186,17 @@ pub(crate) mod kvm {
     }
 
     impl Slot {
+        /// The same for a dirty log.
+        pub(crate) fn describe(&self) -> KvmSlot {
+            KvmSlot {
+                slot: self.index,
+                guest_address: self.guest_address,
+                host_address: self.memory.address(),
+                bytes: self.memory.bytes() as u64,
+                flags: 0,
+            }
+        }
+
         /// Shows the memory to `vm`. The caller drops `vm` and its vCPUs before the slot.
         pub(crate) fn attach(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
             let region = kvm_userspace_memory_region {

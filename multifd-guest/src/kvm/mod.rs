@@ -25,8 +25,11 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs, kvm_xsave};
+use kvm_bindings::{
+    CpuId, KVM_EXIT_DIRTY_RING_FULL, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs, kvm_xsave,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use multifd::dirty::{kvm_log::KvmDirtyLog, kvm_ring::KvmDirtyRing};
 
 pub use self::state::StateError;
 use self::state::{CpuState, clock_from_body, clock_to_body};
@@ -47,7 +50,7 @@ pub(crate) struct KvmCpus {
     supported: CpuId,
     msrs: Vec<u32>,
     // Fields are dropped in this order: threads end first, memory goes last.
-    vm: Arc<VmFd>,
+    vm: VmFd,
     slots: Vec<Slot>,
 }
 
@@ -61,16 +64,27 @@ struct Cpu {
 }
 
 impl KvmCpus {
-    /// Makes a virtual machine around `memory`, with one paused vCPU per share of the working set and without any state.
-    pub(crate) fn new(memory: &Memory, pattern: Pattern, count: usize, rate: Rate) -> io::Result<KvmCpus> {
+    /// Makes a virtual machine around `memory`, with one paused vCPU per share of the working set and without any state,
+    /// and the log of what the vCPUs write.
+    pub(crate) fn new(
+        memory: &Memory,
+        pattern: Pattern,
+        count: usize,
+        rate: Rate,
+        choice: DirtyLogChoice,
+    ) -> Result<(KvmCpus, Chosen), GuestError> {
         if memory.ram_map.bytes() as u64 > MAX_RAM {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("a KVM guest has at most {MAX_RAM} bytes"),
-            ));
+            return Err(GuestError::Config { why: format!("a KVM guest has at most {MAX_RAM} bytes of memory") });
         }
-        let kvm = Kvm::new()?;
-        let vm = Arc::new(kvm.create_vm()?);
+        let kvm = Kvm::new().map_err(no_kvm)?;
+        let vm = kvm.create_vm().map_err(no_kvm)?;
+        // Before there is any vCPU: each gets a ring when it is created.
+        let ring = match choice {
+            DirtyLogChoice::KvmDirtyRing => {
+                Some(KvmDirtyRing::enable(sys::borrowed(&vm), RING_ENTRIES).map_err(GuestError::no_log)?)
+            }
+            _ => None,
+        };
         let mailbox = Arc::new(Mapping::anonymous(PAGE_SIZE)?);
         let slot = |index, guest_address, memory: &Arc<Mapping>| Slot { index, guest_address, memory: memory.clone() };
         let slots = vec![
@@ -78,28 +92,32 @@ impl KvmCpus {
             slot(CONTROL_SLOT, CONTROL_ADDRESS, &memory.control),
             slot(MAILBOX_SLOT, MAILBOX_ADDRESS, &mailbox),
         ];
-        slots.iter().try_for_each(|slot| slot.attach(&vm))?;
-        let msrs = kvm.get_msr_index_list()?.as_slice().to_vec();
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        slots.iter().try_for_each(|slot| slot.attach(&vm)).map_err(no_kvm)?;
+        let msrs = kvm.get_msr_index_list().map_err(no_kvm)?.as_slice().to_vec();
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(no_kvm)?;
         let mut guest = KvmCpus { cpus: Vec::new(), pattern, supported, msrs, vm, slots };
         for index in 0..count {
             let pacer = Pacer::new(rate, count as u64, PAGE_SIZE as u64);
             let reins = Arc::new(Reins::new(pacer, mailbox.clone(), mailbox_word(index)));
-            guest.cpus.push(Cpu::new(&guest.vm, index, reins)?);
+            guest.cpus.push(Cpu::new(&guest.vm, index, reins, ring.clone()).map_err(no_kvm)?);
         }
-        Ok(guest)
+        let log = guest.dirty_log(choice, ring)?;
+        Ok((guest, log))
     }
 
-    /// The log of what the vCPUs write.
-    pub(crate) fn dirty_log(&self, choice: DirtyLogChoice) -> Result<Chosen, GuestError> {
-        match choice {
-            DirtyLogChoice::Auto | DirtyLogChoice::UffdWp => log::uffd_wp().map_err(GuestError::no_log),
-            DirtyLogChoice::KvmDirtyLog | DirtyLogChoice::KvmDirtyRing => {
-                Err(GuestError::NoDirtyLog { why: format!("{} is not available", choice.name()) })
-            }
-            DirtyLogChoice::Bitmap => {
+    fn dirty_log(&self, choice: DirtyLogChoice, ring: Option<KvmDirtyRing>) -> Result<Chosen, GuestError> {
+        // All that is RAM. The mailbox is not, and only the host writes to it.
+        let slots = self.slots.iter().filter(|slot| slot.index != MAILBOX_SLOT).map(Slot::describe).collect();
+        match (choice, ring) {
+            (_, Some(ring)) => Ok(Chosen::new(ring.log(slots), DirtyLogChoice::KvmDirtyRing)),
+            (DirtyLogChoice::UffdWp, None) => log::uffd_wp().map_err(GuestError::no_log),
+            (DirtyLogChoice::Bitmap, None) => {
                 let why = "vCPUs do not mark their own writes: a bitmap needs a process guest".to_owned();
                 Err(GuestError::Config { why })
+            }
+            (DirtyLogChoice::Auto | DirtyLogChoice::KvmDirtyLog | DirtyLogChoice::KvmDirtyRing, None) => {
+                let log = KvmDirtyLog::new(sys::borrowed(&self.vm), slots).map_err(GuestError::no_log)?;
+                Ok(Chosen::new(log, DirtyLogChoice::KvmDirtyLog))
             }
         }
     }
@@ -232,13 +250,16 @@ impl Drop for KvmCpus {
 }
 
 impl Cpu {
-    fn new(vm: &VmFd, index: usize, reins: Arc<Reins>) -> io::Result<Cpu> {
+    fn new(vm: &VmFd, index: usize, reins: Arc<Reins>, ring: Option<KvmDirtyRing>) -> io::Result<Cpu> {
         let fd = vm.create_vcpu(index as u64)?;
+        if let Some(ring) = &ring {
+            ring.add_vcpu(sys::borrowed(&fd))?;
+        }
         // A second mapping of the page that the kernel shares with us, so that other threads can set `immediate_exit`.
         let run = Arc::new(Mapping::shared(fd.as_raw_fd(), PAGE_SIZE)?);
         let fd = Arc::new(Mutex::new(fd));
         let (sender, receiver) = mpsc::channel();
-        let runner = Runner { reins: reins.clone(), fd: fd.clone(), run: run.clone(), unfinished: false };
+        let runner = Runner { reins: reins.clone(), fd: fd.clone(), run: run.clone(), ring, unfinished: false };
         let body = move || {
             let sent = sender.send(Kick::for_this_thread());
             sent.expect("`new` waits for the answer");
@@ -270,6 +291,7 @@ struct Runner {
     reins: Arc<Reins>,
     fd: Arc<Mutex<VcpuFd>>,
     run: Arc<Mapping>,
+    ring: Option<KvmDirtyRing>,
     /// The kernel completes an `out` when the vCPU is entered the next time; until then its registers are not final.
     unfinished: bool,
 }
@@ -323,6 +345,11 @@ impl Runner {
                     return Ok(());
                 }
                 Err(error) if error.errno() == libc::EAGAIN => continue,
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) if self.ring.is_some() => {
+                    let collected = self.ring.as_ref().map_or(Ok(0), KvmDirtyRing::collect);
+                    collected.map_err(|error| format!("the dirty rings cannot be emptied: {error}"))?;
+                    continue;
+                }
                 Ok(exit) => format!("{exit:?}"),
                 Err(error) => error.to_string(),
             };
@@ -335,6 +362,10 @@ impl Runner {
 fn lock(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     // The state is the kernel's; a panic of ours leaves it whole.
     fd.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn no_kvm(error: impl std::fmt::Display) -> GuestError {
+    GuestError::NoKvm { why: format!("/dev/kvm: {error}") }
 }
 
 fn write_program(control: &Mapping) {
@@ -410,6 +441,9 @@ fn mailbox_word(index: usize) -> usize {
 pub(crate) const CPU_SECTION: &str = "cpu";
 pub(crate) const CLOCK_SECTION: &str = "clock";
 const VERSION: u32 = 1;
+
+/// Pages in the ring of each vCPU, 64 KiB of memory.
+const RING_ENTRIES: u32 = 4096;
 
 const RAM_SLOT: u32 = 0;
 const CONTROL_SLOT: u32 = 1;
