@@ -869,7 +869,7 @@ mod tests {
         with_each(|config| {
             let mut guest = Guest::create(&config).unwrap();
             let mut positions = std::collections::BTreeSet::new();
-            for _ in 0..100 {
+            for _ in 0..40 {
                 let before = guest.status().pages_written;
                 guest.run();
                 while guest.status().pages_written == before {
@@ -935,6 +935,50 @@ mod tests {
             destination.start().unwrap();
             assert!(destination.wait_passes(2, LIMIT));
             assert_eq!(destination.status().wrong_words, 1);
+        });
+    }
+
+    /// A state that lost its vector registers would go unnoticed by a guest that uses none.
+    #[test]
+    fn a_lost_register_is_found_by_host_and_guest() {
+        with_each(|config| {
+            let mut source = Guest::create(&GuestConfig { verify: false, ..config.clone() }).unwrap();
+            source.run();
+            assert!(source.wait_passes(2, LIMIT));
+            source.stop().unwrap();
+            let mut sections = source.save_sections().unwrap();
+            for (name, _, _, body) in &mut sections {
+                match *name {
+                    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+                    kvm::CPU_SECTION => *body = kvm::without_vectors(body),
+                    process::SECTION => *body = process::without_register(body),
+                    _ => {}
+                }
+            }
+            let mut destination = Guest::create_incoming(&config).unwrap();
+            copy_memory(&source, &destination);
+            load(&mut destination, &sections).unwrap();
+            assert!(!destination.registers_agree().unwrap());
+            destination.start().unwrap();
+            assert!(destination.wait_passes(2, LIMIT));
+            assert!(destination.status().register_errors > 0, "{:?}", destination.status());
+            assert_eq!(destination.status().wrong_words, 0);
+        });
+    }
+
+    #[test]
+    fn a_guest_is_not_faster_than_its_rate() {
+        with_each(|config| {
+            for (throttle, least) in [(0, Duration::from_millis(180)), (50, Duration::from_millis(360))] {
+                // Ten passes per second.
+                let rate = Rate::BytesPerSecond(1200 * PAGE);
+                let mut guest = Guest::create(&GuestConfig { write_rate: rate, ..config.clone() }).unwrap();
+                guest.throttle(throttle);
+                let begin = Instant::now();
+                guest.run();
+                assert!(guest.wait_passes(2, LIMIT));
+                assert!(begin.elapsed() >= least, "two passes in {:?}, throttled by {throttle} %", begin.elapsed());
+            }
         });
     }
 

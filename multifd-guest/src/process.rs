@@ -268,6 +268,13 @@ const PAGES_DONE: u16 = 1;
 const REGISTER: u16 = 2;
 const REGISTER_FACTOR: u64 = 6_364_136_223_846_793_005;
 
+/// A saved state with its register lost.
+#[cfg(test)]
+pub(crate) fn without_register(body: &[u8]) -> Vec<u8> {
+    let mut body = Body::read(&mut &*body, FORMAT, 4096).unwrap();
+    BodyWriter::new(FORMAT).number(PAGES_DONE, body.take_number(PAGES_DONE).unwrap()).number(REGISTER, 0).finish()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -32,6 +32,8 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use multifd::dirty::{kvm_log::KvmDirtyLog, kvm_ring::KvmDirtyRing};
 
 pub use self::state::StateError;
+#[cfg(test)]
+pub(crate) use self::state::without_vectors;
 use self::state::{CpuState, clock_from_body, clock_to_body};
 use crate::{
     guest::{GuestError, SavedSection},

@@ -286,6 +286,15 @@ const EVENTS: u16 = 9;
 const DEBUGREGS: u16 = 10;
 const CLOCK: u16 = 1;
 
+/// A saved state with the contents of its vector registers lost.
+#[cfg(test)]
+pub(crate) fn without_vectors(body: &[u8]) -> Vec<u8> {
+    let mut state = CpuState::from_body(&mut &*body).unwrap();
+    // Bytes 160 to 416 of the XSAVE area are xmm0 to xmm15.
+    state.xsave.region[160 / 4..416 / 4].fill(0);
+    state.to_body()
+}
+
 #[cfg(test)]
 mod tests {
     use kvm_ioctls::Kvm;
