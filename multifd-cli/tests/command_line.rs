@@ -1,0 +1,103 @@
+//! The command line as scripts see it: exit statuses, messages, and where output goes.
+
+mod common;
+
+use common::{LIMIT, exit_code, json, run};
+use test_support::time_limit;
+
+#[test]
+fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_would_be_right() {
+    for (option, value, right) in [
+        ("--channels", "0", "1 to 255"),
+        ("--channels", "256", "1 to 255"),
+        ("--channels", "four", "1 to 255"),
+        ("--compression", "lz4", "zstd"),
+        ("--compression-level", "21", "20"),
+        ("--zero-pages", "all", "legacy"),
+        ("--sync", "always", "per-section"),
+        ("--max-bandwidth", "200MB", "200MB/s"),
+        ("--max-bandwidth", "0B/s", "1B/s"),
+        ("--downtime-limit", "300", "300ms"),
+        ("--memory", "1000000", "4KiB"),
+        ("--memory", "lots", "512MiB"),
+        ("--working-set", "4KiB", "two pages"),
+        ("--working-set", "1GiB", "--memory"),
+        ("--write-rate", "fast", "max"),
+        ("--guest", "xen", "kvm"),
+        ("--progress", "sometimes", "never"),
+        ("--cpus", "65", "64"),
+    ] {
+        for verb in ["guest", "demo"] {
+            let output = time_limit(LIMIT, || run(&format!("{verb} {option}={value}")));
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(exit_code(&output), 2, "{option} {value}: {message}");
+            assert_eq!(output.stdout, b"");
+            assert!(message.contains(option) && message.contains(right), "{option} {value}: {message}");
+            let shown = if value == "1GiB" || value == "4KiB" { value } else { &format!("'{value}'") };
+            assert!(message.contains(shown), "{option} {value}: {message}");
+        }
+    }
+}
+
+#[test]
+fn a_wrong_uri_is_a_usage_error() {
+    for (option, value, right) in [
+        ("--incoming", "tcp:localhost", "tcp:HOST:PORT"),
+        ("--migrate-to", "localhost:4444", "unix:PATH"),
+        ("--migrate-to", "tcp:::1:4444", "brackets"),
+        ("--control", "tcp:localhost:1", "unix:PATH"),
+    ] {
+        let output = time_limit(LIMIT, || run(&format!("guest {option} {value}")));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 2, "{message}");
+        assert!(message.contains(option) && message.contains(value) && message.contains(right), "{message}");
+    }
+}
+
+#[test]
+fn a_usage_error_is_one_json_object_where_json_was_asked_for() {
+    let output = time_limit(LIMIT, || run("demo --json --channels=0"));
+    assert_eq!(exit_code(&output), 2);
+    let report = json(&output.stdout);
+    assert_eq!(report["status"], "failed");
+    assert!(report["error"].as_str().unwrap().contains("--channels"), "{report}");
+}
+
+#[test]
+fn help_goes_to_stdout_and_is_no_error() {
+    for args in ["--help", "demo --help", "guest --help", "--version"] {
+        let output = time_limit(LIMIT, || run(args));
+        assert_eq!(exit_code(&output), 0, "{args}");
+        assert!(!output.stdout.is_empty() && output.stderr.is_empty(), "{args}");
+    }
+}
+
+#[test]
+fn a_failure_is_one_json_object_and_status_1() {
+    let args = "guest --guest process --memory 1MiB --json --after 0s --run-for 0s --migrate-to";
+    for uri in ["unix:/nonexistent/socket", "file:/tmp/x"] {
+        let output = time_limit(LIMIT, || run(&format!("{args} {uri}")));
+        assert_eq!(exit_code(&output), 1);
+        let report = json(&output.stdout);
+        assert_eq!(report["status"], "failed");
+        assert!(report["error"].as_str().unwrap().contains(uri), "{report}");
+    }
+    let output = time_limit(LIMIT, || run("guest --memory 1MiB --json --incoming unix:/nonexistent/socket"));
+    assert_eq!(exit_code(&output), 1);
+    assert!(json(&output.stdout)["error"].as_str().unwrap().contains("/nonexistent/socket"));
+}
+
+#[test]
+fn without_json_the_result_is_on_stdout_and_the_error_on_stderr() {
+    let output = time_limit(LIMIT, || run("guest --guest process --memory 1MiB --write-rate max --run-for 100ms"));
+    assert_eq!(exit_code(&output), 0, "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("found 0 errors"), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    let uri = "unix:/nonexistent/socket";
+    let output = time_limit(LIMIT, || {
+        run(&format!("guest --guest process --memory 1MiB --after 0s --run-for 0s --quiet --migrate-to {uri}"))
+    });
+    assert_eq!(exit_code(&output), 1);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.starts_with("multifd: ") && message.contains(uri) && message.lines().count() == 1, "{message}");
+}
