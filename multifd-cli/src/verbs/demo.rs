@@ -112,6 +112,12 @@ impl<'a> Demo<'a> {
     }
 
     fn run(mut self) -> Result<Outcome, Box<Outcome>> {
+        let outcome = self.phases();
+        // Each step that an interrupt ends has an error of its own to tell.
+        if self.interrupted { Err(self.cancelled(outcome.err())) } else { outcome }
+    }
+
+    fn phases(&mut self) -> Result<Outcome, Box<Outcome>> {
         self.start_destination().map_err(|error| failed(Exit::Failed, error))?;
         self.wait_until_it_listens()?;
         self.start_source().map_err(|error| failed(Exit::Failed, error))?;
@@ -257,10 +263,6 @@ impl<'a> Demo<'a> {
             outcome.report.remove("status");
             outcome.report.remove("error");
         }
-        if self.interrupted {
-            outcome.exit = Exit::Cancelled;
-            return outcome;
-        }
         let Some(destination) = destination else { return outcome };
         // "The connection ended" on one side is the consequence of a better reason on the other.
         if source.exit == Exit::Failed && destination.exit == Exit::Peer {
@@ -272,10 +274,14 @@ impl<'a> Demo<'a> {
         outcome
     }
 
+    /// The end of a demo that was interrupted. Keeps what `outcome` reports of the guest.
+    fn cancelled(&self, outcome: Option<Box<Outcome>>) -> Box<Outcome> {
+        let mut cancelled = failed(Exit::Cancelled, multifd::error::Error::Cancelled);
+        cancelled.report = outcome.map(|outcome| outcome.report).unwrap_or_default();
+        cancelled
+    }
+
     fn verdict(&self, source: &Ending, destination: &Ending) -> Result<Outcome, Box<Outcome>> {
-        if self.interrupted {
-            return Err(failed(Exit::Cancelled, "cancelled after the guest had moved"));
-        }
         let unreadable = |error| failed(Exit::Failed, format!("the report of a process: {error}"));
         let mut migration = MigrationReport::deserialize(&source.report).map_err(unreadable)?;
         let there = match destination.exit {

@@ -190,7 +190,13 @@ impl<'a> Session<'a> {
             match event {
                 Event::Interrupt => match &self.stop {
                     Some(stop) => stop.cancel(),
-                    None => break,
+                    None => {
+                        if self.targets.len() > 0 {
+                            // It was to leave and has not even begun.
+                            self.failure = Some((Exit::Cancelled, Error::Cancelled.to_string()));
+                        }
+                        break;
+                    }
                 },
                 Event::Request(request) => {
                     let (answer, end) = self.answer(&request.command);
