@@ -106,6 +106,12 @@ pub enum DecodeError {
         /// The fill byte.
         byte: u8,
     },
+    /// A compressed payload is damaged, or decompresses to another length than its pages have.
+    #[error("{what}")]
+    PayloadDamaged {
+        /// What the decompressor found.
+        what: String,
+    },
     /// An XBZRLE header or diff that runs past its end, past the page, or is not made as described in [`crate::xbzrle`].
     #[error("XBZRLE: {what} at byte {at} of the diff")]
     XbzrleMalformed {

@@ -27,7 +27,7 @@ impl Compressor {
         Ok(Compressor { encoder: encoder(method, level)?, pages: Vec::new() })
     }
 
-    /// Replaces `out` by the payload of a packet with `pages`.
+    /// Puts the payload of a packet with `pages` behind what is in `out`.
     ///
     /// # Errors
     /// The compressor's, for lack of memory.
@@ -39,7 +39,6 @@ impl Compressor {
             page.read(copy);
             rest = after;
         }
-        out.clear();
         self.encoder.encode(&self.pages, out)
     }
 }
@@ -218,7 +217,7 @@ mod zlib {
 mod zstandard {
     //! One zstd frame per packet when sending; frames of any length when receiving.
 
-    use std::io;
+    use std::io::{self, Cursor};
 
     use zstd::stream::raw::{DParameter, Operation};
 
@@ -235,10 +234,12 @@ mod zstandard {
 
     impl Encode for Encoder {
         fn encode(&mut self, input: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
-            // It writes into the vector's capacity from its beginning.
-            debug_assert!(out.is_empty());
             out.reserve(zstd::zstd_safe::compress_bound(input.len()));
-            self.0.compress_to_buffer(input, out)?;
+            // A cursor, because a vector alone would be written from its beginning.
+            let mut end = Cursor::new(std::mem::take(out));
+            end.set_position(end.get_ref().len() as u64);
+            self.0.compress_to_buffer(input, &mut end)?;
+            *out = end.into_inner();
             Ok(())
         }
     }
@@ -493,9 +494,10 @@ mod tests {
         for (page, content) in pages.iter().zip(content.chunks(PAGE)) {
             page.write(content);
         }
-        let mut out = b"of the packet before".to_vec();
+        let mut out = b"header".to_vec();
         compressor.compress(&pages, &mut out).unwrap();
-        out
+        assert_eq!(&out[..6], b"header", "the payload goes behind what is there");
+        out.split_off(6)
     }
 
     fn decompress(decompressor: &mut Decompressor, payload: &[u8], len: usize) -> io::Result<Vec<u8>> {

@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-use multifd_proto::{BlockName, ChannelId, ProtocolError};
+use multifd_proto::{BlockName, ChannelId, DecodeError, ProtocolError};
 
 use crate::{
     checkpoint::CheckpointError,
@@ -128,6 +128,14 @@ impl Error {
 
     pub(crate) fn io(at: Place) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Io { at, source }
+    }
+
+    /// For decompressors: a damaged payload is the peer's fault, all else is ours.
+    pub(crate) fn payload(at: Place) -> impl FnOnce(io::Error) -> Error {
+        move |source| match source.kind() {
+            io::ErrorKind::InvalidData => Error::protocol(at)(DecodeError::PayloadDamaged { what: source.to_string() }),
+            _ => Error::Io { at, source },
+        }
     }
 
     pub(crate) fn protocol<E: Into<ProtocolError>>(at: Place) -> impl FnOnce(E) -> Error {

@@ -3,6 +3,7 @@
 use multifd_proto::{
     BlockName,
     machine::{Dialect, ZeroPages},
+    packet::Compression,
     return_path::Message,
 };
 
@@ -291,4 +292,35 @@ fn memory_arrives_whatever_way_fresh_memory_is_filled() {
             assert!(source.page_bytes(400) == to.ram.page_bytes(400), "{first_touch:?}");
         }
     }
+}
+
+#[test]
+fn compressed_pages_arrive() {
+    for compression in [Compression::Zlib, Compression::Zstd] {
+        for zero_pages in [ZeroPages::Multifd, ZeroPages::Legacy] {
+            let mut vm = writing_source(filled());
+            let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+            let options = source::Options { compression, zero_pages, ..Default::default() };
+            let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
+            let sent = sent.unwrap();
+            received.unwrap();
+            assert_same(&vm.writer_ram(), &to.ram);
+            assert!(sent.channel_bytes.iter().sum::<u64>() < sent.normal * 1000, "{:?}", sent.channel_bytes);
+        }
+    }
+}
+
+#[test]
+fn another_compression_than_required_is_named() {
+    let mut vm = TestSource::new(filled());
+    let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+    let options = source::Options { compression: Compression::Zlib, channels: 1, ..Default::default() };
+    let receiving = destination::Options { compression: Some(Compression::Zstd), ..Default::default() };
+    let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
+    assert!(sent.is_err());
+    let error = received.unwrap_err();
+    assert!(error.is_peers_fault());
+    let message = error.to_string();
+    assert!(message.contains("compression zstd, the packet has zlib"), "{message}");
+    assert!(vm.writer.is_running());
 }

@@ -185,7 +185,7 @@ impl ReceiveChannel {
         };
         self.scratch.bytes.resize(self.normal.len() * self.shared.page_size, 0);
         let decompressor = &mut self.decompressors[index].1;
-        decompressor.decompress(&self.payload, &mut self.scratch.bytes).map_err(Error::io(at))?;
+        decompressor.decompress(&self.payload, &mut self.scratch.bytes).map_err(Error::payload(at))?;
         sink.store(block, &self.normal, &self.scratch.bytes).map_err(Error::io(at))
     }
 

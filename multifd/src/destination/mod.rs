@@ -366,7 +366,7 @@ impl Run {
         let place = self.main().place();
         let payload = self.main().payload(len)?.to_vec();
         let mut page = vec![0; self.shared.page_size];
-        crate::compress::inflate_page(&payload, &mut page).map_err(Error::io(place))?;
+        crate::compress::inflate_page(&payload, &mut page).map_err(Error::payload(place))?;
         self.store(block, offset, &page)
     }
 

@@ -23,10 +23,8 @@ pub(super) struct SendChannel {
     id: ChannelId,
     stream: Box<dyn Stream>,
     shared: Arc<Shared>,
-    /// The encoded header of the current packet.
-    header: Box<[u8]>,
-    /// The compressed payload of the current packet.
-    payload: Vec<u8>,
+    /// The encoded header of the current packet, and behind it the payload if it is compressed: one write sends both.
+    packet: Vec<u8>,
     compressor: Option<Compressor>,
     /// Bytes sent.
     sent: u64,
@@ -47,8 +45,7 @@ impl SendChannel {
             id,
             stream,
             shared: shared.clone(),
-            header: vec![0; packet::header_len(page_size)].into(),
-            payload: Vec::new(),
+            packet: vec![0; packet::header_len(page_size)],
             compressor,
             sent: 0,
         })
@@ -138,12 +135,14 @@ impl SendChannel {
         if pages.is_empty() && zeros.is_empty() {
             return Ok(());
         }
-        self.payload.clear();
+        let place = self.place();
+        let header_len = packet::header_len(page_size);
+        self.packet.truncate(header_len);
         let mut payload_len = ranges.iter().map(GuestRange::len).sum();
         if let (Some(compressor), false) = (&mut self.compressor, ranges.is_empty()) {
-            let place = Place { connection: Connection::Channel(self.id), offset: self.sent };
-            compressor.compress(ranges, &mut self.payload).map_err(Error::io(place))?;
-            payload_len = self.payload.len();
+            compressor.compress(ranges, &mut self.packet).map_err(Error::io(place))?;
+            payload_len = self.packet.len() - header_len;
+            ranges.clear();
         }
         let header = PacketHeader {
             sync: false,
@@ -154,36 +153,23 @@ impl SendChannel {
             zero: zeros,
             payload_len: u32::try_from(payload_len).expect("a packet's payload is bounded"),
         };
-        header.encode_into(&mut self.header, page_size);
-        let total = (self.header.len() + payload_len) as u64;
+        header.encode_into(&mut self.packet, page_size);
+        let total = (header_len + payload_len) as u64;
         shared.limiter.take(total);
-        if self.compressor.is_some() {
-            self.write_buffers()?;
-        } else {
-            self.stream.write(&self.header, ranges).map_err(Error::io(self.place()))?;
-        }
+        self.stream.write(&self.packet, ranges).map_err(Error::io(place))?;
         self.count(total);
-        Ok(())
-    }
-
-    /// Sends the header and the compressed payload.
-    fn write_buffers(&mut self) -> Result<(), Error> {
-        let place = self.place();
-        self.stream.write(&self.header, &[]).map_err(Error::io(place))?;
-        if !self.payload.is_empty() {
-            self.stream.write(&self.payload, &[]).map_err(Error::io(place))?;
-        }
         Ok(())
     }
 
     /// Ends the section on this channel, when the kernel has let go of all its pages.
     fn sync(&mut self) -> Result<(), Error> {
-        let packet = self.shared.scan.packet_number();
-        PacketHeader::sync_packet(packet).encode_into(&mut self.header, self.shared.ram.layout().page_size());
+        let page_size = self.shared.ram.layout().page_size();
+        self.packet.truncate(packet::header_len(page_size));
+        PacketHeader::sync_packet(self.shared.scan.packet_number()).encode_into(&mut self.packet, page_size);
         let place = self.place();
-        self.stream.write(&self.header, &[]).map_err(Error::io(place))?;
+        self.stream.write(&self.packet, &[]).map_err(Error::io(place))?;
         self.stream.flush().map_err(Error::io(place))?;
-        self.count(self.header.len() as u64);
+        self.count(self.packet.len() as u64);
         Ok(())
     }
 
