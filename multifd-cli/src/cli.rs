@@ -1,6 +1,6 @@
 //! The command line: verbs, options, and what is right for each.
 
-use std::{fmt, num::NonZeroU8, time::Duration};
+use std::{fmt, num::NonZeroU8, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use multifd::{destination, source, transport::uri::Uri};
@@ -33,6 +33,10 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Run the built-in guest; it can be migrated away, or wait for an incoming migration.
     Guest(GuestArgs),
+    /// Receive a VM from QEMU, or from multifd, into a checkpoint file.
+    Receive(ReceiveArgs),
+    /// Send the VM in a checkpoint file to QEMU, or to multifd.
+    Send(SendArgs),
 }
 
 impl Verb {
@@ -41,6 +45,8 @@ impl Verb {
         match self {
             Verb::Demo(args) => &args.output,
             Verb::Guest(args) => &args.output,
+            Verb::Receive(args) => &args.output,
+            Verb::Send(args) => &args.output,
         }
     }
 }
@@ -108,6 +114,68 @@ pub struct GuestArgs {
     /// Ends with the process of this id, which reports errors in its place.
     #[arg(long, value_name = "PID", hide = true)]
     pub child_of: Option<i32>,
+}
+
+/// Options of `multifd receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    /// Where to wait for the source: tcp:HOST:PORT, unix:PATH or fd:N. Port 0 picks a free one.
+    #[arg(value_name = "URI")]
+    pub uri: Uri,
+    /// The checkpoint, a mapped-ram migration file; it appears when it is complete and on disk.
+    #[arg(short, long = "output", value_name = "FILE")]
+    pub file: PathBuf,
+    /// Replace FILE if it exists, when the new one is complete.
+    #[arg(long)]
+    pub force: bool,
+    /// Report the SHA-256 of each RAM block.
+    #[arg(long)]
+    pub digest: bool,
+    /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
+    #[arg(long, value_name = "DIR")]
+    pub record: Option<PathBuf>,
+    /// Tell the source that it may switch over, as QEMU's capability switchover-ack needs it. Fails QEMUs before 8.1,
+    /// so auto does it for machine types that those do not have.
+    #[arg(long, value_enum, default_value_t = ReturnPathAck::Auto, value_name = "WHEN")]
+    pub return_path_ack: ReturnPathAck,
+    /// Connections for pages that there have to be, 1 to 255 [default: as many as the source opens].
+    #[arg(long, value_name = "N", value_parser = channels)]
+    pub channels: Option<NonZeroU8>,
+    /// Compression that the source has to use [default: any].
+    #[arg(long, value_enum)]
+    pub compression: Option<Compression>,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `multifd send`.
+#[derive(Debug, Args)]
+pub struct SendArgs {
+    /// The checkpoint: of multifd receive, or a mapped-ram migration file of QEMU.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Where the destination waits: tcp:HOST:PORT, unix:PATH or fd:N.
+    #[arg(value_name = "URI")]
+    pub uri: Uri,
+    /// How to send it. Pages of zeros go to the main connection by default, whatever the machine type, because a
+    /// QEMU does not write those that it finds in packets.
+    #[command(flatten)]
+    pub transfer: TransferArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Whether to tell the source that it may switch over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReturnPathAck {
+    /// If the machine type says that it understands it.
+    Auto,
+    /// Never.
+    Never,
+    /// In any case.
+    Always,
 }
 
 /// What the built-in guest is like.
@@ -468,6 +536,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
     let checked = match &cli.verb {
         Verb::Demo(args) => args.machine.check(),
         Verb::Guest(args) => args.machine.check(),
+        Verb::Receive(_) | Verb::Send(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

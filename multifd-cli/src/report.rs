@@ -42,7 +42,6 @@ impl Outcome {
     }
 
     /// The end of a migration that did not come to its end.
-    #[allow(dead_code, reason = "the next verbs use it")]
     pub fn migration_failed(error: &Error, report: Map<String, Value>) -> Outcome {
         Outcome { exit: Exit::from(error), error: Some(error.to_string()), report, text: String::new() }
     }

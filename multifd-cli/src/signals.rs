@@ -28,7 +28,6 @@ pub fn on_interrupt(mut interrupted: impl FnMut() + Send + 'static) -> io::Resul
 ///
 /// # Errors
 /// The kernel's.
-#[allow(dead_code, reason = "the next verbs use it")]
 pub fn cancel_on_interrupt(stop: StopHandle) -> io::Result<()> {
     on_interrupt(move || stop.cancel())
 }

@@ -2,6 +2,8 @@
 
 mod demo;
 mod guest;
+mod receive;
+mod send;
 
 use crate::{cli::Verb, report::Outcome};
 
@@ -10,5 +12,7 @@ pub fn run(verb: &Verb) -> Outcome {
     match verb {
         Verb::Demo(args) => demo::run(args),
         Verb::Guest(args) => guest::run(args),
+        Verb::Receive(args) => receive::run(args),
+        Verb::Send(args) => send::run(args),
     }
 }

@@ -127,6 +127,11 @@ impl Writer {
 
 impl Target for Writer {
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
+        if !head.return_path {
+            tracing::warn!(
+                "the source has not opened the return path: if this fails, it cannot be told, and its VM does not run on"
+            );
+        }
         let bytes = head.layout.bytes();
         if bytes > MAX_RAM {
             return Err(CheckpointError::TooMuchRam { bytes, limit: MAX_RAM }.into());

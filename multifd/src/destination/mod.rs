@@ -27,7 +27,11 @@ use multifd_proto::{
 };
 
 use self::{accept::Acceptor, target::VmTarget};
-pub use self::{first_touch::FirstTouch, options::Options, report::Report};
+pub use self::{
+    first_touch::FirstTouch,
+    options::{Options, SwitchoverAck},
+    report::Report,
+};
 pub(crate) use self::{
     main_reader::MainReader,
     sink::{PageBits, PageSink, Scratch},
@@ -315,7 +319,7 @@ impl Run {
         match command {
             Command::OpenReturnPath => {
                 self.return_path = true;
-                if self.shared.options.switchover_ack {
+                if self.shared.options.switchover_ack.is_due(&self.report.machine) {
                     self.main().reply(&Message::SwitchoverAck)?;
                 }
                 Ok(())
@@ -334,7 +338,8 @@ impl Run {
         self.shared.progress.set_pages_total(layout.pages());
         self.report.blocks = blocks.iter().map(|block| (block.name.clone(), block.used_len)).collect();
         let ram_section = self.main().decoder().ram_section().expect("its block list was read");
-        let head = StreamHead { machine: self.report.machine.clone(), ram_section, blocks, layout };
+        let (machine, return_path) = (self.report.machine.clone(), self.return_path);
+        let head = StreamHead { machine, return_path, ram_section, blocks, layout };
         let sink = target.open_ram(&head)?;
         *lock(&self.shared.pages) = Some(Pages { layout: Arc::new(head.layout), sink: sink.clone() });
         self.sink = Some(sink);

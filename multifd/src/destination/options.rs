@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::packet::Compression;
+use multifd_proto::{machine::Dialect, packet::Compression};
 
 use super::FirstTouch;
 use crate::clock::Clock;
@@ -23,9 +23,8 @@ pub struct Options {
     pub machine: Option<String>,
     /// The UUID that the source's channels have to name; `None` for any, the same on all channels.
     pub uuid: Option<[u8; 16]>,
-    /// Tell the source that it may switch over whenever it likes: needed by a QEMU source with `switchover-ack`, fatal
-    /// for one before 8.1 (spec §11).
-    pub switchover_ack: bool,
+    /// Whether to tell the source that it may switch over whenever it likes.
+    pub switchover_ack: SwitchoverAck,
     /// How long a connection may take to say what it is, and the source to open the remaining ones.
     pub setup_timeout: Option<Duration>,
     /// How long the source may take to close main after it was told that the VM is ours.
@@ -46,12 +45,37 @@ impl Default for Options {
             first_touch: FirstTouch::Auto,
             machine: None,
             uuid: None,
-            switchover_ack: false,
+            switchover_ack: SwitchoverAck::Auto,
             setup_timeout: Some(Duration::from_secs(30)),
             close_timeout: Duration::from_secs(5),
             clock: Clock::monotonic(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
+        }
+    }
+}
+
+/// Whether to tell the source that it may switch over, once it has opened the return path.
+///
+/// A QEMU with the capability `switchover-ack` never ends the migration without; one before 8.1 fails it. Nothing in the
+/// stream says which one it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwitchoverAck {
+    /// If the machine type is one that only QEMUs have that understand it: 8.1 and newer.
+    Auto,
+    /// Never.
+    Never,
+    /// In any case.
+    Always,
+}
+
+impl SwitchoverAck {
+    pub(super) fn is_due(self, machine: &str) -> bool {
+        match self {
+            // The message came with the version that changed the dialect.
+            SwitchoverAck::Auto => Dialect::of_machine(machine) == Some(Dialect::PerRound),
+            SwitchoverAck::Never => false,
+            SwitchoverAck::Always => true,
         }
     }
 }

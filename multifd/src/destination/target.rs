@@ -15,6 +15,8 @@ use crate::{
 /// What main has said before the first page.
 pub(crate) struct StreamHead {
     pub(crate) machine: String,
+    /// Whether the source is going to wait for our answer.
+    pub(crate) return_path: bool,
     /// The id of the `ram` section.
     pub(crate) ram_section: u32,
     pub(crate) blocks: Vec<BlockEntry>,

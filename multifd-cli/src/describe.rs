@@ -1,0 +1,264 @@
+//! Describes what is in a checkpoint or a stream: RAM blocks and device state, for a person or as JSON.
+
+use std::io::{self, Read};
+
+use multifd::checkpoint::Checkpoint;
+use multifd_proto::vmdesc::{self, DeviceSection, VmDescription};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::table::{self, grouped};
+
+/// One RAM block.
+pub struct Block {
+    /// Its name.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes in a page.
+    pub page_size: u64,
+    /// Pages with content; the others are zeros.
+    pub normal: u64,
+    /// SHA-256 of all bytes, in hexadecimal digits.
+    pub digest: Option<String>,
+}
+
+/// The blocks of `checkpoint`, with digests if asked for.
+///
+/// # Errors
+/// The kernel's, when the file is read for a digest.
+pub fn blocks_of(checkpoint: &Checkpoint, digests: bool) -> io::Result<Vec<Block>> {
+    let describe = |index: usize| {
+        let block = &checkpoint.blocks()[index];
+        let digest = if digests { Some(digest(&mut checkpoint.block_reader(index))?) } else { None };
+        Ok(Block {
+            name: block.name.to_string(),
+            size: block.bytes,
+            page_size: checkpoint.layout().page_size() as u64,
+            normal: block.pages_present,
+            digest,
+        })
+    };
+    (0..checkpoint.blocks().len()).map(describe).collect()
+}
+
+/// SHA-256 of everything that `from` has.
+///
+/// # Errors
+/// Those of `from`.
+pub fn digest(from: &mut dyn Read) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    loop {
+        match from.read(&mut buf)? {
+            0 => return Ok(hex(&hash.finalize())),
+            n => hash.update(&buf[..n]),
+        }
+    }
+}
+
+/// SHA-256 of `bytes`.
+pub fn digest_of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// `bytes` in hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The usual text form of a UUID.
+pub fn uuid(uuid: &[u8; 16]) -> String {
+    let digits = hex(uuid);
+    [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
+}
+
+/// `ram-blocks` of the report.
+pub fn blocks_json(blocks: &[Block]) -> Value {
+    let describe = |block: &Block| {
+        let pages = block.size / block.page_size;
+        let mut object = Map::new();
+        object.insert("name".to_owned(), block.name.clone().into());
+        object.insert("size".to_owned(), block.size.into());
+        object.insert("pages".to_owned(), pages.into());
+        object.insert("normal".to_owned(), block.normal.into());
+        object.insert("zero".to_owned(), (pages - block.normal).into());
+        if let Some(digest) = &block.digest {
+            object.insert("digest".to_owned(), digest.clone().into());
+        }
+        Value::Object(object)
+    };
+    Value::Array(blocks.iter().map(describe).collect())
+}
+
+/// A table of the blocks.
+pub fn blocks_text(blocks: &[Block]) -> String {
+    let width = blocks.iter().map(|block| block.name.len()).max().unwrap_or_default().max("RAM block".len());
+    let mut out =
+        format!("\n  {:width$}  {:>11}  {:>13}  {:>13}\n", "RAM block", "size", "content pages", "zero pages");
+    for block in blocks {
+        let zero = block.size / block.page_size - block.normal;
+        out.push_str(&format!(
+            "  {:width$}  {:>11}  {:>13}  {:>13}\n",
+            block.name,
+            table::bytes(block.size),
+            grouped(block.normal),
+            grouped(zero)
+        ));
+        if let Some(digest) = &block.digest {
+            out.push_str(&format!("    sha256 {digest}\n"));
+        }
+    }
+    out
+}
+
+/// Device state, cut into sections as far as its description allows.
+pub struct Devices<'a> {
+    early: &'a [u8],
+    blob: &'a [u8],
+    description_bytes: usize,
+    description: Option<VmDescription>,
+    /// With their place: early ones first.
+    sections: Vec<(bool, DeviceSection)>,
+    /// Why it could not be cut.
+    problem: Option<String>,
+}
+
+impl<'a> Devices<'a> {
+    /// The device state of `checkpoint`.
+    pub fn of_checkpoint(checkpoint: &'a Checkpoint) -> Devices<'a> {
+        Devices::new(checkpoint.early(), checkpoint.sections(), checkpoint.vmdescription())
+    }
+
+    /// Sections `early` before the pages, those of `blob` behind them, and what describes them.
+    pub fn new(early: &'a [u8], blob: &'a [u8], vmdescription: &[u8]) -> Devices<'a> {
+        let mut devices = Devices {
+            early,
+            blob,
+            description_bytes: vmdescription.len(),
+            description: None,
+            sections: Vec::new(),
+            problem: None,
+        };
+        if vmdescription.is_empty() {
+            devices.problem = (!blob.is_empty()).then(|| "the stream has no description of it".to_owned());
+            return devices;
+        }
+        match VmDescription::parse(vmdescription) {
+            Ok(description) => {
+                if let Err(error) = devices.cut(&description) {
+                    devices.problem = Some(error.to_string());
+                }
+                devices.description = Some(description);
+            }
+            Err(error) => devices.problem = Some(format!("its description is no JSON of the right shape: {error}")),
+        }
+        devices
+    }
+
+    fn cut(&mut self, description: &VmDescription) -> Result<(), vmdesc::CutError> {
+        let sections = vmdesc::cut(self.blob, description)?;
+        let first = sections.first().map_or(description.devices.len(), |section| section.device);
+        // Devices before the first of these were sent before the pages.
+        let devices = description.devices[..first].to_vec();
+        let before = VmDescription { page_size: description.page_size, devices };
+        let early = vmdesc::cut(self.early, &before)?;
+        self.sections.extend(early.into_iter().map(|section| (true, section)));
+        self.sections.extend(sections.into_iter().map(|section| (false, section)));
+        Ok(())
+    }
+
+    /// Whether the state is exactly what its description says.
+    pub fn is_cut(&self) -> bool {
+        self.problem.is_none()
+    }
+
+    /// Why it could not be cut.
+    pub fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+
+    /// `devices` of the report; with the values of all fields, if asked for.
+    pub fn json(&self, fields: bool) -> Value {
+        let describe = |(early, section): &(bool, DeviceSection)| {
+            let mut object = Map::new();
+            object.insert("name".to_owned(), section.name.clone().into());
+            object.insert("instance".to_owned(), section.instance.into());
+            object.insert("version".to_owned(), section.version.into());
+            object.insert("bytes".to_owned(), section.body.len().into());
+            if *early {
+                object.insert("early".to_owned(), true.into());
+            }
+            if fields {
+                let values = self.values(*early, section).map_or(Value::Null, |values| json!(values));
+                object.insert("fields".to_owned(), values);
+            }
+            Value::Object(object)
+        };
+        Value::Array(self.sections.iter().map(describe).collect())
+    }
+
+    fn values(&self, early: bool, section: &DeviceSection) -> Option<vmdesc::Value> {
+        let blob = if early { self.early } else { self.blob };
+        self.description.as_ref()?.devices.get(section.device)?.values(&blob[section.body.clone()])
+    }
+
+    /// One line.
+    pub fn summary(&self) -> String {
+        let size = table::bytes((self.early.len() + self.blob.len()) as u64);
+        match &self.problem {
+            None => format!("\n  device state: {}, {size}\n", counted(self.sections.len(), "device")),
+            Some(problem) => format!("\n  device state: {size}, not cut into devices: {problem}\n"),
+        }
+    }
+
+    /// All devices, with their fields if asked for.
+    pub fn text(&self, fields: bool) -> String {
+        let mut out = self.summary();
+        if self.description_bytes > 0 {
+            out.pop();
+            out.push_str(&format!(", described by {}\n", table::bytes(self.description_bytes as u64)));
+        }
+        for (early, section) in &self.sections {
+            let when = if *early { ", sent before the pages" } else { "" };
+            let name = section.name.escape_debug();
+            let (instance, version) = (section.instance, section.version);
+            let bytes = grouped(section.body.len() as u64);
+            out.push_str(&format!("  {bytes:>9} bytes  {name} (instance {instance}, version {version}{when})\n"));
+            if fields && let Some(vmdesc::Value::Fields(values)) = self.values(*early, section) {
+                values.iter().for_each(|(name, value)| field(&mut out, 3, name, value));
+            }
+        }
+        out
+    }
+}
+
+/// Adds the lines of one field.
+fn field(out: &mut String, depth: usize, name: &str, value: &vmdesc::Value) {
+    let indent = "    ".repeat(depth);
+    let name = name.escape_debug();
+    match value {
+        vmdesc::Value::Fields(values) if !values.is_empty() => {
+            out.push_str(&format!("{indent}{name}:\n"));
+            values.iter().for_each(|(name, value)| field(out, depth + 1, name, value));
+        }
+        vmdesc::Value::List(values) if values.iter().any(|value| matches!(value, vmdesc::Value::Fields(_))) => {
+            for (index, value) in values.iter().enumerate() {
+                field(out, depth, &format!("{name}[{index}]"), value);
+            }
+        }
+        vmdesc::Value::Bytes(bytes) if bytes.len() > LONG => {
+            let (begin, len) = (hex(&bytes[..LONG]), bytes.len());
+            out.push_str(&format!("{indent}{name}: {begin}… ({len} bytes)\n"));
+        }
+        value => out.push_str(&format!("{indent}{name}: {value}\n")),
+    }
+}
+
+/// `1 channel`, `4 channels`.
+pub fn counted(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+/// Bytes of a field that are shown.
+const LONG: usize = 32;

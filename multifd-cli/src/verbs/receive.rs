@@ -1,0 +1,138 @@
+//! `multifd receive`: takes a VM over the network into a checkpoint file.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use multifd::{
+    checkpoint::{self, Checkpoint, CheckpointError},
+    destination::{self, Destination, SwitchoverAck},
+    transport::{Listen, record::Recording, uri::Uri},
+};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    cli::{ReceiveArgs, ReturnPathAck},
+    describe,
+    exit::Exit,
+    progress::{Display, above_the_bar},
+    report::{MigrationReport, Outcome, fields},
+    signals, table,
+};
+
+/// Waits for a source and takes its VM.
+pub fn run(args: &ReceiveArgs) -> Outcome {
+    match receive(args) {
+        Ok(outcome) => outcome,
+        Err(error) => Outcome::failed(Exit::Failed, error),
+    }
+}
+
+/// # Errors
+/// What went wrong before any connection was made.
+fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
+    let mut writer = checkpoint::Writer::create(&args.file, args.force).map_err(|error| match error {
+        CheckpointError::Exists { path } => format!("{path:?} exists; --force replaces it").into(),
+        error => Box::<dyn std::error::Error>::from(error),
+    })?;
+    let destination = Destination::new(options(args));
+    signals::cancel_on_interrupt(destination.stop_handle())?;
+    let listener = listener(&args.uri, args.record.as_deref())?;
+    let progress = destination.progress();
+    let mut display = Display::new(&args.output, &progress);
+    let begun = Instant::now();
+    let received = writer.receive(destination, listener, &mut display);
+    let rounds = display.rounds();
+    drop(display);
+    match received {
+        Ok(report) => Ok(described(args, &report)),
+        Err(error) => {
+            let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
+            let mut outcome = Outcome::migration_failed(&error, fields(&partial));
+            if writer.is_published() {
+                let path = &args.file;
+                outcome.error =
+                    Some(format!("{path:?} is complete, but the source may not know it and run on: {error}"));
+                outcome.report.insert("checkpoint".to_owned(), file_report(path));
+            }
+            Ok(outcome)
+        }
+    }
+}
+
+fn options(args: &ReceiveArgs) -> destination::Options {
+    destination::Options {
+        channels: args.channels.map(Into::into),
+        compression: args.compression.map(Into::into),
+        switchover_ack: match args.return_path_ack {
+            ReturnPathAck::Auto => SwitchoverAck::Auto,
+            ReturnPathAck::Never => SwitchoverAck::Never,
+            ReturnPathAck::Always => SwitchoverAck::Always,
+        },
+        ..destination::Options::default()
+    }
+}
+
+fn listener(uri: &Uri, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
+    let recording = record.map(Recording::new).transpose()?;
+    let listener = uri.listener()?;
+    above_the_bar(|| writeln!(io::stderr(), "listening on {}", listener.uri()))?;
+    Ok(match recording {
+        Some(recording) => Box::new(recording.listener(Box::new(listener))),
+        None => Box::new(listener),
+    })
+}
+
+/// The report on a checkpoint that was received, from the file itself.
+fn described(args: &ReceiveArgs, received: &destination::Report) -> Outcome {
+    let migration = MigrationReport::received(received, checkpoint::PAGE_SIZE, std::time::Duration::ZERO);
+    let mut report = fields(&migration);
+    report.insert("machine".to_owned(), received.machine.clone().into());
+    report.insert("checkpoint".to_owned(), file_report(&args.file));
+    let checkpoint = match Checkpoint::open(&args.file) {
+        Ok(checkpoint) => checkpoint,
+        // It was received and lasts; what is wrong now came after that.
+        Err(error) => return Outcome { report, ..Outcome::failed(Exit::Failed, error) },
+    };
+    let blocks = match describe::blocks_of(&checkpoint, args.digest) {
+        Ok(blocks) => blocks,
+        Err(error) => return Outcome { report, ..Outcome::failed(Exit::Failed, error) },
+    };
+    let devices = describe::Devices::of_checkpoint(&checkpoint);
+    report.insert("ram-blocks".to_owned(), describe::blocks_json(&blocks));
+    report.insert("devices".to_owned(), devices.json(false));
+    let mut text = summary(&migration, received, &args.file);
+    text.push_str(&describe::blocks_text(&blocks));
+    text.push_str(&devices.summary());
+    Outcome::done(report, text)
+}
+
+fn summary(migration: &MigrationReport, received: &destination::Report, path: &Path) -> String {
+    let ram = &migration.ram;
+    let seconds = migration.total_time / 1e3;
+    let rate = if seconds > 0.0 { ram.transferred as f64 / seconds } else { 0.0 };
+    format!(
+        "received {} into {}\n  {} of {} in {} ({}/s), {}, {} sync points\n",
+        received.machine,
+        path.display(),
+        table::bytes(ram.transferred),
+        table::bytes(ram.total),
+        table::milliseconds(migration.total_time),
+        table::decimal_bytes(rate),
+        describe::counted(migration.channels, "channel"),
+        migration.rounds.len(),
+    )
+}
+
+fn file_report(path: &PathBuf) -> Value {
+    let metadata = std::fs::metadata(path);
+    let mut report = Map::new();
+    report.insert("path".to_owned(), path.display().to_string().into());
+    if let Ok(metadata) = metadata {
+        report.insert("bytes".to_owned(), json!(metadata.len()));
+        report.insert("disk-bytes".to_owned(), json!(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512));
+    }
+    Value::Object(report)
+}

@@ -1,0 +1,113 @@
+//! `multifd send`: streams a checkpoint to whoever waits for a VM.
+
+use std::time::{Duration, Instant};
+
+use multifd::{
+    checkpoint::{self, Checkpoint, CheckpointSource},
+    error::Error,
+    source::{self, Source},
+};
+use multifd_proto::machine::{Dialect, ZeroPages};
+
+use crate::{
+    cli::SendArgs,
+    describe,
+    exit::Exit,
+    progress::Display,
+    report::{MigrationReport, Outcome, fields},
+    signals, table,
+};
+
+/// Sends the checkpoint.
+pub fn run(args: &SendArgs) -> Outcome {
+    let checkpoint = match Checkpoint::open(&args.file) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => {
+            let error = Error::from(error);
+            return Outcome::failed(Exit::from(&error), error);
+        }
+    };
+    let Some(options) = options(args, &checkpoint) else {
+        let machine = checkpoint.machine();
+        let message = format!(
+            "the version of machine type {machine:?} is not known, and with the wrong --sync a QEMU waits for ever: \
+             per-round is right for machine types of QEMU 8.1 and newer, per-section for older ones"
+        );
+        return Outcome::failed(Exit::Usage, message);
+    };
+    match send(args, &checkpoint, options) {
+        Ok(outcome) => outcome,
+        Err(error) => Outcome::failed(Exit::Failed, error),
+    }
+}
+
+/// How to send it; nothing where that cannot be known.
+fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {
+    let machine = checkpoint.machine();
+    let ours = machine.starts_with("multifd");
+    if args.transfer.sync.is_none() && Dialect::of_machine(machine).is_none() && !ours {
+        return None;
+    }
+    let mut options = args.transfer.source_options(machine);
+    if args.transfer.zero_pages.is_none() && !ours {
+        // A QEMU believes the list of zero pages in a packet without looking: memory that is not new would keep what it
+        // holds, and one before 9.0 does not read the list at all. It does what a ZERO word says in any case.
+        options.zero_pages = ZeroPages::Legacy;
+    }
+    checkpoint.apply_to(&mut options);
+    Some(options)
+}
+
+/// # Errors
+/// What went wrong before any connection was made.
+fn send(
+    args: &SendArgs,
+    checkpoint: &Checkpoint,
+    options: source::Options,
+) -> Result<Outcome, Box<dyn std::error::Error>> {
+    let mut vm = CheckpointSource::new(checkpoint)?;
+    let zero_pages = options.zero_pages;
+    let source = Source::new(options);
+    signals::cancel_on_interrupt(source.stop_handle())?;
+    let connector = args.uri.connector()?;
+    let progress = source.progress();
+    let mut display = Display::new(&args.output, &progress);
+    let begun = Instant::now();
+    let sent = source.run(&mut vm, &*connector, &mut display);
+    let rounds = display.rounds();
+    drop(display);
+    let (migration, error) = match &sent {
+        Ok(report) => (MigrationReport::sent(report, Duration::ZERO), None),
+        Err(error) => {
+            let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
+            (partial, Some(error))
+        }
+    };
+    let mut report = fields(&migration);
+    report.insert("machine".to_owned(), checkpoint.machine().into());
+    report.insert("zero-pages".to_owned(), zero_pages.to_string().into());
+    Ok(match error {
+        Some(error) => Outcome::migration_failed(error, report),
+        None => {
+            let text = summary(args, checkpoint, &migration);
+            Outcome::done(report, text)
+        }
+    })
+}
+
+fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport) -> String {
+    let ram = &migration.ram;
+    let rate = if migration.total_time > 0.0 { ram.transferred as f64 / migration.total_time * 1e3 } else { 0.0 };
+    format!(
+        "sent {} from {} to {}\n  {} of {} in {} ({}/s), {}, sync {}; the destination has the VM\n",
+        checkpoint.machine(),
+        args.file.display(),
+        args.uri,
+        table::bytes(ram.transferred),
+        table::bytes(ram.total),
+        table::milliseconds(migration.total_time),
+        table::decimal_bytes(rate),
+        describe::counted(migration.channels, "channel"),
+        migration.dialect.as_deref().unwrap_or("unknown"),
+    )
+}
