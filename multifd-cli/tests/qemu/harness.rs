@@ -192,6 +192,11 @@ impl Drop for Multifd {
         // Fails only if it was reaped before.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("multifd said: {:?} {:?}", self.log, self.lines.try_iter().collect::<Vec<_>>());
+            let stdout = self.stdout.take().and_then(|stdout| stdout.join().ok());
+            eprintln!("and reported: {}", stdout.unwrap_or_default());
+        }
     }
 }
 
