@@ -54,7 +54,9 @@ impl Settings {
     pub fn apply(&self, qemu: &mut Qemu) {
         qemu.qmp().set_capabilities(&[("return-path", self.return_path)]).unwrap();
         qemu.qmp().set_multifd(self.channels, self.compression).unwrap();
-        qemu.qmp().set_parameters(&[("max-bandwidth", json!(10u64 << 30))]).unwrap();
+        // So long a pause that it comes to its end also on a machine with much else to do.
+        let parameters = [("max-bandwidth", json!(10u64 << 30)), ("downtime-limit", json!(3000))];
+        qemu.qmp().set_parameters(&parameters).unwrap();
     }
 
     /// The same as options of `multifd send`.
