@@ -105,6 +105,19 @@ impl Style {
     }
 }
 
+/// Whether whoever reads the result has seen a row for each round already.
+pub fn reader_saw_rounds(output: &OutputArgs) -> bool {
+    io::stdout().is_terminal() && Style::of(output, io::stderr().is_terminal()) != Style::Nothing
+}
+
+/// Prints `line` where progress is shown.
+pub fn remark(output: &OutputArgs, line: &str) {
+    if Style::of(output, io::stderr().is_terminal()) == Style::Bar {
+        // Progress is for display only.
+        let _ = above_the_bar(|| writeln!(io::stderr(), "{line}"));
+    }
+}
+
 /// Runs `print`, which prints to stderr, with the bar out of the way.
 ///
 /// # Errors
@@ -129,7 +142,8 @@ fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress
             let expected = round.expected_downtime.filter(|_| round.guest_running);
             expected.map_or(String::new(), |time| format!("  expected downtime {}", table::milliseconds(time)))
         });
-        if snapshot.round_pages > 0 {
+        let sends_pages = matches!(snapshot.phase, Some(Phase::Rounds | Phase::Switchover));
+        if sends_pages && snapshot.round_pages > 0 {
             bar.set_style(style(BAR_TEMPLATE));
             bar.set_length(snapshot.round_pages);
             bar.set_position(snapshot.round_done.min(snapshot.round_pages));
@@ -180,8 +194,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The bar on stderr, of which there is at most one: whoever else prints there moves it out of the way.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
-const BAR_TEMPLATE: &str = "{prefix:>12} {bar:28.cyan/dim} {human_pos}/{human_len} pages  {msg}";
-const SPINNER_TEMPLATE: &str = "{prefix:>12} {spinner:.cyan} {msg}";
+const BAR_TEMPLATE: &str = "{prefix:>12} {bar:24.cyan/dim} {human_pos}/{human_len} pages  {wide_msg}";
+const SPINNER_TEMPLATE: &str = "{prefix:>12} {spinner:.cyan} {wide_msg}";
 const TICK: Duration = Duration::from_millis(100);
 
 #[cfg(test)]

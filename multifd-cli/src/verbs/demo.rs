@@ -20,6 +20,7 @@ use crate::{
     cli::{DemoArgs, Transport},
     control::{self, Command},
     exit::Exit,
+    progress,
     report::{MigrationReport, Outcome, fields},
     signals, table, units,
 };
@@ -123,6 +124,10 @@ impl<'a> Demo<'a> {
         self.start_source().map_err(|error| failed(Exit::Failed, error))?;
         let source = self.wait_for_source()?;
         self.source = None;
+        progress::remark(
+            &self.args.output,
+            "        the source has ended; the guest checks its memory in the other process",
+        );
         self.finish_destination()?;
         let destination = self.wait_for_destination(None)?;
         self.verdict(&source, &destination)
@@ -348,12 +353,14 @@ impl<'a> Demo<'a> {
                 units::show_size(machine.memory),
                 units::show_size(machine.working_set())
             ),
-            format!("path        {}, {} channels, {compression}", self.uri, migration.channels),
+            format!("path        {}, {}, {compression}", self.uri, counted(migration.channels as u64, "channel")),
             String::new(),
-            table::header(),
         ];
-        lines.extend(migration.rounds.iter().map(table::row));
-        lines.push(String::new());
+        if !progress::reader_saw_rounds(&self.args.output) {
+            lines.push(table::header());
+            lines.extend(migration.rounds.iter().map(table::row));
+            lines.push(String::new());
+        }
         lines.push(format!(
             "total       {}, {} sent at {}/s; {} pages were never touched and not sent",
             table::milliseconds(migration.total_time),
@@ -394,6 +401,11 @@ impl<'a> Demo<'a> {
         lines.push(String::new());
         lines.join("\n")
     }
+}
+
+/// `1 channel`, `2 channels`.
+fn counted(number: u64, noun: &str) -> String {
+    format!("{} {noun}{}", table::grouped(number), if number == 1 { "" } else { "s" })
 }
 
 /// Over its whole working set, which the guest makes after the source has ended: in the first it checks what came from
