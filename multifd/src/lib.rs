@@ -34,3 +34,8 @@ pub mod transport;
 pub mod vm;
 
 pub use multifd_proto;
+
+/// The example in the README has to compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
