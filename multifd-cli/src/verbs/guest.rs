@@ -129,6 +129,8 @@ struct Session<'a> {
     report: Map<String, Value>,
     failure: Option<(Exit, String)>,
     compared: Option<Compared>,
+    /// Passes and time after which to end, once the guest has come.
+    finish_when_here: Option<(u64, Duration)>,
     _control: Option<Control>,
 }
 
@@ -168,6 +170,7 @@ impl<'a> Session<'a> {
             report,
             failure: None,
             compared: None,
+            finish_when_here: None,
             events,
             _control: control,
         })
@@ -328,6 +331,9 @@ impl<'a> Session<'a> {
                 });
                 self.say("the guest runs here");
                 self.deadline = self.args.run_for.map(|time| Instant::now() + time);
+                if let Some((passes, within)) = self.finish_when_here.take() {
+                    self.finish_after(passes, within);
+                }
                 false
             }
             Err(failed) => {
@@ -388,19 +394,25 @@ impl<'a> Session<'a> {
         Ok(json!({}))
     }
 
-    /// Has [`Event::Finish`] sent when the guest has made `passes`, or `within` seconds are over.
     fn answer_finish(&mut self, passes: u64, within: f64) -> Result<Value, String> {
-        if self.state != State::Running {
-            return Err("the guest does not run here".to_owned());
-        }
         let within = Duration::try_from_secs_f64(within).map_err(|error| error.to_string())?;
+        match self.state {
+            State::Running => self.finish_after(passes, within),
+            // The source may know that we have the guest before this loop does.
+            State::Incoming => self.finish_when_here = Some((passes, within)),
+            State::Outgoing | State::Migrated => return Err("the guest does not stay here".to_owned()),
+        }
+        Ok(json!({}))
+    }
+
+    /// Has [`Event::Finish`] sent when the guest has made `passes`, or the time is over.
+    fn finish_after(&self, passes: u64, within: Duration) {
         let (monitor, events) = (self.monitor.clone(), self.events.clone());
         thread::spawn(move || {
             monitor.wait_passes(passes, within);
             // The main loop is only gone when the process is about to end.
             let _ = events.send(Event::Finish);
         });
-        Ok(json!({}))
     }
 
     fn status(&mut self) -> Value {

@@ -142,7 +142,7 @@ impl Guest {
     /// Waits until the guest has made more passes than it had.
     #[track_caller]
     pub fn runs_on(&self) {
-        let passes = number(&self.wait_for(|_| true), "/passes");
+        let passes = number(&self.wait_for(|status| status["state"] == "running"), "/passes");
         let status = self.wait_for(|status| number(status, "/passes") > passes + 1.0);
         assert_eq!(number(&status, "/guest-errors"), 0.0);
     }
