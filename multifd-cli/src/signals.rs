@@ -6,7 +6,7 @@ use std::{io, thread};
 
 use multifd::stop::StopHandle;
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
+    consts::{SIGINT, SIGTERM},
     iterator::Signals,
 };
 
@@ -15,7 +15,7 @@ use signal_hook::{
 /// # Errors
 /// The kernel's.
 pub fn on_interrupt(mut interrupted: impl FnMut() + Send + 'static) -> io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for _signal in signals.forever() {
             interrupted();
