@@ -37,6 +37,8 @@ pub enum Verb {
     Receive(ReceiveArgs),
     /// Send the VM in a checkpoint file to QEMU, or to multifd.
     Send(SendArgs),
+    /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
+    Inspect(InspectArgs),
 }
 
 impl Verb {
@@ -47,6 +49,7 @@ impl Verb {
             Verb::Guest(args) => &args.output,
             Verb::Receive(args) => &args.output,
             Verb::Send(args) => &args.output,
+            Verb::Inspect(args) => &args.output,
         }
     }
 }
@@ -162,6 +165,29 @@ pub struct SendArgs {
     /// QEMU does not write those that it finds in packets.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `multifd inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint, a mapped-ram or other migration file of QEMU, or a directory with main.bin, ch0.bin, ... (also .xz).
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+    /// Show the fields of each device, decoded by the stream's own description.
+    #[arg(long)]
+    pub devices: bool,
+    /// Show the SHA-256 of each RAM block; of a stream: after everything in it was put into place.
+    #[arg(long)]
+    pub digest: bool,
+    /// Write the contents of this RAM block to the file that --output names.
+    #[arg(long, value_name = "BLOCK", requires = "file")]
+    pub extract: Option<String>,
+    /// Where to extract to; must not exist.
+    #[arg(short, long = "output", value_name = "FILE", requires = "extract")]
+    pub file: Option<PathBuf>,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -536,7 +562,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
     let checked = match &cli.verb {
         Verb::Demo(args) => args.machine.check(),
         Verb::Guest(args) => args.machine.check(),
-        Verb::Receive(_) | Verb::Send(_) => Ok(()),
+        Verb::Receive(_) | Verb::Send(_) | Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

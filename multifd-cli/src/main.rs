@@ -3,7 +3,6 @@
 mod child;
 mod cli;
 mod control;
-#[allow(dead_code, reason = "the next verb uses the rest")]
 mod describe;
 mod exit;
 mod log;

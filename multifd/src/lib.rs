@@ -16,6 +16,7 @@ pub mod destination;
 pub mod dirty;
 pub mod dirty_bitmap;
 pub mod error;
+pub mod inspect;
 pub mod layout;
 mod limiter;
 pub mod progress;

@@ -2,6 +2,7 @@
 
 mod demo;
 mod guest;
+mod inspect;
 mod receive;
 mod send;
 
@@ -12,6 +13,7 @@ pub fn run(verb: &Verb) -> Outcome {
     match verb {
         Verb::Demo(args) => demo::run(args),
         Verb::Guest(args) => guest::run(args),
+        Verb::Inspect(args) => inspect::run(args),
         Verb::Receive(args) => receive::run(args),
         Verb::Send(args) => send::run(args),
     }

@@ -1,7 +1,10 @@
 //! Real QEMUs on both ends of `multifd receive` and `multifd send`, with a live guest that proves its memory.
 //!
-//! `matrix` moves the guest through a checkpoint in combinations that cover each pair of values.
+//! `matrix` moves the guest through a checkpoint in combinations that cover each pair of values; `files` lets QEMU read our
+//! checkpoints and us read QEMU's; `streams` has sources with other capabilities; `failures` breaks things in the middle.
 
-#[allow(dead_code, reason = "the next tests use the rest")]
+mod failures;
+mod files;
 mod harness;
 mod matrix;
+mod streams;

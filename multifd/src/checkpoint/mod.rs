@@ -29,7 +29,11 @@ pub use self::{
     source::CheckpointSource,
     write::Writer,
 };
-pub(crate) use self::{pages::FilePages, tail::Tail};
+pub(crate) use self::{
+    pages::FilePages,
+    pending::unnamed_file,
+    tail::{Tail, early_section},
+};
 
 /// The page size of all checkpoints: x86 has no other, and nothing else was tried.
 pub const PAGE_SIZE: usize = 4096;

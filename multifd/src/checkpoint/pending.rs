@@ -53,11 +53,7 @@ impl PendingFile {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let directory = File::open(parent).map_err(|source| CheckpointError::Io {
-            path: parent.to_owned(),
-            doing: "opening the directory",
-            source,
-        })?;
+        let directory = open_directory(parent)?;
         let created = match unnamed(&directory) {
             Ok(file) => Ok((file, None)),
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {
@@ -154,6 +150,29 @@ impl Drop for PendingFile {
             let _ = rustix::fs::unlinkat(&self.directory, name, AtFlags::empty());
         }
     }
+}
+
+/// A file in `directory` that goes away with its last user.
+///
+/// # Errors
+/// The directory takes no files.
+pub(crate) fn unnamed_file(directory: &Path) -> Result<File, CheckpointError> {
+    let opened = open_directory(directory)?;
+    let file = unnamed(&opened).or_else(|_| {
+        let (file, name) = temporarily_named(&opened)?;
+        rustix::fs::unlinkat(&opened, name, AtFlags::empty())?;
+        Ok(file)
+    });
+    file.map_err(|error: Errno| CheckpointError::Io {
+        path: directory.to_owned(),
+        doing: "creating a file in it",
+        source: error.into(),
+    })
+}
+
+fn open_directory(path: &Path) -> Result<File, CheckpointError> {
+    let doing = "opening the directory";
+    File::open(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), doing, source })
 }
 
 /// A file without a name in `directory`, that can get one.

@@ -27,7 +27,7 @@ pub(crate) struct Tail {
 
 impl Tail {
     /// Takes all of `main`, of which the head of the first device's section was read.
-    pub(super) fn receive(first: &Section, main: &mut MainReader) -> Result<Tail, Error> {
+    pub(crate) fn receive(first: &Section, main: &mut MainReader) -> Result<Tail, Error> {
         let mut encoder = MainEncoder::new();
         let mut bytes = encoder.section(first).as_bytes().to_vec();
         let mut scanner = TailScanner::new();
@@ -79,7 +79,7 @@ impl Tail {
 }
 
 /// The section of a device that comes before the pages, whole: `main` goes on with its footer afterwards.
-pub(super) fn early_section(section: &Section, main: &mut MainReader) -> Result<Vec<u8>, Error> {
+pub(crate) fn early_section(section: &Section, main: &mut MainReader) -> Result<Vec<u8>, Error> {
     let Some(ram_section) = main.decoder().ram_section() else {
         return Err(CheckpointError::SectionBeforeRam { name: section.name.clone() }.into());
     };

@@ -33,7 +33,7 @@ pub(crate) struct MainReader {
 
 impl MainReader {
     /// Reads from `stream`, of which the magic has been read: it told that this is main.
-    pub(super) fn new(stream: Box<dyn Stream>, page_size: usize, progress: Progress) -> MainReader {
+    pub(crate) fn new(stream: Box<dyn Stream>, page_size: usize, progress: Progress) -> MainReader {
         let decoder = MainDecoder::new(page_size);
         let magic = stream::MAGIC.to_be_bytes();
         let mut buf = vec![0; BUFFER];
@@ -53,7 +53,7 @@ impl MainReader {
     }
 
     /// The next item. Its payload, if it has one, is to be taken with [`payload`](Self::payload).
-    pub(super) fn next_item(&mut self) -> Result<Item, Error> {
+    pub(crate) fn next_item(&mut self) -> Result<Item, Error> {
         debug_assert_eq!(self.payload, 0, "the payload of the item before was taken");
         loop {
             let step = self.decoder.step(&self.buf[self.start..self.end]);
@@ -72,7 +72,7 @@ impl MainReader {
     }
 
     /// The `len` bytes of payload that belong to the item before.
-    pub(super) fn payload(&mut self, len: usize) -> Result<&[u8], Error> {
+    pub(crate) fn payload(&mut self, len: usize) -> Result<&[u8], Error> {
         self.fill(len)?;
         let start = self.start;
         self.consume(len);
@@ -94,7 +94,7 @@ impl MainReader {
     }
 
     /// Whether anything follows the end of state: that can only be the vmdescription. Without one, the stream ends here.
-    pub(super) fn vmdescription_follows(&mut self) -> Result<bool, Error> {
+    pub(crate) fn vmdescription_follows(&mut self) -> Result<bool, Error> {
         match self.fill(1) {
             Ok(()) => Ok(true),
             // A source without return path closes main instead of waiting for us.

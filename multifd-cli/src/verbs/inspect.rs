@@ -1,0 +1,425 @@
+//! `multifd inspect`: what is in a checkpoint, in a migration stream, or in a recorded set of channels.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use liblzma::read::XzDecoder;
+use multifd::{
+    checkpoint::{Checkpoint, CheckpointError},
+    error::Error,
+    inspect::{Account, Inspection, Recorded},
+};
+use multifd_proto::{command::Command, machine::ZeroPages};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    cli::InspectArgs,
+    describe::{self, Block, Devices, counted},
+    exit::Exit,
+    report::{Outcome, compression_name, dialect_name},
+    table::{self, grouped},
+};
+
+/// Describes what is at the path.
+pub fn run(args: &InspectArgs) -> Outcome {
+    let described = if args.path.is_dir() {
+        recording(args)
+    } else {
+        match Checkpoint::open(&args.path) {
+            Ok(checkpoint) => inspect_checkpoint(args, &checkpoint),
+            Err(CheckpointError::NotMappedRam { .. }) => stream(args),
+            Err(error) => Err(error.into()),
+        }
+    };
+    described.unwrap_or_else(|failure| match failure {
+        Failure::Engine(error) => Outcome::failed(Exit::from(&error), error),
+        Failure::Other(error) => Outcome::failed(Exit::Failed, error),
+    })
+}
+
+/// Why nothing can be said.
+enum Failure {
+    Engine(Error),
+    Other(String),
+}
+
+impl From<CheckpointError> for Failure {
+    fn from(error: CheckpointError) -> Failure {
+        Failure::Engine(error.into())
+    }
+}
+
+impl From<String> for Failure {
+    fn from(error: String) -> Failure {
+        Failure::Other(error)
+    }
+}
+
+fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Outcome, Failure> {
+    let reading = |error: io::Error| format!("{}: {error}", args.path.display());
+    let blocks = describe::blocks_of(checkpoint, args.digest).map_err(reading)?;
+    let devices = Devices::of_checkpoint(checkpoint);
+    let extracted = match wanted(args, checkpoint.blocks().iter().map(|block| block.name.as_str()))? {
+        Some((index, to)) => Some(extract(&mut checkpoint.block_reader(index), to)?),
+        None => None,
+    };
+    let disk =
+        std::fs::metadata(&args.path).map_or(0, |metadata| std::os::unix::fs::MetadataExt::blocks(&metadata) * 512);
+    let mut report = Map::new();
+    report.insert("kind".to_owned(), "checkpoint".into());
+    report.insert("path".to_owned(), args.path.display().to_string().into());
+    report.insert("bytes".to_owned(), checkpoint.bytes().into());
+    report.insert("disk-bytes".to_owned(), disk.into());
+    report.insert("machine".to_owned(), checkpoint.machine().into());
+    report.insert("page-size".to_owned(), checkpoint.layout().page_size().into());
+    report.insert("capabilities".to_owned(), json!(checkpoint.capabilities()));
+    report.insert("uuid".to_owned(), json!(checkpoint.uuid().as_ref().map(describe::uuid)));
+    add_state(&mut report, args, &blocks, &devices, (checkpoint.sections(), checkpoint.vmdescription()));
+    let mut text = format!(
+        "{}: checkpoint (mapped-ram migration file), {}, {} on disk\n  machine {}\n",
+        args.path.display(),
+        table::bytes(checkpoint.bytes()),
+        table::bytes(disk),
+        checkpoint.machine(),
+    );
+    if let Some(uuid) = checkpoint.uuid() {
+        text.push_str(&format!("  uuid {}\n", describe::uuid(&uuid)));
+    }
+    text.push_str(&describe::blocks_text(&blocks));
+    text.push_str(&devices.text(args.devices));
+    text.push_str(&extracted.unwrap_or_default());
+    Ok(Outcome::done(report, text))
+}
+
+/// A single file: main of a migration without channels.
+fn stream(args: &InspectArgs) -> Result<Outcome, Failure> {
+    let recorded = Recorded { main: open(&args.path)?, channels: Vec::new() };
+    inspect_recorded(args, "stream", recorded)
+}
+
+/// A directory with a file for each connection.
+fn recording(args: &InspectArgs) -> Result<Outcome, Failure> {
+    let find = |name: &str| {
+        let path = args.path.join(name);
+        let packed = args.path.join(format!("{name}.xz"));
+        [path, packed].into_iter().find(|path| path.is_file())
+    };
+    let Some(main) = find("main.bin") else {
+        return Err(format!("{}: there is no main.bin or main.bin.xz in it", args.path.display()).into());
+    };
+    let channels = (0..=u8::MAX).map_while(|id| find(&format!("ch{id}.bin")));
+    let channels = channels.map(|path| open(&path)).collect::<Result<_, String>>()?;
+    inspect_recorded(args, "recording", Recorded { main: open(&main)?, channels })
+}
+
+fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
+    let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let file = BufReader::with_capacity(1 << 20, file);
+    Ok(match path.extension() {
+        Some(extension) if extension == "xz" => Box::new(XzDecoder::new(file)),
+        _ => Box::new(file),
+    })
+}
+
+fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Result<Outcome, Failure> {
+    let needs_contents = args.digest || args.extract.is_some();
+    let directory = std::env::temp_dir();
+    let Inspection { account, broken, contents } =
+        Inspection::of(recorded, needs_contents.then_some(directory.as_path()))?;
+    let mut blocks = Vec::new();
+    for (index, (name, size, normal)) in account.blocks.iter().enumerate() {
+        let digest = match &contents {
+            Some(contents) if args.digest => {
+                let digest = describe::digest(&mut contents.block_reader(index));
+                Some(digest.map_err(|error| format!("{}: {error}", directory.display()))?)
+            }
+            _ => None,
+        };
+        blocks.push(Block { name: name.to_string(), size: *size, page_size: PAGE_SIZE, normal: *normal, digest });
+    }
+    let extracted = match wanted(args, account.blocks.iter().map(|(name, ..)| name.as_str()))? {
+        Some((index, to)) => {
+            let contents = contents.as_ref().ok_or_else(|| "the stream ends before the RAM blocks".to_owned())?;
+            Some(extract(&mut contents.block_reader(index), to)?)
+        }
+        None => None,
+    };
+    let devices = Devices::new(&account.early, account.sections(), account.vmdescription());
+    let mut report = Map::new();
+    report.insert("kind".to_owned(), kind.into());
+    report.insert("path".to_owned(), args.path.display().to_string().into());
+    report.extend(stream_json(&account));
+    add_state(&mut report, args, &blocks, &devices, (account.sections(), account.vmdescription()));
+    let rule = broken.as_ref().map(|error| match error {
+        Error::Protocol { at, source } => json!({
+            "connection": at.connection.to_string(), "offset": at.offset, "rule": source.to_string(),
+        }),
+        Error::Io { at, .. } => json!({
+            "connection": at.connection.to_string(), "offset": at.offset, "rule": error.to_string(),
+        }),
+        other => json!({ "rule": other.to_string() }),
+    });
+    report.insert("broken-rule".to_owned(), rule.unwrap_or_default());
+    let mut text = stream_text(args, &account);
+    text.push_str(&describe::blocks_text(&blocks));
+    if account.complete {
+        text.push_str(&devices.text(args.devices));
+    }
+    text.push_str(&extracted.unwrap_or_default());
+    Ok(match broken {
+        None => Outcome::done(report, text + "\n  no rule was broken\n"),
+        Some(error) => {
+            text.push_str(&format!("\n  first broken rule, with everything before it counted above:\n    {error}\n"));
+            Outcome { exit: Exit::Peer, error: Some(error.to_string()), report, text }
+        }
+    })
+}
+
+/// Blocks and devices.
+fn add_state(
+    report: &mut Map<String, Value>,
+    args: &InspectArgs,
+    blocks: &[Block],
+    devices: &Devices<'_>,
+    (sections, vmdescription): (&[u8], &[u8]),
+) {
+    report.insert("ram-blocks".to_owned(), describe::blocks_json(blocks));
+    report.insert("device-state-bytes".to_owned(), sections.len().into());
+    if args.digest {
+        report.insert("device-state-digest".to_owned(), describe::digest_of(sections).into());
+    }
+    report.insert("vmdescription-bytes".to_owned(), vmdescription.len().into());
+    report.insert("devices-cut".to_owned(), devices.is_cut().into());
+    if let Some(problem) = devices.problem() {
+        report.insert("devices-problem".to_owned(), problem.into());
+    }
+    report.insert("devices".to_owned(), devices.json(args.devices));
+}
+
+fn stream_json(account: &Account) -> Map<String, Value> {
+    let main = &account.main;
+    let commands: Vec<String> = main.commands.iter().map(command_text).collect();
+    let channels: Vec<Value> = account
+        .channels
+        .iter()
+        .map(|channel| {
+            json!({
+                "id": channel.id.0, "bytes": channel.bytes, "packets": channel.packets, "sync": channel.sync,
+                "sync-with-pages": channel.sync_with_pages, "empty": channel.empty, "stale-size": channel.stale_size,
+                "normal": channel.normal, "duplicate": channel.zero, "payload": channel.payload,
+                "compression": channel.compression.map(compression_name),
+            })
+        })
+        .collect();
+    let rounds: Vec<Value> = account
+        .rounds
+        .iter()
+        .map(|round| {
+            json!({
+                "round": round.round, "normal": round.normal, "duplicate": round.zero, "repeated": round.repeated,
+                "channel-pages": round.channel_pages,
+            })
+        })
+        .collect();
+    let report = json!({
+        "machine": main.machine,
+        "page-size": PAGE_SIZE,
+        "capabilities": main.capabilities,
+        "uuid": main.uuid.as_ref().map(describe::uuid),
+        "channel-uuid": account.channels.first().filter(|channel| channel.uuid != [0; 16]).map(|channel| describe::uuid(&channel.uuid)),
+        "return-path": main.commands.contains(&Command::OpenReturnPath),
+        "commands": commands,
+        "complete": account.complete,
+        "dialect": account.dialect.map(dialect_name),
+        "zero-pages": zero_pages(account).map(|zero_pages| zero_pages.to_string()),
+        "main": {
+            "bytes": main.bytes, "parts": main.parts, "zero": main.zero, "page": main.page, "xbzrle": main.xbzrle,
+            "compressed": main.compressed, "flush": main.flush, "end-of-section": main.end_of_section,
+            "sync-points": main.sync_points,
+        },
+        "channels": channels,
+        "rounds": rounds,
+        "pages-repeated-in-round": account.repeated_in_round,
+        "pages-sent-again": account.sent_again,
+    });
+    match report {
+        Value::Object(report) => report,
+        _ => unreachable!("an object was written above"),
+    }
+}
+
+fn stream_text(args: &InspectArgs, account: &Account) -> String {
+    let main = &account.main;
+    let mut out = format!("{}: migration stream", args.path.display());
+    match account.channels.len() {
+        0 => out.push_str(" without channels\n"),
+        channels => out.push_str(&format!(" with {}\n", counted(channels, "channel"))),
+    }
+    let machine = if main.machine.is_empty() { "unknown" } else { &main.machine };
+    out.push_str(&format!("  machine {machine}"));
+    if let Some(dialect) = account.dialect {
+        out.push_str(&format!(", sync {}", dialect_name(dialect)));
+    }
+    if let Some(zero_pages) = zero_pages(account) {
+        out.push_str(&format!(", zero pages {zero_pages}"));
+    }
+    out.push('\n');
+    for (what, list) in [
+        ("capabilities", main.capabilities.clone()),
+        ("commands", main.commands.iter().map(command_text).collect()),
+        ("uuid", main.uuid.iter().map(describe::uuid).collect()),
+    ] {
+        if !list.is_empty() {
+            out.push_str(&format!("  {what} {}\n", list.join(", ")));
+        }
+    }
+    out.push_str(&format!(
+        "\n  main: {} bytes, {} of ram, {}\n",
+        grouped(main.bytes),
+        counted(usize::try_from(main.parts).unwrap_or(usize::MAX), "section"),
+        counted(usize::try_from(main.sync_points).unwrap_or(usize::MAX), "sync point"),
+    ));
+    let words = [
+        (main.page, "with content"),
+        (main.zero, "zero"),
+        (main.xbzrle, "as XBZRLE differences"),
+        (main.compressed, "compressed"),
+    ];
+    let words: Vec<String> =
+        words.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{} {what}", grouped(*n))).collect();
+    if !words.is_empty() {
+        out.push_str(&format!("    pages: {}\n", words.join(", ")));
+    }
+    if account.channels.is_empty() && main.flush > 0 {
+        out.push_str("    it has sync points for channels, which are not here: their pages are missing below\n");
+    }
+    channels_text(&mut out, account);
+    rounds_text(&mut out, account);
+    out
+}
+
+fn channels_text(out: &mut String, account: &Account) {
+    if account.channels.is_empty() {
+        return;
+    }
+    out.push_str(&format!(
+        "\n  {:>7} {:>15} {:>9} {:>6} {:>11} {:>7} {:>11} {:>13} {:>11}  {}\n",
+        "channel",
+        "bytes",
+        "packets",
+        "SYNC",
+        "with pages",
+        "empty",
+        "stale size",
+        "content pages",
+        "zero pages",
+        "compression"
+    ));
+    for channel in &account.channels {
+        out.push_str(&format!(
+            "  {:>7} {:>15} {:>9} {:>6} {:>11} {:>7} {:>11} {:>13} {:>11}  {}\n",
+            channel.id.0,
+            grouped(channel.bytes),
+            grouped(channel.packets),
+            grouped(channel.sync),
+            grouped(channel.sync_with_pages),
+            grouped(channel.empty),
+            grouped(channel.stale_size),
+            grouped(channel.normal),
+            grouped(channel.zero),
+            channel.compression.map_or("", compression_name),
+        ));
+    }
+}
+
+fn rounds_text(out: &mut String, account: &Account) {
+    let rounds: Vec<_> = account.rounds.iter().filter(|round| round.normal + round.zero > 0).collect();
+    if rounds.is_empty() {
+        return;
+    }
+    out.push_str(&format!(
+        "\n  {:>7} {:>13} {:>11} {:>15}  {}\n",
+        "round", "content pages", "zero pages", "twice in round", "pages on each channel"
+    ));
+    for round in &rounds {
+        let each: Vec<String> = round.channel_pages.iter().map(|pages| grouped(*pages)).collect();
+        out.push_str(&format!(
+            "  {:>7} {:>13} {:>11} {:>15}  {}\n",
+            round.round,
+            grouped(round.normal),
+            grouped(round.zero),
+            grouped(round.repeated),
+            each.join(" "),
+        ));
+    }
+    let empty = account.rounds.len() - rounds.len();
+    if empty > 0 {
+        out.push_str(&format!("  and {} without pages\n", counted(empty, "round")));
+    }
+    out.push_str(&format!(
+        "  {} pages were sent again in a later round, {} twice within one\n",
+        grouped(account.sent_again),
+        grouped(account.repeated_in_round)
+    ));
+}
+
+/// Where zero pages were sent, if there were any and it can be told.
+fn zero_pages(account: &Account) -> Option<ZeroPages> {
+    let on_channels = account.channels.iter().any(|channel| channel.zero > 0);
+    match (account.channels.is_empty(), on_channels, account.main.zero > 0) {
+        (false, true, false) => Some(ZeroPages::Multifd),
+        (false, false, true) => Some(ZeroPages::Legacy),
+        _ => None,
+    }
+}
+
+fn command_text(command: &Command) -> String {
+    match command {
+        Command::Ping(value) => format!("{} {value}", command.name()),
+        command => command.name().to_owned(),
+    }
+}
+
+/// The block to extract, and where to.
+fn wanted<'a>(
+    args: &'a InspectArgs,
+    mut names: impl Iterator<Item = &'a str>,
+) -> Result<Option<(usize, &'a PathBuf)>, String> {
+    let (Some(block), Some(to)) = (&args.extract, &args.file) else { return Ok(None) };
+    match names.position(|name| name == block) {
+        Some(index) => Ok(Some((index, to))),
+        None => Err(format!("there is no RAM block {block:?}")),
+    }
+}
+
+/// Writes everything that `from` has to the new file `to`, with holes for zeros.
+fn extract(from: &mut dyn Read, to: &Path) -> Result<String, String> {
+    let mut write = || -> io::Result<u64> {
+        let mut file = File::options().write(true).create_new(true).open(to)?;
+        let mut buf = vec![0; 1 << 20];
+        let mut total = 0;
+        loop {
+            let n = from.read(&mut buf)?;
+            if n == 0 {
+                file.set_len(total)?;
+                return Ok(total);
+            }
+            for part in buf[..n].chunks(PAGE_SIZE as usize) {
+                if part.iter().all(|byte| *byte == 0) {
+                    file.seek(SeekFrom::Current(part.len() as i64))?;
+                } else {
+                    file.write_all(part)?;
+                }
+            }
+            total += n as u64;
+        }
+    };
+    let total = write().map_err(|error| format!("{}: {error}", to.display()))?;
+    Ok(format!("\n  {} written to {}\n", table::bytes(total), to.display()))
+}
+
+/// The page size of everything that is inspected.
+const PAGE_SIZE: u64 = 4096;

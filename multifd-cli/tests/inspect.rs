@@ -1,0 +1,212 @@
+//! `multifd inspect` on the recorded streams of real QEMUs: as they are, and with one thing broken in each.
+
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::Value;
+use test_support::TempDir;
+
+const CAPTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/tests/captures");
+
+/// Unpacks the recordings, one directory each.
+fn unpack() -> TempDir {
+    let dir = TempDir::new().unwrap();
+    let archive = fs::File::open(Path::new(CAPTURES).join("streams.tar.xz")).unwrap();
+    let mut tar = liblzma::read::XzDecoder::new(archive);
+    let mut head = [0; 512];
+    // A tar archive ends with a block of zeros.
+    while tar.read_exact(&mut head).is_ok() && head[0] != 0 {
+        let text = |range: std::ops::Range<usize>| {
+            let field = &head[range];
+            let len = field.iter().position(|byte| *byte == 0 || *byte == b' ').unwrap_or(field.len());
+            std::str::from_utf8(&field[..len]).unwrap().to_owned()
+        };
+        let size = usize::from_str_radix(&text(124..136), 8).unwrap();
+        let mut bytes = vec![0; size.next_multiple_of(512)];
+        tar.read_exact(&mut bytes).unwrap();
+        let path = dir.join(text(0..100));
+        if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+            continue;
+        }
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, &bytes[..size]).unwrap();
+    }
+    dir
+}
+
+/// Exit status and report of `multifd inspect`.
+fn inspect(path: &Path, more: &[&str]) -> (i32, Value) {
+    let output = Command::new(env!("CARGO_BIN_EXE_multifd")).arg("inspect").arg(path).arg("--json").args(more).output();
+    let output = output.unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    (output.status.code().unwrap(), serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}")))
+}
+
+#[test]
+fn recorded_streams_are_what_an_independent_decoder_found() {
+    let dir = unpack();
+    let manifest: Value =
+        serde_json::from_str(&fs::read_to_string(Path::new(CAPTURES).join("manifest.json")).unwrap()).unwrap();
+    let captures = manifest.as_array().unwrap();
+    assert_eq!(captures.len(), 9);
+    for capture in captures {
+        let name = capture["name"].as_str().unwrap();
+        let (status, report) = inspect(&dir.join(name), &["--digest"]);
+        assert_eq!((status, &report["broken-rule"]), (0, &Value::Null), "{name}");
+        let expect = &capture["expect"];
+        assert_eq!(report["machine"], capture["machine"], "{name}");
+        if capture["channels"] != 0 {
+            assert_eq!(report["dialect"], expect["sync_mode"], "{name}");
+            assert_eq!(report["main"]["sync-points"], expect["sync_points_on_main"], "{name}");
+        }
+        for (ours, theirs) in
+            [("zero", "zero"), ("page", "page"), ("xbzrle", "xbzrle"), ("compressed", "cpage"), ("flush", "flush")]
+        {
+            assert_eq!(report["main"][ours], expect["main"][theirs], "{name} {ours}");
+        }
+        assert_eq!(report["main"]["parts"], expect["main"]["parts"], "{name}");
+        assert_eq!(report["device-state-bytes"], expect["device_blob"], "{name}");
+        assert_eq!(report["device-state-digest"], expect["devices_sha256"], "{name}");
+        assert_eq!(report["vmdescription-bytes"], expect["vmdesc"], "{name}");
+        assert_eq!(report["devices-cut"], true, "{name}");
+        assert_eq!(report["devices"].as_array().unwrap().len() as u64, expect["devices"].as_u64().unwrap(), "{name}");
+        let blocks = report["ram-blocks"].as_array().unwrap();
+        assert_eq!(blocks.len(), expect["blocks"].as_array().unwrap().len());
+        for (block, expected) in blocks.iter().zip(expect["blocks"].as_array().unwrap()) {
+            assert_eq!((&block["name"], &block["size"]), (&expected[0], &expected[1]), "{name}");
+            assert_eq!(block["digest"], expect["ram_sha256"][block["name"].as_str().unwrap()], "{name}");
+        }
+        for (channel, expected) in
+            report["channels"].as_array().unwrap().iter().zip(capture["per_channel"].as_array().unwrap())
+        {
+            for (ours, theirs) in [
+                ("id", "id"),
+                ("packets", "packets"),
+                ("sync", "sync"),
+                ("sync-with-pages", "sync_with_data"),
+                ("empty", "empty"),
+                ("stale-size", "stale_size"),
+                ("normal", "normal"),
+                ("duplicate", "zero"),
+                ("bytes", "bytes"),
+                ("payload", "payload"),
+            ] {
+                assert_eq!(channel[ours], expected[theirs], "{name} {ours}");
+            }
+        }
+    }
+}
+
+/// Breaks one file of a recording, and expects the rule that this breaks, with its place.
+fn broken(
+    dir: &TempDir,
+    file: &str,
+    change: impl FnOnce(&mut Vec<u8>),
+    connection: &str,
+    offset: Option<u64>,
+    rule: &str,
+) {
+    let path: PathBuf = dir.join("q10.0-none-2ch").join(file);
+    let good = fs::read(&path).unwrap();
+    let mut bytes = good.clone();
+    change(&mut bytes);
+    fs::write(&path, &bytes).unwrap();
+    let (status, report) = inspect(&dir.join("q10.0-none-2ch"), &[]);
+    fs::write(&path, good).unwrap();
+    let found = &report["broken-rule"];
+    assert_eq!((status, &report["status"]), (4, &"failed".into()), "{report}");
+    assert_eq!(found["connection"], connection, "{found}");
+    assert!(found["rule"].as_str().unwrap().contains(rule), "{rule:?} is not in {found}");
+    assert!(offset.is_none_or(|offset| found["offset"] == offset), "{offset:?} {found}");
+    // What was found before is told all the same; of a channel's first bytes, nothing is before.
+    assert!(file == "main.bin" || offset == Some(0) || report["machine"] == "pc-i440fx-10.0", "{report}");
+}
+
+#[test]
+fn the_first_broken_rule_is_named_with_its_place() {
+    const HELLO: usize = 64;
+    const HEADER: usize = 1344;
+    let dir = unpack();
+    // The first packet is a SYNC, the second has pages.
+    let second = HELLO + HEADER;
+    broken(&dir, "ch0.bin", |bytes| bytes[HELLO] = 0, "channel 0", Some(64), "magic 0x00223344");
+    broken(
+        &dir,
+        "ch0.bin",
+        |bytes| bytes[second + 64] = b'q',
+        "channel 0",
+        Some(second as u64),
+        "block \"qc.ram\" is unknown",
+    );
+    let outside = |bytes: &mut Vec<u8>| bytes[second + 320..][..8].copy_from_slice(&0x80_0000u64.to_be_bytes());
+    broken(&dir, "ch0.bin", outside, "channel 0", Some(second as u64), "page at 0x800000 lies outside \"pc.ram\"");
+    let half = |bytes: &mut Vec<u8>| bytes.truncate(second + 700);
+    broken(&dir, "ch1.bin", half, "channel 1", Some(second as u64), "ended in the middle");
+    let without_last_sync = |bytes: &mut Vec<u8>| bytes.truncate(bytes.len() - HEADER);
+    broken(&dir, "ch1.bin", without_last_sync, "main", None, "channel 1 ended without the SYNC packet of round");
+    let one_sync_more = |bytes: &mut Vec<u8>| bytes.extend_from_within(HELLO..HELLO + HEADER);
+    broken(&dir, "ch1.bin", one_sync_more, "channel 1", None, "SYNC packet after the last sync point on main");
+    broken(&dir, "ch1.bin", |bytes| bytes[24] = 0, "channel 0", Some(0), "channel id 0 came twice");
+    broken(&dir, "ch1.bin", |bytes| bytes[8] = 1, "channel 1", Some(0), "channel belongs to VM");
+    broken(&dir, "main.bin", |bytes| bytes.truncate(1000), "main", None, "ended in the middle");
+    // The end is where the description ends: with something behind it, it is none.
+    broken(&dir, "main.bin", |bytes| bytes.push(b'x'), "main", None, "ended in the middle");
+    broken(&dir, "main.bin", |bytes| bytes[0] = b'q', "main", Some(0), "magic");
+    let (status, _) = inspect(&dir.join("q10.0-none-2ch"), &[]);
+    assert_eq!(status, 0);
+}
+
+#[test]
+fn packed_recordings_are_read_as_they_are() {
+    use std::io::Write;
+
+    let dir = unpack();
+    let recording = dir.join("q10.0-none-2ch");
+    let plain = inspect(&recording, &["--digest"]);
+    for name in ["main.bin", "ch0.bin", "ch1.bin"] {
+        let bytes = fs::read(recording.join(name)).unwrap();
+        let mut packed =
+            liblzma::write::XzEncoder::new(fs::File::create(recording.join(format!("{name}.xz"))).unwrap(), 1);
+        packed.write_all(&bytes).unwrap();
+        packed.finish().unwrap();
+        fs::remove_file(recording.join(name)).unwrap();
+    }
+    assert_eq!(inspect(&recording, &["--digest"]), plain);
+}
+
+#[test]
+fn devices_are_shown_with_their_fields() {
+    let dir = unpack();
+    let (_, report) = inspect(&dir.join("q10.0-none-2ch"), &["--devices"]);
+    let devices = report["devices"].as_array().unwrap();
+    let device = |name: &str| devices.iter().find(|device| device["name"] == name).unwrap();
+    // "running", padded with zeros, and its length.
+    assert!(device("globalstate")["fields"]["runstate"].as_str().unwrap().starts_with("72756e6e696e6700"));
+    assert!(device("cpu")["fields"]["env.eip"].is_number(), "{}", device("cpu"));
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let dir = unpack();
+    let recording = dir.join("q7.2-none-2ch");
+    for (path, more, error) in [
+        (dir.join("none"), &[][..], "No such file or directory"),
+        (dir.path().to_owned(), &[], "there is no main.bin"),
+        (recording.clone(), &["--extract", "vga.ram", "--output", "/dev/null/x"], "there is no RAM block \"vga.ram\""),
+    ] {
+        let (status, report) = inspect(&path, more);
+        assert_eq!(status, 1, "{report}");
+        assert!(report["error"].as_str().unwrap().contains(error), "{report}");
+    }
+    let (status, _) = inspect(&recording, &["--extract", "pc.ram"]);
+    assert_eq!(status, 2, "--extract needs --output");
+    let out = dir.join("bios");
+    let (status, report) =
+        inspect(&recording, &["--digest", "--extract", "pc.bios", "--output", out.to_str().unwrap()]);
+    assert_eq!(status, 0, "{report}");
+    assert_eq!(fs::metadata(out).unwrap().len(), 256 << 10);
+}

@@ -1,0 +1,179 @@
+//! Sources whose streams are unlike those of the matrix.
+
+use qemu_peer::{Installed, Qemu, QemuBuilder, Version};
+use serde_json::{Value, json};
+use test_support::{TempDir, report, time_limit};
+
+use crate::harness::{
+    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, listen, migrate_away, receive_uri,
+    vm,
+};
+
+const TABLE: &str = "other streams";
+
+/// Takes a guest of `installed`, prepared by `prepare`, into a checkpoint and sends it on to the same version.
+fn through_a_checkpoint(
+    version: Version,
+    machine: &str,
+    shape: impl Fn(QemuBuilder) -> QemuBuilder,
+    prepare: impl Fn(&mut Qemu),
+    more: &[&str],
+) -> Option<Value> {
+    let installed = Installed::require(version)?;
+    let received = time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let mut source = shape(vm(&installed, machine)).start().unwrap();
+        source.qmp().set_parameters(&[("max-bandwidth", json!(10u64 << 30)), ("downtime-limit", json!(3000))]).unwrap();
+        prepare(&mut source);
+        source.wait_passes(3, LIMIT).unwrap();
+        let more: Vec<&str> = ["--digest"].iter().chain(more).copied().collect();
+        let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &more);
+        migrate_away(&mut source, &uri);
+        let received = receive.done();
+        assert_same_memory(&mut source, &received);
+
+        let mut destination = shape(vm(&installed, machine)).incoming().start().unwrap();
+        Settings::default().apply(&mut destination);
+        let uri = listen(&mut destination, false);
+        Multifd::start(["send", &file.display().to_string(), &uri]).done();
+        assert_goes_on(&source, &mut destination);
+        received
+    });
+    Some(received)
+}
+
+fn as_it_is(builder: QemuBuilder) -> QemuBuilder {
+    builder
+}
+
+#[test]
+fn a_plain_migration_has_its_pages_on_main() {
+    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0")] {
+        let Some(received) = through_a_checkpoint(version, machine, as_it_is, |_| {}, &[]) else { return };
+        assert_eq!(received["channels"], 0);
+        assert_eq!(received["ram"]["multifd-bytes"], 0);
+        report(TABLE, &format!("{:4} plain, without channels: ok", version.name()));
+    }
+}
+
+#[test]
+fn xbzrle_differences_are_applied() {
+    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0")] {
+        let dir = TempDir::new().unwrap();
+        let record = dir.join("recorded").display().to_string();
+        let prepare = |source: &mut Qemu| {
+            source.qmp().set_capabilities(&[("xbzrle", true)]).unwrap();
+            // Several rounds, so that there is something to differ from.
+            let parameters = [
+                ("xbzrle-cache-size", json!(64 << 20)),
+                ("max-bandwidth", json!(60 << 20)),
+                ("downtime-limit", json!(200)),
+            ];
+            source.qmp().set_parameters(&parameters).unwrap();
+        };
+        let Some(_) = through_a_checkpoint(version, machine, as_it_is, prepare, &["--record", &record]) else { return };
+        let inspected = Multifd::start(["inspect", &record]).done();
+        assert!(inspected["main"]["xbzrle"].as_u64().unwrap() > 0, "{}", inspected["main"]);
+        report(TABLE, &format!("{:4} XBZRLE: ok", version.name()));
+    }
+}
+
+#[test]
+fn pages_compressed_one_by_one_are_inflated() {
+    let dir = TempDir::new().unwrap();
+    let record = dir.join("recorded").display().to_string();
+    let prepare = |source: &mut Qemu| source.qmp().set_capabilities(&[("compress", true)]).unwrap();
+    let more = ["--record", &record];
+    let Some(_) = through_a_checkpoint(Version::V7_2, "pc-i440fx-7.2", as_it_is, prepare, &more) else { return };
+    let inspected = Multifd::start(["inspect", &record]).done();
+    assert!(inspected["main"]["compressed"].as_u64().unwrap() > 1000, "{}", inspected["main"]);
+    report(TABLE, "7.2  compress: ok");
+}
+
+#[test]
+fn postcopy_that_is_announced_and_not_begun_is_no_hindrance() {
+    let prepare = |source: &mut Qemu| source.qmp().set_capabilities(&[("postcopy-ram", true)]).unwrap();
+    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0")] {
+        let Some(_) = through_a_checkpoint(version, machine, as_it_is, prepare, &[]) else { return };
+        report(TABLE, &format!("{:4} postcopy-ram, not begun: ok", version.name()));
+    }
+}
+
+#[test]
+fn a_source_that_asks_for_permission_to_switch_over_gets_it() {
+    let prepare = |source: &mut Qemu| {
+        Settings::default().apply(source);
+        source.qmp().set_capabilities(&[("switchover-ack", true)]).unwrap();
+    };
+    let Some(_) = through_a_checkpoint(Version::V10_0, "pc-i440fx-10.0", as_it_is, prepare, &[]) else { return };
+    report(TABLE, "10.0 switchover-ack: ok");
+    // The machine type does not tell that this one understands it.
+    let more = ["--return-path-ack", "always"];
+    let Some(_) = through_a_checkpoint(Version::V10_0, "pc-i440fx-7.2", as_it_is, prepare, &more) else { return };
+    report(TABLE, "10.0 switchover-ack with machine 7.2 and --return-path-ack always: ok");
+}
+
+#[test]
+fn each_place_for_zero_pages_is_understood() {
+    for mode in ["none", "legacy", "multifd"] {
+        let prepare = |source: &mut Qemu| {
+            Settings::default().apply(source);
+            source.qmp().set_parameters(&[("zero-page-detection", json!(mode))]).unwrap();
+        };
+        let received = through_a_checkpoint(Version::V10_0, "pc-i440fx-10.0", as_it_is, prepare, &[]);
+        let Some(received) = received else { return };
+        // Pages of zeros are holes, however they were sent.
+        assert!(block(&received, "pc.ram")["zero"].as_u64().unwrap() > 100, "{received}");
+        assert_eq!(received["ram"]["duplicate"] == 0, mode == "none", "{}", received["ram"]);
+        report(TABLE, &format!("10.0 zero-page-detection={mode}: ok"));
+    }
+}
+
+#[test]
+fn state_that_is_needed_before_the_pages_is_kept_and_sent_there() {
+    let with_virtio_mem = |builder: QemuBuilder| {
+        builder.arguments(&[
+            "-m",
+            "48M,maxmem=1G,slots=2",
+            "-object",
+            "memory-backend-ram,id=vmem0,size=256M",
+            "-device",
+            "virtio-mem-pci,id=vm0,memdev=vmem0,requested-size=128M",
+        ])
+    };
+    let prepare = |source: &mut Qemu| Settings::default().apply(source);
+    let received = through_a_checkpoint(Version::V10_0, "pc-i440fx-10.0", with_virtio_mem, prepare, &[]);
+    let Some(received) = received else { return };
+    let early: Vec<&Value> =
+        received["devices"].as_array().unwrap().iter().filter(|device| device["early"] == true).collect();
+    assert_eq!(early.len(), 1, "{}", received["devices"]);
+    assert!(early[0]["name"].as_str().unwrap().ends_with("virtio-mem-device-early"), "{}", early[0]);
+    report(TABLE, "10.0 virtio-mem, early state: ok");
+}
+
+#[test]
+fn a_recorded_migration_decodes_to_what_was_received() {
+    for (version, machine, compression) in
+        [(Version::V7_2, "pc-q35-7.2", "zstd"), (Version::V10_0, "pc-q35-10.0", "zlib")]
+    {
+        let dir = TempDir::new().unwrap();
+        let record = dir.join("recorded").display().to_string();
+        let settings = Settings { compression, ..Settings::default() };
+        let prepare = |source: &mut Qemu| settings.apply(source);
+        let more = ["--record", &record];
+        let Some(received) = through_a_checkpoint(version, machine, as_it_is, prepare, &more) else { return };
+        let inspected = Multifd::start(["inspect", &record, "--digest", "--devices"]).done();
+        assert_eq!(inspected["broken-rule"], Value::Null);
+        assert_eq!(inspected["dialect"], received["dialect"]);
+        assert_eq!(inspected["channels"].as_array().unwrap().len(), 4);
+        for known in received["ram-blocks"].as_array().unwrap() {
+            let name = known["name"].as_str().unwrap();
+            assert_eq!(block(&inspected, name)["digest"], known["digest"], "{name}");
+        }
+        let devices = inspected["devices"].as_array().unwrap();
+        let cpu = devices.iter().find(|device| device["name"] == "cpu").unwrap();
+        assert!(cpu["fields"].as_object().unwrap().len() > 10, "{cpu}");
+        report(TABLE, &format!("{:4} recorded and inspected, {compression}: ok", version.name()));
+    }
+}

@@ -1,0 +1,229 @@
+//! What is counted in a recorded migration.
+
+use std::io;
+
+use multifd_proto::{BlockName, ChannelId, command::Command, machine::Dialect, packet::Compression, ram::BlockEntry};
+
+use super::{
+    Bearer, Contents, PAGE_SIZE,
+    contents::{self, Scratch},
+};
+use crate::{checkpoint::Tail, dirty_bitmap::DirtyBitmap, error::Error, layout::Layout};
+
+/// The account of a whole migration.
+#[derive(Clone, Debug, Default)]
+pub struct Account {
+    /// Main.
+    pub main: MainAccount,
+    /// The channels, by id.
+    pub channels: Vec<ChannelAccount>,
+    /// Where rounds end; nothing without channels.
+    pub dialect: Option<Dialect>,
+    /// What lies between two sync points.
+    pub rounds: Vec<RoundAccount>,
+    /// RAM blocks: name, bytes, and how many of their pages were last sent with content.
+    pub blocks: Vec<(BlockName, u64, u64)>,
+    /// Pages sent again although nothing lay between that could have made it necessary: in the same round.
+    pub repeated_in_round: u64,
+    /// Pages sent again in a later round.
+    pub sent_again: u64,
+    /// Device state before the pages, as it stands on the wire.
+    pub early: Vec<u8>,
+    /// Device state, and what describes it.
+    pub(crate) tail: Tail,
+    /// Main came to its end.
+    pub complete: bool,
+}
+
+impl Account {
+    /// Device state as it stands on the wire, up to the end of state.
+    pub fn sections(&self) -> &[u8] {
+        &self.tail.sections
+    }
+
+    /// The description of the device state, as JSON; empty where there is none.
+    pub fn vmdescription(&self) -> &[u8] {
+        &self.tail.vmdescription
+    }
+}
+
+/// The account of main.
+#[derive(Clone, Debug, Default)]
+pub struct MainAccount {
+    /// Bytes read.
+    pub bytes: u64,
+    /// The machine type.
+    pub machine: String,
+    /// Capabilities that change the layout of the stream.
+    pub capabilities: Vec<String>,
+    /// The VM's UUID, where it is validated.
+    pub uuid: Option<[u8; 16]>,
+    /// Commands, in their order.
+    pub commands: Vec<Command>,
+    /// PART sections of `ram`.
+    pub parts: u64,
+    /// Pages of zeros.
+    pub zero: u64,
+    /// Pages with content.
+    pub page: u64,
+    /// Pages as differences.
+    pub xbzrle: u64,
+    /// Pages compressed one by one.
+    pub compressed: u64,
+    /// FLUSH words.
+    pub flush: u64,
+    /// Ends of `ram` sections.
+    pub end_of_section: u64,
+    /// Ends of rounds.
+    pub sync_points: u64,
+}
+
+/// The account of one channel.
+#[derive(Clone, Debug)]
+pub struct ChannelAccount {
+    /// Its id.
+    pub id: ChannelId,
+    /// The VM's UUID; zeros if it has none.
+    pub uuid: [u8; 16],
+    /// Bytes read.
+    pub bytes: u64,
+    /// Packets of any kind.
+    pub packets: u64,
+    /// Packets that end a round.
+    pub sync: u64,
+    /// Those of them that also carry pages.
+    pub sync_with_pages: u64,
+    /// Packets with neither pages nor SYNC.
+    pub empty: u64,
+    /// Packets without payload whose size field says otherwise.
+    pub stale_size: u64,
+    /// Pages with content.
+    pub normal: u64,
+    /// Pages of zeros.
+    pub zero: u64,
+    /// Bytes of payload.
+    pub payload: u64,
+    /// How payloads were compressed, if there were any.
+    pub compression: Option<Compression>,
+}
+
+/// What lies between two sync points.
+#[derive(Clone, Debug, Default)]
+pub struct RoundAccount {
+    /// Counted from 0; the first has no pages.
+    pub round: u64,
+    /// Pages with content, on all connections.
+    pub normal: u64,
+    /// Pages of zeros.
+    pub zero: u64,
+    /// Pages that came more than once in this round.
+    pub repeated: u64,
+    /// Pages on each channel, by id.
+    pub channel_pages: Vec<u64>,
+}
+
+/// What is known about every page.
+pub(super) struct Pages {
+    pub(super) layout: Layout,
+    /// Whether the migration has rounds that can be told: without channels it has none.
+    rounds: bool,
+    /// Named in this round, named ever, and last named with content.
+    in_round: DirtyBitmap,
+    ever: DirtyBitmap,
+    content: DirtyBitmap,
+    round: RoundAccount,
+    sent_again: u64,
+    repeated: u64,
+    contents: Option<Contents>,
+}
+
+impl Pages {
+    /// For pages of `blocks`. Without `rounds` a page that comes again is never one too many.
+    pub(super) fn new(blocks: &[BlockEntry], rounds: bool, scratch: Option<Scratch>) -> Result<Pages, Error> {
+        let layout = Layout::new(PAGE_SIZE, blocks.iter().map(|block| (block.name.clone(), block.used_len)))?;
+        contents::check_size(&layout)?;
+        let bitmap = || DirtyBitmap::new(&layout);
+        let (in_round, ever, content) = (bitmap(), bitmap(), bitmap());
+        let contents = scratch.map(|scratch| Contents::new(scratch, layout.clone()));
+        let round = RoundAccount::default();
+        Ok(Pages { layout, rounds, in_round, ever, content, round, sent_again: 0, repeated: 0, contents })
+    }
+
+    pub(super) fn blocks(&self) -> Vec<(BlockName, u64, u64)> {
+        self.layout.blocks().iter().map(|block| (block.name().clone(), block.bytes(), 0)).collect()
+    }
+
+    /// Pages with content came.
+    pub(super) fn store(&mut self, block: usize, offsets: &[u64], bytes: &[u8], from: Bearer) -> io::Result<()> {
+        self.name(block, offsets, from, true);
+        self.contents.as_ref().map_or(Ok(()), |contents| contents.store(block, offsets, bytes))
+    }
+
+    /// Pages of zeros came.
+    pub(super) fn zero(&mut self, block: usize, offsets: &[u64], from: Bearer) -> io::Result<()> {
+        self.name(block, offsets, from, false);
+        self.contents.as_ref().map_or(Ok(()), |contents| contents.zero(block, offsets))
+    }
+
+    /// Copies the page at `offset` out, if contents are kept.
+    pub(super) fn load(&mut self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<bool> {
+        match &self.contents {
+            Some(contents) => contents.load(block, offset, into).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn name(&mut self, block: usize, offsets: &[u64], from: Bearer, content: bool) {
+        let block = &self.layout.blocks()[block];
+        for &offset in offsets {
+            let page = block.page_at(offset);
+            if self.rounds && self.in_round.contains(page) {
+                self.round.repeated += 1;
+            } else if self.ever.contains(page) {
+                self.sent_again += 1;
+            }
+            self.in_round.set(page);
+            self.ever.set(page);
+            if content {
+                self.content.set(page);
+            } else {
+                self.content.clear_range(page..page + 1);
+            }
+        }
+        let count = offsets.len() as u64;
+        *if content { &mut self.round.normal } else { &mut self.round.zero } += count;
+        if let Some(id) = from {
+            let pages = &mut self.round.channel_pages;
+            pages.resize(pages.len().max(id.index() + 1), 0);
+            pages[id.index()] += count;
+        }
+    }
+
+    /// Every connection has come to the end of the round.
+    pub(super) fn end_round(&mut self, round: u64) -> RoundAccount {
+        self.in_round.clear();
+        let stats = RoundAccount { round, ..std::mem::take(&mut self.round) };
+        self.repeated += stats.repeated;
+        stats
+    }
+
+    /// Puts the totals into `account`.
+    pub(super) fn finish(mut self, account: &mut Account) -> Option<Contents> {
+        // What came after the last sync point: all of it in a stream without channels.
+        let rest = self.end_round(account.rounds.len() as u64);
+        if rest.normal + rest.zero > 0 {
+            account.rounds.push(rest);
+        }
+        account.repeated_in_round = self.repeated;
+        account.sent_again = self.sent_again;
+        for (block, (_, _, content)) in self.layout.blocks().iter().zip(&mut account.blocks) {
+            let pages = block.page_range();
+            let mut next = self.content.next(pages.start);
+            while let Some(page) = next.filter(|page| pages.contains(page)) {
+                *content += 1;
+                next = self.content.next(page + 1);
+            }
+        }
+        self.contents
+    }
+}

@@ -1,0 +1,137 @@
+//! Main of a recorded migration.
+
+use std::io::{self, Read};
+
+use multifd_proto::{
+    Violation,
+    stream::{self, Item, MainDecoder, Section},
+    violation::DecodeError,
+};
+
+use crate::{
+    checkpoint::{Tail, early_section},
+    destination::MainReader,
+    error::{Connection, Error, Place},
+    progress::Progress,
+    ram::GuestRange,
+    transport::{Stopper, Stream},
+};
+
+use super::PAGE_SIZE;
+
+/// Reads main, item by item.
+pub(super) struct MainStream {
+    /// Before [`begin`](Self::begin).
+    bytes: Option<Box<dyn Read + Send>>,
+    reader: Option<MainReader>,
+    finished: bool,
+}
+
+impl MainStream {
+    pub(super) fn new(bytes: Box<dyn Read + Send>) -> MainStream {
+        MainStream { bytes: Some(bytes), reader: None, finished: false }
+    }
+
+    /// Checks that this is main.
+    pub(super) fn begin(&mut self) -> Result<(), Error> {
+        let at = Place { connection: Connection::Main, offset: 0 };
+        let mut bytes = self.bytes.take().expect("begun once");
+        let mut magic = [0; 4];
+        bytes.read_exact(&mut magic).map_err(Error::io(at))?;
+        let (expected, found) = (stream::MAGIC, u32::from_be_bytes(magic));
+        if expected != found {
+            return Err(Error::protocol(at)(DecodeError::BadMagic { expected, found }));
+        }
+        self.reader = Some(MainReader::new(Box::new(Recording(bytes)), PAGE_SIZE, Progress::new()));
+        Ok(())
+    }
+
+    /// The next item; nothing at the end of main. A payload is to be taken before the next.
+    pub(super) fn next_item(&mut self) -> Result<Option<Item>, Error> {
+        if self.finished {
+            return Ok(None);
+        }
+        if self.decoder().state_ended() && !self.reader().vmdescription_follows()? {
+            self.finished = true;
+            return Ok(None);
+        }
+        let item = self.reader().next_item()?;
+        self.finished = matches!(item, Item::VmDescription { .. });
+        Ok(Some(item))
+    }
+
+    /// The `len` bytes of payload of the item before.
+    pub(super) fn payload(&mut self, len: usize) -> Result<Vec<u8>, Error> {
+        Ok(self.reader().payload(len)?.to_vec())
+    }
+
+    /// Everything to the end of main, of which the head of the first device's section was read.
+    pub(super) fn tail(&mut self, first: &Section) -> Result<Tail, Error> {
+        self.finished = true;
+        Tail::receive(first, self.reader())
+    }
+
+    /// The section of a device that comes before the pages.
+    pub(super) fn early_section(&mut self, section: &Section) -> Result<Vec<u8>, Error> {
+        early_section(section, self.reader())
+    }
+
+    /// Checks that main has ended.
+    pub(super) fn nothing_follows(&mut self) -> Result<(), Error> {
+        let place = self.place();
+        if self.reader().unread().is_empty() && self.reader().receive()? == 0 {
+            return Ok(());
+        }
+        let (element, after) = ("more bytes", "after the end of the stream");
+        Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: after }))
+    }
+
+    pub(super) fn decoder(&self) -> &MainDecoder {
+        self.reader.as_ref().expect("begun").decoder()
+    }
+
+    pub(super) fn place(&self) -> Place {
+        match &self.reader {
+            Some(reader) => reader.place(),
+            None => Place { connection: Connection::Main, offset: 0 },
+        }
+    }
+
+    /// Bytes read.
+    pub(super) fn position(&self) -> u64 {
+        self.place().offset
+    }
+
+    fn reader(&mut self) -> &mut MainReader {
+        self.reader.as_mut().expect("begun")
+    }
+}
+
+/// A recording as a connection on which nobody listens.
+struct Recording(Box<dyn Read + Send>);
+
+impl Stream for Recording {
+    fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+
+    fn read_pages(&mut self, _pages: &[GuestRange<'_>]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn peer(&self) -> String {
+        "a recording".to_owned()
+    }
+}

@@ -1,0 +1,234 @@
+//! Looks into a recorded migration: the bytes of main and of all channels, as they were sent.
+//!
+//! One thread reads them in the only order that matters: up to a sync point on main, then each channel up to its SYNC
+//! packet. Every rule that a destination checks is checked, and the first one that is broken ends the account, with the
+//! connection and the byte. On the way, packets, pages and rounds are counted, and pages can be put into place.
+
+mod account;
+mod channel;
+mod contents;
+mod main_stream;
+
+use std::{io::Read, path::Path};
+
+use self::{account::Pages, channel::Channel, main_stream::MainStream};
+pub use self::{
+    account::{Account, ChannelAccount, MainAccount, RoundAccount},
+    contents::{BlockContents, Contents},
+};
+use crate::{
+    checkpoint::CheckpointError,
+    error::{Error, Place},
+};
+use multifd_proto::{
+    ChannelId, Violation,
+    machine::Dialect,
+    packet::Hello,
+    stream::{Item, SectionKind},
+    violation, xbzrle,
+};
+
+/// A recorded migration.
+pub struct Recorded {
+    /// What was sent on main.
+    pub main: Box<dyn Read + Send>,
+    /// What was sent on each channel, in any order; none in a plain migration.
+    pub channels: Vec<Box<dyn Read + Send>>,
+}
+
+/// What was found in a recorded migration.
+pub struct Inspection {
+    /// What was counted, up to the end or to the first broken rule.
+    pub account: Account,
+    /// The first rule that was broken, and where.
+    pub broken: Option<Error>,
+    /// Guest memory at that point, if it was wanted.
+    pub contents: Option<Contents>,
+}
+
+impl Inspection {
+    /// Reads `recorded` to its end. Pages are put into a file without a name in `contents`, if that is given.
+    ///
+    /// # Errors
+    /// The file for the contents cannot be made. What is wrong with the migration is a part of the result.
+    pub fn of(recorded: Recorded, contents: Option<&Path>) -> Result<Inspection, CheckpointError> {
+        let scratch = contents.map(contents::scratch).transpose()?;
+        let mut reader = RecordedReader {
+            main: MainStream::new(recorded.main),
+            channels: Vec::new(),
+            account: Account::default(),
+            pages: None,
+            scratch,
+        };
+        let broken = reader.greet(recorded.channels).and_then(|()| reader.read()).err();
+        let RecordedReader { main, channels, mut account, pages, .. } = reader;
+        account.main.bytes = main.position();
+        account.channels = channels.into_iter().map(|channel| channel.account).collect();
+        let contents = pages.and_then(|pages| pages.finish(&mut account));
+        Ok(Inspection { account, broken, contents })
+    }
+}
+
+struct RecordedReader {
+    main: MainStream,
+    /// By id.
+    channels: Vec<Channel>,
+    account: Account,
+    /// What pages are known of, once the block list was read.
+    pages: Option<Pages>,
+    scratch: Option<contents::Scratch>,
+}
+
+impl RecordedReader {
+    /// Reads what each channel says it is.
+    fn greet(&mut self, streams: Vec<Box<dyn Read + Send>>) -> Result<(), Error> {
+        let count = streams.len();
+        let mut first: Option<Hello> = None;
+        for (index, stream) in streams.into_iter().enumerate() {
+            let channel = Channel::open(stream, index)?;
+            let at = Place { connection: crate::error::Connection::Channel(channel.id()), offset: 0 };
+            let id = channel.id();
+            if id.index() >= count {
+                return Err(Error::protocol(at)(Violation::ChannelIdOutOfRange { id, channels: count }));
+            }
+            if self.channels.iter().any(|known| known.id() == id) {
+                return Err(Error::protocol(at)(Violation::ChannelIdTwice { id }));
+            }
+            let hello = Hello { uuid: channel.account.uuid, channel: id };
+            let expected = first.get_or_insert(hello).uuid;
+            if expected != hello.uuid {
+                let found = hello.uuid;
+                return Err(Error::protocol(at)(violation::Mismatch::Uuid { expected, found }));
+            }
+            self.channels.push(channel);
+        }
+        self.channels.sort_by_key(|channel| channel.id().index());
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<(), Error> {
+        self.main.begin()?;
+        while let Some(item) = self.main.next_item()? {
+            let main = &mut self.account.main;
+            match item {
+                Item::Configuration { machine } => main.machine = machine,
+                Item::ConfigCapabilities(names) => main.capabilities = names,
+                Item::ConfigUuid(uuid) => main.uuid = Some(uuid),
+                Item::Command(command) => main.commands.push(command),
+                Item::BlocksEnd => {
+                    let blocks = self.main.decoder().blocks().to_vec();
+                    let pages = Pages::new(&blocks, !self.channels.is_empty(), self.scratch.take())?;
+                    self.account.blocks = pages.blocks();
+                    self.pages = Some(pages);
+                }
+                Item::RamPart { end } => main.parts += u64::from(!end),
+                Item::ZeroPage { block, offset } => {
+                    main.zero += 1;
+                    self.zero(block, offset)?;
+                }
+                Item::Page { block, offset, len } => {
+                    main.page += 1;
+                    let page = self.main.payload(len)?;
+                    self.store(block, offset, &page)?;
+                }
+                Item::Xbzrle { block, offset, len } => {
+                    main.xbzrle += 1;
+                    let place = self.main.place();
+                    let diff = self.main.payload(len)?;
+                    let mut page = vec![0; PAGE_SIZE];
+                    let known = self.pages().load(block, offset, &mut page).map_err(Error::io(place))?;
+                    let applied = xbzrle::apply(&diff, &mut page);
+                    if known {
+                        applied.map_err(Error::protocol(place))?;
+                    }
+                    self.store(block, offset, &page)?;
+                }
+                Item::CompressPage { block, offset, len } => {
+                    main.compressed += 1;
+                    let place = self.main.place();
+                    let payload = self.main.payload(len)?;
+                    let mut page = vec![0; PAGE_SIZE];
+                    crate::compress::inflate_page(&payload, &mut page).map_err(Error::io(place))?;
+                    self.store(block, offset, &page)?;
+                }
+                Item::Flush => {
+                    main.flush += 1;
+                    self.sync_point()?;
+                }
+                Item::Eos => {
+                    main.end_of_section += 1;
+                    let dialect = self.main.decoder().dialect();
+                    if !self.channels.is_empty() {
+                        self.account.dialect = dialect;
+                        if dialect == Some(Dialect::PerSection) {
+                            self.sync_point()?;
+                        }
+                    }
+                }
+                Item::Section(section) if section.kind != SectionKind::Full => {
+                    let name = section.name;
+                    return Err(crate::error::Mismatch::IterableSection { name }.into());
+                }
+                Item::Section(section) if self.main.decoder().ram_ended() => {
+                    self.account.tail = self.main.tail(&section)?;
+                    break;
+                }
+                Item::Section(section) => {
+                    let early = self.main.early_section(&section)?;
+                    self.account.early.extend_from_slice(&early);
+                }
+                Item::VmDescription { len } => self.account.tail.vmdescription = self.main.payload(len)?,
+                Item::Header
+                | Item::ConfigPageBits(_)
+                | Item::RamStart { .. }
+                | Item::Block(_)
+                | Item::Footer { .. }
+                | Item::Eof => {}
+            }
+        }
+        self.main.nothing_follows()?;
+        self.account.complete = true;
+        let Some(pages) = &mut self.pages else { return Ok(()) };
+        for channel in &mut self.channels {
+            channel.read_rest(pages)?;
+        }
+        Ok(())
+    }
+
+    /// The end of a round on main: every channel has to come to it.
+    fn sync_point(&mut self) -> Result<(), Error> {
+        self.account.main.sync_points += 1;
+        let round = self.account.rounds.len() as u64;
+        let pages = self.pages.as_mut().expect("sync points come behind the block list");
+        let place = self.main.place();
+        for channel in &mut self.channels {
+            if !channel.read_to_sync(pages, round > 0)? {
+                let missing = Violation::SyncMissing { channel: channel.id(), round };
+                return Err(Error::protocol(place)(missing));
+            }
+        }
+        let stats = pages.end_round(round);
+        self.account.rounds.push(stats);
+        Ok(())
+    }
+
+    fn zero(&mut self, block: usize, offset: u64) -> Result<(), Error> {
+        let place = self.main.place();
+        self.pages().zero(block, &[offset], None).map_err(Error::io(place))
+    }
+
+    fn store(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), Error> {
+        let place = self.main.place();
+        self.pages().store(block, &[offset], page, None).map_err(Error::io(place))
+    }
+
+    fn pages(&mut self) -> &mut Pages {
+        self.pages.as_mut().expect("the decoder lets no page pass before the block list")
+    }
+}
+
+/// Whose page it is: main, or a channel.
+type Bearer = Option<ChannelId>;
+
+/// The page size of what is inspected; all of x86 has it.
+const PAGE_SIZE: usize = 4096;
