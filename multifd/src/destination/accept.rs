@@ -226,12 +226,12 @@ fn say(stream: &mut dyn Stream, into: &mut [u8], at: Place, timeout: Option<Dura
 /// Checks that the channel is one of this migration and has not come before.
 fn enrol(hello: &Hello, at: Place, shared: &Shared) -> Result<(), Error> {
     let id = hello.channel;
-    if let Some(channels) = shared.options.channels.map(usize::from)
+    let mut seen = lock(&shared.seen);
+    if let Some(channels) = seen.channels.or(shared.options.channels.map(usize::from))
         && id.index() >= channels
     {
         return Err(Error::protocol(at)(Violation::ChannelIdOutOfRange { id, channels }));
     }
-    let mut seen = lock(&shared.seen);
     if std::mem::replace(&mut seen.ids[id.index()], true) {
         return Err(Error::protocol(at)(Violation::ChannelIdTwice { id }));
     }

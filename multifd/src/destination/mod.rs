@@ -16,7 +16,7 @@ mod target;
 use std::time::Duration;
 
 use multifd_proto::{
-    Violation,
+    ChannelId, Violation,
     command::Command,
     machine::Dialect,
     ram::BlockEntry,
@@ -133,8 +133,27 @@ pub(super) struct Pages {
 /// What the channels have said so far.
 pub(super) struct Seen {
     ids: [bool; 256],
+    /// How many channels there are, once main knows.
+    channels: Option<usize>,
     /// The same on every channel.
     uuid: Option<[u8; 16]>,
+}
+
+impl Seen {
+    /// States that there are `channels` channels.
+    ///
+    /// # Errors
+    /// A channel with a higher id was here before: main would wait for one that cannot come.
+    fn fix_channels(&mut self, channels: usize) -> Result<(), Violation> {
+        self.channels = Some(channels);
+        match self.ids.iter().rposition(|&seen| seen) {
+            Some(id) if id >= channels => {
+                let id = ChannelId(u8::try_from(id).expect("ids are bytes"));
+                Err(Violation::ChannelIdOutOfRange { id, channels })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Shared {
@@ -198,7 +217,7 @@ impl Run {
             main: Mutex::new(MainSlot::default()),
             main_changed: Condvar::new(),
             pages: Mutex::new(None),
-            seen: Mutex::new(Seen { ids: [false; 256], uuid: None }),
+            seen: Mutex::new(Seen { ids: [false; 256], channels: None, uuid: None }),
             streams: Mutex::new(Vec::new()),
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
@@ -387,6 +406,7 @@ impl Run {
         if !self.channels_fixed {
             self.channels_fixed = true;
             let channels = self.acceptor.channels()?;
+            lock(&self.shared.seen).fix_channels(channels).map_err(Error::protocol(place))?;
             self.shared.barrier.fix_channels(channels).map_err(Error::protocol(place))?;
             #[cfg(any(test, feature = "broken-variants"))]
             self.shared.loose.fix_channels(channels);
