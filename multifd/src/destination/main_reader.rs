@@ -90,15 +90,20 @@ impl MainReader {
 
     /// The body of the section that was the item before; its length is counted as it is read.
     pub(super) fn body(&mut self) -> SectionBody<'_> {
-        SectionBody { main: self }
+        SectionBody { main: self, failure: None }
     }
 
     /// Whether anything follows the end of state: that can only be the vmdescription. Without one, the stream ends here.
     pub(crate) fn vmdescription_follows(&mut self) -> Result<bool, Error> {
         match self.fill(1) {
             Ok(()) => Ok(true),
-            // A source without return path closes main instead of waiting for us.
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            // A source without return path closes main instead of waiting for us. One with it waits, so if main ends here
+            // the source has died or given up, and in the latter case the VM runs there again.
+            Err(Error::Io { source, .. })
+                if source.kind() == io::ErrorKind::UnexpectedEof && !self.decoder.return_path_open() =>
+            {
+                Ok(false)
+            }
             Err(error) => Err(error),
         }
     }
@@ -169,15 +174,30 @@ impl MainReader {
 /// The body of one section, of a length that only its reader knows.
 pub(super) struct SectionBody<'a> {
     main: &'a mut MainReader,
+    /// Why there was no more of it.
+    failure: Option<Error>,
+}
+
+impl SectionBody<'_> {
+    /// What its reader ran into, if it was the connection: a better reason than what the reader made of it.
+    pub(super) fn into_failure(self) -> Option<Error> {
+        self.failure
+    }
 }
 
 impl Read for SectionBody<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if self.main.unread().is_empty() {
-            self.main.receive().map_err(|error| match error {
-                Error::Io { source, .. } => source,
-                other => io::Error::other(other),
-            })?;
+        if self.main.unread().is_empty() && !into.is_empty() {
+            let at = self.main.place();
+            match self.main.receive() {
+                Ok(0) => self.failure = Some(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() }),
+                Ok(_) => {}
+                Err(error) => {
+                    let source = io::Error::other(error.to_string());
+                    self.failure = Some(error);
+                    return Err(source);
+                }
+            }
         }
         let n = self.main.unread().len().min(into.len());
         into[..n].copy_from_slice(&self.main.unread()[..n]);

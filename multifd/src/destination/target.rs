@@ -83,8 +83,10 @@ impl Target for VmTarget<'_> {
     fn section(&mut self, section: &Section, _ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
         let id = SectionId { name: section.name.clone(), instance: section.instance, version: section.version };
         let mut body = main.body();
-        self.vm.load(&id, &mut body as &mut dyn Read).map_err(|source| Error::Load { section: id, source })?;
-        Ok(Body::Section)
+        match self.vm.load(&id, &mut body as &mut dyn Read) {
+            Ok(()) => Ok(Body::Section),
+            Err(source) => Err(body.into_failure().unwrap_or(Error::Load { section: id, source })),
+        }
     }
 
     fn prepare(&mut self, _uuid: Option<[u8; 16]>) -> Result<(), Error> {
