@@ -82,6 +82,15 @@ pub enum Error {
     /// The destination closed main before it confirmed that it has the VM.
     #[error("the destination closed the connection before it confirmed")]
     Unconfirmed,
+    /// The connection broke while the destination was taking over, in a way that does not tell whether it has.
+    ///
+    /// The VM stands still on the source and was not resumed, because it may run on the destination. Whoever knows that
+    /// it does not can let it go on.
+    #[error("it is not known whether the destination has the VM, so it stands still: {source}")]
+    Undecided {
+        /// The error of the connection.
+        source: io::Error,
+    },
     /// Somebody said nothing for too long while connections were being set up.
     #[error("{what} within {seconds} s")]
     SetupTimeout {

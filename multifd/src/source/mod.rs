@@ -66,7 +66,8 @@ impl Source {
     /// Sends `vm` over connections from `to` and returns when the destination has confirmed that it has it.
     ///
     /// On `Ok` the VM is paused and belongs to the destination. On `Err` it runs, as before, and another attempt may be
-    /// made; the one exception is [`Error::NotResumed`], which says why it could not.
+    /// made; the exceptions are [`Error::NotResumed`], which says why it could not, and [`Error::Undecided`], where it must
+    /// not.
     ///
     /// # Errors
     /// The first thing that went wrong on any connection, with its place; [`Error::DoesNotConverge`];
@@ -390,7 +391,7 @@ impl Run {
         let begun = self.now();
         self.shared.stop.commit()?;
         self.main().end()?;
-        self.return_path.as_ref().expect("connected").wait_for_shut()?;
+        self.return_path.as_ref().expect("connected").wait_for_shut().map_err(undecided)?;
         let now = self.now();
         self.report.downtime.confirm = now - begun;
         self.report.downtime.total = now - self.paused_at;
@@ -506,6 +507,7 @@ impl Run {
             return Ok(self.report);
         };
         if self.paused
+            && !matches!(error, Error::Undecided { .. })
             && let Err(resume) = vm.resume()
         {
             return Err(Error::NotResumed { first: Box::new(error), resume });
@@ -527,6 +529,22 @@ impl Run {
             Error::Io { .. } => refused.unwrap_or(first),
             _ => first,
         }
+    }
+}
+
+/// What an error means that came in place of the destination's confirmation.
+///
+/// When its end of the connection is gone, it will not confirm any more: its kernel sends what it said before it says that
+/// it is gone. Anything else, such as a time limit or a lost route, may be this side's view only.
+fn undecided(error: Error) -> Error {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error {
+        Error::Io { source, .. }
+            if !matches!(source.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof) =>
+        {
+            Error::Undecided { source }
+        }
+        error => error,
     }
 }
 
