@@ -16,6 +16,8 @@ pub mod destination;
 pub mod dirty;
 pub mod dirty_bitmap;
 pub mod error;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod faults;
 pub mod inspect;
 pub mod layout;
 mod limiter;

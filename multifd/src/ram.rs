@@ -293,6 +293,11 @@ impl Ram {
         Ram { inner: Arc::new(inner) }
     }
 
+    /// How many handles on this memory there are, this one included: a thread that was not joined would hold one.
+    pub(crate) fn handles(&self) -> usize {
+        Arc::strong_count(&self.inner)
+    }
+
     /// The bytes of page number `page`.
     pub(crate) fn page_bytes(&self, page: u64) -> Vec<u8> {
         let mut bytes = vec![0; self.layout().page_size()];

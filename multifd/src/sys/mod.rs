@@ -4,6 +4,8 @@
 
 pub(crate) mod advice;
 pub(crate) mod file_block;
+#[cfg(all(any(test, feature = "fuzzing"), not(any(loom, shuttle))))]
+pub(crate) mod guarded;
 pub(crate) mod guest_copy;
 pub(crate) mod heap;
 pub(crate) mod holes;

@@ -1,0 +1,282 @@
+//! Each rule that main can break, and each part of QEMU's format that is refused there.
+
+use multifd_proto::{
+    encoder::MainEncoder,
+    ram::BlockEntry,
+    stream::{Section, SectionKind},
+};
+
+use super::script::*;
+use crate::destination::Options;
+
+/// Main whose `bad` part begins behind `good`, beside a channel that has reached the first sync point.
+fn check(rule: &str, good: &Wire, bad: impl AsRef<[u8]>, message: &str) -> Received {
+    let wires = [good.clone().then(bad), Wire::channel(0).sync()];
+    let received = refused(rule, &wires, Options::default(), main_at(good.len()), message);
+    assert!(!received.calls.contains(&"load"), "{rule}: loaded");
+    received
+}
+
+fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
+    let mut encoder = MainEncoder::new();
+    encode(&mut encoder).as_bytes().to_vec()
+}
+
+fn command(number: u16, payload: &[u8]) -> Vec<u8> {
+    [&[COMMAND][..], &number.to_be_bytes(), &(payload.len() as u16).to_be_bytes(), payload].concat()
+}
+
+#[test]
+fn what_main_must_not_begin_with_is_refused() {
+    let stray = [Wire::main(), Wire::channel(0).sync(), Wire::raw(*b"GET / HTTP/1.1\r\n\r\n")];
+    let message = "magic 0x47455420 instead of 0x5145564d";
+    refused("stray connection", &stray, Options::default(), connection_at(2, 0), message);
+    refused("stray main", &stray[2..], Options::default(), connection_at(0, 0), message);
+    let version = Wire::raw(*b"QEVM\0\0\0\x02");
+    refused("version", &[version], Options::default(), main_at(0), "stream version 2 instead of 3");
+    let twice = [Wire::main(), Wire::main()];
+    let error = receive(&twice, Options::default()).outcome.unwrap_err().to_string();
+    // Which of the two is read first is up to their threads.
+    assert!(error.ends_with("at byte 0: main connection a second time"), "{error}");
+}
+
+#[test]
+fn a_configuration_that_does_not_fit_is_refused() {
+    let head = Wire::from_encoder(MainEncoder::new().header().configuration("multifd"));
+    let bare = Wire::from_encoder(MainEncoder::new().header());
+    for (rule, good, bad, message) in [
+        ("no configuration", &bare, vec![1], "SECTION_START instead of the configuration"),
+        (
+            "endless machine type",
+            &bare,
+            vec![7, 0xff, 0xff, 0xff, 0xff],
+            "length of the machine type of 4294967295 exceeds 255",
+        ),
+        ("page size", &head, encoded(|e| e.config_page_bits(14)), "page size 0x4000 of the peer is not ours (0x1000)"),
+        (
+            "page size beyond 2^64",
+            &head,
+            encoded(|e| e.config_page_bits(200)),
+            "page size 0x0 of the peer is not ours (0x1000)",
+        ),
+        (
+            "capability",
+            &head,
+            encoded(|e| e.config_capabilities(&["colour"])),
+            "capability \"colour\" of the peer is not supported",
+        ),
+        (
+            "subsection",
+            &head,
+            [&[SUBSECTION, 3][..], b"abc", &[0, 0, 0, 1]].concat(),
+            "configuration subsection \"abc\" version 1 is not understood",
+        ),
+    ] {
+        let received = receive(&[good.clone().then(&bad)], Options::default());
+        let error = received.outcome.unwrap_err();
+        assert_eq!(error.to_string(), format!("{}: {message}", main_at(good.len())), "{rule}");
+        assert!(error.is_peers_fault());
+    }
+}
+
+#[test]
+fn commands_of_postcopy_and_replication_are_refused_by_name() {
+    let good = Wire::main();
+    for (number, payload, message) in [
+        (4, &b""[..], "POSTCOPY_LISTEN: postcopy is refused"),
+        (5, b"", "POSTCOPY_RUN: postcopy is refused"),
+        (6, b"\0\x03ram\0", "POSTCOPY_RAM_DISCARD: postcopy is refused"),
+        (7, b"\0\0\x10\0", "PACKAGED: postcopy is refused"),
+        (8, b"", "ENABLE_COLO: continuous replication is refused"),
+        (9, b"", "POSTCOPY_RESUME: postcopy is refused"),
+        (10, b"\x03ram", "RECV_BITMAP: postcopy is refused"),
+        (0, b"", "command 0 is unknown"),
+        (12, b"", "command 12 is unknown"),
+        (2, b"\0", "command PING with 1 bytes of payload"),
+        (1, b"", "OPEN_RETURN_PATH a second time"),
+    ] {
+        check(message, &good, command(number, payload), message);
+    }
+    let early = Wire::from_encoder(MainEncoder::new().header().configuration("multifd"));
+    check("ping", &early, command(2, &[0; 4]), "PING without an open return path");
+}
+
+#[test]
+fn a_block_list_that_breaks_a_rule_is_refused() {
+    let start = |total| Wire::from_encoder(MainEncoder::new().header().configuration("multifd").ram_start(1, total));
+    let entry = |name: &str, len| {
+        let mut bytes = Vec::new();
+        BlockEntry::new(block(name), len).encode(&mut bytes);
+        bytes
+    };
+    check("too long", &start(0x8000), entry("ram", 0x9000), "block list announces 0x8000 bytes and lists 0x9000");
+    check(
+        "sum beyond 2^64",
+        &start(0x8000).then(entry("a", 0x1000)),
+        entry("b", 0xffff_ffff_ffff_f000),
+        "block list announces 0x8000 bytes and lists 0xffffffffffffffff",
+    );
+    check("twice", &start(0x8000).then(entry("ram", 0x1000)), entry("ram", 0x1000), "block \"ram\" is listed twice");
+    check("no length", &start(0x8000), entry("ram", 0), "block \"ram\" has length 0x0");
+    check("part of a page", &start(0x8000), entry("ram", 0x1001), "block \"ram\" has length 0x1001");
+    check("no name", &start(0x8000), [0; 9], "block name \"\" is not 1 to 255 bytes of UTF-8 without NUL");
+}
+
+#[test]
+fn blocks_that_are_not_ours_are_refused_before_any_page() {
+    let list = |blocks: &[(&str, u64)]| {
+        let mut encoder = MainEncoder::new();
+        encoder.header().configuration("multifd").ram_start(1, blocks.iter().map(|(_, len)| len).sum());
+        for (name, len) in blocks {
+            encoder.block(&BlockEntry::new(block(name), *len));
+        }
+        Wire::from_encoder(encoder.flush().eos().footer(1))
+    };
+    for (blocks, message) in [
+        (&[("ram", 0x8000)][..], "this VM has RAM block \"rom\", which the source does not have"),
+        (&[("ram", 0x9000), ("rom", 0x2000)], "RAM block \"ram\" has 0x9000 bytes on the source and 0x8000 here"),
+        (
+            &[("ram", 0x8000), ("rom", 0x2000), ("vga", 0x1000)],
+            "the source has RAM block \"vga\" (0x1000 bytes), which this VM does not have",
+        ),
+        (
+            &[("ram", 1 << 62), ("rom", 0x2000)],
+            "RAM block \"ram\" has 0x4000000000000000 bytes on the source and 0x8000 here",
+        ),
+    ] {
+        let received = receive(&[list(blocks), Wire::channel(0).sync()], Options::default());
+        let error = received.outcome.unwrap_err();
+        assert_eq!(error.to_string(), message);
+        assert!(error.is_peers_fault());
+        assert_eq!(received.calls, Vec::<&str>::new());
+    }
+}
+
+#[test]
+fn a_list_of_endless_blocks_is_refused() {
+    let mut encoder = MainEncoder::new();
+    encoder.header().configuration("multifd").ram_start(1, !0xfff);
+    for index in 0..4096 {
+        encoder.block(&BlockEntry::new(block(&format!("b{index}")), 0x1000));
+    }
+    let mut bad = Vec::new();
+    BlockEntry::new(block("one more"), 0x1000).encode(&mut bad);
+    check("too many blocks", &Wire::from_encoder(&encoder), bad, "more than 4096 RAM blocks");
+}
+
+#[test]
+fn words_of_ram_that_break_a_rule_are_refused() {
+    let part = Wire::main().then(encoded(|e| e.ram_part(1, false)));
+    let word = |word: u64, rest: &[u8]| [&word.to_be_bytes()[..], rest].concat();
+    let named = Wire { ..part.clone().then(word(0x1002, b"\x03ram\0")) };
+    for (rule, good, bad, message) in [
+        ("page outside", &part, word(0x8008, b"\x03ram"), "page at 0x8000 lies outside \"ram\" (0x8000 bytes)"),
+        ("zero page outside", &part, word(0x8002, b"\x03ram\0"), "page at 0x8000 lies outside \"ram\" (0x8000 bytes)"),
+        (
+            "continued page outside",
+            &named,
+            word(0xffff_ffff_ffff_f022, b"\0"),
+            "page at 0xfffffffffffff000 lies outside \"ram\" (0x8000 bytes)",
+        ),
+        ("unknown block", &part, word(8, b"\x04disk"), "block \"disk\" is unknown"),
+        (
+            "block continued from nowhere",
+            &part,
+            word(0x28, b""),
+            "page at 0x0 continues a block, and no block was named before",
+        ),
+        ("fill byte", &part, word(2, b"\x03ram\x01"), "zero page at 0x0 has fill byte 0x01"),
+        ("RDMA", &part, word(0x80, b""), "RAM word 0x80 belongs to RDMA, which is refused"),
+        ("unknown flags", &part, word(0x400, b""), "RAM word 0x400 has flags 0x400"),
+        ("unaligned page", &part, word(0x1009, b"\x03ram"), "RAM word 0x1009 has flags 0x9"),
+        ("second list", &part, word(0x8004, b""), "block list behind the first word of ram"),
+        ("XBZRLE header", &part, word(0x40, b"\x03ram\x02\0\x01"), "XBZRLE: unknown header at byte 0 of the diff"),
+        (
+            "XBZRLE length",
+            &part,
+            word(0x40, b"\x03ram\x01\xff\xff"),
+            "XBZRLE: longer than a page at byte 65535 of the diff",
+        ),
+        ("page of nothing", &part, word(0x100, b"\x03ram\0\0\0\0"), "compressed page of 0 bytes at 0x0"),
+        ("page of 4 GiB", &part, word(0x100, b"\x03ram\xff\xff\xff\xff"), "compressed page of 4294967295 bytes at 0x0"),
+    ] {
+        check(rule, good, bad, message);
+    }
+    let before = Wire::from_encoder(&main_start());
+    check("page before the first sync point", &before, word(8, b"\x03ram"), "page before the first sync point");
+    let section = Wire::from_encoder(main_start().eos().footer(1)).then(encoded(|e| e.ram_part(1, false)));
+    let message = "FLUSH in a stream without one in the START section of ram";
+    check("late FLUSH", &section, word(0x200, b""), message);
+}
+
+#[test]
+fn elements_in_the_wrong_place_are_refused() {
+    let good = Wire::main();
+    let device = |kind, id, name: &str| {
+        encoded(|e| e.section(&Section { kind, id, name: name.to_owned(), instance: 0, version: 1 }))
+    };
+    for (rule, bad, message) in [
+        ("EOF", vec![0], "EOF before the END section of ram"),
+        ("unknown element", vec![0x55], "element type 0x55 is unknown"),
+        ("footer", vec![0x7e, 0, 0, 0, 1], "footer between sections"),
+        ("unknown section", encoded(|e| e.ram_part(9, false)), "section id 9 is unknown"),
+        ("ram twice", device(SectionKind::Start, 4, "ram"), "section \"ram\" with id 4 was started before"),
+        ("id twice", device(SectionKind::Start, 1, "disk"), "section \"disk\" with id 1 was started before"),
+        ("FULL ram", device(SectionKind::Full, 4, "ram"), "FULL section for ram, which is transferred in parts"),
+    ] {
+        check(rule, &good, bad, message);
+    }
+    let body = Wire::from_encoder(main_start().flush().eos());
+    check("footer of another", &body, [0x7e, 0, 0, 0, 2], "footer of section 1 has id 2");
+    check("no footer", &body, [3, 0, 0, 0, 1], "section 1 ends with 0x03 instead of a footer");
+    let parts = [good.clone().then(device(SectionKind::Start, 5, "disk")), Wire::channel(0).sync()];
+    let error = receive(&parts, Options::default()).outcome.unwrap_err();
+    assert_eq!(error.to_string(), "section \"disk\" comes in parts; only ram may");
+}
+
+#[test]
+fn a_vmdescription_beyond_the_limit_is_refused_before_it_is_read() {
+    let mut end = MainEncoder::new();
+    end.ram_part(1, true).flush().eos().footer(1).eof();
+    let good = Wire::main().then(end.as_bytes());
+    let wires = [good.clone().then([6, 0xff, 0xff, 0xff, 0xff]), Wire::channel(0).sync().sync()];
+    let message = "vmdescription of 4294967295 bytes exceeds 16777216";
+    refused("vmdescription", &wires, Options::default(), main_at(good.len()), message);
+}
+
+#[test]
+fn an_end_anywhere_inside_main_is_an_error() {
+    let whole = Wire::main().then(encoded(|e| {
+        e.ram_part(1, false).zero_page(&block("rom"), 0x1000).page(&block("ram"), 0).raw(&[7; PAGE]).eos().footer(1)
+    }));
+    let whole = whole.then(encoded(|e| {
+        let cpu = Section { kind: SectionKind::Full, id: 2, name: "cpu".to_owned(), instance: 0, version: 1 };
+        e.ram_part(1, true)
+            .flush()
+            .eos()
+            .footer(1)
+            .section(&cpu)
+            .raw(b"state of cpu 0")
+            .footer(2)
+            .eof()
+            .vm_description(b"{}")
+    }));
+    let channel = || Wire::channel(0).sync().sync().ends();
+    receive(&[whole.clone(), channel()], Options::default()).outcome.unwrap();
+    let mut ends = 0;
+    // Each byte of what is not a page's content, and some of that.
+    for cut in (1..whole.bytes.len()).filter(|cut| cut % 97 == 0 || !(100..4000).contains(cut)) {
+        let received = receive(&[whole.clone().cut_by(cut), channel()], Options::default());
+        let error = received.outcome.err().unwrap_or_else(|| panic!("without the last {cut} bytes: accepted"));
+        let text = error.to_string();
+        assert!(text.ends_with("the connection ended in the middle"), "{cut}: {text}");
+        assert!(text.starts_with("main, at byte ") || text.starts_with("connection 0, at byte 0"), "{cut}: {text}");
+        assert!(!received.calls.contains(&"start"));
+        ends += 1;
+    }
+    test_support::report("hostile bytes", &format!("ends inside main: {ends}"));
+}
+
+/// Element types, as they stand on the wire.
+const SUBSECTION: u8 = 5;
+const COMMAND: u8 = 8;

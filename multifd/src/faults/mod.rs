@@ -1,0 +1,9 @@
+//! What happens when the peer is hostile, a connection breaks or the VMM fails: each rule and each operation in turn.
+
+mod script;
+
+mod cancelled;
+mod hostile_channels;
+mod hostile_main;
+mod injected;
+mod set_up;
