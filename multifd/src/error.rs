@@ -210,7 +210,7 @@ impl fmt::Display for Connection {
 #[non_exhaustive]
 pub enum Mismatch {
     /// Pages of this size do not exist.
-    #[error("a page of {page_size} bytes; 512 bytes to 512 KiB, a power of two")]
+    #[error("a page of {page_size} bytes; 1024 bytes to 512 KiB, a power of two")]
     PageSize {
         /// In bytes.
         page_size: usize,

@@ -28,10 +28,10 @@ impl Layout {
     /// Numbers the pages of `blocks` (name and length in bytes), in the order given.
     ///
     /// # Errors
-    /// A page size that is not a power of two of at least 512, a block that is empty or not a multiple of the page size,
+    /// A page size that is not a power of two of at least 1024, a block that is empty or not a multiple of the page size,
     /// two blocks of one name, or more than 2^63 bytes in all.
     pub fn new(page_size: usize, blocks: impl IntoIterator<Item = (BlockName, u64)>) -> Result<Layout, Mismatch> {
-        if !page_size.is_power_of_two() || !(512..=MAX_PAGE_SIZE).contains(&page_size) {
+        if !page_size.is_power_of_two() || !(MIN_PAGE_SIZE..=MAX_PAGE_SIZE).contains(&page_size) {
             return Err(Mismatch::PageSize { page_size });
         }
         let mut layout = Layout { page_size, blocks: Vec::new(), bits: 0 };
@@ -127,6 +127,8 @@ impl BlockLayout {
     }
 }
 
+/// The smallest page size: the low 10 bits of a RAM word are flags, FLUSH (0x200) the highest, so no offset may use them.
+pub const MIN_PAGE_SIZE: usize = 1024;
 /// The largest page size: one page fills a packet.
 pub const MAX_PAGE_SIZE: usize = multifd_proto::packet::PACKET_BYTES;
 
@@ -160,7 +162,9 @@ mod tests {
     fn bad_shapes_are_refused() {
         assert!(matches!(layout(&[("a", 0)]), Err(Mismatch::BlockLength { .. })));
         assert!(matches!(layout(&[("a", 1), ("a", 1)]), Err(Mismatch::BlockTwice { .. })));
-        assert!(matches!(Layout::new(4095, []), Err(Mismatch::PageSize { .. })));
+        for page_size in [512, 4095, 1 << 20] {
+            assert!(matches!(Layout::new(page_size, []), Err(Mismatch::PageSize { .. })));
+        }
         let huge = [("a", 1u64 << 62), ("b", 1 << 62)].map(|(name, len)| (BlockName::new(name).unwrap(), len));
         assert!(matches!(Layout::new(4096, huge), Err(Mismatch::TooMuchRam)));
     }

@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn passes_the_conformance_suite() {
-        for page_size in [4096, 512] {
+        for page_size in [4096, 1024] {
             let ram = Ram::for_test_with_pages(page_size, &[("a", 200), ("b", 1), ("c", 65)]);
             let bitmap = AtomicDirtyBitmap::new(ram.layout());
             let report = conformance(&mut Marked { ram, bitmap }, Effort::FULL).unwrap();

@@ -159,7 +159,7 @@ mod tests {
     /// Word by word as page by page: every single page, through every offset of a slot in a block.
     #[test]
     fn a_slot_anywhere_in_a_block_reports_the_right_pages() {
-        for page_size in [4096, 512, 65536] {
+        for page_size in [4096, 1024, 65536] {
             let ram = Ram::for_test_with_pages(page_size, &[("a", 128), ("b", 2048 * 4096 / page_size)]);
             let layout = &ram.layout().blocks()[1];
             for (page, pages) in [(0, 200), (1, 130), (63, 64), (64, 1), (70, 129), (127, 2)] {

@@ -185,10 +185,10 @@ fn bytes_and_pages_of_any_size_arrive_in_order(mut transport: Transport) {
 fn more_ranges_than_one_call_takes_arrive(mut transport: Transport) {
     let (mut ours, mut theirs) = transport.pair();
     let pages = 2 * 1100;
-    let from = Ram::for_test_with_pages(512, &[("a", pages)]);
-    let to = Ram::for_test_with_pages(512, &[("a", pages)]);
+    let from = Ram::for_test_with_pages(1024, &[("a", pages)]);
+    let to = Ram::for_test_with_pages(1024, &[("a", pages)]);
     for page in 0..pages as u64 {
-        from.page(page).unwrap().write(&[page as u8 | 1; 512]);
+        from.page(page).unwrap().write(&[page as u8 | 1; 1024]);
     }
     // Every other page, backwards: nothing to join.
     let every_other = || (0..pages as u64).rev().step_by(2);
@@ -203,7 +203,7 @@ fn more_ranges_than_one_call_takes_arrive(mut transport: Transport) {
         theirs.read_pages(&ranges).unwrap();
     });
     for page in 0..pages as u64 {
-        let sent = if page % 2 == 1 { from.page_bytes(page) } else { vec![0; 512] };
+        let sent = if page % 2 == 1 { from.page_bytes(page) } else { vec![0; 1024] };
         assert_eq!(to.page_bytes(page), sent, "page {page}");
     }
 }
