@@ -76,12 +76,14 @@ fn memory_and_device_state_arrive_in_every_mode() {
                     let mut vm = writing_source(filled());
                     let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
                     let options = source::Options { channels, dialect, zero_pages, flush, ..Default::default() };
-                    let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
+                    let receiving = destination::Options { audit: true, ..Default::default() };
+                    let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
                     let (sent, received) = (sent.unwrap(), received.unwrap());
                     assert_same(&vm.writer_ram(), &to.ram);
                     assert_eq!(to.loaded, [("cpu".to_owned(), 0, 1), ("timer".to_owned(), 7, 3)]);
                     assert_eq!(to.calls(), ["load", "load", "start"]);
                     assert!(!vm.writer.is_running(), "the VM belongs to the destination");
+                    assert_eq!(received.audit, Some(destination::Findings::default()));
                     assert_eq!(received.channels, usize::from(channels));
                     assert_eq!(received.dialect, Some(dialect));
                     assert_eq!((sent.normal, sent.zero), (received.normal, received.zero));

@@ -33,6 +33,8 @@ pub(super) struct ReceiveChannel {
     zero: Vec<u64>,
     /// Bytes received; the hello is counted.
     received: u64,
+    /// SYNCs passed: this channel's own count of rounds.
+    rounds: u64,
     /// Set behind the first sync point.
     pages: Option<Pages>,
     /// The block of the packet before, and its position: most packets name the same one.
@@ -55,6 +57,7 @@ impl ReceiveChannel {
             normal: Vec::new(),
             zero: Vec::new(),
             received,
+            rounds: 0,
             pages: None,
             block: None,
         }
@@ -100,6 +103,7 @@ impl ReceiveChannel {
             // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they
             // were applied above.
             self.shared.arrive(Party::Channel(self.id), self.place())?;
+            self.rounds += 1;
             if self.pages.is_none() {
                 self.pages = lock(&self.shared.pages).clone();
             }
@@ -117,7 +121,7 @@ impl ReceiveChannel {
         if packet.normal() + packet.zero() == 0 {
             return Ok((sync, payload_len));
         }
-        let Some(Pages { layout, sink }) = self.pages.clone() else {
+        let Some(Pages { layout, sink, audit }) = self.pages.clone() else {
             return Err(Error::protocol(place)(Violation::PageBeforeFirstSync));
         };
         let name = packet.block_name().map_err(Error::protocol(place))?;
@@ -160,6 +164,10 @@ impl ReceiveChannel {
         }
         if !self.zero.is_empty() {
             sink.zero(block, &self.zero).map_err(Error::io(at))?;
+        }
+        if let Some(audit) = audit {
+            audit.wrote(block, &self.normal, Party::Channel(self.id), self.rounds);
+            audit.wrote(block, &self.zero, Party::Channel(self.id), self.rounds);
         }
         self.shared.progress.add_pages(self.normal.len() as u64, self.zero.len() as u64);
         Ok((sync, payload_len))

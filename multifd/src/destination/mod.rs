@@ -5,6 +5,7 @@
 //! a channel's socket to guest memory without passing through here. All meet at the round barrier.
 
 mod accept;
+mod audit;
 mod channel;
 mod first_touch;
 mod main_reader;
@@ -26,8 +27,9 @@ use multifd_proto::{
     violation, xbzrle,
 };
 
-use self::{accept::Acceptor, target::VmTarget};
+use self::{accept::Acceptor, audit::Audit, target::VmTarget};
 pub use self::{
+    audit::{Findings, StaleWrite},
     first_touch::FirstTouch,
     options::{Options, SwitchoverAck},
     report::Report,
@@ -128,6 +130,7 @@ pub(super) struct Shared {
 pub(super) struct Pages {
     layout: Arc<Layout>,
     sink: Arc<dyn PageSink>,
+    audit: Option<Arc<Audit>>,
 }
 
 /// What the channels have said so far.
@@ -197,6 +200,7 @@ struct Run {
     /// Whether the number of channels is known.
     channels_fixed: bool,
     sink: Option<Arc<dyn PageSink>>,
+    audit: Option<Arc<Audit>>,
     begun: Duration,
     round_begun: Duration,
     round_totals: (u64, u64, u64),
@@ -233,6 +237,7 @@ impl Run {
             return_path: false,
             channels_fixed: false,
             sink: None,
+            audit: None,
             begun,
             round_begun: begun,
             round_totals: (0, 0, 0),
@@ -294,6 +299,7 @@ impl Run {
                 Item::RamPart { end } => self.ram_part(end, observer),
                 Item::ZeroPage { block, offset } => {
                     self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
+                    self.wrote(block, offset);
                     self.shared.progress.add_pages(0, 1);
                 }
                 Item::Page { block, offset, len } => self.page(block, offset, len)?,
@@ -360,7 +366,9 @@ impl Run {
         let (machine, return_path) = (self.report.machine.clone(), self.return_path);
         let head = StreamHead { machine, return_path, ram_section, blocks, layout };
         let sink = target.open_ram(&head)?;
-        *lock(&self.shared.pages) = Some(Pages { layout: Arc::new(head.layout), sink: sink.clone() });
+        let layout = Arc::new(head.layout);
+        self.audit = self.shared.options.audit.then(|| Arc::new(Audit::new(layout.clone())));
+        *lock(&self.shared.pages) = Some(Pages { layout, sink: sink.clone(), audit: self.audit.clone() });
         self.sink = Some(sink);
         Ok(())
     }
@@ -396,8 +404,17 @@ impl Run {
 
     fn store(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), Error> {
         self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
+        self.wrote(block, offset);
         self.shared.progress.add_pages(1, 0);
         Ok(())
+    }
+
+    /// Main has written a page.
+    fn wrote(&self, block: usize, offset: u64) {
+        if let Some(audit) = &self.audit {
+            // As many rounds as main has passed sync points.
+            audit.wrote(block, &[offset], Party::Main, self.report.rounds.len() as u64);
+        }
     }
 
     /// The end of a round, or of a section in the dialect that ends each of them.
@@ -516,6 +533,7 @@ impl Run {
         drop(self.main.take());
         *lock(&self.shared.pages) = None;
         let Some(not_first) = failure else {
+            self.report.audit = self.audit.map(|audit| audit.findings());
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
             return Ok(self.report);
         };

@@ -29,6 +29,9 @@ pub struct Options {
     pub setup_timeout: Option<Duration>,
     /// How long the source may take to close main after it was told that the VM is ours.
     pub close_timeout: Duration,
+    /// Remember the round of every page's last write and [report](super::Report::audit) writes from an older one: four
+    /// bytes for each page, and an atomic operation for each that arrives.
+    pub audit: bool,
     /// Where time comes from.
     pub clock: Clock,
     /// A defect to be caught.
@@ -48,6 +51,7 @@ impl Default for Options {
             switchover_ack: SwitchoverAck::Auto,
             setup_timeout: Some(Duration::from_secs(30)),
             close_timeout: Duration::from_secs(5),
+            audit: false,
             clock: Clock::monotonic(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use multifd_proto::{BlockName, machine::Dialect};
 
+use super::audit::Findings;
 use crate::progress::{Progress, RoundStats};
 
 /// The figures of one migration.
@@ -27,6 +28,8 @@ pub struct Report {
     pub normal: u64,
     /// Pages received as zeros.
     pub zero: u64,
+    /// What the audit found, where [`Options::audit`](super::Options::audit) asked for it.
+    pub audit: Option<Findings>,
     /// Bytes on main.
     pub main_bytes: u64,
     /// Bytes on each channel, by id.

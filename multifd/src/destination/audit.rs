@@ -1,0 +1,206 @@
+//! Remembers in which round each page was last written, and tells of writes that come from an older one.
+//!
+//! This checks the round law on a running migration, without trusting the barrier: a round here is what each connection
+//! says of itself, the number of SYNCs (on main: sync points) it has passed. A write is recorded when it is done. In a run
+//! that keeps the law no write of a later round begins before that, so whatever is found is a broken law; a page that comes
+//! twice within one round, as from QEMU 7.2 (spec §17, T4), is none.
+
+use std::fmt;
+
+use multifd_proto::{BlockName, ChannelId, rounds::Party};
+
+use crate::{
+    error::Connection,
+    layout::Layout,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        lock,
+    },
+};
+
+/// The account of one migration.
+pub(crate) struct Audit {
+    layout: Arc<Layout>,
+    /// By page number: [`Write`] as a number; 0 where the page was never written.
+    last: Vec<AtomicU32>,
+    stale: AtomicU64,
+    /// The first [`KEPT`] of them.
+    first: Mutex<Vec<StaleWrite>>,
+}
+
+/// What the audit of a migration found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Writes that came from an older round than the page already held. 0 in a migration that kept the round law.
+    pub stale_writes: u64,
+    /// The first of them.
+    pub first: Vec<StaleWrite>,
+}
+
+/// A page that was written from an older round than it already held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StaleWrite {
+    /// The page's RAM block.
+    pub block: BlockName,
+    /// The page's offset in it, in bytes.
+    pub offset: u64,
+    /// Which connection wrote it.
+    pub writer: Connection,
+    /// That connection's round.
+    pub round: u64,
+    /// Which connection had written it before.
+    pub before: Connection,
+    /// That connection's round.
+    pub before_round: u64,
+}
+
+impl fmt::Display for StaleWrite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StaleWrite { block, offset, writer, round, before, before_round } = self;
+        write!(
+            f,
+            "page at {offset:#x} of {:?}: {writer} wrote round {round} over round {before_round} from {before}",
+            block.as_str()
+        )
+    }
+}
+
+impl Audit {
+    /// No page of `layout` is written yet.
+    pub(crate) fn new(layout: Arc<Layout>) -> Audit {
+        let pages = usize::try_from(layout.bits()).expect("an account of mapped memory fits memory");
+        Audit {
+            last: std::iter::repeat_with(|| AtomicU32::new(0)).take(pages).collect(),
+            stale: AtomicU64::new(0),
+            first: Mutex::new(Vec::new()),
+            layout,
+        }
+    }
+
+    /// `writer` has written the pages at `offsets` of block `block` in its round `round`.
+    pub(crate) fn wrote(&self, block: usize, offsets: &[u64], writer: Party, round: u64) {
+        let block = &self.layout.blocks()[block];
+        let now = Write::new(writer, round);
+        for &offset in offsets {
+            let last = &self.last[block.page_at(offset) as usize];
+            // Counts only: which of two writes was later is decided by the numbers, not by when they are seen.
+            let before = last.fetch_max(now.0, Relaxed);
+            if before >> PARTY_BITS > now.0 >> PARTY_BITS {
+                self.found(block.name(), offset, now, Write(before));
+            }
+        }
+    }
+
+    /// What was found so far.
+    pub(crate) fn findings(&self) -> Findings {
+        Findings { stale_writes: self.stale.load(Relaxed), first: lock(&self.first).clone() }
+    }
+
+    #[cold]
+    fn found(&self, block: &BlockName, offset: u64, now: Write, before: Write) {
+        self.stale.fetch_add(1, Relaxed);
+        let mut first = lock(&self.first);
+        if first.len() < KEPT {
+            first.push(StaleWrite {
+                block: block.clone(),
+                offset,
+                writer: now.connection(),
+                round: now.round(),
+                before: before.connection(),
+                before_round: before.round(),
+            });
+        }
+    }
+}
+
+/// Round and connection in one number, so that the larger one is the later round: `(round + 1) << 9 | connection`.
+#[derive(Clone, Copy)]
+struct Write(u32);
+
+impl Write {
+    fn new(writer: Party, round: u64) -> Write {
+        let party = match writer {
+            Party::Main => 0,
+            Party::Channel(id) => u32::from(id.0) + 1,
+        };
+        // Four million rounds are more than a migration has; from there on they all count as one.
+        let round = u32::try_from(round + 1).unwrap_or(u32::MAX).min(u32::MAX >> PARTY_BITS);
+        Write((round << PARTY_BITS) | party)
+    }
+
+    fn round(self) -> u64 {
+        u64::from(self.0 >> PARTY_BITS) - 1
+    }
+
+    fn connection(self) -> Connection {
+        match (self.0 & ((1 << PARTY_BITS) - 1)).checked_sub(1) {
+            None => Connection::Main,
+            Some(id) => Connection::Channel(ChannelId(u8::try_from(id).expect("made from one"))),
+        }
+    }
+}
+
+/// 0 for main, 1 to 256 for channels.
+const PARTY_BITS: u32 = 9;
+/// A broken barrier makes thousands; these are enough to see how.
+const KEPT: usize = 16;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    const A: Party = Party::Channel(ChannelId(0));
+    const B: Party = Party::Channel(ChannelId(255));
+
+    fn layout() -> Arc<Layout> {
+        let blocks = [("a", 4), ("b", 4)].map(|(name, pages)| (BlockName::new(name).unwrap(), pages * 4096));
+        Arc::new(Layout::new(4096, blocks).unwrap())
+    }
+
+    #[test]
+    fn later_rounds_and_the_same_round_are_fine() {
+        let audit = Audit::new(layout());
+        for (party, round) in [(Party::Main, 0), (A, 0), (B, 0), (A, 0), (B, 1), (Party::Main, 1), (A, 7)] {
+            audit.wrote(1, &[0, 4096], party, round);
+        }
+        // Other pages are not concerned.
+        audit.wrote(0, &[0, 4096], A, 0);
+        assert_eq!(audit.findings(), Findings::default());
+    }
+
+    #[test]
+    fn an_older_round_is_told_with_page_connections_and_rounds() {
+        let audit = Audit::new(layout());
+        audit.wrote(1, &[8192], B, 5);
+        audit.wrote(1, &[4096, 8192], A, 4);
+        audit.wrote(1, &[8192], Party::Main, 3);
+        let findings = audit.findings();
+        assert_eq!(findings.stale_writes, 2);
+        let told: Vec<String> = findings.first.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            told,
+            [
+                "page at 0x2000 of \"b\": channel 0 wrote round 4 over round 5 from channel 255",
+                "page at 0x2000 of \"b\": main wrote round 3 over round 5 from channel 255"
+            ]
+        );
+    }
+
+    #[test]
+    fn only_the_first_findings_are_kept_and_all_are_counted() {
+        let audit = Audit::new(layout());
+        audit.wrote(0, &[0], A, 9);
+        (0..100).for_each(|_| audit.wrote(0, &[0], B, 2));
+        let findings = audit.findings();
+        assert_eq!((findings.stale_writes, findings.first.len()), (100, KEPT));
+    }
+
+    #[test]
+    fn rounds_beyond_four_million_count_as_one() {
+        let audit = Audit::new(layout());
+        audit.wrote(0, &[0], B, u64::from(u32::MAX));
+        audit.wrote(0, &[0], A, 1 << 23);
+        assert_eq!(audit.findings().stale_writes, 0);
+    }
+}
