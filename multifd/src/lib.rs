@@ -21,15 +21,19 @@ mod faults;
 pub mod inspect;
 pub mod layout;
 mod limiter;
+#[cfg(all(test, loom))]
+mod loom_tests;
 pub mod progress;
 pub mod ram;
 mod scan;
 pub mod sections;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
 pub mod source;
 pub mod stop;
 mod sync;
 mod sys;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod test_vm;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;

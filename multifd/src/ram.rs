@@ -287,6 +287,7 @@ impl Ram {
     }
 
     /// The same memory, of which it is not known what it holds.
+    #[cfg(not(any(loom, shuttle)))]
     pub(crate) fn not_fresh(self) -> Ram {
         let mut inner = Arc::try_unwrap(self.inner).ok().expect("not cloned yet");
         inner.blocks.iter_mut().for_each(|block| block.fresh = false);

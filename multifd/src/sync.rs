@@ -6,7 +6,7 @@
 
 #[cfg(loom)]
 pub(crate) use loom::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, atomic},
+    sync::{Condvar, Mutex, MutexGuard, atomic},
     thread,
 };
 #[cfg(shuttle)]
@@ -14,6 +14,9 @@ pub(crate) use shuttle::{
     sync::{Arc, Condvar, Mutex, MutexGuard, atomic},
     thread,
 };
+// Loom's own `Arc` holds no trait objects. Who drops the last reference is of no importance to the types under loom.
+#[cfg(loom)]
+pub(crate) use std::sync::Arc;
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, atomic},

@@ -48,6 +48,8 @@ pub(crate) struct TestSource {
     /// Run at each drain, before it: a guest that writes while a round is sent.
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
     pub(crate) untouched: Vec<u64>,
+    /// A defect: what was reported is tracked again only when the next drain comes.
+    pub(crate) rearms_late: Option<DirtyBitmap>,
     fallible: usize,
 }
 
@@ -61,6 +63,7 @@ impl TestSource {
             fail_at: None,
             at_drain: Box::new(|_| {}),
             untouched: Vec::new(),
+            rearms_late: None,
             fallible: 0,
         }
     }
@@ -69,6 +72,7 @@ impl TestSource {
         self.writer.ram.clone()
     }
 
+    #[cfg(not(shuttle))]
     pub(crate) fn calls(&self) -> Vec<&'static str> {
         lock(&self.calls).clone()
     }
@@ -138,6 +142,12 @@ impl DirtyLog for TestSource {
         let writer = self.writer.clone();
         (self.at_drain)(&writer);
         let mut dirty = lock(&self.writer.dirty);
+        if let Some(reported) = &mut self.rearms_late {
+            dirty.subtract(reported);
+            into.merge(&dirty);
+            reported.clone_from(&dirty);
+            return Ok(());
+        }
         into.merge(&dirty);
         dirty.clear();
         Ok(())
