@@ -1,5 +1,6 @@
 //! Developer tasks, one verb per file: `cargo xtask VERB`.
 
+mod proof;
 mod step;
 mod test;
 mod totals;
@@ -10,8 +11,10 @@ use std::process::ExitCode;
 /// A verb: its name, one line of help, and what it does with the arguments after its name.
 type Verb = (&'static str, &'static str, fn(&[String]) -> Result<ExitCode, String>);
 
-const VERBS: &[Verb] =
-    &[("test", "every check that a change has to pass; `--quick` leaves out QEMU and packaging", test::run)];
+const VERBS: &[Verb] = &[
+    ("test", "every check that a change has to pass; `--quick` leaves out QEMU and packaging", test::run),
+    ("proof", "the checks of the round guarantee, at length; `--quick` is what `test` runs of it", proof::run),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
