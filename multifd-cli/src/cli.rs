@@ -217,6 +217,9 @@ pub struct MachineArgs {
     /// How much of it the guest rewrites for ever [default: 64MiB, or half the memory if that is less].
     #[arg(long, value_name = "SIZE", value_parser = memory_size)]
     pub working_set: Option<u64>,
+    /// How many percent of the rest hold something; the other pages are never touched.
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub filled: u8,
     /// How fast it does so, e.g. 100MB/s, or max.
     #[arg(long, value_name = "RATE|max", default_value = "100MB/s", value_parser = write_rate)]
     pub write_rate: WriteRate,
@@ -235,6 +238,7 @@ impl MachineArgs {
             kind: self.guest.into(),
             memory: self.memory,
             working_set: self.working_set(),
+            filled_percent: self.filled,
             write_rate: self.write_rate.0,
             cpus: usize::from(self.cpus),
             dirty_log: self.dirty_log.into(),
@@ -251,11 +255,12 @@ impl MachineArgs {
 
     /// The same as options of a command line.
     pub fn to_args(&self) -> Vec<String> {
-        let MachineArgs { guest, memory, working_set: _, write_rate, dirty_log, cpus } = self;
+        let MachineArgs { guest, memory, working_set: _, filled, write_rate, dirty_log, cpus } = self;
         vec![
             format!("--guest={}", value_name(guest)),
             format!("--memory={memory}"),
             format!("--working-set={}", self.working_set()),
+            format!("--filled={filled}"),
             format!("--write-rate={write_rate}"),
             format!("--dirty-log={}", value_name(dirty_log)),
             format!("--cpus={cpus}"),
