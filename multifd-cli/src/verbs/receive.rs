@@ -114,15 +114,21 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
     let seconds = migration.total_time / 1e3;
     let rate = if seconds > 0.0 { ram.transferred as f64 / seconds } else { 0.0 };
     format!(
-        "received {} into {}\n  {} of {} in {} ({}/s), {}, {} sync points\n",
+        "received {} into {}\n  {} of {} in {} ({}/s), {}\n",
         received.machine,
         path.display(),
         table::bytes(ram.transferred),
         table::bytes(ram.total),
         table::milliseconds(migration.total_time),
         table::decimal_bytes(rate),
-        describe::counted(migration.channels, "channel"),
-        migration.rounds.len(),
+        match migration.channels {
+            0 => "without channels".to_owned(),
+            channels => format!(
+                "{}, {}",
+                describe::counted(channels, "channel"),
+                describe::counted(migration.rounds.len(), "sync point")
+            ),
+        },
     )
 }
 

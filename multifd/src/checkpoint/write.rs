@@ -129,7 +129,8 @@ impl Target for Writer {
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
         if !head.return_path {
             tracing::warn!(
-                "the source has not opened the return path: if this fails, it cannot be told, and its VM does not run on"
+                "the source has not opened the return path: it cannot be told of a failure after its last byte, and its VM \
+                 does not run on then"
             );
         }
         let bytes = head.layout.bytes();
