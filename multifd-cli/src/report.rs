@@ -270,7 +270,7 @@ impl MigrationReport {
                 seconds: report.total.saturating_sub(verify_time).as_secs_f64(),
             }),
             channels: report.channels,
-            compression: None,
+            compression: report.compression.map(|compression| compression_name(compression).to_owned()),
             dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
             cpu_throttle_percentage: 0,
             rounds,

@@ -104,6 +104,7 @@ fn run<'a>(
     let received = receive.done();
     assert_eq!(received["machine"], MACHINES[machine]);
     assert_eq!(received["channels"], settings.channels);
+    assert_eq!(received["compression"], settings.compression);
     assert_same_memory(&mut source, &received);
 
     let mut destination = start(to, true);

@@ -27,6 +27,8 @@ pub(super) struct ReceiveChannel {
     header: Box<[u8]>,
     scratch: Scratch,
     payload: Vec<u8>,
+    /// Whether a packet with content has come.
+    payload_seen: bool,
     decompressors: Vec<(Compression, Decompressor)>,
     /// Offsets of the packet's pages.
     normal: Vec<u64>,
@@ -53,6 +55,7 @@ impl ReceiveChannel {
             shared,
             scratch: Scratch::default(),
             payload: Vec::new(),
+            payload_seen: false,
             decompressors: Vec::new(),
             normal: Vec::new(),
             zero: Vec::new(),
@@ -153,6 +156,9 @@ impl ReceiveChannel {
             let mut payload = vec![0; payload_len];
             self.stream.read_exact(&mut payload).map_err(Error::io(at))?;
             return Ok((sync, payload_len));
+        }
+        if !self.normal.is_empty() && !std::mem::replace(&mut self.payload_seen, true) {
+            lock(&self.shared.seen).compression.get_or_insert(method);
         }
         if !self.normal.is_empty() {
             match method {

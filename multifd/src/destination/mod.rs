@@ -20,6 +20,7 @@ use multifd_proto::{
     ChannelId, Violation,
     command::Command,
     machine::Dialect,
+    packet::Compression,
     ram::BlockEntry,
     return_path::Message,
     rounds::Party,
@@ -140,6 +141,8 @@ pub(super) struct Seen {
     channels: Option<usize>,
     /// The same on every channel.
     uuid: Option<[u8; 16]>,
+    /// Of the first payload, on any channel.
+    compression: Option<Compression>,
 }
 
 impl Seen {
@@ -221,7 +224,7 @@ impl Run {
             main: Mutex::new(MainSlot::default()),
             main_changed: Condvar::new(),
             pages: Mutex::new(None),
-            seen: Mutex::new(Seen { ids: [false; 256], channels: None, uuid: None }),
+            seen: Mutex::new(Seen { ids: [false; 256], channels: None, uuid: None, compression: None }),
             streams: Mutex::new(Vec::new()),
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
@@ -534,6 +537,7 @@ impl Run {
         *lock(&self.shared.pages) = None;
         let Some(not_first) = failure else {
             self.report.audit = self.audit.map(|audit| audit.findings());
+            self.report.compression = lock(&self.shared.seen).compression;
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
             return Ok(self.report);
         };

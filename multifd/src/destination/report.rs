@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::{BlockName, machine::Dialect};
+use multifd_proto::{BlockName, machine::Dialect, packet::Compression};
 
 use super::audit::Findings;
 use crate::progress::{Progress, RoundStats};
@@ -20,6 +20,8 @@ pub struct Report {
     pub blocks: Vec<(BlockName, u64)>,
     /// Channels beside main.
     pub channels: usize,
+    /// How page contents were compressed; nothing where none came on a channel.
+    pub compression: Option<Compression>,
     /// Where rounds ended on main.
     pub dialect: Option<Dialect>,
     /// What came between two sync points: rounds in the per-round dialect, sections in the other. The first has no pages.
