@@ -18,6 +18,9 @@ pub mod dirty_bitmap;
 pub mod error;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod faults;
+#[cfg(all(feature = "fuzzing", not(any(loom, shuttle))))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod inspect;
 pub mod layout;
 mod limiter;

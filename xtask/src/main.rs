@@ -1,6 +1,8 @@
 //! Developer tasks, one verb per file: `cargo xtask VERB`.
 
+mod fuzz;
 mod proof;
+mod sanitize;
 mod step;
 mod test;
 mod totals;
@@ -14,6 +16,8 @@ type Verb = (&'static str, &'static str, fn(&[String]) -> Result<ExitCode, Strin
 const VERBS: &[Verb] = &[
     ("test", "every check that a change has to pass; `--quick` leaves out QEMU and packaging", test::run),
     ("proof", "the checks of the round guarantee, at length; `--quick` is what `test` runs of it", proof::run),
+    ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
+    ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),
 ];
 
 fn main() -> ExitCode {

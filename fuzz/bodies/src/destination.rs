@@ -1,0 +1,227 @@
+//! A whole destination, fed by a script of bytes on several connections.
+//!
+//! The first byte says how many channels are required (0: as many as come). Then frames: a byte for the connection, a
+//! 16-bit length, and so many bytes that this connection says next. All connections end after their last byte. The
+//! memory lies between pages that end the process when touched.
+
+use std::{
+    io::{self, Read},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use multifd::{
+    destination::{Destination, Options, Report},
+    error::Error,
+    fuzzing::guarded_ram,
+    ram::{GuestRange, Ram},
+    transport::{Listen, Stopper, Stream, memory},
+    vm::{DestinationVm, SectionId, VmError},
+};
+
+/// The blocks of the destination and their pages.
+pub(crate) const BLOCKS: [(&str, usize); 2] = [("ram", 8), ("rom", 2)];
+
+/// Runs the script.
+pub(crate) fn destination(input: &[u8]) {
+    // Whatever comes of it, it ends.
+    drop(outcome(input));
+}
+
+/// Why the script is refused; nothing where there is none.
+fn outcome(input: &[u8]) -> Option<Result<Report, Error>> {
+    let (&first, rest) = input.split_first()?;
+    let required = first % 4;
+    let wires = wires(rest);
+    if wires.is_empty() {
+        return None;
+    }
+    let streams = wires.iter().map(|bytes| {
+        // All of it fits, and nobody needs to be there to read the answers.
+        let (mut ours, theirs) = memory::pair(bytes.len().max(4096));
+        ours.write(bytes, &[]).expect("the other end is there");
+        theirs
+    });
+    let script = Arc::new(Script::new(streams.collect()));
+    let ram = guarded_ram(&BLOCKS).expect("memory");
+    let mut vm = Vm { ram, started: false };
+    let options = Options {
+        channels: (required > 0).then_some(required),
+        close_timeout: Duration::from_millis(1),
+        ..Options::default()
+    };
+    let outcome = Destination::new(options).run(&mut vm, Box::new(Listener(script)), &mut ());
+    assert_eq!(outcome.is_ok(), vm.started, "{outcome:?}");
+    Some(outcome)
+}
+
+/// What each connection says.
+pub(crate) fn wires(mut frames: &[u8]) -> Vec<Vec<u8>> {
+    let mut wires: Vec<Vec<u8>> = Vec::new();
+    while let [connection, high, low, rest @ ..] = frames {
+        let index = usize::from(connection % 4);
+        if wires.len() <= index {
+            wires.resize(index + 1, Vec::new());
+        }
+        let len = usize::from(u16::from_be_bytes([*high, *low])).min(rest.len());
+        wires[index].extend_from_slice(&rest[..len]);
+        frames = &rest[len..];
+    }
+    wires
+}
+
+struct Vm {
+    ram: Ram,
+    started: bool,
+}
+
+impl DestinationVm for Vm {
+    fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
+        match section.name.as_str() {
+            "cpu" => input.read_exact(&mut [0; 14])?,
+            "all" => drop(input.take(1 << 20).read_to_end(&mut Vec::new())?),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        self.started = true;
+        Ok(())
+    }
+}
+
+/// Connections that wait to be accepted.
+struct Script {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// The next one is the last.
+    waiting: Vec<memory::MemoryStream>,
+    /// Accepted and not dropped yet.
+    open: usize,
+    interrupted: bool,
+}
+
+impl Script {
+    fn new(mut streams: Vec<memory::MemoryStream>) -> Script {
+        streams.reverse();
+        let state = State { waiting: streams, open: 0, interrupted: false };
+        Script { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nobody panics with it")
+    }
+}
+
+struct Listener(Arc<Script>);
+
+impl Listener {
+    fn next(&self, state: &mut State) -> Option<Box<dyn Stream>> {
+        let stream = state.waiting.pop()?;
+        state.open += 1;
+        Some(Box::new(Counted { stream: Box::new(stream), script: self.0.clone() }))
+    }
+}
+
+impl Listen for Listener {
+    /// Waits for ever only while something may still happen on another connection.
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let mut state = self.0.lock();
+        loop {
+            if state.interrupted {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            if let Some(stream) = self.next(&mut state) {
+                return Ok(stream);
+            }
+            if timeout.is_some() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            if state.open == 0 {
+                return Err(io::Error::other("the script is over"));
+            }
+            state = self.0.changed.wait(state).expect("nobody panics with it");
+        }
+    }
+
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        Ok(self.next(&mut self.0.lock()))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(Interrupt(self.0.clone())))
+    }
+}
+
+struct Interrupt(Arc<Script>);
+
+impl Stopper for Interrupt {
+    fn stop(&self) {
+        self.0.lock().interrupted = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A connection that is missed when it is gone.
+struct Counted {
+    stream: Box<dyn Stream>,
+    script: Arc<Script>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.script.lock().open -= 1;
+        self.script.changed.notify_all();
+    }
+}
+
+impl Stream for Counted {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        // The peer is gone, and does not mind answers.
+        match self.stream.write(header, pages) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            other => other,
+        }
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buf)
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        self.stream.read_pages(pages)
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        self.script.lock().open += 1;
+        Ok(Box::new(Counted { stream: self.stream.try_clone()?, script: self.script.clone() }))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.stream.stopper()
+    }
+
+    fn peer(&self) -> String {
+        "script".to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// A corpus that is refused at its first byte would leave the rest to chance.
+    #[test]
+    fn every_seed_is_a_complete_migration() {
+        for (index, seed) in crate::seeds::scripts().iter().enumerate() {
+            let outcome = super::outcome(seed).expect("a script");
+            assert!(outcome.is_ok(), "seed {index}: {outcome:?}");
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Corpora to begin with: pieces of recorded QEMU streams, and what our own encoders make.
+
+use std::{collections::HashMap, io::Read, path::Path, sync::LazyLock};
+
+use multifd_proto::{
+    BlockName, ChannelId,
+    command::Command,
+    encoder::MainEncoder,
+    mapped_ram::BlockHeader,
+    packet::{self, Compression, Hello, PacketHeader, RamPacket},
+    ram::BlockEntry,
+    return_path::Message,
+    stream::{MAPPED_RAM, Section, SectionKind},
+    vmdesc,
+};
+
+use crate::destination::BLOCKS;
+
+/// Headers from all recorded channels, a few of each, and hellos. The first byte chooses the page size.
+pub(crate) fn packets() -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    for (name, bytes) in recorded() {
+        if !name.contains("/ch") {
+            continue;
+        }
+        seeds.push([&[0], &bytes[..packet::HELLO_LEN]].concat());
+        let mut at = packet::HELLO_LEN;
+        for index in 0..40 {
+            let Some(header) = bytes.get(at..at + packet::header_len(4096)) else { break };
+            let Ok(packet) = RamPacket::decode(header, 4096) else { break };
+            if index % 8 == 0 || packet.sync() {
+                seeds.push([&[0], header].concat());
+            }
+            at += header.len() + packet.payload_len();
+        }
+    }
+    let mut state = vec![0; 1 + packet::DEVICE_STATE_LEN];
+    state[1..13].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, packet::DEVICE_STATE as u8]);
+    state[13..17].copy_from_slice(b"vfio");
+    seeds.push(state);
+    seeds
+}
+
+/// Beginnings and ends of recorded mains, and one that has everything.
+pub(crate) fn mains() -> Vec<Vec<u8>> {
+    let mut seeds: Vec<Vec<u8>> = recorded()
+        .filter(|(name, _)| name.ends_with("/main.bin"))
+        .map(|(_, bytes)| bytes[..bytes.len().min(12_000)].to_vec())
+        .collect();
+    seeds.extend([true, false].map(|per_round| main(per_round, Words::All)));
+    seeds
+}
+
+/// One of each message.
+pub(crate) fn return_paths() -> Vec<Vec<u8>> {
+    let block = name("pc.ram");
+    let messages = [
+        Message::Pong(1),
+        Message::Shut(0),
+        Message::ReqPagesId { start: 0x1000, len: 0x1000, block: block.clone() },
+        Message::ReqPages { start: 0x2000, len: 0x1000 },
+        Message::RecvBitmap { block },
+        Message::ResumeAck(1),
+        Message::SwitchoverAck,
+    ];
+    let mut all = Vec::new();
+    let mut seeds = Vec::new();
+    for message in messages {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        all.extend_from_slice(&bytes);
+        seeds.push(bytes);
+    }
+    seeds.push(all);
+    seeds
+}
+
+/// The device states of recorded streams with their descriptions, as far as a 16-bit length reaches, and a small one.
+pub(crate) fn vmdescs() -> Vec<Vec<u8>> {
+    let both = |json: &[u8], blob: &[u8]| [&(json.len() as u16).to_be_bytes()[..], json, blob].concat();
+    let mut seeds = Vec::new();
+    for (_, bytes) in recorded().filter(|(name, _)| name.ends_with("/main.bin")) {
+        // Behind the pages of main, where there are any.
+        let bytes = &bytes[bytes.len().saturating_sub(200_000)..];
+        let Some(end) = vmdesc::find_end(bytes) else { continue };
+        let json = &bytes[end.json.clone()];
+        if json.len() < 1 << 16 {
+            seeds.push(both(json, &bytes[end.eof_at.saturating_sub(3000)..end.eof_at]));
+        }
+        seeds.push(both(b"", &bytes[end.eof_at.saturating_sub(100)..]));
+    }
+    let small = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
+    let mut encoder = MainEncoder::new();
+    encoder.section(&section("cpu")).raw(&[7; 14]).footer(2);
+    seeds.push(both(small, encoder.as_bytes()));
+    seeds
+}
+
+/// A mapped-ram file with two blocks of a few pages, closer together than QEMU puts them.
+pub(crate) fn files() -> Vec<Vec<u8>> {
+    let mut file = Vec::new();
+    let mut encoder = MainEncoder::new();
+    encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&[MAPPED_RAM]).ram_start(1, 5 * 4096);
+    file.extend_from_slice(encoder.as_bytes());
+    for (block, pages) in [("pc.ram", 3u64), ("pc.bios", 2)] {
+        let entry = |bitmap_offset, pages_offset| BlockEntry {
+            mapped_ram: Some(BlockHeader { page_size: 4096, bitmap_offset, pages_offset }),
+            ..BlockEntry::new(name(block), pages * 4096)
+        };
+        let mut bytes = Vec::new();
+        entry(0, 0).encode(&mut bytes);
+        let bitmap_offset = file.len() + bytes.len();
+        let pages_offset = (bitmap_offset + 8).next_multiple_of(4096);
+        bytes.clear();
+        entry(bitmap_offset as u64, pages_offset as u64).encode(&mut bytes);
+        file.extend_from_slice(&bytes);
+        file.extend_from_slice(&[0b101, 0, 0, 0, 0, 0, 0, 0]);
+        file.resize(pages_offset, 0);
+        file.resize(pages_offset + pages as usize * 4096, 0x5a);
+    }
+    let mut encoder = MainEncoder::new();
+    encoder.eos().footer(1).ram_part(1, true).eos().footer(1);
+    encoder.section(&section("cpu")).raw(&[7; 14]).footer(2).eof();
+    let json = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
+    encoder.vm_description(json);
+    file.extend_from_slice(encoder.as_bytes());
+    let header = BlockHeader { page_size: 4096, bitmap_offset: 100, pages_offset: 1 << 20 };
+    vec![file, header.encode().to_vec()]
+}
+
+/// Recorded payloads, and our own.
+pub(crate) fn payloads() -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    for (method, first) in [(Compression::Zlib, 0), (Compression::Zstd, 1)] {
+        for pages in [1, 8] {
+            let payload = multifd::fuzzing::compress(method, pages).expect("the method is part of the build");
+            let frame = [&(payload.len() as u16).to_be_bytes()[..], &payload].concat();
+            seeds.push([&[first + 4 * (pages as u8 - 1)], &frame[..], &frame[..]].concat());
+        }
+    }
+    for (name, bytes) in
+        recorded().filter(|(name, _)| name.contains("/ch0") && name.contains("zlib-") || name.contains("zstd-"))
+    {
+        let first = if name.contains("zlib-") { 0 } else { 1 };
+        let mut at = packet::HELLO_LEN;
+        while let Some(header) = bytes.get(at..at + packet::header_len(4096)) {
+            let Ok(packet) = RamPacket::decode(header, 4096) else { break };
+            at += header.len();
+            let payload = &bytes[at..at + packet.payload_len()];
+            if (1..=8).contains(&packet.normal()) && payload.len() < 1 << 16 {
+                let len = (payload.len() as u16).to_be_bytes();
+                seeds.push([&[first + 4 * (packet.normal() as u8 - 1)], &len[..], payload].concat());
+                break;
+            }
+            at += payload.len();
+        }
+    }
+    seeds
+}
+
+/// Complete migrations of a small VM, in both dialects, with what channels and main can bring.
+pub(crate) fn scripts() -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    for per_round in [true, false] {
+        for channels in [1, 2] {
+            for method in [Compression::None, Compression::Zlib, Compression::Zstd] {
+                let words = if channels == 1 { Words::All } else { Words::None };
+                let mut script = vec![0];
+                frame(&mut script, 0, &main(per_round, words));
+                for id in 0..channels {
+                    frame(&mut script, 1 + id, &channel(id, per_round, method));
+                }
+                if method == Compression::None {
+                    // The same where the number of channels is required.
+                    seeds.push([&[channels], &script[1..]].concat());
+                }
+                seeds.push(script);
+            }
+        }
+    }
+    seeds
+}
+
+/// The same as recordings, with the contents and without.
+pub(crate) fn recordings() -> Vec<Vec<u8>> {
+    scripts().into_iter().enumerate().map(|(index, script)| [&[index as u8 % 2], &script[1..]].concat()).collect()
+}
+
+/// What main carries itself.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Words {
+    None,
+    All,
+}
+
+/// Main of a complete migration of [`BLOCKS`]; two sync points behind the first.
+fn main(per_round: bool, words: Words) -> Vec<u8> {
+    let mut encoder = MainEncoder::new();
+    let sync = |encoder: &mut MainEncoder| {
+        if per_round {
+            encoder.flush();
+        }
+        encoder.eos().footer(1);
+    };
+    encoder.header().configuration("multifd");
+    if words == Words::All {
+        encoder.config_page_bits(12).config_uuid(&[0; 16]);
+    }
+    encoder.command(&Command::OpenReturnPath).command(&Command::Ping(1));
+    encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| *pages as u64 * 4096).sum());
+    for (block, pages) in BLOCKS {
+        encoder.block(&BlockEntry::new(name(block), pages as u64 * 4096));
+    }
+    sync(&mut encoder);
+    encoder.ram_part(1, false);
+    if words == Words::All {
+        encoder.zero_page(&name("ram"), 0x1000).page(&name("ram"), 0x2000).raw(&[9; 4096]);
+        encoder.zero_page(&name("rom"), 0);
+        // A diff that leaves two bytes and replaces one.
+        encoder.xbzrle(&name("ram"), 0x2000, 3).raw(&[2, 1, 0x77]);
+    }
+    sync(&mut encoder);
+    encoder.command(&Command::SwitchoverStart).ram_part(1, true);
+    sync(&mut encoder);
+    // The first byte tells the target of `codecs` how long the body is.
+    encoder.section(&section("cpu")).raw(&[14; 14]).footer(2).eof().vm_description(b"{}");
+    encoder.as_bytes().to_vec()
+}
+
+/// Channel `id` of the same migration.
+fn channel(id: u8, per_round: bool, method: Compression) -> Vec<u8> {
+    let mut bytes = Hello { uuid: [0; 16], channel: ChannelId(id) }.encode().to_vec();
+    let mut put = |header: PacketHeader<'_>, payload: &[u8]| {
+        let mut head = vec![0; packet::header_len(4096)];
+        header.encode_into(&mut head, 4096);
+        bytes.extend_from_slice(&head);
+        bytes.extend_from_slice(payload);
+    };
+    let sync = PacketHeader::sync_packet(1);
+    put(sync, &[]);
+    let offset = 0x3000 + u64::from(id) * 0x1000;
+    let payload = match method {
+        Compression::None => vec![3; 4096],
+        method => multifd::fuzzing::compress(method, 1).expect("the method is part of the build"),
+    };
+    let pages = PacketHeader {
+        sync: !per_round,
+        compression: method,
+        block: "ram",
+        normal: &[offset],
+        zero: &[0x6000],
+        payload_len: payload.len() as u32,
+        ..sync
+    };
+    put(pages, &payload);
+    if per_round {
+        put(sync, &[]);
+    }
+    put(PacketHeader { sync: false, block: "rom", zero: &[0x1000], ..sync }, &[]);
+    put(sync, &[]);
+    bytes
+}
+
+/// Appends what `connection` says next, in frames.
+fn frame(script: &mut Vec<u8>, connection: u8, bytes: &[u8]) {
+    for part in bytes.chunks(0xffff) {
+        script.push(connection);
+        script.extend_from_slice(&(part.len() as u16).to_be_bytes());
+        script.extend_from_slice(part);
+    }
+}
+
+fn section(name: &str) -> Section {
+    Section { kind: SectionKind::Full, id: 2, name: name.to_owned(), instance: 0, version: 1 }
+}
+
+fn name(text: &str) -> BlockName {
+    BlockName::new(text).expect("a valid name")
+}
+
+/// The recorded files by name, in the order of their names.
+fn recorded() -> impl Iterator<Item = (&'static str, &'static [u8])> {
+    let mut names: Vec<&'static String> = FILES.keys().collect();
+    names.sort();
+    names.into_iter().map(|name| (name.as_str(), FILES[name].as_slice()))
+}
+
+static FILES: LazyLock<HashMap<String, Vec<u8>>> = LazyLock::new(|| {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../multifd-proto/tests/captures/streams.tar.xz");
+    let mut tar = liblzma::read::XzDecoder::new(std::fs::File::open(path).expect("the archive is in the repository"));
+    let mut files = HashMap::new();
+    let mut head = [0; 512];
+    // A tar archive ends with a block of zeros.
+    while tar.read_exact(&mut head).is_ok() && head[0] != 0 {
+        let text = |range: std::ops::Range<usize>| {
+            let field = &head[range];
+            let len = field.iter().position(|byte| *byte == 0 || *byte == b' ').unwrap_or(field.len());
+            std::str::from_utf8(&field[..len]).expect("ustar fields are text").to_owned()
+        };
+        let size = usize::from_str_radix(&text(124..136), 8).expect("ustar sizes are octal");
+        let mut bytes = vec![0; size.next_multiple_of(512)];
+        tar.read_exact(&mut bytes).expect("the archive is complete");
+        bytes.truncate(size);
+        files.insert(text(0..100), bytes);
+    }
+    files
+});
