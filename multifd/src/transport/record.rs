@@ -7,6 +7,7 @@ use std::{
     collections::HashSet,
     fs::{self, File},
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -179,7 +180,9 @@ impl Tape {
         };
         drop(state);
         let path = self.shared.dir.join(name);
-        let file = File::create_new(&path).and_then(|mut file| file.write_all(&self.head).map(|()| file));
+        // Guest memory is for nobody but its owner.
+        let file = File::options().write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.and_then(|mut file| file.write_all(&self.head).map(|()| file));
         self.file = Some(file.map_err(context(path.display()))?);
         self.head = Vec::new();
         Ok(())
@@ -217,6 +220,8 @@ fn unknown(number: usize) -> String {
 mod tests {
     use multifd_proto::ChannelId;
     use test_support::TempDir;
+
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
     use crate::{ram::Ram, transport::memory};
@@ -267,7 +272,9 @@ mod tests {
         }
         pass(&recording, b"");
         for (name, bytes) in sent {
-            assert_eq!(fs::read(dir.path().join("new").join(name)).unwrap(), bytes, "{name}");
+            let path = dir.path().join("new").join(name);
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
+            assert_eq!(fs::read(path).unwrap(), bytes, "{name}");
         }
         assert_eq!(fs::read_dir(dir.path().join("new")).unwrap().count(), sent.len());
     }

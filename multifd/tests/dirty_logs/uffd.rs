@@ -71,7 +71,7 @@ fn passes_the_conformance_suite() {
 
 #[test]
 fn passes_with_pages_of_other_sizes() {
-    for (page_size, blocks) in [(512, [("a", 80), ("b", 8)]), (65536, [("a", 70), ("b", 1)])] {
+    for (page_size, blocks) in [(1024, [("a", 80), ("b", 8)]), (65536, [("a", 70), ("b", 1)])] {
         let Some(log) = log() else { return };
         let (ram, _files) = map_with_pages(Backing::Anonymous, page_size, &blocks);
         let report = conformance(&mut Threads { ram, log }, Effort { bursts: 30, ..Effort::FULL }).unwrap();
@@ -228,7 +228,7 @@ fn transparent_huge_pages_are_tracked_by_small_pages() {
 fn memory_that_cannot_be_protected_is_refused_by_name() {
     let Some(mut log) = log() else { return };
     // Not a page of the system: the log must not protect its neighbours.
-    let (ram, _files) = map_with_pages(Backing::Anonymous, 512, &[("odd", 9)]);
+    let (ram, _files) = map_with_pages(Backing::Anonymous, 1024, &[("odd", 9)]);
     let error = log.start(&ram).unwrap_err();
     assert!(error.to_string().contains("\"odd\""), "{error}");
     let (ram, _files) = map(Backing::Anonymous, &[("even", 9)]);
