@@ -1,42 +1,53 @@
 //! Moves static memory between two processes through the engine, to measure it without a guest.
 //!
 //! ```text
-//! mover receive URI MIB MEMORY FIRST_TOUCH     MEMORY: anonymous, memory-file, present (anonymous, touched before)
-//! mover send URI MIB CHANNELS                  random pages
+//! mover send MIB MEMORY CONTENT [USED]         MEMORY: anonymous, memory-file
+//! mover receive URI MIB MEMORY FIRST_TOUCH     MEMORY: also present (anonymous, touched before)
+//! mover receive-raw URI MIB CHANNELS           the same bytes over plain sockets: the limit
+//! mover warm MIB                               touches and frees memory
 //! ```
-//! Each prints one JSON line: seconds, CPU seconds of the process, and what it moved. `send` retries until the other
-//! listens.
+//! CONTENT is a file that the memory is filled with, over and over, or `random`; USED says how many MiB of it, spread
+//! over all of it in pieces of 2 MiB. `send` prints `ready`, then migrates once for each line `URI CHANNELS [OPTION…]` on
+//! its standard input; options are `per-section`, `zlib`, `zstd`, and `raw` towards `receive-raw`. Each migration prints
+//! one JSON line: seconds, CPU seconds and peak resident size of the process, and what it moved.
 
 use std::{
-    io::Read,
+    io::{BufRead, Read, Write},
+    thread,
     time::{Duration, Instant},
 };
 
 use multifd::{
     destination::{self, Destination, FirstTouch},
-    dirty::DirtyLog,
+    dirty::{DirtyLog, untouched::untouched},
     dirty_bitmap::DirtyBitmap,
-    multifd_proto::BlockName,
+    multifd_proto::{BlockName, machine::Dialect, packet::Compression},
     ram::{Ram, RamBlock},
     sections::Sections,
     source::{self, Source},
-    transport::uri::Uri,
+    transport::{Connect, Listen, uri::Uri},
     vm::{DestinationVm, SectionId, SourceVm, VmError},
 };
 
-type Outcome = Result<(), Box<dyn std::error::Error>>;
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["receive", uri, mib, memory, first_touch] => receive(uri.parse()?, mib.parse()?, memory, first_touch),
-        ["send", uri, mib, channels] => send(uri.parse()?, mib.parse()?, channels.parse()?),
-        _ => Err("usage: mover receive URI MIB MEMORY FIRST_TOUCH | mover send URI MIB CHANNELS".into()),
+        ["send", mib, memory, content] => send(mib.parse()?, memory, content, mib.parse()?),
+        ["send", mib, memory, content, used] => send(mib.parse()?, memory, content, used.parse()?),
+        ["receive", uri, mib, memory, first_touch] => receive(&uri.parse()?, mib.parse()?, memory, first_touch),
+        ["receive-raw", uri, mib, channels] => receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?),
+        ["warm", mib] => {
+            std::hint::black_box(vec![1u8; mib.parse::<usize>()? << 20]);
+            Ok(())
+        }
+        _ => Err("usage: mover send|receive|receive-raw|warm …".into()),
     }
 }
 
-fn receive(uri: Uri, mib: usize, memory: &str, first_touch: &str) -> Outcome {
+fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str) -> Outcome {
     let first_touch = match first_touch {
         "auto" => FirstTouch::Auto,
         "direct" => FirstTouch::Direct,
@@ -45,67 +56,172 @@ fn receive(uri: Uri, mib: usize, memory: &str, first_touch: &str) -> Outcome {
         "huge" => FirstTouch::Huge,
         other => return Err(format!("first touch {other}").into()),
     };
-    let name = BlockName::new("ram")?;
-    let block = match memory {
-        "anonymous" | "present" => RamBlock::anonymous(name, mib << 20)?,
-        "memory-file" => RamBlock::memory_file(name, mib << 20)?,
-        other => return Err(format!("memory {other}").into()),
+    let ram = match memory {
+        "present" => present(mib)?,
+        other => allocate(mib, other)?,
     };
-    let ram = Ram::new(4096, vec![block])?;
-    if memory == "present" {
-        for page in 0..ram.layout().pages() {
-            ram.page(page).ok_or("no such page")?.write(&[1; 4096]);
-        }
-    }
     let listener = uri.listener()?;
+    say(&format!("listening on {}", listener.uri()));
     let cpu = cpu_seconds();
     let mut vm = Static { ram };
     let options = destination::Options { first_touch, ..Default::default() };
     let report = Destination::new(options).run(&mut vm, Box::new(listener), &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
-    println!(
-        "{{\"side\":\"destination\",\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"normal\":{}}}",
-        report.normal
-    );
+    say(&format!(
+        "{{\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"peak-mib\":{},\"normal\":{},\"zero\":{}}}",
+        peak_mib(),
+        report.normal,
+        report.zero
+    ));
     Ok(())
 }
 
-fn send(uri: Uri, mib: usize, channels: u8) -> Outcome {
-    let ram = Ram::new(4096, vec![RamBlock::anonymous(BlockName::new("ram")?, mib << 20)?])?;
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut content = vec![0u8; 4096];
-    for page in 0..ram.layout().pages() {
-        for word in content.chunks_exact_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_ne_bytes());
-        }
-        ram.page(page).ok_or("no such page")?.write(&content);
-    }
-    let connector = uri.connector()?;
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let cpu = cpu_seconds();
-    let report = loop {
-        let mut vm = Static { ram: ram.clone() };
-        let options = source::Options { channels, ..Default::default() };
-        match Source::new(options).run(&mut vm, &*connector, &mut ()) {
-            Err(multifd::error::Error::Io { source, .. })
-                if matches!(source.kind(), std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotFound)
-                    && Instant::now() < deadline =>
-            {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            other => break other?,
-        }
+fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
+    let ram = allocate(mib, memory)?;
+    let content = match content {
+        "random" => random(64 << 20),
+        path => std::fs::read(path)?,
     };
-    let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
-    let downtime = report.downtime.total.as_secs_f64() * 1e3;
-    println!(
-        "{{\"side\":\"source\",\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"gb-per-second\":{:.3},\"downtime-ms\":{downtime:.2}}}",
-        report.ram_bytes as f64 / 1e9 / seconds
-    );
+    fill(&ram, &content, used);
+    drop(content);
+    say("ready");
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let mut words = line.split_whitespace();
+        let uri: Uri = words.next().ok_or("a URI is missing")?.parse()?;
+        let channels = words.next().ok_or("the number of channels is missing")?.parse()?;
+        let mut options = source::Options { channels, ..Default::default() };
+        let mut raw = false;
+        for word in words {
+            match word {
+                "per-section" => options.dialect = Dialect::PerSection,
+                "zlib" => options.compression = Compression::Zlib,
+                "zstd" => options.compression = Compression::Zstd,
+                "raw" => raw = true,
+                other => return Err(format!("option {other}").into()),
+            }
+        }
+        let connector = uri.connector()?;
+        if raw { send_raw(&ram, &*connector, channels)? } else { migrate(&ram, &*connector, options)? }
+    }
     Ok(())
+}
+
+fn migrate(ram: &Ram, to: &dyn Connect, options: source::Options) -> Outcome {
+    let cpu = cpu_seconds();
+    let mut vm = Static { ram: ram.clone() };
+    let report = Source::new(options).run(&mut vm, to, &mut ())?;
+    let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
+    let wire: u64 = report.main_bytes + report.channel_bytes.iter().sum::<u64>();
+    say(&format!(
+        "{{\"seconds\":{seconds:.5},\"cpu-seconds\":{cpu:.3},\"peak-mib\":{},\"normal\":{},\"zero\":{},\"skipped\":{},\
+         \"wire-bytes\":{wire},\"setup-ms\":{:.3},\"downtime-ms\":{:.3}}}",
+        peak_mib(),
+        report.normal,
+        report.zero,
+        report.skipped,
+        report.setup.as_secs_f64() * 1e3,
+        report.downtime.total.as_secs_f64() * 1e3
+    ));
+    Ok(())
+}
+
+/// Sends all memory over `channels` plain connections, an equal part on each, and waits for a byte of each.
+fn send_raw(ram: &Ram, to: &dyn Connect, channels: u8) -> Outcome {
+    let (cpu, begun) = (cpu_seconds(), Instant::now());
+    let threads = (0..channels).map(|channel| {
+        let (ram, stream) = (ram.clone(), to.connect());
+        thread::spawn(move || -> Outcome {
+            let mut stream = stream?;
+            for offset in share(&ram, channel, channels) {
+                stream.write(&[], &[ram.blocks()[0].range(offset, RAW_PIECE).ok_or("out of bounds")?])?;
+            }
+            Ok(stream.read_exact(&mut [0])?)
+        })
+    });
+    join(threads.collect())?;
+    let seconds = begun.elapsed().as_secs_f64();
+    say(&format!(
+        "{{\"seconds\":{seconds:.5},\"cpu-seconds\":{:.3},\"peak-mib\":{}}}",
+        cpu_seconds() - cpu,
+        peak_mib()
+    ));
+    Ok(())
+}
+
+/// Receives what [`send_raw`] sends into memory that is present.
+fn receive_raw(uri: &Uri, mib: usize, channels: u8) -> Outcome {
+    let ram = present(mib)?;
+    let mut listener = uri.listener()?;
+    say(&format!("listening on {}", listener.uri()));
+    let cpu = cpu_seconds();
+    let threads = (0..channels).map(|channel| {
+        let (ram, stream) = (ram.clone(), listener.accept(Some(Duration::from_secs(60))));
+        thread::spawn(move || -> Outcome {
+            let mut stream = stream?;
+            for offset in share(&ram, channel, channels) {
+                stream.read_pages(&[ram.blocks()[0].range(offset, RAW_PIECE).ok_or("out of bounds")?])?;
+            }
+            Ok(stream.write(&[0], &[])?)
+        })
+    });
+    join(threads.collect())?;
+    say(&format!("{{\"cpu-seconds\":{:.3},\"peak-mib\":{}}}", cpu_seconds() - cpu, peak_mib()));
+    Ok(())
+}
+
+/// The offsets of the pieces that `channel` of `channels` moves.
+fn share(ram: &Ram, channel: u8, channels: u8) -> impl Iterator<Item = u64> + use<> {
+    let pieces = ram.blocks()[0].bytes() / RAW_PIECE;
+    (usize::from(channel)..pieces).step_by(usize::from(channels)).map(|piece| (piece * RAW_PIECE) as u64)
+}
+
+fn join(threads: Vec<thread::JoinHandle<Outcome>>) -> Outcome {
+    threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
+}
+
+fn allocate(mib: usize, memory: &str) -> Outcome<Ram> {
+    let name = BlockName::new("ram")?;
+    let block = match memory {
+        "anonymous" => RamBlock::anonymous(name, mib << 20)?,
+        "memory-file" => RamBlock::memory_file(name, mib << 20)?,
+        other => return Err(format!("memory {other}").into()),
+    };
+    Ok(Ram::new(4096, vec![block])?)
+}
+
+fn present(mib: usize) -> Outcome<Ram> {
+    let ram = allocate(mib, "anonymous")?;
+    fill(&ram, &[1; PIECE], mib);
+    Ok(ram)
+}
+
+/// Fills `used` MiB of `ram` with `content`, a multiple of a piece long, in pieces spread evenly over all of it.
+fn fill(ram: &Ram, content: &[u8], used: usize) {
+    let block = &ram.blocks()[0];
+    let (all, used) = (block.bytes() / PIECE, (used << 20) / PIECE);
+    for (piece, content) in (0..used).zip(content.chunks_exact(PIECE).cycle()) {
+        let offset = (piece * all / used * PIECE) as u64;
+        block.range(offset, PIECE).expect("a piece of the block").write(content);
+    }
+}
+
+fn random(bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_ne_bytes()
+    };
+    (0..bytes / 8).flat_map(|_| next()).collect()
+}
+
+/// Prints a line at once, for whoever waits for it.
+fn say(line: &str) {
+    println!("{line}");
+    // If nobody listens any more, there is nobody to tell.
+    let _ = std::io::stdout().flush();
 }
 
 /// Memory that nobody writes.
@@ -120,6 +236,10 @@ impl SourceVm for Static {
 
     fn dirty_log(&mut self) -> &mut dyn DirtyLog {
         self
+    }
+
+    fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        Ok(untouched(&self.ram, &[], into)?)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
@@ -173,3 +293,15 @@ fn cpu_seconds() -> f64 {
     let ticks = stat.rsplit(')').next().unwrap_or("").split_whitespace().skip(11).take(2);
     ticks.filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
+
+/// The most memory that this process had at any time.
+fn peak_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
+/// What is filled at a time: a huge page, so that huge pages do not make a sparse source larger.
+const PIECE: usize = 2 << 20;
+/// What plain sockets send at a time: as much as a packet of the engine.
+const RAW_PIECE: usize = 512 << 10;
