@@ -7,6 +7,9 @@
 #![deny(unsafe_code)]
 
 mod barrier;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 #[cfg(any(test, feature = "broken-variants"))]
 pub mod broken;
 pub mod checkpoint;

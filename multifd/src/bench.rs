@@ -1,0 +1,65 @@
+//! The inner parts that benches measure by themselves; not part of the interface.
+
+use multifd_proto::{ChannelId, rounds::Party};
+
+use crate::{
+    barrier::RoundBarrier,
+    dirty_bitmap::DirtyBitmap,
+    error::{Connection, Place},
+    layout::Layout,
+    scan::{Batch, PageScan},
+};
+
+/// The barrier at the end of a round.
+#[derive(Clone)]
+pub struct Barrier(RoundBarrier);
+
+impl Barrier {
+    /// A barrier for main and `channels` channels.
+    pub fn new(channels: u8) -> Barrier {
+        Barrier(RoundBarrier::new(Some(usize::from(channels))))
+    }
+
+    /// Arrives as main and waits for all channels.
+    pub fn main(&self) {
+        self.arrive(Party::Main);
+    }
+
+    /// Arrives as a channel and waits for all others.
+    pub fn channel(&self, id: u8) {
+        self.arrive(Party::Channel(ChannelId(id)));
+    }
+
+    fn arrive(&self, party: Party) {
+        self.0.arrive(party, AT).expect("nobody stops or leaves");
+    }
+}
+
+/// Where nothing goes wrong.
+const AT: Place = Place { connection: Connection::Main, offset: 0 };
+
+/// The scan that hands out the pages of a round.
+#[derive(Clone)]
+pub struct Scan(PageScan);
+
+/// The pages of one packet.
+#[derive(Default)]
+pub struct Pages(Batch);
+
+impl Scan {
+    /// A scan for batches of up to `capacity` pages.
+    pub fn new(layout: Layout, capacity: usize) -> Scan {
+        Scan(PageScan::new(layout, capacity))
+    }
+
+    /// Opens a round with the pages of `dirty`.
+    pub fn open(&self, dirty: &mut DirtyBitmap) {
+        self.0.load(dirty);
+        self.0.allow(u64::MAX);
+    }
+
+    /// How many pages the next batch has; 0 when all were handed out.
+    pub fn next(&self, into: &mut Pages) -> usize {
+        if self.0.next(&mut into.0) { into.0.pages.len() } else { 0 }
+    }
+}
