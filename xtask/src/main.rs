@@ -1,5 +1,6 @@
 //! Developer tasks, one verb per file: `cargo xtask VERB`.
 
+mod bench;
 mod fuzz;
 mod proof;
 mod sanitize;
@@ -15,6 +16,7 @@ type Verb = (&'static str, &'static str, fn(&[String]) -> Result<ExitCode, Strin
 
 const VERBS: &[Verb] = &[
     ("test", "every check that a change has to pass; `--quick` leaves out QEMU and packaging", test::run),
+    ("bench", "measures beside QEMU and writes docs/benchmarks.md; `--quick` keeps it small", bench::run),
     ("proof", "the checks of the round guarantee, at length; `--quick` is what `test` runs of it", proof::run),
     ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
     ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),

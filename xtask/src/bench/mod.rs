@@ -1,0 +1,112 @@
+//! `cargo xtask bench`: measures the engine beside QEMU and writes `docs/benchmarks.md`.
+//!
+//! Each section leaves what it found below `target/bench`, raw and as text; the page is put together from all that is
+//! there, so that one section can be measured again by itself. With `--quick` everything is small, goes to
+//! `target/bench-quick`, and the page in `docs` stays as it is.
+
+mod downtime;
+mod findings;
+mod inner;
+mod link;
+mod mover;
+mod page;
+mod plot;
+mod qemu;
+mod rounds;
+mod samples;
+mod sparse;
+mod throughput;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+use std::{env, fs};
+
+use qemu_peer::{Installed, Version};
+
+use self::findings::Findings;
+
+/// Everything that sections share.
+struct Bench {
+    quick: bool,
+    /// Where the measured programs are.
+    programs: PathBuf,
+    /// Where content files are kept.
+    directory: PathBuf,
+    qemu: Installed,
+}
+
+/// A section of the page: its name, its heading, and what measures it.
+type Section = (&'static str, &'static str, fn(&Bench) -> Result<Findings, String>);
+
+/// In the order in which they stand on the page.
+const SECTIONS: &[Section] = &[
+    ("throughput", "Throughput into fresh memory", throughput::run),
+    ("rounds", "The end of a round", rounds::run),
+    ("dialects", "A sync point per round, or per section", rounds::dialects),
+    ("idle", "Downtime of an idle guest", downtime::idle),
+    ("downtime", "Downtime of a guest that writes", downtime::writing),
+    ("convergence", "How fast a guest may write", downtime::convergence),
+    ("sparse", "Memory that was never touched", sparse::run),
+    ("compression", "Compression", throughput::compression),
+    ("link", "A shaped link", link::run),
+    ("inner", "Inner parts", inner::run),
+];
+
+/// Measures the sections named, or all.
+pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
+    let quick = arguments.iter().any(|argument| argument == "--quick");
+    let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|argument| *argument != "--quick").collect();
+    let is_section = |name: &&str| SECTIONS.iter().any(|(known, ..)| known == name);
+    let inside_link = names.first() == Some(&link::INSIDE);
+    let page_only = names == ["page"];
+    if !inside_link && !page_only && !names.iter().all(is_section) {
+        let known: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
+        return Err(format!("usage: cargo xtask bench [--quick] [SECTION…]\nsections: {}, page", known.join(", ")));
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let directory = target.join(if quick { "bench-quick" } else { "bench" });
+    fs::create_dir_all(&directory).map_err(|error| format!("{}: {error}", directory.display()))?;
+    if page_only {
+        return page::write(&root, &directory, quick).map(|()| ExitCode::SUCCESS);
+    }
+    if !inside_link {
+        build()?;
+    }
+    let qemu = Installed::find(Version::V10_0).map_err(|error| error.to_string())?;
+    let bench = Bench { quick, programs: target.join("release"), directory: directory.clone(), qemu };
+    if let [_, rate] = names[..]
+        && inside_link
+    {
+        return link::inside(&bench, rate).map(|()| ExitCode::SUCCESS);
+    }
+
+    let mut code = ExitCode::SUCCESS;
+    for (name, _, measure) in SECTIONS.iter().filter(|(name, ..)| names.is_empty() || names.contains(name)) {
+        eprintln!("== {name}");
+        let begun = Instant::now();
+        match measure(&bench) {
+            Ok(findings) => findings.store(&directory, name)?,
+            Err(message) => {
+                eprintln!("{name}: {message}");
+                code = ExitCode::FAILURE;
+            }
+        }
+        eprintln!("== {name}: {:.0} s", begun.elapsed().as_secs_f64());
+    }
+    page::write(&root, &directory, quick)?;
+    Ok(code)
+}
+
+/// Builds what is measured, as users build it.
+fn build() -> Result<(), String> {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--release", "-p", "multifd", "-p", "multifd-cli", "--examples", "--bins"]);
+    cargo.args(["--features", "multifd/bench"]);
+    match cargo.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("the build ended with {status}")),
+        Err(error) => Err(format!("cargo: {error}")),
+    }
+}

@@ -1,0 +1,146 @@
+//! Drives the engine's mover: a source that keeps its memory, and a fresh destination for each migration.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use serde_json::Value;
+
+use super::Bench;
+
+/// A child of one of the mover's verbs, ended when it is dropped.
+struct Mover {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Mover {
+    fn start(program: &Path, arguments: &[&str]) -> Result<Mover, String> {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        Ok(Mover { child, output })
+    }
+
+    fn line(&mut self) -> Result<String, String> {
+        let mut line = String::new();
+        match self.output.read_line(&mut line) {
+            Ok(0) => Err("the mover ended without a word".to_owned()),
+            Ok(_) => Ok(line.trim().to_owned()),
+            Err(error) => Err(format!("the mover: {error}")),
+        }
+    }
+
+    fn json(&mut self) -> Result<Value, String> {
+        let line = self.line()?;
+        serde_json::from_str(&line).map_err(|_| format!("the mover said `{line}`"))
+    }
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A source with filled memory, for any number of migrations.
+pub struct Source {
+    mover: Mover,
+    input: ChildStdin,
+    program: PathBuf,
+    mib: u32,
+}
+
+/// What receives.
+#[derive(Clone, Copy)]
+pub enum Destination<'a> {
+    /// The engine, into this memory, with this strategy for the first touch.
+    Engine {
+        /// `anonymous`, `memory-file` or `present`.
+        memory: &'a str,
+        /// `auto`, `direct`, `huge`, …
+        first_touch: &'a str,
+    },
+    /// Plain sockets, into memory that is present.
+    Raw,
+}
+
+/// One migration, as both sides saw it.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    /// What the source said.
+    pub source: Value,
+    /// What the destination said.
+    pub destination: Value,
+}
+
+impl Moved {
+    /// Seconds from the first connect to the confirmation.
+    pub fn seconds(&self) -> f64 {
+        number(&self.source, "seconds")
+    }
+
+    /// CPU seconds of both processes.
+    pub fn cpu_seconds(&self) -> f64 {
+        number(&self.source, "cpu-seconds") + number(&self.destination, "cpu-seconds")
+    }
+}
+
+impl Source {
+    /// Fills `used` of `mib` MiB of `memory` with `content`.
+    pub fn start(bench: &Bench, mib: u32, memory: &str, content: &Path, used: u32) -> Result<Source, String> {
+        let program = program(bench);
+        let (size, used) = (mib.to_string(), used.to_string());
+        let mut mover = Mover::start(&program, &["send", &size, memory, &content.display().to_string(), &used])?;
+        match mover.line()?.as_str() {
+            "ready" => {}
+            other => return Err(format!("the mover said `{other}`")),
+        }
+        let input = mover.child.stdin.take().expect("piped");
+        Ok(Source { mover, input, program, mib })
+    }
+
+    /// Moves all memory to a new destination that listens at `uri`; `warm` runs when both sides are prepared.
+    pub fn move_to(
+        &mut self,
+        uri: &str,
+        channels: u8,
+        options: &str,
+        destination: Destination<'_>,
+        warm: impl FnOnce() -> Result<(), String>,
+    ) -> Result<Moved, String> {
+        let (mib, count) = (self.mib.to_string(), channels.to_string());
+        let (arguments, option) = match destination {
+            Destination::Engine { memory, first_touch } => (vec!["receive", uri, &mib, memory, first_touch], ""),
+            Destination::Raw => (vec!["receive-raw", uri, &mib, &count], " raw"),
+        };
+        let mut receiver = Mover::start(&self.program, &arguments)?;
+        let said = receiver.line()?;
+        let uri = said.strip_prefix("listening on ").ok_or_else(|| format!("the mover said `{said}`"))?;
+        warm()?;
+        writeln!(self.input, "{uri} {channels} {options}{option}").map_err(|error| format!("the mover: {error}"))?;
+        Ok(Moved { source: self.mover.json()?, destination: receiver.json()? })
+    }
+}
+
+/// Touches and frees `mib` MiB in a process of its own, so that the host has given this much to the next one.
+pub fn warm(bench: &Bench, mib: u32) -> Result<(), String> {
+    let outcome = Command::new(program(bench)).args(["warm", &mib.to_string()]).status();
+    match outcome {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("touching {mib} MiB ended with {status}")),
+        Err(error) => Err(format!("the mover: {error}")),
+    }
+}
+
+/// A number in a report.
+pub fn number(report: &Value, name: &str) -> f64 {
+    report[name].as_f64().unwrap_or(f64::NAN)
+}
+
+fn program(bench: &Bench) -> PathBuf {
+    bench.programs.join("examples/mover")
+}

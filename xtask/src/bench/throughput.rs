@@ -1,0 +1,344 @@
+//! How fast static memory moves, beside QEMU and beside plain sockets; the same compressed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
+
+use qemu_peer::Memory;
+use serde_json::{Value, json};
+
+use super::findings::markdown_table;
+use super::mover::{self, Destination, Source};
+use super::plot::{Series, bars};
+use super::samples::Samples;
+use super::{Bench, Findings, qemu};
+
+/// What is compared, in the order in which the runs of one repetition follow each other.
+const VARIANTS: &[&str] = &[
+    "QEMU, memory file",
+    "multifd, memory file",
+    "QEMU, anonymous",
+    "multifd, anonymous",
+    "multifd, huge pages",
+    "multifd, present",
+    "plain sockets, present",
+];
+
+/// The figures of one variant over one transport with one number of channels.
+#[derive(Clone, Default)]
+struct Cell {
+    gb_per_second: Samples,
+    cpu_seconds_per_gb: Samples,
+}
+
+/// Sources that keep their memory, so that a repetition takes no time to fill it.
+struct Sources {
+    anonymous: Source,
+    file: Source,
+    qemu_anonymous: qemu::Source,
+    qemu_file: qemu::Source,
+    mib: u32,
+}
+
+impl Sources {
+    fn start(bench: &Bench, mib: u32, content: &Path) -> Result<Sources, String> {
+        Ok(Sources {
+            anonymous: Source::start(bench, mib, "anonymous", content, mib)?,
+            file: Source::start(bench, mib, "memory-file", content, mib)?,
+            qemu_anonymous: qemu::Source::stopped(bench, mib, Memory::Anonymous, content, mib)?,
+            qemu_file: qemu::Source::stopped(bench, mib, Memory::SharedFile, content, mib)?,
+            mib,
+        })
+    }
+
+    /// Seconds and CPU seconds of one migration.
+    fn run(&mut self, bench: &Bench, variant: &str, transport: &str, channels: u8) -> Result<(f64, f64), String> {
+        let warm = || mover::warm(bench, self.mib + self.mib / 4);
+        let engine = |memory, first_touch| Destination::Engine { memory, first_touch };
+        let (source, destination) = match variant {
+            "QEMU, anonymous" | "QEMU, memory file" => {
+                let source = if variant == "QEMU, anonymous" { &mut self.qemu_anonymous } else { &mut self.qemu_file };
+                let parameters = qemu::Parameters { channels, ..Default::default() };
+                let moved = source.migrate(transport, parameters, LIMIT, warm)?.ok_or("QEMU takes too long")?;
+                return Ok((moved.seconds(), moved.cpu_seconds));
+            }
+            "multifd, memory file" => (&mut self.file, engine("memory-file", "auto")),
+            "multifd, anonymous" => (&mut self.anonymous, engine("anonymous", "auto")),
+            "multifd, huge pages" => (&mut self.anonymous, engine("anonymous", "huge")),
+            "multifd, present" => (&mut self.anonymous, engine("present", "direct")),
+            _ => (&mut self.anonymous, Destination::Raw),
+        };
+        let moved = source.move_to(&listen(bench, transport), channels, "", destination, warm)?;
+        Ok((moved.seconds(), moved.cpu_seconds()))
+    }
+}
+
+/// The section of random pages.
+pub fn run(bench: &Bench) -> Result<Findings, String> {
+    let mib = if bench.quick { 256 } else { 1024 };
+    let content = content(bench, "random", random)?;
+    let mut sources = Sources::start(bench, mib, &content)?;
+    let gb = f64::from(mib) * 1048576.0 / 1e9;
+    let mut cells: BTreeMap<(usize, u8, usize), Cell> = BTreeMap::new();
+    let runs: &[(usize, u8)] =
+        if bench.quick { &[(0, 4)] } else { &[(0, 4), (1, 2), (0, 8), (0, 2), (0, 1), (1, 4), (1, 1), (1, 8)] };
+    for (index, &(transport, channels)) in runs.iter().enumerate() {
+        // One run of each that is not counted: the first has to start and load programs.
+        let repetitions = match (bench.quick, index) {
+            (true, _) => 1,
+            (false, 0..2) => 5,
+            (false, _) => 3,
+        };
+        for repetition in 0..=repetitions {
+            for (variant, name) in VARIANTS.iter().enumerate() {
+                let (seconds, cpu) = sources.run(bench, name, &TRANSPORTS[transport].to_lowercase(), channels)?;
+                eprintln!("{} {channels}: {name}: {:.2} GB/s", TRANSPORTS[transport], gb / seconds);
+                if repetition > 0 {
+                    let cell = cells.entry((transport, channels, variant)).or_default();
+                    cell.gb_per_second.push(gb / seconds);
+                    cell.cpu_seconds_per_gb.push(cpu / gb);
+                }
+            }
+        }
+    }
+    Ok(describe(mib, &cells))
+}
+
+fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> Findings {
+    let mut findings = Findings::default();
+    findings.say(&format!(
+        "{mib} MiB of random pages that nobody writes, from memory to memory, QEMU 10.0 with a guest that never ran. Time \
+         is from the first connect to the end, as each side reports it; CPU is of both processes. Before each run another \
+         process touched and freed a quarter more memory than the destination needs, for all alike, so the destination's \
+         memory is known to the host but fresh to the process (except “present”, which was touched before). Variants took \
+         turns; the first turn is not counted. Memory files are 4 KiB pages on both sides. Anonymous memory is what each \
+         side takes by default: QEMU asks for huge pages, the engine does not. “Huge pages” is the engine's \
+         `FirstTouch::Huge`. Plain sockets move the same bytes without a protocol into present memory. A cell is the \
+         median with least and most."
+    ));
+    for (transport, name) in TRANSPORTS.iter().enumerate() {
+        let mut channels: Vec<u8> =
+            cells.keys().filter(|(other, ..)| *other == transport).map(|(_, channels, _)| *channels).collect();
+        channels.dedup();
+        if channels.is_empty() {
+            continue;
+        }
+        let cell =
+            |channels: u8, variant: usize| cells.get(&(transport, channels, variant)).cloned().unwrap_or_default();
+        let head: Vec<String> = channels.iter().map(|channels| format!("{channels} ch")).collect();
+        let head: Vec<&str> = std::iter::once("").chain(head.iter().map(String::as_str)).collect();
+        let rows = |figure: fn(&Cell) -> &Samples| -> Vec<Vec<String>> {
+            let row = |(variant, name): (usize, &&str)| {
+                let cells = channels.iter().map(|&channels| figure(&cell(channels, variant)).show(2));
+                std::iter::once((*name).to_owned()).chain(cells).collect()
+            };
+            VARIANTS.iter().enumerate().map(row).collect()
+        };
+        findings.say(&format!("**{name}, GB/s:**"));
+        findings.table(&head, &rows(|cell| &cell.gb_per_second));
+        findings.say(&format!("**{name}, CPU seconds per GB, both processes:**"));
+        findings.table(&head, &rows(|cell| &cell.cpu_seconds_per_gb));
+        let groups: Vec<String> = channels.iter().map(|channels| format!("{channels} channels")).collect();
+        let series: Vec<Series<'_>> = VARIANTS
+            .iter()
+            .enumerate()
+            .map(|(variant, name)| Series {
+                name,
+                bars: channels.iter().map(|&channels| cell(channels, variant).gb_per_second).collect(),
+            })
+            .collect();
+        let file = format!("throughput-{}", name.to_lowercase());
+        findings.plot(
+            &file,
+            &format!("Throughput over {name}"),
+            bars(&format!("Over {name}"), "GB/s", &groups, &series),
+        );
+        findings.say(&format!("**{name}, as ratios of medians** (goal):"));
+        let ratios: Vec<Vec<String>> = RATIOS
+            .iter()
+            .map(|(what, ours, theirs, goal)| {
+                let ratio = |&channels: &u8| {
+                    let figure = |variant: usize| cell(channels, variant).gb_per_second.median();
+                    format!("{:.2}", figure(*ours) / figure(*theirs))
+                };
+                std::iter::once(format!("{what} ({goal})")).chain(channels.iter().map(ratio)).collect()
+            })
+            .chain(std::iter::once({
+                let ratio = |&channels: &u8| {
+                    let figure = |variant: usize| cell(channels, variant).cpu_seconds_per_gb.median();
+                    format!("{:.2}", figure(1) / figure(0))
+                };
+                std::iter::once("CPU: multifd / QEMU, memory file (≤ 0.5)".to_owned())
+                    .chain(channels.iter().map(ratio))
+                    .collect()
+            }))
+            .collect();
+        findings.table(&head, &ratios);
+    }
+    findings.files.push(("summary.md".to_owned(), summary(mib, cells)));
+    let raw = cells.iter().map(|((transport, channels, variant), cell)| {
+        json!({
+            "transport": TRANSPORTS[*transport], "channels": channels, "variant": VARIANTS[*variant], "mib": mib,
+            "gb-per-second": cell.gb_per_second.json(), "cpu-seconds-per-gb": cell.cpu_seconds_per_gb.json(),
+        })
+    });
+    findings.raw = Value::Array(raw.collect());
+    findings
+}
+
+/// The table for the README: 4 channels over TCP.
+fn summary(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> String {
+    let cell = |variant: usize| cells.get(&(0, 4, variant)).cloned().unwrap_or_default();
+    let row = |name: &str, ours: usize, theirs: usize| {
+        let (ours, theirs) = (cell(ours), cell(theirs));
+        vec![
+            name.to_owned(),
+            ours.gb_per_second.show(2),
+            theirs.gb_per_second.show(2),
+            format!("{:.1} ×", ours.gb_per_second.median() / theirs.gb_per_second.median()),
+            format!("{:.2} / {:.2}", ours.cpu_seconds_per_gb.median(), theirs.cpu_seconds_per_gb.median()),
+        ]
+    };
+    let rows = [
+        row("memory file, 4 KiB pages on both sides", 1, 0),
+        row("anonymous memory, each side's default", 3, 2),
+        row("anonymous memory, huge pages on both sides", 4, 2),
+    ];
+    let head = ["destination's memory", "multifd GB/s", "QEMU 10.0 GB/s", "", "CPU s/GB, multifd / QEMU"];
+    format!(
+        "{mib} MiB of random pages into fresh memory, 4 channels over TCP loopback, both ends on the same CPUs, \
+         taking turns; median (least–most). [All figures, and how they were measured](docs/benchmarks.md).\n\n{}",
+        markdown_table(&head, &rows)
+    )
+}
+
+/// What the ratio is of: two positions in [`VARIANTS`], and the goal.
+const RATIOS: &[(&str, usize, usize, &str)] = &[
+    ("multifd / QEMU, memory file", 1, 0, "≥ 1.7"),
+    ("multifd / QEMU, anonymous", 3, 2, "≥ 2.2"),
+    ("multifd anonymous / QEMU memory file", 3, 0, "–"),
+    ("multifd huge pages / QEMU memory file", 4, 0, "≥ 3; unix ≥ 4.5"),
+    ("multifd huge pages / QEMU anonymous", 4, 2, "–"),
+    ("multifd present / QEMU memory file", 5, 0, "≥ 3; unix ≥ 4.5"),
+    ("multifd present / plain sockets", 5, 6, "≥ 0.85"),
+];
+
+/// The section of compressed pages.
+pub fn compression(bench: &Bench) -> Result<Findings, String> {
+    let mib = if bench.quick { 128 } else { 1024 };
+    let content = content(bench, "compressible", compressible)?;
+    let mut ours = Source::start(bench, mib, "memory-file", &content, mib)?;
+    let mut theirs = qemu::Source::stopped(bench, mib, Memory::SharedFile, &content, mib)?;
+    let bytes = f64::from(mib) * 1048576.0;
+    let mut cells: BTreeMap<(usize, usize), (Cell, Samples)> = BTreeMap::new();
+    for repetition in 0..if bench.quick { 1 } else { 4 } {
+        for (method, name) in METHODS.iter().enumerate() {
+            let warm = || mover::warm(bench, mib + mib / 4);
+            let engine = Destination::Engine { memory: "memory-file", first_touch: "auto" };
+            let option = if *name == "none" { "" } else { name };
+            let moved = ours.move_to("tcp:127.0.0.1:0", 4, option, engine, warm)?;
+            let wire = mover::number(&moved.source, "wire-bytes");
+            let ours = (moved.seconds(), moved.cpu_seconds(), wire);
+            let parameters = qemu::Parameters { compression: name, ..Default::default() };
+            let moved = theirs.migrate("tcp", parameters, LIMIT, warm)?.ok_or("QEMU takes too long")?;
+            let theirs = (moved.seconds(), moved.cpu_seconds, moved.ram("transferred"));
+            for (side, (seconds, cpu, wire)) in [ours, theirs].into_iter().enumerate() {
+                eprintln!("{name}, {}: {:.2} GB/s, ratio {:.2}", SIDES[side], bytes / 1e9 / seconds, bytes / wire);
+                if repetition > 0 || bench.quick {
+                    let (cell, ratio) = cells.entry((method, side)).or_default();
+                    cell.gb_per_second.push(bytes / 1e9 / seconds);
+                    cell.cpu_seconds_per_gb.push(cpu / bytes * 1e9);
+                    ratio.push(bytes / wire);
+                }
+            }
+        }
+    }
+    let mut findings = Findings::default();
+    findings.say(&format!(
+        "{mib} MiB of half-compressible pages (three words of four from a table of 64, the fourth random), the same on both \
+         sides, 4 channels over TCP, level 1, memory files. Ratio is guest bytes by bytes on all connections."
+    ));
+    let rows: Vec<Vec<String>> = METHODS
+        .iter()
+        .enumerate()
+        .map(|(method, name)| {
+            let cell = |side: usize| cells.get(&(method, side)).cloned().unwrap_or_default();
+            let ((ours, our_ratio), (theirs, their_ratio)) = (cell(0), cell(1));
+            vec![
+                (*name).to_owned(),
+                ours.gb_per_second.show(2),
+                theirs.gb_per_second.show(2),
+                format!("{:.2}", ours.gb_per_second.median() / theirs.gb_per_second.median()),
+                format!("{:.2}", our_ratio.median()),
+                format!("{:.2}", their_ratio.median()),
+                format!("{:.2}", ours.cpu_seconds_per_gb.median()),
+                format!("{:.2}", theirs.cpu_seconds_per_gb.median()),
+            ]
+        })
+        .collect();
+    let head = [
+        "method",
+        "multifd GB/s",
+        "QEMU GB/s",
+        "of QEMU",
+        "multifd ratio",
+        "QEMU ratio",
+        "multifd CPU s/GB",
+        "QEMU CPU s/GB",
+    ];
+    findings.table(&head, &rows);
+    let raw = cells.iter().map(|((method, side), (cell, ratio))| {
+        json!({
+            "method": METHODS[*method], "side": SIDES[*side], "gb-per-second": cell.gb_per_second.json(),
+            "cpu-seconds-per-gb": cell.cpu_seconds_per_gb.json(), "ratio": ratio.json(),
+        })
+    });
+    findings.raw = Value::Array(raw.collect());
+    Ok(findings)
+}
+
+/// Where a destination of the mover listens.
+pub fn listen(bench: &Bench, transport: &str) -> String {
+    match transport {
+        "unix" => {
+            let path = bench.directory.join("socket");
+            // Left by the run before.
+            let _ = fs::remove_file(&path);
+            format!("unix:{}", path.display())
+        }
+        _ => "tcp:127.0.0.1:0".to_owned(),
+    }
+}
+
+/// A file of 64 MiB that `generate` makes from random words, made once.
+pub fn content(bench: &Bench, name: &str, generate: fn(u64) -> u64) -> Result<PathBuf, String> {
+    let path = bench.directory.join(format!("{name}.bin"));
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut bytes = Vec::with_capacity(CONTENT);
+    while bytes.len() < CONTENT {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&generate(state).to_le_bytes());
+    }
+    let written: io::Result<()> = fs::write(&path, bytes);
+    written.map(|()| path.clone()).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Pages that do not compress.
+pub fn random(word: u64) -> u64 {
+    word
+}
+
+/// Three words of four are of 64 different ones.
+fn compressible(word: u64) -> u64 {
+    if word & 3 == 0 { word } else { (word >> 2 & 63).wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+}
+
+const TRANSPORTS: &[&str] = &["TCP", "Unix"];
+const METHODS: &[&str] = &["none", "zstd", "zlib"];
+const SIDES: &[&str] = &["multifd", "QEMU"];
+const CONTENT: usize = 64 << 20;
+/// No migration of this size takes nearly as long.
+const LIMIT: Duration = Duration::from_secs(120);
