@@ -115,7 +115,7 @@ pub fn writing(bench: &Bench) -> Result<Findings, String> {
     let shares: &[f64] = if bench.quick { &[0.1] } else { &[0.1, 0.5, 0.8] };
     for &share in shares {
         let mut stood: [Stood; 2] = Default::default();
-        for _ in 0..if bench.quick { 1 } else { 3 } {
+        for _ in 0..bench.repetitions(3) {
             let report = writing_demo(bench, share)?;
             stood[0].add_demo(&report);
             stood[0].rate.push(share * LINK / 1e6);

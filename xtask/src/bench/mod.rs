@@ -2,7 +2,8 @@
 //!
 //! Each section leaves what it found below `target/bench`, raw and as text; the page is put together from all that is
 //! there, so that one section can be measured again by itself. With `--quick` everything is small, goes to
-//! `target/bench-quick`, and the page in `docs` stays as it is.
+//! `target/bench-quick`, and the page in `docs` stays as it is. With `--once` sizes are full and measurements are not
+//! repeated, but for throughput and rounds.
 
 mod downtime;
 mod findings;
@@ -29,11 +30,20 @@ use self::findings::Findings;
 /// Everything that sections share.
 struct Bench {
     quick: bool,
+    /// Every measurement once, at its full size.
+    once: bool,
     /// Where the measured programs are.
     programs: PathBuf,
     /// Where content files are kept.
     directory: PathBuf,
     qemu: Installed,
+}
+
+impl Bench {
+    /// How often a measurement is repeated that deserves `many`.
+    fn repetitions(&self, many: usize) -> usize {
+        if self.quick || self.once { 1 } else { many }
+    }
 }
 
 /// A section of the page: its name, its heading, and what measures it.
@@ -56,13 +66,18 @@ const SECTIONS: &[Section] = &[
 /// Measures the sections named, or all.
 pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     let quick = arguments.iter().any(|argument| argument == "--quick");
-    let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|argument| *argument != "--quick").collect();
+    let once = arguments.iter().any(|argument| argument == "--once");
+    let names: Vec<&str> =
+        arguments.iter().map(String::as_str).filter(|argument| !argument.starts_with("--")).collect();
     let is_section = |name: &&str| SECTIONS.iter().any(|(known, ..)| known == name);
     let inside_link = names.first() == Some(&link::INSIDE);
     let page_only = names == ["page"];
     if !inside_link && !page_only && !names.iter().all(is_section) {
         let known: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
-        return Err(format!("usage: cargo xtask bench [--quick] [SECTION…]\nsections: {}, page", known.join(", ")));
+        return Err(format!(
+            "usage: cargo xtask bench [--quick|--once] [SECTION…]\nsections: {}, page",
+            known.join(", ")
+        ));
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
@@ -75,7 +90,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
         build()?;
     }
     let qemu = Installed::find(Version::V10_0).map_err(|error| error.to_string())?;
-    let bench = Bench { quick, programs: target.join("release"), directory: directory.clone(), qemu };
+    let bench = Bench { quick, once, programs: target.join("release"), directory: directory.clone(), qemu };
     if let [_, rate] = names[..]
         && inside_link
     {

@@ -40,7 +40,10 @@ fn readme(root: &Path, directory: &Path) -> Result<(), String> {
     let Ok(table) = fs::read_to_string(directory.join("summary.md")) else { return Ok(()) };
     let Some((before, rest)) = text.split_once(BEGIN) else { return Ok(()) };
     let Some((_, after)) = rest.split_once(END) else { return Ok(()) };
-    let text = format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", table.trim());
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').nth(2).and_then(|load| load.parse::<f64>().ok()).unwrap_or(0.0);
+    let busy = if load > 4.0 { "\n\nThe machine was busy with other work meanwhile; look at the spread." } else { "" };
+    let text = format!("{before}{BEGIN}\n\n{}{busy}\n\n{END}{after}", table.trim());
     fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
@@ -70,7 +73,9 @@ fn introduction() -> String {
          | transparent huge pages | `{}`; shared memory: `{}` |\n\
          | load average when this page was written | {} |\n\
          | peer | {} |\n\n\
-         Absolute figures hold for no other machine; compare only within a table. GB is 10⁹ bytes of guest memory.\n\n",
+         Absolute figures hold for no other machine; compare only within a table. GB is 10⁹ bytes of guest memory. A \
+         load average far above what one migration makes (about 2) says that the machine was busy with other work meanwhile: \
+         then the spread is wide, and a median of a few runs is not to be trusted to more than its spread.\n\n",
         if virtualised { " (virtual)" } else { "" },
         chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
         chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),

@@ -11,7 +11,7 @@ use super::throughput::{content, random};
 use super::{Bench, Findings, qemu};
 
 /// Total and used MiB, and whether QEMU does it too.
-const SIZES: &[(u32, u32, bool)] = &[(1024, 1024, true), (65_536, 1024, true), (1_048_576, 1024, false)];
+const SIZES: &[(u32, u32, bool)] = &[(1024, 1024, true), (65_536, 1024, false), (1_048_576, 1024, false)];
 const QUICK: &[(u32, u32, bool)] = &[(128, 128, true), (4096, 128, true), (65_536, 128, false)];
 
 /// The section.
@@ -22,10 +22,11 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
         "Guests with random pages in a part of their memory, in pieces of 2 MiB spread over all of it; the rest was never \
          touched. Anonymous memory, 4 channels over TCP, destination fresh. Peak is the most memory that a process had at \
          any time, source / destination; what is in use has to be in both. A bitmap of 1 TiB is 32 MiB. QEMU's peak \
-         includes QEMU itself. Neither side was told which pages are in use; sizes took turns.",
+         includes QEMU itself, and it stands beside the smallest guest only: it reserves all memory at its start, which the \
+         kernel refuses for the larger ones. Neither side was told which pages are in use; sizes took turns.",
     );
     let sizes = if bench.quick { QUICK } else { SIZES };
-    let repetitions = if bench.quick { 1 } else { 3 };
+    let repetitions = bench.repetitions(3);
     let mut ours: Vec<(Samples, Samples, Option<Moved>)> = vec![Default::default(); sizes.len()];
     let mut theirs: Vec<(Samples, Samples, Option<qemu::Moved>)> = vec![Default::default(); sizes.len()];
     for _ in 0..repetitions {
