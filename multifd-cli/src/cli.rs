@@ -75,6 +75,10 @@ pub struct DemoArgs {
     /// Do not compare every page of both sides while the guest stands still.
     #[arg(long, help_heading = MIGRATION)]
     pub no_verify: bool,
+    /// Watch at the destination that no page is written from an older round than it already holds; if one is, exit with
+    /// status 6.
+    #[arg(long, help_heading = MIGRATION)]
+    pub audit: bool,
     /// How to migrate.
     #[command(flatten)]
     pub transfer: TransferArgs,
@@ -102,6 +106,10 @@ pub struct GuestArgs {
     /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "quit".
     #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
     pub control: Option<Uri>,
+    /// Watch while a guest comes that no page is written from an older round than it already holds; if one is, exit with
+    /// status 6.
+    #[arg(long, help_heading = MIGRATION)]
+    pub audit: bool,
     /// Send digests of all pages along while the guest stands still, for the destination to compare.
     #[arg(long, help_heading = MIGRATION)]
     pub verify: bool,
@@ -134,6 +142,10 @@ pub struct ReceiveArgs {
     /// Report the SHA-256 of each RAM block.
     #[arg(long)]
     pub digest: bool,
+    /// Watch that no page is written from an older round than it already holds; if one is, exit with
+    /// status 6.
+    #[arg(long)]
+    pub audit: bool,
     /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
     #[arg(long, value_name = "DIR")]
     pub record: Option<PathBuf>,

@@ -114,6 +114,9 @@ pub struct MigrationReport {
     /// By how many percent the guest was slowed down in the end.
     #[serde(default)]
     pub cpu_throttle_percentage: u8,
+    /// What the audit found, where one was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Audit>,
     /// All rounds that are over.
     pub rounds: Vec<Round>,
     /// Bytes on each channel.
@@ -164,6 +167,38 @@ pub struct RamReport {
     pub multifd_bytes: u64,
     /// Pages per second while memory was sent.
     pub pages_per_second: f64,
+}
+
+/// What watching the rounds of all writes found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Audit {
+    /// Writes that came from an older round than the page already held.
+    pub stale_writes: u64,
+    /// The first of them, in words.
+    pub first: Vec<String>,
+}
+
+impl Audit {
+    /// The same in a sentence.
+    pub fn text(&self) -> String {
+        match self.first.first() {
+            None => "audit: no page was written from an older round than it held".to_owned(),
+            Some(first) => {
+                format!(
+                    "audit: {} pages were written from an older round than they held, first {first}",
+                    self.stale_writes
+                )
+            }
+        }
+    }
+}
+
+impl From<&destination::Findings> for Audit {
+    fn from(findings: &destination::Findings) -> Audit {
+        let first = findings.first.iter().map(ToString::to_string).collect();
+        Audit { stale_writes: findings.stale_writes, first }
+    }
 }
 
 /// One round that is over.
@@ -226,6 +261,7 @@ impl MigrationReport {
             compression: Some(compression_name(report.compression).to_owned()),
             dialect: Some(dialect_name(report.dialect).to_owned()),
             cpu_throttle_percentage: report.throttle,
+            audit: None,
             rounds,
             channel_bytes: report.channel_bytes.clone(),
         }
@@ -273,6 +309,7 @@ impl MigrationReport {
             compression: report.compression.map(|compression| compression_name(compression).to_owned()),
             dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
             cpu_throttle_percentage: 0,
+            audit: report.audit.as_ref().map(Audit::from),
             rounds,
             channel_bytes: report.channel_bytes.clone(),
         }
@@ -312,6 +349,7 @@ impl MigrationReport {
             compression: None,
             dialect: None,
             cpu_throttle_percentage: rounds.last().map_or(0, |round| round.throttle),
+            audit: None,
             rounds,
             channel_bytes,
         }

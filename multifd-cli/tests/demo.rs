@@ -47,7 +47,8 @@ fn assert_arrived(report: &Value) {
 #[test]
 fn a_process_guest_moves_over_each_transport() {
     for transport in ["--transport tcp", "--transport unix", "--address localhost"] {
-        let report = moves(&format!("--guest process {transport}"));
+        let report = moves(&format!("--guest process --audit {transport}"));
+        assert_eq!(number(&report, "/audit/stale-writes"), 0.0);
         assert_eq!(report["guest"], "process");
         assert!(["uffd-wp", "bitmap"].contains(&report["dirty-log"].as_str().unwrap()), "{report}");
         assert_eq!(number(&report, "/channels"), 4.0);

@@ -94,6 +94,8 @@ struct Found {
     pages_different: u64,
     /// By the guest itself, in its memory and its report.
     guest_errors: u64,
+    /// By the destination's audit.
+    stale_writes: u64,
 }
 
 fn migrate(broken: Option<Broken>) -> Found {
@@ -110,18 +112,20 @@ fn migrate(broken: Option<Broken>) -> Found {
     let listener = SlowListener { inner: Box::new(listener), accepted: 0 };
     let mut guest = Guest::create(&config).unwrap();
     let mut arrived = Guest::create_incoming(&config).unwrap();
-    let destination = Destination::new(destination::Options { broken, ..destination::Options::default() });
+    let options = destination::Options { broken, audit: true, ..destination::Options::default() };
+    let destination = Destination::new(options);
     guest.run();
     assert!(guest.wait_passes(1, LIMIT));
-    thread::scope(|scope| {
+    let report = thread::scope(|scope| {
         let into = &mut arrived;
         let receiving = scope.spawn(move || destination.run(into, Box::new(listener), &mut ()));
         Source::new(source::Options::default()).run(&mut guest, &connector, &mut ()).unwrap();
-        receiving.join().unwrap().unwrap();
+        receiving.join().unwrap().unwrap()
     });
     assert!(arrived.wait_passes(2, LIMIT));
     let pages_different = arrived.verified().unwrap().pages_different;
-    Found { pages_different, guest_errors: arrived.status().guest_errors() }
+    let stale_writes = report.audit.unwrap().stale_writes;
+    Found { pages_different, guest_errors: arrived.status().guest_errors(), stale_writes }
 }
 
 #[test]
@@ -132,6 +136,7 @@ fn a_destination_without_its_barrier_is_caught_by_the_guest() {
             let found = migrate(Some(Broken::NoBarrier));
             assert_eq!(found.pages_different == 0, found.guest_errors == 0, "{found:?}");
             if found.guest_errors > 0 {
+                assert!(found.stale_writes > 0, "the audit is silent about what the guest found: {found:?}");
                 eprintln!("caught at attempt {attempt} after {:?}: {found:?}", begun.elapsed());
                 return;
             }
@@ -145,7 +150,7 @@ fn the_same_destination_with_its_barrier_is_right() {
     time_limit(LIMIT, || {
         for _ in 0..3 {
             let found = migrate(None);
-            assert_eq!((found.pages_different, found.guest_errors), (0, 0));
+            assert_eq!((found.pages_different, found.guest_errors, found.stale_writes), (0, 0, 0));
         }
     });
 }

@@ -287,7 +287,7 @@ fn unsupported(method: Compression) -> io::Error {
 }
 
 #[cfg(all(test, not(any(loom, shuttle)), feature = "zlib", feature = "zstd"))]
-mod tests {
+pub(crate) mod tests {
     use std::io::Read;
 
     use multifd_proto::packet::MAX_COMPRESSED;
@@ -546,7 +546,7 @@ mod tests {
     }
 
     /// Name and content of the recorded connections.
-    fn recordings() -> Vec<(String, Vec<u8>)> {
+    pub(crate) fn recordings() -> Vec<(String, Vec<u8>)> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/tests/captures/streams.tar.xz");
         let mut tar = liblzma::read::XzDecoder::new(std::fs::File::open(path).unwrap());
         let (mut files, mut head) = (Vec::new(), [0; 512]);

@@ -21,7 +21,7 @@ use crate::{
     control::{self, Command},
     exit::Exit,
     progress,
-    report::{MigrationReport, Outcome, fields},
+    report::{Audit, MigrationReport, Outcome, fields},
     signals, table, units,
 };
 
@@ -92,6 +92,7 @@ struct DestinationReport {
     guest_errors: u64,
     guest_passes_before: u64,
     guest_passes_after: u64,
+    audit: Option<Audit>,
 }
 
 impl<'a> Demo<'a> {
@@ -144,6 +145,7 @@ impl<'a> Demo<'a> {
             vec![format!("--incoming={incoming}"), format!("--control=unix:{}", self.control().display())];
         options.extend(args.machine.to_args());
         options.extend(args.transfer.to_args());
+        options.extend(args.audit.then(|| "--audit".to_owned()));
         options.extend((0..args.output.verbose).map(|_| "--verbose".to_owned()));
         options.extend(args.output.quiet.then(|| "--quiet".to_owned()));
         options.push("--progress=never".to_owned());
@@ -297,6 +299,7 @@ impl<'a> Demo<'a> {
             }
         };
         migration.exclude_verify_time(there.verify_time);
+        migration.audit = there.audit.clone();
         let verified = Verified {
             pages_compared: there.pages_compared,
             pages_different: there.pages_different + there.pages_wrong,
@@ -398,6 +401,7 @@ impl<'a> Demo<'a> {
             table::grouped(there.pages_wrong),
             table::grouped(there.pages_checked)
         ));
+        lines.extend(there.audit.as_ref().map(|audit| format!("{:<12}{}", "", audit.text())));
         lines.push(String::new());
         lines.join("\n")
     }

@@ -11,7 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{destination::Destination, error::Error, source::Source, stop::StopHandle, transport::uri::Uri};
+use multifd::{
+    destination::{self, Destination},
+    error::Error,
+    source::Source,
+    stop::StopHandle,
+    transport::uri::Uri,
+};
 use multifd_guest::{
     guest::{Guest, Monitor, Status},
     pattern::CheckReport,
@@ -24,7 +30,7 @@ use crate::{
     control::{Command, Control, Request},
     exit::Exit,
     progress::{Display, above_the_bar},
-    report::{MigrationReport, Outcome, fields},
+    report::{Audit, MigrationReport, Outcome, fields},
     signals, table,
 };
 
@@ -129,6 +135,8 @@ struct Session<'a> {
     report: Map<String, Value>,
     failure: Option<(Exit, String)>,
     compared: Option<Compared>,
+    /// What the audit of the migration found that brought the guest.
+    audit: Option<Audit>,
     /// Passes and time after which to end, once the guest has come.
     finish_when_here: Option<(u64, Duration)>,
     _control: Option<Control>,
@@ -170,6 +178,7 @@ impl<'a> Session<'a> {
             report,
             failure: None,
             compared: None,
+            audit: None,
             finish_when_here: None,
             events,
             _control: control,
@@ -243,7 +252,8 @@ impl<'a> Session<'a> {
     fn receive(&mut self, uri: &Uri) -> io::Result<()> {
         let listener = uri.listener()?;
         above_the_bar(|| writeln!(io::stderr(), "listening on {}", listener.uri()))?;
-        let destination = Destination::new(self.args.transfer.destination_options());
+        let options = self.args.transfer.destination_options();
+        let destination = Destination::new(destination::Options { audit: self.args.audit, ..options });
         self.stop = Some(destination.stop_handle());
         self.state = State::Incoming;
         let mut display = Display::new(&self.args.output, &destination.progress());
@@ -319,6 +329,7 @@ impl<'a> Session<'a> {
             Ok(report) => {
                 self.failure = None;
                 self.report.extend(fields(&report));
+                self.audit = report.audit.or(self.audit.take());
                 if was == State::Outgoing {
                     self.state = State::Migrated;
                     return true;
@@ -499,6 +510,10 @@ impl<'a> Session<'a> {
             wrong.push(format!(
                 "{pages_different} of {pages_compared} pages differ from the source, the first of them {differences:?}"
             ));
+        }
+        if let Some(audit) = &self.audit {
+            outcome.text.push_str(&format!("{}.\n", audit.text()));
+            wrong.extend((audit.stale_writes > 0).then(|| audit.text()));
         }
         if !wrong.is_empty() {
             outcome.exit = Exit::Different;

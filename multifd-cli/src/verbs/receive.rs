@@ -66,6 +66,7 @@ fn options(args: &ReceiveArgs) -> destination::Options {
     destination::Options {
         channels: args.channels.map(Into::into),
         compression: args.compression.map(Into::into),
+        audit: args.audit,
         switchover_ack: match args.return_path_ack {
             ReturnPathAck::Auto => SwitchoverAck::Auto,
             ReturnPathAck::Never => SwitchoverAck::Never,
@@ -106,7 +107,15 @@ fn described(args: &ReceiveArgs, received: &destination::Report) -> Outcome {
     let mut text = summary(&migration, received, &args.file);
     text.push_str(&describe::blocks_text(&blocks));
     text.push_str(&devices.summary());
-    Outcome::done(report, text)
+    let mut outcome = Outcome::done(report, text);
+    if let Some(audit) = &migration.audit {
+        outcome.text.push_str(&format!("  {}\n", audit.text()));
+        if audit.stale_writes > 0 {
+            outcome.exit = Exit::Different;
+            outcome.error = Some(audit.text());
+        }
+    }
+    outcome
 }
 
 fn summary(migration: &MigrationReport, received: &destination::Report, path: &Path) -> String {

@@ -124,10 +124,10 @@ impl Multifd {
         Multifd { child, lines, log: Vec::new(), stdout: Some(stdout) }
     }
 
-    /// Starts `multifd receive` and waits until it listens; returns where.
+    /// Starts `multifd receive` and waits until it listens; returns where. It ends badly if its audit finds anything.
     pub fn receive(uri: &str, file: &Path, more: &[&str]) -> (Multifd, String) {
         let file = file.display().to_string();
-        let mut receive = Multifd::start(["receive", uri, "--output", &file].iter().chain(more));
+        let mut receive = Multifd::start(["receive", uri, "--output", &file, "--audit"].iter().chain(more));
         let uri = receive.wait_line("listening on ");
         (receive, uri)
     }

@@ -204,3 +204,66 @@ mod tests {
         assert_eq!(audit.findings().stale_writes, 0);
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle)), feature = "zlib", feature = "zstd"))]
+mod recorded_audit_tests {
+    use std::{
+        collections::BTreeMap,
+        io::{Read, Write as _},
+        net::Shutdown,
+        os::unix::net::UnixStream,
+        thread,
+    };
+
+    use test_support::TempDir;
+
+    use super::*;
+    use crate::{
+        checkpoint::Writer,
+        compress,
+        destination::{Destination, Options},
+        transport::uri::Uri,
+    };
+
+    /// QEMU 7.2 sends some pages twice in a round, on two channels: that is no finding.
+    #[test]
+    fn recorded_streams_of_qemu_are_silent() {
+        let mut streams: BTreeMap<String, Vec<(String, Vec<u8>)>> = BTreeMap::new();
+        for (path, bytes) in compress::tests::recordings() {
+            if let Some((stream, connection)) = path.rsplit_once('/').filter(|(_, name)| name.ends_with(".bin")) {
+                streams.entry(stream.to_owned()).or_default().push((connection.to_owned(), bytes));
+            }
+        }
+        streams.retain(|_, connections| connections.len() > 1);
+        assert!(streams.len() >= 5, "{:?}", streams.keys());
+        for (stream, mut connections) in streams {
+            let dir = TempDir::new().unwrap();
+            let socket = dir.join("socket");
+            let uri: Uri = format!("unix:{}", socket.display()).parse().unwrap();
+            let listener = Box::new(uri.listener().unwrap());
+            // Main is opened first.
+            connections.sort_by_key(|(name, _)| (name != "main.bin", name.clone()));
+            let source = thread::spawn(move || {
+                let senders: Vec<_> = connections
+                    .into_iter()
+                    .map(|(_, bytes)| {
+                        let mut connection = UnixStream::connect(&socket).unwrap();
+                        thread::spawn(move || {
+                            connection.write_all(&bytes).unwrap();
+                            connection.shutdown(Shutdown::Write).unwrap();
+                            // The connection stays open until the destination ends it, in whichever way.
+                            let _ = connection.read_to_end(&mut Vec::new());
+                        })
+                    })
+                    .collect();
+                senders.into_iter().for_each(|sender| sender.join().unwrap());
+            });
+            let destination = Destination::new(Options { audit: true, ..Options::default() });
+            let mut checkpoint = Writer::create(&dir.join("checkpoint"), false).unwrap();
+            let report = checkpoint.receive(destination, listener, &mut ()).unwrap_or_else(|e| panic!("{stream}: {e}"));
+            source.join().unwrap();
+            assert!(report.normal > 0, "{stream}");
+            assert_eq!(report.audit, Some(Findings::default()), "{stream}");
+        }
+    }
+}
