@@ -295,6 +295,7 @@ impl Ram {
     }
 
     /// How many handles on this memory there are, this one included: a thread that was not joined would hold one.
+    #[cfg(not(any(loom, shuttle)))]
     pub(crate) fn handles(&self) -> usize {
         Arc::strong_count(&self.inner)
     }

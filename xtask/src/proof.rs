@@ -40,7 +40,7 @@ pub fn check(steps: &mut Steps, reports: &Path, quick: bool, observe: &mut dyn F
     steps.run("loom", || run(&mut under("loom")));
     steps.run("shuttle", || {
         let mut shuttle = under("shuttle");
-        shuttle.env("MULTIFD_SCHEDULES", if quick { "1" } else { "30" });
+        shuttle.env("MULTIFD_SCHEDULES", if quick { "0.3" } else { "30" });
         run(&mut shuttle)
     });
     if quick {
