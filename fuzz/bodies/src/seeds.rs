@@ -4,7 +4,7 @@ use std::{collections::HashMap, io::Read, path::Path, sync::LazyLock};
 
 use multifd_proto::{
     BlockName, ChannelId,
-    command::Command,
+    command::{Command, PostcopyAdvice},
     encoder::MainEncoder,
     mapped_ram::BlockHeader,
     packet::{self, Compression, Hello, PacketHeader, RamPacket},
@@ -48,7 +48,21 @@ pub(crate) fn mains() -> Vec<Vec<u8>> {
         .map(|(_, bytes)| bytes[..bytes.len().min(12_000)].to_vec())
         .collect();
     seeds.extend([true, false].map(|per_round| main(per_round, Words::All)));
+    seeds.push(huge_pages());
     seeds
+}
+
+/// A block list of a peer with huge pages, cut behind a block. The first input that a fuzzer found: without what follows the
+/// block it cannot be decoded, and the target had left that away.
+fn huge_pages() -> Vec<u8> {
+    let advice = PostcopyAdvice { page_size_summary: 1 << 21, page_size: 4096 };
+    let mut encoder = MainEncoder::new();
+    encoder.header().configuration("pc-i440fx-10.0").command(&Command::PostcopyAdvise(Some(advice)));
+    encoder.ram_start(1, 0x88_2000);
+    for (block, len, page_size) in [("pc.ram", 8 << 20, Some(1 << 21)), ("pc.bios", 1 << 18, None)] {
+        encoder.block(&BlockEntry { page_size, ..BlockEntry::new(name(block), len) });
+    }
+    [encoder.as_bytes(), b"\x06pc.rom\0\0"].concat()
 }
 
 /// One of each message.
