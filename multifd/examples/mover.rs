@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! mover send MIB MEMORY CONTENT [USED]         MEMORY: anonymous, memory-file
-//! mover receive URI MIB MEMORY FIRST_TOUCH     MEMORY: also present (anonymous, touched before)
+//! mover receive URI MIB MEMORY FIRST_TOUCH [audit]   MEMORY: also present (anonymous, touched before)
 //! mover receive-raw URI MIB CHANNELS           the same bytes over plain sockets: the limit
 //! mover warm MIB                               touches and frees memory
 //! ```
@@ -37,7 +37,10 @@ fn main() -> Outcome {
     match arguments[..] {
         ["send", mib, memory, content] => send(mib.parse()?, memory, content, mib.parse()?),
         ["send", mib, memory, content, used] => send(mib.parse()?, memory, content, used.parse()?),
-        ["receive", uri, mib, memory, first_touch] => receive(&uri.parse()?, mib.parse()?, memory, first_touch),
+        ["receive", uri, mib, memory, first_touch] => receive(&uri.parse()?, mib.parse()?, memory, first_touch, false),
+        ["receive", uri, mib, memory, first_touch, "audit"] => {
+            receive(&uri.parse()?, mib.parse()?, memory, first_touch, true)
+        }
         ["receive-raw", uri, mib, channels] => receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?),
         ["warm", mib] => {
             std::hint::black_box(vec![1u8; mib.parse::<usize>()? << 20]);
@@ -47,7 +50,7 @@ fn main() -> Outcome {
     }
 }
 
-fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str) -> Outcome {
+fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, audit: bool) -> Outcome {
     let first_touch = match first_touch {
         "auto" => FirstTouch::Auto,
         "direct" => FirstTouch::Direct,
@@ -64,7 +67,7 @@ fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str) -> Outcome {
     say(&format!("listening on {}", listener.uri()));
     let cpu = cpu_seconds();
     let mut vm = Static { ram };
-    let options = destination::Options { first_touch, ..Default::default() };
+    let options = destination::Options { first_touch, audit, ..Default::default() };
     let report = Destination::new(options).run(&mut vm, Box::new(listener), &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
     say(&format!(

@@ -26,22 +26,28 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     if let Some(unknown) = named.iter().find(|name| !all.contains(name)) {
         return Err(format!("{unknown}: no such target; there are {}\n{USAGE}", all.join(", ")));
     }
-    if let Some(missing) = missing() {
-        println!("the fuzzers are skipped: {missing}");
-        return Ok(ExitCode::SUCCESS);
-    }
     let mut steps = Steps::default();
+    let results = check(&mut steps, if named.is_empty() { &all } else { &named }, seconds);
+    println!("\n=== fuzzers\n{}\n\n=== summary\n{}", results.join("\n"), steps.table());
+    Ok(if steps.all_passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs `targets` as `steps`, for `seconds` each; returns a row with the executions of each.
+pub fn check(steps: &mut Steps, targets: &[String], seconds: u64) -> Vec<String> {
+    let mut results = Vec::new();
+    if let Some(missing) = missing() {
+        steps.run("fuzzers", || Outcome::Skipped(missing.to_owned()));
+        return results;
+    }
     steps.run("corpora", || {
         let mut generate = cargo(None);
         generate.args(["run", "--quiet", "--package", "fuzz-bodies", "--"]).arg(directory().join("corpus"));
         step::command(&mut generate, BUILD)
     });
-    let mut results = Vec::new();
-    for target in if named.is_empty() { &all } else { &named } {
+    for target in targets {
         steps.run(target, || fuzz(target, seconds, &mut results));
     }
-    println!("\n=== fuzzers\n{}\n\n=== summary\n{}", results.join("\n"), steps.table());
-    Ok(if steps.all_passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    results
 }
 
 /// Builds and runs one target; adds a row with its executions to `results`.
@@ -95,7 +101,7 @@ fn missing() -> Option<&'static str> {
 }
 
 /// The names of all targets.
-fn targets() -> Result<Vec<String>, String> {
+pub fn targets() -> Result<Vec<String>, String> {
     let sources = directory().join("fuzz_targets");
     let entries = fs::read_dir(&sources).map_err(|error| format!("{}: {error}", sources.display()))?;
     let mut names: Vec<String> =

@@ -10,6 +10,7 @@ use std::{env, fs};
 
 use test_support::{REPORTS, TempDir};
 
+use crate::fuzz;
 use crate::step::{self, Outcome, Steps};
 use crate::test::{cargo, root};
 
@@ -47,20 +48,38 @@ pub fn check(steps: &mut Steps, reports: &Path, quick: bool, observe: &mut dyn F
         // The rest is among the tests of the crates, or takes longer than a test run may.
         return;
     }
-    steps.run("audit", || run(cargo().args(["test", "--package", "multifd", "--all-features", "--lib", "audit"])));
-    steps.run("faults", || {
-        if !root().join("multifd/tests/faults.rs").exists() {
-            return Outcome::Skipped("multifd/tests/faults.rs is not there".to_owned());
+    steps.run("audit", || {
+        let outcome = run(cargo().args(["test", "--package", "multifd", "--all-features", "--lib", "audit"]));
+        if outcome != Outcome::Passed {
+            return outcome;
         }
-        run(cargo().args(["test", "--package", "multifd", "--all-features", "--test", "faults"]))
+        run(cargo().args(["test", "--package", "multifd-guest", "--test", "overtaking"]))
     });
-    steps.run("fuzz", || fuzz(reports));
+    steps.run("faults", || run(cargo().args(["test", "--package", "multifd", "--all-features", "--lib", "faults"])));
+    steps.run("kills", || {
+        let mut kills = cargo();
+        kills.env("MULTIFD_KILLS", "300").args(["test", "--package", "multifd-cli", "--test", "kills"]);
+        run(&mut kills)
+    });
+    let rows = fuzz::check(steps, &fuzz::targets().unwrap_or_default(), FUZZ_SECONDS);
+    let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    // Without it only the table is the poorer.
+    let _ = fs::write(reports.join(FUZZ), text);
 }
 
 /// The rows of the table that are below `reports`.
 pub fn table(reports: &Path) -> String {
-    let text = fs::read_to_string(reports.join("proof")).unwrap_or_default();
+    let read = |name: &str| fs::read_to_string(reports.join(name)).unwrap_or_default();
+    let text = read("proof");
     let mut rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(" | ").collect()).collect();
+    // Other checks tell what they did in a sentence behind the name of the case.
+    let others = ["faults", "hostile bytes", FUZZ].map(|layer| (layer, read(layer)));
+    for (layer, text) in &others {
+        rows.extend(text.lines().map(|line| {
+            let (case, rest) = line.split_once(": ").unwrap_or((line, ""));
+            vec![*layer, case, rest.split_once(';').map_or(rest, |(first, _)| first)]
+        }));
+    }
     rows.sort();
     rows.insert(0, vec!["layer", "what, and how large", "explored", "broken variants caught", "time"]);
     let columns = rows[0].len();
@@ -91,40 +110,10 @@ fn under(scheduler: &str) -> Command {
     test
 }
 
-/// Each fuzz target for a short time, where fuzzing is installed.
-fn fuzz(reports: &Path) -> Outcome {
-    let directory = root().join("fuzz");
-    if !directory.exists() {
-        return Outcome::Skipped("fuzz is not there".to_owned());
-    }
-    let listed = Command::new("cargo").current_dir(root()).args(["+nightly", "fuzz", "list"]).output();
-    let targets = match listed {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
-        _ => return Outcome::Skipped("needs a nightly toolchain and cargo-fuzz".to_owned()),
-    };
-    for target in targets.split_whitespace() {
-        let mut fuzz = Command::new("cargo");
-        fuzz.current_dir(root()).args(["+nightly", "fuzz", "run", target, "--", "-max_total_time=60"]);
-        let mut executions = String::new();
-        let outcome = step::command_with_lines(&mut fuzz, FULL, |line| {
-            if let Some(rest) = line.strip_prefix("Done ") {
-                executions = rest.split_whitespace().next().unwrap_or_default().to_owned();
-            }
-        });
-        if outcome != Outcome::Passed {
-            return outcome;
-        }
-        let row = format!("fuzz | {target} | {executions} executions | - | 60 s\n");
-        let path = reports.join("proof");
-        let mut text = fs::read_to_string(&path).unwrap_or_default();
-        text.push_str(&row);
-        if let Err(error) = fs::write(&path, text) {
-            return Outcome::Failed(format!("{}: {error}", path.display()));
-        }
-    }
-    Outcome::Passed
-}
-
+/// The file with the rows of the fuzzers.
+const FUZZ: &str = "fuzz";
+/// For each target.
+const FUZZ_SECONDS: u64 = 60;
 /// For one check, its build included.
 const QUICK: Duration = Duration::from_secs(900);
 const FULL: Duration = Duration::from_secs(7200);
@@ -138,11 +127,13 @@ mod tests {
         let reports = TempDir::new().unwrap();
         fs::write(reports.join("proof"), "shuttle | b | 7 schedules | caught | 1 s\nloom | a | 12 | - | 2 s\n")
             .unwrap();
+        fs::write(reports.join("faults"), "at random: faults 7, guests lost 0; at the source 3\n").unwrap();
         let table = table(reports.path());
         let lines: Vec<&str> = table.lines().collect();
-        assert_eq!(lines.len(), 4);
+        assert_eq!(lines.len(), 5);
         assert!(lines[0].starts_with("| layer "));
-        assert!(lines[2].starts_with("| loom    | a "));
+        assert!(lines[2].starts_with("| faults  | at random ") && lines[2].contains("| faults 7, guests lost 0 "));
+        assert!(lines[3].starts_with("| loom    | a "));
         assert!(lines.iter().all(|line| line.chars().count() == lines[0].chars().count()));
     }
 }
