@@ -103,7 +103,7 @@ pub struct GuestArgs {
     /// come, 1s when it could not leave].
     #[arg(long, value_name = "TIME", value_parser = units::time, help_heading = MIGRATION)]
     pub run_for: Option<Duration>,
-    /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "quit".
+    /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "resume", "quit".
     #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
     pub control: Option<Uri>,
     /// Watch while a guest comes that no page is written from an older round than it already holds; if one is, exit with

@@ -4,6 +4,7 @@
 //! "status"                                   what it is doing
 //! {"migrate": "tcp:host:4444"}               begin to migrate it there; "status" tells how it went
 //! "cancel"                                   cancel that
+//! "resume"                                   let a guest go on that stands still, as it is known not to run elsewhere
 //! {"finish": {"passes": 2, "within": 30}}    end after so many passes over its memory, or so many seconds
 //! "quit"                                     end
 //! ```
@@ -35,6 +36,8 @@ pub enum Command {
     Migrate(String),
     /// Cancel the migration.
     Cancel,
+    /// Let a guest go on that stands still after a migration of which nobody knows how it ended.
+    Resume,
     /// End after `passes` more passes over its memory, or after `within` seconds.
     Finish {
         /// Complete passes, counted from now.

@@ -17,6 +17,7 @@ use multifd::{
     source::Source,
     stop::StopHandle,
     transport::uri::Uri,
+    vm::SourceVm,
 };
 use multifd_guest::{
     guest::{Guest, Monitor, Status},
@@ -72,6 +73,8 @@ struct Failed {
     exit: Exit,
     message: String,
     report: Map<String, Value>,
+    /// The guest was not resumed: it may run on the destination, or it could not.
+    stands_still: bool,
 }
 
 /// What this process has of the guest.
@@ -84,6 +87,8 @@ enum State {
     Incoming,
     /// It runs here and is on its way to somebody else.
     Outgoing,
+    /// It stands still here, and nobody may run it who does not know that it runs nowhere else.
+    Paused,
     /// It is gone.
     Migrated,
 }
@@ -303,7 +308,7 @@ impl<'a> Session<'a> {
                 Ok(result) => Migrated { guest: Some(guest), result },
                 Err(_) => {
                     let message = "a thread of the migration panicked".to_owned();
-                    let failed = Failed { exit: Exit::Failed, message, report: Map::new() };
+                    let failed = Failed { exit: Exit::Failed, message, report: Map::new(), stands_still: true };
                     Migrated { guest: None, result: Err(failed) }
                 }
             };
@@ -353,6 +358,13 @@ impl<'a> Session<'a> {
                     self.failure = Some((failed.exit, failed.message));
                     return true;
                 }
+                if failed.stands_still {
+                    // Another target would get a guest that may run already.
+                    self.state = State::Paused;
+                    self.say(&failed.message);
+                    self.failure = Some((failed.exit, failed.message));
+                    return self.args.control.is_none();
+                }
                 self.state = State::Running;
                 self.say(&format!("{}; the guest runs on here", failed.message));
                 let cancelled = failed.exit == Exit::Cancelled;
@@ -387,6 +399,7 @@ impl<'a> Session<'a> {
                 }
                 None => (Err("no migration is under way".to_owned()), false),
             },
+            Command::Resume => (self.answer_resume(), false),
             Command::Finish { passes, within } => (self.answer_finish(*passes, *within), false),
             Command::Quit => match &self.stop {
                 Some(_) => (Err("a migration is under way; cancel it first".to_owned()), false),
@@ -411,9 +424,22 @@ impl<'a> Session<'a> {
             State::Running => self.finish_after(passes, within),
             // The source may know that we have the guest before this loop does.
             State::Incoming => self.finish_when_here = Some((passes, within)),
-            State::Outgoing | State::Migrated => return Err("the guest does not stay here".to_owned()),
+            State::Outgoing | State::Paused | State::Migrated => return Err("the guest does not stay here".to_owned()),
         }
         Ok(json!({}))
+    }
+
+    /// Lets a guest go on that stands still since nobody knew whether the destination had it.
+    fn answer_resume(&mut self) -> Result<Value, String> {
+        match (self.state, &mut self.guest) {
+            (State::Paused, Some(guest)) => {
+                guest.resume().map_err(|error| error.to_string())?;
+                self.state = State::Running;
+                self.failure = None;
+                Ok(json!({}))
+            }
+            _ => Err("the guest does not stand still here".to_owned()),
+        }
     }
 
     /// Has [`Event::Finish`] sent when the guest has made `passes`, or the time is over.
@@ -535,11 +561,16 @@ impl<'a> Session<'a> {
 
 impl Failed {
     fn new(error: &Error, report: &MigrationReport) -> Failed {
-        Failed { exit: Exit::from(error), message: error.to_string(), report: fields(report) }
+        Failed {
+            exit: Exit::from(error),
+            message: error.to_string(),
+            report: fields(report),
+            stands_still: matches!(error, Error::Undecided { .. } | Error::NotResumed { .. }),
+        }
     }
 
     fn by_io(error: &io::Error) -> Failed {
-        Failed { exit: Exit::Failed, message: error.to_string(), report: Map::new() }
+        Failed { exit: Exit::Failed, message: error.to_string(), report: Map::new(), stands_still: false }
     }
 }
 
