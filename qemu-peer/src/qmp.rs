@@ -14,6 +14,11 @@ use serde_json::{Map, Value, json};
 
 use crate::Error;
 
+/// `dirty-sync-count` behind which [`Qmp::migrate_live`] lets a migration end. The first one is that of the setup.
+const LIVE_ROUNDS: u64 = 4;
+/// The most that QEMU takes as `downtime-limit`.
+const LONGEST_DOWNTIME_MS: u32 = 2_000_000;
+
 /// A QMP session after the capabilities negotiation.
 #[derive(Debug)]
 pub struct Qmp {
@@ -151,6 +156,32 @@ impl Qmp {
     /// Starts migrating to `uri` and returns at once.
     pub fn migrate(&mut self, uri: &str) -> Result<(), Error> {
         self.execute("migrate", json!({ "uri": uri })).map(drop)
+    }
+
+    /// Migrates to `uri` in several rounds while the guest writes, waits for the end and returns the last
+    /// `query-migrate` answer.
+    ///
+    /// At first the guest may be paused for next to nothing, so that rounds follow each other; after a few of them for
+    /// as long as QEMU allows, so that the migration ends however fast the guest writes and however slow the machine
+    /// is. It replaces the parameter `downtime-limit`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooLate`] when `limit` is over or the migration failed; it carries the last answer.
+    pub fn migrate_live(&mut self, uri: &str, limit: Duration) -> Result<Value, Error> {
+        let deadline = Instant::now() + limit;
+        self.set_parameters(&[("downtime-limit", json!(1))])?;
+        self.migrate(uri)?;
+        loop {
+            let answer = self.query_migrate()?;
+            let enough = answer["ram"]["dirty-sync-count"].as_u64() >= Some(LIVE_ROUNDS);
+            if enough || status_of(&answer).is_final() || Instant::now() >= deadline {
+                break;
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+        self.set_parameters(&[("downtime-limit", json!(LONGEST_DOWNTIME_MS))])?;
+        self.wait_migration(&[Status::Completed], deadline.saturating_duration_since(Instant::now()))
     }
 
     /// Makes a QEMU started with `-incoming defer` listen on `uri`, after its capabilities were set.

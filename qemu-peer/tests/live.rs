@@ -82,8 +82,7 @@ fn migrates(from: &Installed, to: &Installed, machine: &str, memory: Memory, ret
 
         let uri = format!("unix:{}", destination.path("migration").display());
         destination.qmp().migrate_incoming(&uri).unwrap();
-        source.qmp().migrate(&uri).unwrap();
-        let result = source.qmp().wait_migration(&[Status::Completed], LIMIT).unwrap();
+        let result = source.qmp().migrate_live(&uri, LIMIT).unwrap();
         // The guest wrote while it moved, or this would show nothing about live migration.
         assert!(result["ram"]["dirty-sync-count"].as_u64() >= Some(2), "{result}");
         destination.qmp().wait_migration(&[Status::Completed], LIMIT).unwrap();

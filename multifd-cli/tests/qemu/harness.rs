@@ -54,9 +54,7 @@ impl Settings {
     pub fn apply(&self, qemu: &mut Qemu) {
         qemu.qmp().set_capabilities(&[("return-path", self.return_path)]).unwrap();
         qemu.qmp().set_multifd(self.channels, self.compression).unwrap();
-        // So long a pause that it comes to its end also on a machine with much else to do.
-        let parameters = [("max-bandwidth", json!(10u64 << 30)), ("downtime-limit", json!(3000))];
-        qemu.qmp().set_parameters(&parameters).unwrap();
+        qemu.qmp().set_parameters(&[("max-bandwidth", json!(10u64 << 30))]).unwrap();
     }
 
     /// The same as options of `multifd send`.
@@ -245,8 +243,7 @@ pub fn assert_same_memory(source: &mut Qemu, report: &Value) {
 
 /// Lets `qemu`, a source, migrate to `uri`, and waits until it says that it has.
 pub fn migrate_away(qemu: &mut Qemu, uri: &str) {
-    qemu.qmp().migrate(uri).unwrap();
-    qemu.qmp().wait_migration(&[Status::Completed], LIMIT).unwrap_or_else(|error| panic!("{error}\n{}", qemu.log()));
+    qemu.qmp().migrate_live(uri, LIMIT).unwrap_or_else(|error| panic!("{error}\n{}", qemu.log()));
 }
 
 /// The guest of `source` goes on in `destination`, without a wrong byte.

@@ -24,7 +24,7 @@ fn through_a_checkpoint(
         let dir = TempDir::new().unwrap();
         let file = dir.join("checkpoint");
         let mut source = shape(vm(&installed, machine)).start().unwrap();
-        source.qmp().set_parameters(&[("max-bandwidth", json!(10u64 << 30)), ("downtime-limit", json!(3000))]).unwrap();
+        source.qmp().set_parameters(&[("max-bandwidth", json!(10u64 << 30))]).unwrap();
         prepare(&mut source);
         source.wait_passes(3, LIMIT).unwrap();
         let more: Vec<&str> = ["--digest"].iter().chain(more).copied().collect();
@@ -64,12 +64,7 @@ fn xbzrle_differences_are_applied() {
         let record = dir.join("recorded").display().to_string();
         let prepare = |source: &mut Qemu| {
             source.qmp().set_capabilities(&[("xbzrle", true)]).unwrap();
-            // Several rounds, so that there is something to differ from.
-            let parameters = [
-                ("xbzrle-cache-size", json!(64 << 20)),
-                ("max-bandwidth", json!(60 << 20)),
-                ("downtime-limit", json!(200)),
-            ];
+            let parameters = [("xbzrle-cache-size", json!(64 << 20)), ("max-bandwidth", json!(60 << 20))];
             source.qmp().set_parameters(&parameters).unwrap();
         };
         let Some(_) = through_a_checkpoint(version, machine, as_it_is, prepare, &["--record", &record]) else { return };
