@@ -13,7 +13,7 @@ use crate::{
     ram::{Ram, RamBlock},
     source::{self, Flush, Source, Untouched},
     test_vm::{TestDestination, TestSource},
-    transport::{Listen, memory},
+    transport::{Connect, Listen, memory, uri::Uri},
 };
 
 const BLOCKS: [(&str, usize); 3] = [("ram", 700), ("rom", 1), ("vga", 130)];
@@ -47,9 +47,20 @@ fn migrate(
     receiving: destination::Options,
 ) -> Outcome {
     let (listener, connector) = memory::listener(100_000);
+    migrate_over((Box::new(listener), &connector), vm, to, options, receiving)
+}
+
+/// Migrates `vm` to `to` over connections of one transport.
+fn migrate_over(
+    (listener, connector): (Box<dyn Listen>, &dyn Connect),
+    vm: &mut TestSource,
+    to: &mut TestDestination,
+    options: source::Options,
+    receiving: destination::Options,
+) -> Outcome {
     std::thread::scope(|scope| {
-        let destination = scope.spawn(|| Destination::new(receiving).run(to, Box::new(listener), &mut ()));
-        let sent = Source::new(options).run(vm, &connector, &mut ());
+        let destination = scope.spawn(|| Destination::new(receiving).run(to, listener, &mut ()));
+        let sent = Source::new(options).run(vm, connector, &mut ());
         (sent, destination.join().unwrap())
     })
 }
@@ -325,4 +336,39 @@ fn another_compression_than_required_is_named() {
     let message = error.to_string();
     assert!(message.contains("compression zstd, the packet has zlib"), "{message}");
     assert!(vm.writer.is_running());
+}
+
+#[test]
+fn pages_sent_without_copies_arrive_and_are_counted() {
+    for (zero_pages, dialect) in [(ZeroPages::Multifd, Dialect::PerRound), (ZeroPages::None, Dialect::PerSection)] {
+        let listener = "tcp:127.0.0.1:0".parse::<Uri>().unwrap().listener().unwrap();
+        let connector = listener.uri().connector().unwrap();
+        let mut vm = writing_source(filled());
+        let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+        let options = source::Options { zero_copy: true, zero_pages, dialect, ..Default::default() };
+        let transport: (Box<dyn Listen>, &dyn Connect) = (Box::new(listener), &*connector);
+        let (sent, received) = migrate_over(transport, &mut vm, &mut to, options, destination::Options::default());
+        received.unwrap();
+        assert_same(&vm.writer_ram(), &to.ram);
+        let zero_copy = sent.unwrap().zero_copy.unwrap();
+        assert_eq!(zero_copy.refused, None);
+        assert!(zero_copy.sends > 0 && zero_copy.copied <= zero_copy.sends, "{zero_copy:?}");
+        // The kernel copies on loopback.
+        assert!(zero_copy.copied > 0 && zero_copy.syncs_with_copies > 0, "{zero_copy:?}");
+    }
+}
+
+#[test]
+fn where_sending_without_copies_is_not_possible_the_report_says_why() {
+    for (asked, refused) in [(false, None), (true, Some("this kind of connection does not have it"))] {
+        let mut vm = writing_source(filled());
+        let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+        let options = source::Options { zero_copy: asked, ..Default::default() };
+        let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
+        received.unwrap();
+        assert_same(&vm.writer_ram(), &to.ram);
+        let zero_copy = sent.unwrap().zero_copy;
+        let expected = refused.map(|why| source::ZeroCopy { refused: Some(why.to_owned()), ..Default::default() });
+        assert_eq!(zero_copy, expected);
+    }
 }

@@ -23,7 +23,7 @@ use multifd_proto::{
 use self::{channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
 pub use self::{
     options::{Flush, Options, Replay, Untouched},
-    report::{Downtime, Report},
+    report::{Downtime, Report, ZeroCopy},
 };
 use crate::{
     barrier::RoundBarrier,
@@ -36,7 +36,7 @@ use crate::{
     sections::Sections,
     stop::StopHandle,
     sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock, thread},
-    transport::Connect,
+    transport::{Connect, ZeroCopyCounters},
     vm::{SourceVm, Throttled},
 };
 
@@ -106,6 +106,8 @@ struct Run {
     return_path: Option<ReturnPath>,
     convergence: Convergence,
     report: Report,
+    /// Of all channels.
+    zero_copy: Arc<ZeroCopyCounters>,
     tracking: bool,
     paused: bool,
     /// When the migration, its first round and its pause began.
@@ -150,6 +152,7 @@ impl Run {
             channels: Vec::new(),
             ended: Vec::new(),
             return_path: None,
+            zero_copy: Arc::default(),
             tracking: false,
             paused: false,
             begun,
@@ -207,7 +210,14 @@ impl Run {
         main.header()?;
         self.return_path = Some(ReturnPath::listen(main.reader()?, shared.stop.clone()));
         for id in 0..shared.options.channels {
-            let mut channel = SendChannel::new(ChannelId(id), open(Connection::Channel(ChannelId(id)))?, shared)?;
+            let mut stream = open(Connection::Channel(ChannelId(id)))?;
+            if let Some(report) = self.report.zero_copy.as_mut().filter(|report| report.refused.is_none())
+                && let Err(error) = stream.send_without_copy(&self.zero_copy)
+            {
+                tracing::warn!(peer = stream.peer(), %error, "zero-copy is not possible here, pages are copied");
+                report.refused = Some(error.to_string());
+            }
+            let mut channel = SendChannel::new(ChannelId(id), stream, shared)?;
             channel.hello()?;
             self.channels.push(thread::spawn(move || channel.run()));
         }
@@ -503,6 +513,9 @@ impl Run {
             vm.throttle(0);
         }
         let Some(error) = failure else {
+            if let Some(report) = &mut self.report.zero_copy {
+                report.count(&self.zero_copy);
+            }
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
             return Ok(self.report);
         };

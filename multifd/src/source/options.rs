@@ -35,6 +35,9 @@ pub struct Options {
     pub compression: Compression,
     /// Level of the compression; the compressor's range.
     pub compression_level: i32,
+    /// Have the kernel read page contents straight from guest memory where the connections can (`MSG_ZEROCOPY`); where they
+    /// cannot, pages are copied, with a warning. Of no effect on compressed pages, which are a copy.
+    pub zero_copy: bool,
     /// Bytes per second on all connections together while the guest runs; `None` for no limit.
     pub max_bandwidth: Option<u64>,
     /// When to switch over, when to give up.
@@ -63,6 +66,7 @@ impl Default for Options {
             untouched: Untouched::Skip,
             compression: Compression::None,
             compression_level: 1,
+            zero_copy: false,
             max_bandwidth: None,
             limits: Limits::default(),
             replay: Replay::default(),

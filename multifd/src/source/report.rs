@@ -8,6 +8,7 @@ use super::Options;
 use crate::{
     layout::Layout,
     progress::{Progress, RoundStats},
+    transport::ZeroCopyCounters,
 };
 
 /// The figures of one migration.
@@ -43,6 +44,33 @@ pub struct Report {
     pub dialect: Dialect,
     /// How page contents were compressed.
     pub compression: Compression,
+    /// How sending without copies went, where it was asked for.
+    pub zero_copy: Option<ZeroCopy>,
+}
+
+/// How sending without copies went. A send is one system call with pages of one packet, or with what was left of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ZeroCopy {
+    /// Sends that were to do without a copy.
+    pub sends: u64,
+    /// Those of them that were copied after all: by the kernel, as it always does on loopback, or for lack of room.
+    pub copied: u64,
+    /// Those of the copied ones for which there was no room: the limit of locked memory, or `net.core.optmem_max`.
+    pub no_room: u64,
+    /// SYNCs on a channel before which something was copied since its SYNC before.
+    pub syncs_with_copies: u64,
+    /// Why the connections cannot do it at all, if so.
+    pub refused: Option<String>,
+}
+
+impl ZeroCopy {
+    /// The totals of all channels.
+    pub(super) fn count(&mut self, counters: &ZeroCopyCounters) {
+        self.copied = counters.copied();
+        self.sends = counters.zero_copied() + self.copied;
+        self.no_room = counters.no_room();
+        self.syncs_with_copies = counters.flushes_with_copies();
+    }
 }
 
 /// The parts of the downtime, in the order in which they follow each other.
@@ -80,6 +108,7 @@ impl Report {
             dirty_log: "",
             dialect: options.dialect,
             compression: options.compression,
+            zero_copy: options.zero_copy.then(ZeroCopy::default),
         }
     }
 

@@ -30,6 +30,10 @@ pub struct ZeroCopyCounters {
     zero_copied: AtomicU64,
     /// Calls whose pages were copied after all.
     copied: AtomicU64,
+    /// Those of them that were copied because the kernel had no room to note another.
+    no_room: AtomicU64,
+    /// Flushes of a connection with a copied call since the one before.
+    flushes_with_copies: AtomicU64,
 }
 
 impl ZeroCopyCounters {
@@ -43,6 +47,16 @@ impl ZeroCopyCounters {
     pub fn copied(&self) -> u64 {
         self.copied.load(Relaxed)
     }
+
+    /// Those of [`copied`](Self::copied) for which the kernel had no room: the limit of locked memory, or optmem_max.
+    pub fn no_room(&self) -> u64 {
+        self.no_room.load(Relaxed)
+    }
+
+    /// How often a connection was flushed that had copied since its flush before: per round, or per section, and channel.
+    pub fn flushes_with_copies(&self) -> u64 {
+        self.flushes_with_copies.load(Relaxed)
+    }
 }
 
 /// Zero-copy sends on one socket. Only one exists for a socket, because the kernel's numbers belong to the socket.
@@ -52,8 +66,8 @@ pub(crate) struct ZeroCopy {
     /// Those of which it has let go. `<= sent`
     completed: u64,
     counters: Arc<ZeroCopyCounters>,
-    /// A fallback has been reported; once is enough.
-    reported: bool,
+    /// Something was copied since the last flush.
+    copied: bool,
 }
 
 impl ZeroCopy {
@@ -74,9 +88,16 @@ impl ZeroCopy {
             )
         };
         if status != 0 {
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            return Err(match error.raw_os_error() {
+                // The first has no name outside the kernel.
+                Some(ENOTSUPP | libc::EOPNOTSUPP) => {
+                    io::Error::new(io::ErrorKind::Unsupported, "the kernel has it for TCP, not for this kind of socket")
+                }
+                _ => error,
+            });
         }
-        Ok(ZeroCopy { sent: 0, completed: 0, counters, reported: false })
+        Ok(ZeroCopy { sent: 0, completed: 0, counters, copied: false })
     }
 
     /// Sends `header` and `pages`. The kernel may read the pages until the next [`flush`](Self::flush).
@@ -96,9 +117,12 @@ impl ZeroCopy {
                     if self.sent > self.completed {
                         self.wait(socket)?;
                     } else {
-                        self.report(&error);
                         pages.send_some(socket, libc::MSG_NOSIGNAL)?;
+                        self.copied = true;
                         self.counters.copied.fetch_add(1, Relaxed);
+                        if self.counters.no_room.fetch_add(1, Relaxed) == 0 {
+                            report_no_room(&error);
+                        }
                     }
                 }
                 Err(error) => return Err(error),
@@ -120,6 +144,9 @@ impl ZeroCopy {
         self.reap(socket)?;
         while self.completed < self.sent {
             self.wait(socket)?;
+        }
+        if std::mem::take(&mut self.copied) {
+            self.counters.flushes_with_copies.fetch_add(1, Relaxed);
         }
         Ok(())
     }
@@ -161,20 +188,19 @@ impl ZeroCopy {
             }
             let counter = if copied { &self.counters.copied } else { &self.counters.zero_copied };
             counter.fetch_add(sends, Relaxed);
+            self.copied |= copied;
         }
         Ok(())
     }
+}
 
-    fn report(&mut self, error: &io::Error) {
-        if !self.reported {
-            self.reported = true;
-            tracing::warn!(
-                %error,
-                "zero-copy: the kernel has no room for a send, so it is copied; \
-                 raise the limit of locked memory (ulimit -l) or net.core.optmem_max"
-            );
-        }
-    }
+/// Once for all connections that share counters.
+fn report_no_room(error: &io::Error) {
+    tracing::warn!(
+        %error,
+        "zero-copy: the kernel has no room for a send, so it is copied; \
+         raise the limit of locked memory (ulimit -l) or net.core.optmem_max"
+    );
 }
 
 /// The next message on the error queue; `None` where there is none.
@@ -224,6 +250,9 @@ fn completion(notice: &libc::sock_extended_err) -> Option<(u64, bool)> {
     let sends = u64::from(notice.ee_data.wrapping_sub(notice.ee_info)) + 1;
     Some((sends, notice.ee_code & SO_EE_CODE_ZEROCOPY_COPIED != 0))
 }
+
+/// What the kernel says where a kind of socket does not have an option.
+const ENOTSUPP: libc::c_int = 524;
 
 /// The notice is about zero-copy sends.
 const SO_EE_ORIGIN_ZEROCOPY: u8 = 5;

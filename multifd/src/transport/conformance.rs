@@ -13,12 +13,12 @@ use rustix::net::sockopt;
 use test_support::{TempDir, time_limit};
 
 use super::{
-    Connect, Listen, Stream,
+    Connect, Listen, Stream, ZeroCopyCounters,
     faulty::Faults,
     fd::{FdConnector, FdListener},
     memory,
     record::Recording,
-    socket::{SocketListener, SocketStream, ZeroCopyCounters},
+    socket::{SocketListener, SocketStream},
     tcp::{self, TcpConnector},
     unix::{self, UnixConnector},
     uri::Uri,
@@ -56,7 +56,7 @@ impl Transport {
 
     fn tcp_zero_copy() -> Transport {
         let listener = tcp::listen("127.0.0.1", 0).unwrap();
-        let connector = tcp_connector(&listener).zero_copy(Arc::default());
+        let connector = WithoutCopy(tcp_connector(&listener));
         Transport::new(listener, connector)
     }
 
@@ -100,6 +100,17 @@ impl Transport {
         let ours = self.connector.connect().unwrap();
         let theirs = self.listener.accept(Some(SOON)).unwrap();
         (ours, theirs)
+    }
+}
+
+/// Connections that send without copies.
+struct WithoutCopy(TcpConnector);
+
+impl Connect for WithoutCopy {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let mut stream = self.0.connect()?;
+        stream.send_without_copy(&Arc::default())?;
+        Ok(stream)
     }
 }
 
@@ -405,7 +416,7 @@ fn sends_and_receives_that_signals_interrupt_are_resumed() {
     time_limit(LIMIT, || transfer_interrupted(ours, theirs));
     let [mut ours, theirs] = tcp();
     let counters = Arc::new(ZeroCopyCounters::default());
-    ours.send_without_copy(counters.clone()).unwrap();
+    ours.send_without_copy(&counters).unwrap();
     time_limit(LIMIT, || transfer_interrupted(ours, theirs));
     let sends = counters.zero_copied() + counters.copied();
     assert!(sends > INTERRUPTED_WRITES, "{sends} sends: none moved only a part");
@@ -495,7 +506,7 @@ fn flush_waits_until_the_kernel_has_let_go_of_every_page() {
     let mut theirs = listener.accept().unwrap().0;
     let mut ours = SocketStream::new(ours.into()).unwrap();
     let counters = Arc::new(ZeroCopyCounters::default());
-    ours.send_without_copy(counters.clone()).unwrap();
+    ours.send_without_copy(&counters).unwrap();
     let (written, is_written) = mpsc::channel();
     let writer = thread::spawn(move || {
         let ram = Ram::for_test(&[("a", 1)]);
@@ -517,6 +528,61 @@ fn flush_waits_until_the_kernel_has_let_go_of_every_page() {
     drop(writer.join().unwrap());
 }
 
+/// 64 pages on their way to a peer that does not read yet, with room for a part of them only: the rest is still guest
+/// memory. Then `flush` if asked for, which cannot end before the peer reads, and other content for the same pages.
+/// Returns what arrives.
+fn written_again_after_a_send(flush: bool) -> Vec<u8> {
+    const PAGES: usize = 64;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    sockopt::set_socket_recv_buffer_size(&listener, 32 << 10).unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut theirs = listener.accept().unwrap().0;
+    let mut ours = SocketStream::new(ours.into()).unwrap();
+    sockopt::set_socket_send_buffer_size(ours.as_fd(), 4 << 20).unwrap();
+    let counters = Arc::new(ZeroCopyCounters::default());
+    ours.send_without_copy(&counters).unwrap();
+    let ram = Ram::for_test(&[("a", PAGES)]);
+    let writer = {
+        let ram = ram.clone();
+        thread::spawn(move || {
+            for page in 0..PAGES as u64 {
+                let page = ram.page(page).unwrap();
+                page.write(&[7; 4096]);
+                ours.write(&[], &[page]).unwrap();
+            }
+            if flush {
+                ours.flush().unwrap();
+            }
+            (0..PAGES as u64).for_each(|page| ram.page(page).unwrap().write(&[9; 4096]));
+            ours
+        })
+    };
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(writer.is_finished(), !flush, "nobody has read");
+    let mut received = vec![0; PAGES * 4096];
+    theirs.read_exact(&mut received).unwrap();
+    let mut ours = time_limit(LIMIT, || writer.join().unwrap());
+    ours.flush().unwrap();
+    assert_eq!((counters.copied(), counters.flushes_with_copies()), (PAGES as u64, 1), "as always on loopback");
+    received
+}
+
+#[test]
+fn flush_waits_for_a_peer_that_has_not_read() {
+    assert!(written_again_after_a_send(true).iter().all(|&byte| byte == 7));
+}
+
+/// The negative control of the test before: so this is what flush protects from.
+#[test]
+fn without_flush_the_kernel_sends_what_is_written_after_the_send() {
+    let received = written_again_after_a_send(false);
+    assert!(
+        received.starts_with(&[7]) && received.ends_with(&[9]),
+        "{:?}",
+        received.iter().position(|&byte| byte == 9)
+    );
+}
+
 #[test]
 fn stop_releases_a_flush_that_waits_for_the_peer() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -524,7 +590,7 @@ fn stop_releases_a_flush_that_waits_for_the_peer() {
     let theirs = listener.accept().unwrap().0;
     sockopt::set_socket_recv_buffer_size(&theirs, 1).unwrap();
     let mut ours = SocketStream::new(ours.into()).unwrap();
-    ours.send_without_copy(Arc::default()).unwrap();
+    ours.send_without_copy(&Arc::default()).unwrap();
     let stopper = ours.stopper().unwrap();
     let ram = Ram::for_test(&[("a", 64)]);
     let flusher = thread::spawn(move || {
@@ -542,7 +608,8 @@ fn stop_releases_a_flush_that_waits_for_the_peer() {
 fn zero_copy_is_refused_where_the_socket_does_not_have_it() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let mut ours = SocketStream::new(ours.into()).unwrap();
-    assert!(ours.send_without_copy(Arc::default()).is_err());
+    let error = ours.send_without_copy(&Arc::default()).unwrap_err();
+    assert_eq!(error.to_string(), "the kernel has it for TCP, not for this kind of socket");
     ours.write(b"copied", &[]).unwrap();
     ours.flush().unwrap();
 }

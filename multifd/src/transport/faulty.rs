@@ -6,7 +6,7 @@
 
 use std::{io, time::Duration};
 
-use super::{Connect, Listen, Stopper, Stream};
+use super::{Connect, Listen, Stopper, Stream, ZeroCopyCounters};
 use crate::{
     ram::GuestRange,
     sync::{
@@ -206,6 +206,10 @@ impl Stream for FaultyStream {
     fn flush(&mut self) -> io::Result<()> {
         self.next()?;
         self.stream.flush()
+    }
+
+    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
+        self.stream.send_without_copy(counters)
     }
 
     fn try_clone(&self) -> io::Result<Box<dyn Stream>> {

@@ -5,7 +5,8 @@
 
 use std::io;
 
-use crate::ram::GuestRange;
+pub use crate::sys::zerocopy::ZeroCopyCounters;
+use crate::{ram::GuestRange, sync::Arc};
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod conformance;
@@ -62,6 +63,17 @@ pub trait Stream: Send {
     /// The connection's.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+
+    /// From now on the kernel reads pages that are written through this handle straight from guest memory, where it can,
+    /// until the next [`flush`](Self::flush). How it goes is counted in `counters`. Other handles of the connection go on
+    /// copying.
+    ///
+    /// # Errors
+    /// Why it is not possible; the connection copies as before then.
+    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
+        let _ = counters;
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this kind of connection does not have it"))
     }
 
     /// A second handle on this connection, so that one thread can read while another writes.

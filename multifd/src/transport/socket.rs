@@ -24,10 +24,11 @@ use rustix::{
 use super::{Listen, Stopper, Stream, unix::OwnPath, uri::Uri};
 use crate::{
     ram::GuestRange,
-    sys::{vectored, zerocopy::ZeroCopy},
+    sys::{
+        vectored,
+        zerocopy::{ZeroCopy, ZeroCopyCounters},
+    },
 };
-
-pub use crate::sys::zerocopy::ZeroCopyCounters;
 
 /// One connected stream socket.
 pub struct SocketStream {
@@ -65,18 +66,6 @@ impl SocketStream {
     pub fn with_peer(self, peer: String) -> SocketStream {
         SocketStream { peer, ..self }
     }
-
-    /// From now on the kernel reads pages that are written through this handle straight from guest memory, until the
-    /// next [`flush`](Stream::flush). Other handles of the connection go on copying.
-    ///
-    /// # Errors
-    /// The kernel's, where this kind of socket does not have it; the connection copies as before then.
-    pub fn send_without_copy(&mut self, counters: crate::sync::Arc<ZeroCopyCounters>) -> io::Result<()> {
-        if self.zero_copy.is_none() {
-            self.zero_copy = Some(ZeroCopy::enable(self.socket.as_fd(), counters)?);
-        }
-        Ok(())
-    }
 }
 
 impl Stream for SocketStream {
@@ -105,6 +94,13 @@ impl Stream for SocketStream {
             Some(zero_copy) => zero_copy.flush(self.socket.as_fd()),
             None => Ok(()),
         }
+    }
+
+    fn send_without_copy(&mut self, counters: &crate::sync::Arc<ZeroCopyCounters>) -> io::Result<()> {
+        if self.zero_copy.is_none() {
+            self.zero_copy = Some(ZeroCopy::enable(self.socket.as_fd(), counters.clone())?);
+        }
+        Ok(())
     }
 
     fn try_clone(&self) -> io::Result<Box<dyn Stream>> {

@@ -8,31 +8,22 @@ use std::{
 
 use super::{
     Connect, Stream,
-    socket::{SocketListener, SocketStream, ZeroCopyCounters, context},
+    socket::{SocketListener, SocketStream, context},
     uri::Uri,
 };
-use crate::sync::Arc;
 
 /// Opens connections to one host and port.
 #[derive(Clone, Debug)]
 pub struct TcpConnector {
     host: String,
     port: u16,
-    zero_copy: Option<Arc<ZeroCopyCounters>>,
 }
 
 impl TcpConnector {
     /// Connects to `port` of `host`: a name, which is looked up at each connect and whose addresses are tried in turn,
     /// or an address, IPv6 without brackets. An empty host is this one.
     pub fn new(host: impl Into<String>, port: u16) -> TcpConnector {
-        TcpConnector { host: host.into(), port, zero_copy: None }
-    }
-
-    /// Has the kernel read pages straight from guest memory (`MSG_ZEROCOPY`) where it can; where it cannot, connections
-    /// copy, with a warning. How it goes is counted in `counters`.
-    #[must_use]
-    pub fn zero_copy(self, counters: Arc<ZeroCopyCounters>) -> TcpConnector {
-        TcpConnector { zero_copy: Some(counters), ..self }
+        TcpConnector { host: host.into(), port }
     }
 
     fn open(&self) -> io::Result<TcpStream> {
@@ -52,13 +43,7 @@ impl Connect for TcpConnector {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
         let uri = Uri::Tcp { host: self.host.clone(), port: self.port };
         let stream = self.open().map_err(context(&uri))?;
-        let mut stream = SocketStream::new(stream.into())?;
-        if let Some(counters) = &self.zero_copy
-            && let Err(error) = stream.send_without_copy(counters.clone())
-        {
-            tracing::warn!(%uri, %error, "zero-copy is not available here, pages are copied");
-        }
-        Ok(Box::new(stream))
+        Ok(Box::new(SocketStream::new(stream.into())?))
     }
 }
 
