@@ -310,6 +310,11 @@ pub struct TransferArgs {
     /// Level of the compression: 0 to 9 for zlib, 1 to 20 for zstd.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(0..=20))]
     pub compression_level: i32,
+    /// Have the kernel read pages straight from guest memory instead of copying them first (MSG_ZEROCOPY), where the
+    /// connections can; a message says where not. TCP to another host only: to this one the kernel copies all the same.
+    /// Not together with compression.
+    #[arg(long)]
+    pub zero_copy: bool,
     /// Where pages of zeros go: into the channels' packets, on the main connection as QEMU before 9.0 does it, or
     /// nowhere, so that they are sent as any other [default: multifd, or by the machine type].
     #[arg(long, value_enum)]
@@ -348,6 +353,7 @@ impl TransferArgs {
             zero_pages: zero_pages.unwrap_or(machine::ZeroPages::Multifd),
             compression: self.compression.unwrap_or(Compression::None).into(),
             compression_level: self.compression_level,
+            zero_copy: self.zero_copy,
             max_bandwidth: self.max_bandwidth,
             limits: Limits {
                 downtime: self.downtime_limit,
@@ -368,12 +374,24 @@ impl TransferArgs {
         }
     }
 
+    fn check(&self) -> Result<(), String> {
+        match self.compression {
+            Some(compression) if self.zero_copy && compression != Compression::None => Err(format!(
+                "the option '--zero-copy' cannot be used with '--compression {}': compressed pages are a copy; one of the two \
+                 would be right",
+                value_name(&compression)
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// The same as options of a command line.
     pub fn to_args(&self) -> Vec<String> {
         let TransferArgs {
             channels,
             compression,
             compression_level,
+            zero_copy,
             zero_pages,
             sync,
             max_bandwidth,
@@ -389,6 +407,7 @@ impl TransferArgs {
         ];
         args.extend(channels.map(|channels| format!("--channels={channels}")));
         args.extend(compression.map(|compression| format!("--compression={}", value_name(&compression))));
+        args.extend(zero_copy.then(|| "--zero-copy".to_owned()));
         args.extend(zero_pages.map(|zero_pages| format!("--zero-pages={}", value_name(&zero_pages))));
         args.extend(sync.map(|sync| format!("--sync={}", value_name(&sync))));
         args.extend(max_bandwidth.map(|rate| format!("--max-bandwidth={rate}B/s")));
@@ -577,9 +596,10 @@ impl fmt::Display for WriteRate {
 pub fn parse() -> Result<Cli, clap::Error> {
     let cli = Cli::try_parse()?;
     let checked = match &cli.verb {
-        Verb::Demo(args) => args.machine.check(),
-        Verb::Guest(args) => args.machine.check(),
-        Verb::Receive(_) | Verb::Send(_) | Verb::Inspect(_) => Ok(()),
+        Verb::Demo(args) => args.machine.check().and_then(|()| args.transfer.check()),
+        Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
+        Verb::Send(args) => args.transfer.check(),
+        Verb::Receive(_) | Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

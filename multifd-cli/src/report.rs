@@ -15,7 +15,7 @@ use multifd_proto::{machine::Dialect, packet::Compression};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{cli::OutputArgs, exit::Exit};
+use crate::{cli::OutputArgs, exit::Exit, table};
 
 /// The end of a verb.
 #[derive(Clone, Debug)]
@@ -108,6 +108,9 @@ pub struct MigrationReport {
     /// How page contents were compressed, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<String>,
+    /// How sending without copies went, where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_copy: Option<ZeroCopy>,
     /// Where rounds end on main.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dialect: Option<String>,
@@ -167,6 +170,51 @@ pub struct RamReport {
     pub multifd_bytes: u64,
     /// Pages per second while memory was sent.
     pub pages_per_second: f64,
+    /// SYNCs on a channel before which pages were copied that were to be sent without a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_sync_missed_zero_copy: Option<u64>,
+}
+
+/// How sending without copies went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ZeroCopy {
+    /// System calls that were to send pages without a copy.
+    pub sends: u64,
+    /// Those of them whose pages were copied after all.
+    pub copied: u64,
+    /// Those of the copied ones for which the kernel had no room.
+    pub no_room: u64,
+    /// Why it was not possible at all, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
+impl ZeroCopy {
+    /// The same in a few words.
+    pub fn text(&self) -> String {
+        let ZeroCopy { sends, copied, no_room, refused } = self;
+        let [sends_text, copied_text, no_room_text] = [sends, copied, no_room].map(|count| table::grouped(*count));
+        match refused {
+            Some(why) => format!("not possible here, pages were copied: {why}"),
+            None if *no_room > 0 => format!(
+                "{copied_text} of {sends_text} sends were copied, {no_room_text} of them for lack of room (ulimit -l, \
+                 net.core.optmem_max)"
+            ),
+            None if *copied > 0 => format!(
+                "{copied_text} of {sends_text} sends were copied by the kernel, as it does where the connection does not \
+                 leave this machine"
+            ),
+            None => format!("{sends_text} sends, none of them copied"),
+        }
+    }
+}
+
+impl From<&source::ZeroCopy> for ZeroCopy {
+    fn from(zero_copy: &source::ZeroCopy) -> ZeroCopy {
+        let &source::ZeroCopy { sends, copied, no_room, .. } = zero_copy;
+        ZeroCopy { sends, copied, no_room, refused: zero_copy.refused.clone() }
+    }
 }
 
 /// What watching the rounds of all writes found.
@@ -256,9 +304,11 @@ impl MigrationReport {
                 multifd_bytes: report.channel_bytes.iter().sum(),
                 rounds: &rounds,
                 seconds: seconds(&rounds),
+                missed_zero_copy: report.zero_copy.as_ref().map(|zero_copy| zero_copy.syncs_with_copies),
             }),
             channels: report.channel_bytes.len(),
             compression: Some(compression_name(report.compression).to_owned()),
+            zero_copy: report.zero_copy.as_ref().map(ZeroCopy::from),
             dialect: Some(dialect_name(report.dialect).to_owned()),
             cpu_throttle_percentage: report.throttle,
             audit: None,
@@ -304,9 +354,11 @@ impl MigrationReport {
                 rounds: &rounds,
                 // The first of its rounds may have begun long before the first page came.
                 seconds: report.total.saturating_sub(verify_time).as_secs_f64(),
+                missed_zero_copy: None,
             }),
             channels: report.channels,
             compression: report.compression.map(|compression| compression_name(compression).to_owned()),
+            zero_copy: None,
             dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
             cpu_throttle_percentage: 0,
             audit: report.audit.as_ref().map(Audit::from),
@@ -344,9 +396,11 @@ impl MigrationReport {
                 multifd_bytes: snapshot.channel_bytes,
                 rounds: &rounds,
                 seconds: seconds(&rounds),
+                missed_zero_copy: None,
             }),
             channels,
             compression: None,
+            zero_copy: None,
             dialect: None,
             cpu_throttle_percentage: rounds.last().map_or(0, |round| round.throttle),
             audit: None,
@@ -369,6 +423,8 @@ struct Totals<'a> {
     rounds: &'a [Round],
     /// How long memory was sent.
     seconds: f64,
+    /// SYNCs before which something was copied; nothing where that was not to be avoided.
+    missed_zero_copy: Option<u64>,
 }
 
 impl RamReport {
@@ -388,6 +444,7 @@ impl RamReport {
             mbps: per_second(transferred) * 8.0 / 1e6,
             multifd_bytes: totals.multifd_bytes,
             pages_per_second: per_second(totals.normal + totals.zero),
+            dirty_sync_missed_zero_copy: totals.missed_zero_copy,
         }
     }
 }
@@ -492,6 +549,7 @@ mod tests {
             dirty_log: "test",
             dialect: Dialect::PerRound,
             compression: Compression::None,
+            zero_copy: None,
         }
     }
 }

@@ -17,11 +17,11 @@ fn start(args: &[&str]) -> Child {
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Waits until the process listens.
-fn listening(child: &mut Child) {
+/// Waits until the process listens, and returns where.
+fn listening(child: &mut Child) -> String {
     let mut line = String::new();
     BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
-    assert!(line.starts_with("listening on "), "{line}");
+    line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{line}")).to_owned()
 }
 
 /// Exit status and report.
@@ -69,6 +69,23 @@ fn a_guest_goes_on_from_its_checkpoint_as_often_as_one_likes() {
             // 6 if a single page were wrong.
             assert_eq!(status, 0, "{report}");
         }
+    });
+}
+
+#[test]
+fn a_checkpoint_is_sent_without_copies() {
+    time_limit(Duration::from_secs(120), || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("guest.ckpt");
+        checkpoint(&dir, &file);
+        let mut guest = start(&[&GUEST[..], &["--incoming=tcp:127.0.0.1:0", "--run-for=300ms"]].concat());
+        let uri = listening(&mut guest);
+        let (status, sent) = end(start(&["send", file.to_str().unwrap(), &uri, "--json", "--zero-copy"]));
+        assert_eq!(status, 0, "{sent}");
+        assert!(sent["zero-copy"]["sends"].as_u64().unwrap() > 0, "{sent}");
+        let (status, report) = end(guest);
+        // 6 if a single page were wrong.
+        assert_eq!(status, 0, "{report}");
     });
 }
 

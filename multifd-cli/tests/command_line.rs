@@ -40,6 +40,20 @@ fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_would_be_righ
 }
 
 #[test]
+fn zero_copy_together_with_compression_is_a_usage_error() {
+    for verb in ["demo", "guest", "send no-file tcp:localhost:1"] {
+        for compression in ["zlib", "zstd"] {
+            let output = time_limit(LIMIT, || run(&format!("{verb} --zero-copy --compression {compression}")));
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(exit_code(&output), 2, "{message}");
+            assert!(message.contains("--zero-copy") && message.contains(compression), "{message}");
+        }
+    }
+    let output = time_limit(LIMIT, || run("send no-file tcp:localhost:1 --zero-copy --compression none"));
+    assert_eq!(exit_code(&output), 1, "only the file is missing: {output:?}");
+}
+
+#[test]
 fn a_wrong_uri_is_a_usage_error() {
     for (option, value, right) in [
         ("--incoming", "tcp:localhost", "tcp:HOST:PORT"),

@@ -109,6 +109,57 @@ fn a_guest_moves_in_every_mode() {
 }
 
 #[test]
+fn zero_copy_is_counted_and_a_guest_that_writes_arrives_whole() {
+    for options in ["", "--sync per-section --zero-pages none", "--max-bandwidth 100MB/s --downtime-limit 50ms"] {
+        let report = moves(&format!("--guest process --audit --zero-copy --write-rate max {options}"));
+        assert_eq!(number(&report, "/audit/stale-writes"), 0.0);
+        let [sends, copied] = ["/zero-copy/sends", "/zero-copy/copied"].map(|path| number(&report, path));
+        assert!(sends > 0.0, "{report}");
+        // Within this machine the kernel copies.
+        assert!(copied > 0.0 && copied <= sends, "{report}");
+        assert!(number(&report, "/ram/dirty-sync-missed-zero-copy") > 0.0, "{report}");
+        assert!(report.pointer("/zero-copy/refused").is_none(), "{report}");
+    }
+    assert!(moves("--guest process").get("zero-copy").is_none(), "it was not asked for");
+}
+
+#[test]
+fn zero_copy_falls_back_over_unix_sockets_and_says_why() {
+    let args = "demo --json --guest process --memory 16MiB --working-set 4MiB --zero-copy --transport unix";
+    let output = time_limit(LIMIT, || run(args));
+    let (report, said) = (json(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(exit_code(&output), 0, "{report} {said}");
+    assert_arrived(&report);
+    assert_eq!(number(&report, "/zero-copy/sends"), 0.0);
+    assert!(report["zero-copy"]["refused"].as_str().unwrap().contains("not for this kind of socket"), "{report}");
+    assert_eq!(said.matches("zero-copy is not possible here, pages are copied").count(), 1, "{said}");
+}
+
+/// A limit on locked memory below one packet: the kernel takes hardly any send without a copy.
+#[test]
+fn zero_copy_falls_back_where_locked_memory_is_limited_and_says_why() {
+    let has = |program: &str| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !has("prlimit") || (rustix::process::getuid().is_root() && !has("setpriv")) {
+        return skip("prlimit or setpriv is not installed");
+    }
+    let mut command = Command::new("prlimit");
+    command.args(["--memlock=65536:65536", "--"]);
+    if rustix::process::getuid().is_root() {
+        // Root's limit does not count.
+        command.args(["setpriv", "--inh-caps=-ipc_lock", "--bounding-set=-ipc_lock"]);
+    }
+    command.arg(env!("CARGO_BIN_EXE_multifd"));
+    command.args(["demo", "--json", "--guest=process", "--memory=64MiB", "--working-set=16MiB", "--zero-copy"]);
+    let output = time_limit(LIMIT, || command.output().unwrap());
+    let (report, said) = (json(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(exit_code(&output), 0, "{report} {said}");
+    assert_arrived(&report);
+    assert!(number(&report, "/zero-copy/no-room") > 0.0, "{report}");
+    assert!(number(&report, "/zero-copy/copied") >= number(&report, "/zero-copy/no-room"), "{report}");
+    assert_eq!(said.matches("ulimit -l").count(), 1, "{said}");
+}
+
+#[test]
 fn without_digests_the_guest_still_checks_itself() {
     let report = moves("--guest process --no-verify");
     assert_eq!(number(&report, "/verified/pages-compared"), 0.0);
@@ -125,7 +176,11 @@ fn the_result_for_a_person_names_guest_rounds_downtime_and_verdict() {
     {
         assert!(text.contains(part), "{part}: {text}");
     }
+    assert!(!text.contains("zero-copy"), "{text}");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "", "quiet when not a terminal");
+    let output = time_limit(LIMIT, || run("demo --memory 16MiB --guest process --zero-copy"));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("zero-copy   ") && text.contains("sends were copied"), "{text}");
 }
 
 #[test]

@@ -371,6 +371,7 @@ impl<'a> Demo<'a> {
             table::decimal_bytes(ram.mbps * 1e6 / 8.0),
             table::grouped(ram.skipped),
         ));
+        lines.extend(migration.zero_copy.as_ref().map(|zero_copy| format!("zero-copy   {}", zero_copy.text())));
         if let (Some(downtime), Some(parts)) = (migration.downtime, migration.downtime_parts) {
             lines.push(format!(
                 "downtime    {} = pause {:.1} + dirty log {:.1} + last round {:.1} + devices {:.1} + confirmation {:.1}",

@@ -31,7 +31,7 @@ use crate::{
     control::{Command, Control, Request},
     exit::Exit,
     progress::{Display, above_the_bar},
-    report::{Audit, MigrationReport, Outcome, fields},
+    report::{Audit, MigrationReport, Outcome, ZeroCopy, fields},
     signals, table,
 };
 
@@ -142,6 +142,8 @@ struct Session<'a> {
     compared: Option<Compared>,
     /// What the audit of the migration found that brought the guest.
     audit: Option<Audit>,
+    /// How sending without copies went in the last migration.
+    zero_copy: Option<ZeroCopy>,
     /// Passes and time after which to end, once the guest has come.
     finish_when_here: Option<(u64, Duration)>,
     _control: Option<Control>,
@@ -184,6 +186,7 @@ impl<'a> Session<'a> {
             failure: None,
             compared: None,
             audit: None,
+            zero_copy: None,
             finish_when_here: None,
             events,
             _control: control,
@@ -334,6 +337,7 @@ impl<'a> Session<'a> {
             Ok(report) => {
                 self.failure = None;
                 self.report.extend(fields(&report));
+                self.zero_copy = report.zero_copy;
                 self.audit = report.audit.or(self.audit.take());
                 if was == State::Outgoing {
                     self.state = State::Migrated;
@@ -471,6 +475,9 @@ impl<'a> Session<'a> {
         let mut text = String::new();
         if self.state == State::Migrated {
             text.push_str("The guest has left.\n");
+            if let Some(zero_copy) = &self.zero_copy {
+                text.push_str(&format!("Zero-copy: {}.\n", zero_copy.text()));
+            }
         }
         let mut outcome = Outcome::done(std::mem::take(&mut self.report), text);
         if let Some((exit, message)) = self.failure.take() {
