@@ -69,8 +69,6 @@ pub enum Wait {
     SourceChannelsAtOpen,
     /// Source: main, for all channels to be ready for the round.
     SourceMainAtOpen,
-    /// Source: channels, behind their SYNC, for all others.
-    SourceChannelsAtClose,
     /// Source: main, for every channel to have written SYNC.
     SourceMainAtClose,
     /// Destination: main, for every channel's SYNC.
@@ -197,8 +195,6 @@ pub enum Who {
 pub enum Meeting {
     /// Source: the round opens.
     Open,
-    /// Source: every channel has written its SYNC.
-    Close,
     /// Destination: end of the round.
     SyncPoint,
 }
@@ -298,7 +294,6 @@ enum Stage {
     #[default]
     Opening,
     Sending,
-    Closing,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -377,7 +372,7 @@ enum Op {
     Open,
     MeetOpen,
     Flush,
-    MeetClose,
+    Gather,
     Zeros,
     Eos,
     Finish,
@@ -400,7 +395,7 @@ impl Protocol {
         let per_round = config.source == Dialect::PerRound;
         let early = config.flush == Flush::Early;
         section.extend((per_round && early).then_some(Op::Flush));
-        section.push(Op::MeetClose);
+        section.push(Op::Gather);
         section.extend(config.zeros_on_main.then_some(Op::Zeros));
         section.extend((per_round && !early).then_some(Op::Flush));
         // What means nothing to the destination is not modelled.
@@ -415,12 +410,8 @@ impl Protocol {
         let channels = self.config.channels;
         let loose = |waits: &[Wait]| self.config.without.iter().any(|wait| waits.contains(wait));
         let source_meeting = if self.config.rounds_overlap
-            || loose(&[
-                Wait::SourceChannelsAtOpen,
-                Wait::SourceMainAtOpen,
-                Wait::SourceChannelsAtClose,
-                Wait::SourceMainAtClose,
-            ]) {
+            || loose(&[Wait::SourceChannelsAtOpen, Wait::SourceMainAtOpen, Wait::SourceMainAtClose])
+        {
             Account::Loose([0; MAX_CHANNELS + 1])
         } else {
             Account::Real(Rounds::new(Some(channels)))
@@ -528,7 +519,7 @@ impl Protocol {
     fn arrival(&self, state: &State, out: &mut Vec<(Event, State)>) {
         if state.source_end == End::Running {
             let op = self.program[usize::from(state.pc)];
-            if matches!(op, Op::MeetOpen | Op::MeetClose) && !self.config.rounds_overlap {
+            if op == Op::MeetOpen && !self.config.rounds_overlap {
                 self.source_main(state, out);
             }
             for channel in 0..self.config.channels {
@@ -561,15 +552,16 @@ impl Protocol {
         match op {
             Op::Open => self.open(state, &next, out),
             Op::MeetOpen if self.config.rounds_overlap => self.source_main(&next, out),
-            Op::MeetOpen => out.push(self.source_main_meets(next, Meeting::Open)),
-            Op::MeetClose => {
-                if self.config.rounds_overlap {
+            Op::MeetOpen => out.push(self.source_main_meets(next)),
+            Op::Gather => {
+                let goes_on = if self.config.rounds_overlap {
                     // All pages are handed out: nobody waits for the SYNCs.
-                    if state.scan == 0 {
-                        self.source_main(&next, out);
-                    }
+                    state.scan == 0
                 } else {
-                    out.push(self.source_main_meets(next, Meeting::Close));
+                    self.is_missing(Wait::SourceMainAtClose) || self.gathered(&state.source_meeting)
+                };
+                if goes_on {
+                    self.source_main(&next, out);
                 }
             }
             Op::Flush | Op::Eos => {
@@ -613,7 +605,7 @@ impl Protocol {
                     }
                     return;
                 }
-                out.push(self.source_main_meets(next, Meeting::Open));
+                out.push(self.source_main_meets(next));
             }
             Op::Devices => {
                 self.write(state, next, Who::Main, packet(DEVICES, 0, 0), Event::SendsDevices, out);
@@ -652,15 +644,11 @@ impl Protocol {
         }
     }
 
-    fn source_main_meets(&self, mut state: State, at: Meeting) -> (Event, State) {
-        let waits = !self.is_missing(match at {
-            Meeting::Open => Wait::SourceMainAtOpen,
-            _ => Wait::SourceMainAtClose,
-        });
-        let parties = if waits { self.everybody() } else { 0 };
+    fn source_main_meets(&self, mut state: State) -> (Event, State) {
+        let parties = if self.is_missing(Wait::SourceMainAtOpen) { 0 } else { self.everybody() };
         let token = self.arrive(&mut state.source_meeting, Who::Main).expect("nobody leaves a source's barrier");
         state.main_waits = Waiting { token, parties };
-        (Event::Meets { side: Side::Source, party: Who::Main, at }, state)
+        (Event::Meets { side: Side::Source, party: Who::Main, at: Meeting::Open }, state)
     }
 
     fn sender(&self, state: &State, channel: usize, out: &mut Vec<(Event, State)>) {
@@ -677,8 +665,7 @@ impl Protocol {
                     self.sender(&next, channel, out);
                 }
             }
-            Stage::Opening => out.push(self.sender_meets(next, channel, Meeting::Open)),
-            Stage::Closing => out.push(self.sender_meets(next, channel, Meeting::Close)),
+            Stage::Opening => out.push(self.sender_meets(next, channel)),
             Stage::Sending => {
                 if state.finished && sender.section > self.config.rounds {
                     return;
@@ -693,17 +680,14 @@ impl Protocol {
         }
     }
 
-    fn sender_meets(&self, mut state: State, channel: usize, at: Meeting) -> (Event, State) {
-        let (wait, then) = match at {
-            Meeting::Open => (Wait::SourceChannelsAtOpen, Stage::Sending),
-            _ => (Wait::SourceChannelsAtClose, Stage::Opening),
-        };
-        let parties = if self.is_missing(wait) { 0 } else { self.everybody() };
+    /// Waits for the next round to be opened.
+    fn sender_meets(&self, mut state: State, channel: usize) -> (Event, State) {
+        let parties = if self.is_missing(Wait::SourceChannelsAtOpen) { 0 } else { self.everybody() };
         let who = Who::Channel(channel);
         let token = self.arrive(&mut state.source_meeting, who).expect("nobody leaves a source's barrier");
         state.senders[channel].waits = Waiting { token, parties };
-        state.senders[channel].at = then;
-        (Event::Meets { side: Side::Source, party: who, at }, state)
+        state.senders[channel].at = Stage::Sending;
+        (Event::Meets { side: Side::Source, party: who, at: Meeting::Open }, state)
     }
 
     /// Takes any page.
@@ -736,22 +720,15 @@ impl Protocol {
         }
     }
 
-    /// The scan is empty: writes SYNC, and meets the others in the same step.
+    /// The scan is empty: writes SYNC, and arrives where the next round opens in the same step.
     fn sync(&self, state: &State, next: &State, channel: usize, out: &mut Vec<(Event, State)>) {
         let mut next = next.clone();
         let sender = &mut next.senders[channel];
         let section = sender.section;
         let held = std::mem::take(&mut sender.held);
         sender.section += 1;
-        sender.at = if self.config.rounds_overlap { Stage::Opening } else { Stage::Closing };
-        let closes = |mut next: State| {
-            if self.config.rounds_overlap {
-                next
-            } else {
-                next.senders[channel].at = Stage::Closing;
-                self.sender_meets(next, channel, Meeting::Close).1
-            }
-        };
+        sender.at = Stage::Opening;
+        let closes = |next: State| if self.config.rounds_overlap { next } else { self.sender_meets(next, channel).1 };
         let last = section == self.config.rounds;
         let omits = self.config.defect == Some(Defect::NoLastBarrier) && last;
         let may_omit = self.config.defect == Some(Defect::NoSync) && !state.defect_used;
@@ -989,6 +966,14 @@ impl Protocol {
         }
     }
 
+    /// Whether all channels have arrived once more than source main has.
+    fn gathered(&self, account: &Account) -> bool {
+        match account {
+            Account::Real(rounds) => rounds.awaits_main_only(),
+            Account::Loose(counts) => counts[..self.config.channels].iter().all(|&count| count > counts[MAIN]),
+        }
+    }
+
     fn released(&self, account: &Account, waiting: Waiting) -> bool {
         waiting.parties == 0
             || match account {
@@ -1063,7 +1048,6 @@ impl fmt::Display for Event {
                 party,
                 match at {
                     Meeting::Open => "is ready for the next round",
-                    Meeting::Close => "is at the end of the round",
                     Meeting::SyncPoint => "is at the sync point",
                 }
                 .into(),

@@ -176,13 +176,6 @@ pub fn removals() -> Vec<Variant> {
     vec![
         without("source main does not wait for the channels when a round opens", &[Wait::SourceMainAtOpen], &all, None),
         without(
-            "source channels do not wait for the others at the end of a round",
-            &[Wait::SourceChannelsAtClose],
-            &all,
-            None,
-        ),
-        without("neither of these two waits", &[Wait::SourceMainAtOpen, Wait::SourceChannelsAtClose], &all, None),
-        without(
             "source main does not wait for the channels' SYNCs",
             &[Wait::SourceMainAtClose],
             &no_pages_on_main,

@@ -98,6 +98,11 @@ impl Rounds {
         Ok(Arrival::Completes)
     }
 
+    /// Whether all channels are at the end of the round, and main is still on its way.
+    pub fn awaits_main_only(&self) -> bool {
+        self.channels.is_some() && self.main == Seat::Running && self.seats.iter().all(|&seat| seat == Seat::Arrived)
+    }
+
     /// `channel` has ended at a packet boundary and takes no part in later rounds.
     ///
     /// # Errors
@@ -143,6 +148,25 @@ mod tests {
                 assert_eq!(rounds.arrive(order[2]), Ok(Arrival::Completes));
             }
         }
+    }
+
+    #[test]
+    fn main_can_tell_when_all_channels_are_there() {
+        let mut rounds = Rounds::new(Some(2));
+        for _ in 0..2 {
+            rounds.arrive(channel(1)).unwrap();
+            assert!(!rounds.awaits_main_only());
+            rounds.arrive(channel(0)).unwrap();
+            assert!(rounds.awaits_main_only());
+            assert_eq!(rounds.arrive(MAIN), Ok(Arrival::Completes));
+            assert!(!rounds.awaits_main_only());
+        }
+        rounds.arrive(MAIN).unwrap();
+        rounds.arrive(channel(0)).unwrap();
+        assert!(!rounds.awaits_main_only());
+        let mut unknown = Rounds::new(None);
+        unknown.arrive(channel(0)).unwrap();
+        assert!(!unknown.awaits_main_only());
     }
 
     #[test]

@@ -105,15 +105,19 @@ impl OneBarrier {
                     barrier.channel(id);
                     here.send(&page())?;
                     here.send(&sync())?;
-                    barrier.channel(id);
                 }
             });
             let barrier = destination.clone();
             spawn(move || {
+                let mut arrived = None;
                 loop {
-                    there.receive(page().len())?;
+                    there.receive(packet::header_len(PAGE))?;
+                    if let Some(round) = arrived {
+                        barrier.pass(round);
+                    }
+                    there.receive(PAGE)?;
                     there.receive(sync().len())?;
-                    barrier.channel(id);
+                    arrived = Some(barrier.arrive(id));
                 }
             });
         }
@@ -125,6 +129,7 @@ impl OneBarrier {
                 there.send(&ACKNOWLEDGEMENT)?;
             }
         });
+        source.gather();
         Ok(OneBarrier { barrier: source, main })
     }
 
@@ -133,7 +138,7 @@ impl OneBarrier {
         let begun = Instant::now();
         self.barrier.main();
         self.main.send(&FLUSH)?;
-        self.barrier.main();
+        self.barrier.gather();
         let stalled = begun.elapsed();
         self.main.receive(ACKNOWLEDGEMENT.len())?;
         let acknowledged = begun.elapsed();

@@ -22,19 +22,31 @@ impl Barrier {
 
     /// Arrives as main and waits for all channels.
     pub fn main(&self) {
-        self.arrive(Party::Main);
+        self.0.meet(Party::Main, AT).expect(UNDISTURBED);
+    }
+
+    /// Waits as main until all channels have arrived.
+    pub fn gather(&self) {
+        self.0.gather().expect(UNDISTURBED);
     }
 
     /// Arrives as a channel and waits for all others.
     pub fn channel(&self, id: u8) {
-        self.arrive(Party::Channel(ChannelId(id)));
+        self.pass(self.arrive(id));
     }
 
-    fn arrive(&self, party: Party) {
-        self.0.arrive(party, AT).expect("nobody stops or leaves");
+    /// Arrives as a channel; returns the number of the round.
+    pub fn arrive(&self, id: u8) -> u64 {
+        self.0.arrive(Party::Channel(ChannelId(id)), AT).expect(UNDISTURBED)
+    }
+
+    /// Waits until `round` is over.
+    pub fn pass(&self, round: u64) {
+        self.0.pass(round).expect(UNDISTURBED);
     }
 }
 
+const UNDISTURBED: &str = "nobody stops or leaves";
 /// Where nothing goes wrong.
 const AT: Place = Place { connection: Connection::Main, offset: 0 };
 

@@ -60,7 +60,7 @@ fn rounds(parties: usize, rounds: usize) -> impl Fn() + Send + Sync {
         let run = move |me: usize, barrier: RoundBarrier, done: Arc<Vec<AtomicU64>>| {
             for round in 0..rounds {
                 done[round * parties + me].store(1, Relaxed);
-                assert_eq!(barrier.arrive(party(me), AT).unwrap(), round as u64);
+                assert_eq!(barrier.meet(party(me), AT).unwrap(), round as u64);
                 for other in 0..parties {
                     assert_eq!(done[round * parties + other].load(Relaxed), 1, "{other} has not passed round {round}");
                 }
@@ -90,6 +90,38 @@ fn three_parties_keep_the_round_law() {
 #[test]
 fn three_parties_keep_the_round_law_for_two_rounds() {
     explore("RoundBarrier, 3 parties × 2 rounds", Some(3), rounds(3, 2));
+}
+
+/// As above, for who does something between arriving and passing, and for main, which gathers the channels first.
+#[test]
+fn who_arrives_first_and_passes_later_keeps_the_round_law() {
+    explore("RoundBarrier, arrive, then pass; gather, 3 parties × 2 rounds", Some(3), || {
+        const ROUNDS: usize = 2;
+        let barrier = RoundBarrier::new(Some(2));
+        let done: Arc<Vec<AtomicU64>> = Arc::new((0..ROUNDS * 2).map(|_| AtomicU64::new(0)).collect());
+        let over: Arc<Vec<AtomicU64>> = Arc::new((0..ROUNDS).map(|_| AtomicU64::new(0)).collect());
+        let channels: Vec<_> = (0..2)
+            .map(|me| {
+                let (barrier, done, over) = (barrier.clone(), done.clone(), over.clone());
+                thread::spawn(move || {
+                    for round in 0..ROUNDS {
+                        done[round * 2 + me].store(1, Relaxed);
+                        assert_eq!(barrier.arrive(party(me + 1), AT).unwrap(), round as u64);
+                        barrier.pass(round as u64).unwrap();
+                        assert_eq!(done[round * 2 + 1 - me].load(Relaxed), 1);
+                        assert_eq!(over[round].load(Relaxed), 1, "main has not arrived in round {round}");
+                    }
+                })
+            })
+            .collect();
+        for round in 0..ROUNDS {
+            barrier.gather().unwrap();
+            assert!(done[round * 2..][..2].iter().all(|done| done.load(Relaxed) == 1));
+            over[round].store(1, Relaxed);
+            assert_eq!(barrier.meet(Party::Main, AT).unwrap(), round as u64);
+        }
+        channels.into_iter().for_each(|channel| channel.join().unwrap());
+    });
 }
 
 /// The same rounds at a barrier that lets one party go too early: the law is broken, and the search sees it.
@@ -189,7 +221,7 @@ fn a_round_that_opens_while_a_channel_asks_is_handed_out_once() {
 }
 
 #[test]
-fn a_round_is_sent_completely_between_its_two_meetings() {
+fn a_round_is_sent_completely_when_main_has_gathered_the_channels() {
     explore("RoundBarrier + PageScan, 1 channel × 2 rounds", Some(3), || {
         let (scan, barrier) = (PageScan::new(three_pages(), 128), RoundBarrier::new(Some(1)));
         let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
@@ -198,10 +230,10 @@ fn a_round_is_sent_completely_between_its_two_meetings() {
             let (scan, barrier, taken) = (scan.clone(), barrier.clone(), taken.clone());
             thread::spawn(move || {
                 for _ in 0..2 {
-                    barrier.arrive(party(1), AT).unwrap();
+                    barrier.meet(party(1), AT).unwrap();
                     pull(&scan, &taken, &packets);
-                    barrier.arrive(party(1), AT).unwrap();
                 }
+                barrier.meet(party(1), AT).unwrap();
             })
         };
         for round in 1..=2 {
@@ -209,11 +241,12 @@ fn a_round_is_sent_completely_between_its_two_meetings() {
             dirty.set(0);
             scan.load(&mut dirty);
             scan.allow(u64::MAX);
-            barrier.arrive(Party::Main, AT).unwrap();
-            barrier.arrive(Party::Main, AT).unwrap();
+            barrier.meet(Party::Main, AT).unwrap();
+            barrier.gather().unwrap();
             assert!(scan.is_empty());
             assert_eq!(taken[0].load(Relaxed), round);
         }
+        barrier.meet(Party::Main, AT).unwrap();
         channel.join().unwrap();
     });
 }
@@ -225,7 +258,7 @@ fn stop_releases_everybody_and_the_first_error_wins() {
         stop.register(Box::new(barrier.clone()));
         let waiting = {
             let barrier = barrier.clone();
-            thread::spawn(move || assert!(matches!(barrier.arrive(Party::Main, AT), Err(Error::Stopped))))
+            thread::spawn(move || assert!(matches!(barrier.meet(Party::Main, AT), Err(Error::Stopped))))
         };
         let failing = {
             let stop = stop.clone();
@@ -233,7 +266,7 @@ fn stop_releases_everybody_and_the_first_error_wins() {
         };
         let ours_won = stop.stop(Error::Cancelled).is_none();
         // The third party never comes.
-        assert!(matches!(barrier.arrive(party(1), AT), Err(Error::Stopped)));
+        assert!(matches!(barrier.meet(party(1), AT), Err(Error::Stopped)));
         waiting.join().unwrap();
         let theirs_won = failing.join().unwrap();
         assert_ne!(ours_won, theirs_won);
@@ -253,7 +286,7 @@ fn what_is_registered_while_the_migration_stops_is_stopped_too() {
             let (stop, barrier) = (stop.clone(), barrier.clone());
             thread::spawn(move || {
                 stop.register(Box::new(barrier.clone()));
-                assert!(matches!(barrier.arrive(party(1), AT), Err(Error::Stopped)));
+                assert!(matches!(barrier.meet(party(1), AT), Err(Error::Stopped)));
             })
         };
         stop.cancel();
@@ -273,6 +306,6 @@ fn either_the_cancel_or_the_commit_comes_first() {
         let committed = stop.commit().is_ok();
         cancelling.join().unwrap();
         assert_eq!(committed, !stop.is_stopped());
-        assert_eq!(committed, barrier.arrive(Party::Main, AT).is_ok());
+        assert_eq!(committed, barrier.meet(Party::Main, AT).is_ok());
     });
 }

@@ -1,4 +1,7 @@
-//! One receiving channel: takes packets, puts their pages into place, and meets the others at each SYNC.
+//! One receiving channel: takes packets, puts their pages into place, and meets the others behind each SYNC.
+//!
+//! It arrives there with the SYNC, and waits for the others only when more has come: the header of the next packet is read,
+//! and checked, before. Who arrives early sleeps once, not twice.
 
 use std::io;
 
@@ -35,8 +38,10 @@ pub(super) struct ReceiveChannel {
     zero: Vec<u64>,
     /// Bytes received; the hello is counted.
     received: u64,
-    /// SYNCs passed: this channel's own count of rounds.
+    /// SYNCs taken: this channel's own count of rounds.
     rounds: u64,
+    /// The round at whose end the channel has arrived, and which it has not seen to be over.
+    arrived: Option<u64>,
     /// Set behind the first sync point.
     pages: Option<Pages>,
     /// The block of the packet before, and its position: most packets name the same one.
@@ -61,6 +66,7 @@ impl ReceiveChannel {
             zero: Vec::new(),
             received,
             rounds: 0,
+            arrived: None,
             pages: None,
             block: None,
         }
@@ -72,6 +78,7 @@ impl ReceiveChannel {
     /// The first packet that breaks a rule, with its place; the connection's; [`Error::Stopped`].
     pub(super) fn run(mut self) -> Result<(), Error> {
         while self.packet()? {}
+        self.pass()?;
         self.shared.barrier.leave(self.id, self.place())
     }
 
@@ -98,6 +105,7 @@ impl ReceiveChannel {
             let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(place))?;
             return Err(Error::protocol(place)(packet.refusal()));
         }
+        self.pass()?;
         let (sync, payload_len) = self.pages(place)?;
         let total = (header_len + payload_len) as u64;
         self.received += total;
@@ -105,13 +113,19 @@ impl ReceiveChannel {
         if sync {
             // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they
             // were applied above.
-            self.shared.arrive(Party::Channel(self.id), self.place())?;
+            self.arrived = self.shared.arrive(Party::Channel(self.id), self.place())?;
             self.rounds += 1;
-            if self.pages.is_none() {
-                self.pages = lock(&self.shared.pages).clone();
-            }
         }
         Ok(true)
+    }
+
+    /// Waits until the round of the last SYNC is over: only then anything of the next one may be applied.
+    fn pass(&mut self) -> Result<(), Error> {
+        self.shared.pass(self.arrived.take())?;
+        if self.rounds > 0 && self.pages.is_none() {
+            self.pages = lock(&self.shared.pages).clone();
+        }
+        Ok(())
     }
 
     /// Checks the header at `place` and puts the packet's pages into place. Returns whether it ends the round, and the

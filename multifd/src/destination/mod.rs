@@ -170,13 +170,18 @@ impl Shared {
         self.stop.register(Box::new(stopper));
     }
 
-    /// Reaches the end of the round and waits for all others.
-    fn arrive(&self, party: Party, place: Place) -> Result<(), Error> {
+    /// Reaches the end of the round, whose number it returns; `None` where there is nothing to wait for.
+    fn arrive(&self, party: Party, place: Place) -> Result<Option<u64>, Error> {
         #[cfg(any(test, feature = "broken-variants"))]
         if let Some(passed) = self.loose.arrive(party) {
-            return passed;
+            return passed.map(|()| None);
         }
-        self.barrier.arrive(party, place).map(drop)
+        self.barrier.arrive(party, place).map(Some)
+    }
+
+    /// Waits for all others at the end of `round`.
+    fn pass(&self, round: Option<u64>) -> Result<(), Error> {
+        round.map_or(Ok(()), |round| self.barrier.pass(round))
     }
 
     fn end_streams(&self) {
@@ -433,7 +438,8 @@ impl Run {
             self.report.channels = channels;
         }
         self.acceptor.nobody_else()?;
-        self.shared.arrive(Party::Main, place)?;
+        let round = self.shared.arrive(Party::Main, place)?;
+        self.shared.pass(round)?;
         self.count_round(observer);
         Ok(())
     }

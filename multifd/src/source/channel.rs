@@ -79,7 +79,7 @@ impl SendChannel {
         let mut batch = Batch::default();
         let mut ranges = Vec::new();
         loop {
-            shared.barrier.arrive(Party::Channel(self.id), self.place())?;
+            shared.barrier.meet(Party::Channel(self.id), self.place())?;
             // Pairs with the store before main arrives; the barrier orders the two.
             if shared.finished.load(Ordering::Acquire) {
                 return Ok(self);
@@ -88,7 +88,6 @@ impl SendChannel {
                 self.send(&shared, &mut batch, &mut ranges)?;
             }
             self.sync()?;
-            shared.barrier.arrive(Party::Channel(self.id), self.place())?;
         }
     }
 

@@ -1,8 +1,8 @@
 //! The sending side of a migration: [`Source::run`] is the list of its phases.
 //!
 //! The thread that calls it is the main thread. It owns main, the VM and the dirty bitmap; one thread for each channel
-//! pulls batches from the shared page scan. They meet at the round barrier twice in each section: when it opens and when
-//! every channel has sent its SYNC.
+//! pulls batches from the shared page scan. They meet at the round barrier when a section opens; a channel that has sent
+//! its SYNC waits there for the next one.
 
 mod channel;
 mod main_channel;
@@ -417,7 +417,8 @@ impl Run {
         if per_round && early {
             self.main().flush_word()?;
         }
-        self.meet()?;
+        // Every channel has sent its SYNC.
+        self.shared.barrier.gather()?;
         self.name_zeros()?;
         if per_round && !early {
             self.main().flush_word()?;
@@ -438,7 +439,7 @@ impl Run {
     /// Meets all channels at the barrier.
     fn meet(&mut self) -> Result<(), Error> {
         let at = self.main().place();
-        self.shared.barrier.arrive(Party::Main, at).map(drop)
+        self.shared.barrier.meet(Party::Main, at).map(drop)
     }
 
     fn section_budget(&self) -> u64 {
