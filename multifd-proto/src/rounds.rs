@@ -5,7 +5,7 @@
 //! exhaustive model and the inspector all decide by the same lines.
 //!
 //! A channel that ends cleanly leaves. If anybody then reaches the end of another round, that round can never be
-//! complete: a [`Violation::SyncMissing`], not a wait for ever (spec §8.4).
+//! complete: a [`Violation::SyncMissing`], not a wait for ever.
 
 use crate::{ids::ChannelId, violation::Violation};
 

@@ -1,7 +1,7 @@
 //! Accepts connections, and knows when there are no more to come.
 //!
-//! A connection says what it is with its first bytes, which arrive in any order (spec §1.3): a thread of its own waits for
-//! them. How many channels there are is not in the stream. The source opens all of them before its first sync point,
+//! A connection says what it is with its first bytes, and those of channels may arrive before those of main: a thread of
+//! its own waits for them. How many channels there are is not in the stream. The source opens all of them before its first sync point,
 //! so when main gets there, every channel has been accepted or is waiting to be.
 
 use std::{io, time::Duration};

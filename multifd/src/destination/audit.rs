@@ -2,8 +2,9 @@
 //!
 //! This checks the round law on a running migration, without trusting the barrier: a round here is what each connection
 //! says of itself, the number of SYNCs (on main: sync points) it has passed. A write is recorded when it is done. In a run
-//! that keeps the law no write of a later round begins before that, so whatever is found is a broken law; a page that comes
-//! twice within one round, as from QEMU 7.2 (spec §17, T4), is none.
+//! that keeps the law no write of a later round begins before that, so whatever is found is a broken law. A page that comes
+//! twice within one round is none: QEMU 7.2 sends some so, and either copy will do (docs/migration/multifd.rst, What can
+//! go wrong between two rounds).
 
 use std::fmt;
 

@@ -15,7 +15,8 @@ use crate::{
 
 /// Takes the pages of all channels and of main, from all their threads.
 ///
-/// Within a round, several threads may bring the same page (spec §17, T4); either copy may then remain.
+/// Within a round, several threads may bring the same page, as from QEMU 7.2; either copy may then remain. Copies differ
+/// only if the page comes once more in a later round: docs/migration/multifd.rst, What can go wrong between two rounds.
 pub(crate) trait PageSink: Send + Sync {
     /// Takes the contents of the pages at `offsets` of `block` from `stream`, in that order.
     fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()>;

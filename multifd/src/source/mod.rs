@@ -196,8 +196,8 @@ impl Run {
         observer.event(&Event::Phase(phase));
     }
 
-    /// Opens main, then the channels, each with its first bytes: a destination may wait for those before it accepts the
-    /// next (spec §1.4, §1.5).
+    /// Opens main, then the channels, each with its first bytes: a destination may take the first connection for main, and
+    /// may wait for those bytes before it accepts the next.
     fn connect(&mut self, to: &dyn Connect) -> Result<(), Error> {
         let shared = &self.shared;
         let open = |connection: Connection| {
