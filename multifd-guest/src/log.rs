@@ -87,3 +87,18 @@ pub(crate) fn for_process(
 pub(crate) fn uffd_wp() -> Result<Chosen, UffdUnavailable> {
     Ok(Chosen::new(UffdWpLog::new()?, DirtyLogChoice::UffdWp))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn a_log_has_the_name_of_the_choice() {
+        let memory = memory::allocate(1 << 20, memory::Backing::Anonymous).unwrap();
+        let (bitmap, _) = for_process(DirtyLogChoice::Bitmap, &memory).unwrap();
+        for chosen in [Some(bitmap), uffd_wp().ok()].into_iter().flatten() {
+            assert_eq!(chosen.log.name(), chosen.choice.name());
+        }
+    }
+}

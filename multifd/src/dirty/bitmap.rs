@@ -94,7 +94,7 @@ impl AtomicDirtyBitmap {
 
 impl DirtyLog for AtomicDirtyBitmap {
     fn name(&self) -> &'static str {
-        "atomic-bitmap"
+        "bitmap"
     }
 
     /// Forgets the marks of earlier writes.
