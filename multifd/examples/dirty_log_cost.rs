@@ -2,10 +2,8 @@
 //!
 //! `cargo run --release -p multifd --example dirty_log_cost`
 
-#[allow(dead_code, reason = "the tests use all of it")]
 #[path = "../tests/dirty_logs/kvm_guest.rs"]
 mod kvm_guest;
-#[allow(dead_code, reason = "the tests use all of it")]
 #[path = "../tests/dirty_logs/memory.rs"]
 mod memory;
 
@@ -24,7 +22,7 @@ use multifd::{
 };
 
 use kvm_guest::Guest;
-use memory::{Backing, map, write};
+use memory::{Backing, map, read, write};
 
 const PAGES: u64 = 1 << 18;
 
@@ -38,6 +36,7 @@ fn main() {
                 measure(&format!("uffd-wp, {backing:?}"), &ram, &mut log, |pages| {
                     pages.iter().for_each(|&page| write(&ram, page, 2));
                 });
+                assert_eq!(read(&ram, PAGES - 1), 2, "writes to protected pages have to go through");
             }
             Err(reason) => println!("uffd-wp: {reason}"),
         }

@@ -6,6 +6,7 @@ use multifd::{
         bitmap::AtomicDirtyBitmap,
         conformance::{Effort, Subject, Writer, conformance},
         kvm_log::{KvmDirtyLog, Protection},
+        kvm_ring::KvmRingLog,
         merged::MergedLog,
     },
     dirty_bitmap::DirtyBitmap,
@@ -22,6 +23,10 @@ const BLOCKS: [(&str, usize); 3] = [("a", 150), ("b", 1), ("c", 65)];
 
 fn guest(ring_entries: Option<u32>) -> Option<Guest> {
     Guest::new(&BLOCKS, ring_entries).map_err(|reason| skip(&reason)).ok()
+}
+
+fn ring_log(guest: &Guest) -> KvmRingLog {
+    guest.ring.as_ref().expect("a guest with a ring").log(guest.slots.clone())
 }
 
 fn drain(log: &mut dyn DirtyLog, ram: &Ram) -> Vec<u64> {
@@ -70,7 +75,7 @@ fn the_ring_passes_the_conformance_suite() {
     // The small ring is full again and again, while the main thread drains.
     for entries in [65536, 1024, 256] {
         let Some(guest) = guest(Some(entries)) else { return };
-        let log = Box::new(guest.ring().log(guest.slots.clone()));
+        let log = Box::new(ring_log(&guest));
         let report = conformance(&mut Virtual { guest, log }, Effort::SLOW_WRITER).unwrap();
         println!("{entries} entries: {report:?}");
         assert!(report.reported_per_written() < 1.5, "{report:?}");
@@ -82,7 +87,7 @@ fn a_full_ring_is_collected_while_the_vcpu_runs() {
     let blocks = [("a", 3000), ("b", 1)];
     let Ok(mut guest) = Guest::new(&blocks, Some(1024)).map_err(|reason| skip(&reason)) else { return };
     let mut vcpu: Vcpu = guest.vcpu();
-    let mut log = guest.ring().log(guest.slots.clone());
+    let mut log = ring_log(&guest);
     log.start(&guest.ram).unwrap();
     let pages: Vec<(u64, u64)> = guest.ram.layout().blocks()[0].page_range().map(|page| (page, page + 1)).collect();
     for &(page, value) in &pages {

@@ -22,7 +22,8 @@ pub struct Guest {
     pub slots: Vec<KvmSlot>,
     /// Code and mailboxes, in a slot of its own that nobody tracks.
     control: Arc<Mapping>,
-    ring: Option<KvmDirtyRing>,
+    /// The dirty ring, of a guest that has one.
+    pub ring: Option<KvmDirtyRing>,
     vcpus: u64,
     _files: Vec<File>,
 }
@@ -70,10 +71,6 @@ impl Guest {
     pub fn vm(&self) -> BorrowedFd<'_> {
         // SAFETY: open for as long as `self`.
         unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
-    }
-
-    pub fn ring(&self) -> &KvmDirtyRing {
-        self.ring.as_ref().expect("a guest with a ring")
     }
 
     /// One more vCPU.
