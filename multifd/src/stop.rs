@@ -4,8 +4,10 @@
 //! fails calls [`StopHandle::stop`]. Once [committed](StopHandle::commit) the migration can no longer be cancelled: the
 //! other side may already have answered.
 
+use std::fmt;
+
 use crate::{
-    error::{Connection, Error},
+    error::Error,
     sync::{Arc, Mutex, lock},
     transport::Stopper,
 };
@@ -127,12 +129,13 @@ impl Default for StopHandle {
 /// Ends the migration when the thread that holds it panics: all others would wait for that thread.
 pub(crate) struct PanicGuard<'a> {
     stop: Option<&'a StopHandle>,
-    connection: Connection,
+    /// Whose thread it is.
+    owner: String,
 }
 
 impl<'a> PanicGuard<'a> {
-    pub(crate) fn new(stop: &'a StopHandle, connection: Connection) -> PanicGuard<'a> {
-        PanicGuard { stop: Some(stop), connection }
+    pub(crate) fn new(stop: &'a StopHandle, owner: impl fmt::Display) -> PanicGuard<'a> {
+        PanicGuard { stop: Some(stop), owner: owner.to_string() }
     }
 
     /// The thread has not panicked.
@@ -144,7 +147,7 @@ impl<'a> PanicGuard<'a> {
 impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
         if let Some(stop) = self.stop {
-            stop.stop(Error::Panicked { message: format!("the thread of {}", self.connection) });
+            stop.stop(Error::Panicked { message: format!("the thread of {}", self.owner) });
         }
     }
 }

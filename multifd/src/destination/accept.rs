@@ -40,10 +40,13 @@ impl Acceptor {
         let thread = {
             let shared = shared.clone();
             thread::spawn(move || {
+                // Main may still be waiting for the connection that is main.
+                let guard = PanicGuard::new(&shared.stop, "the listener");
                 let mut connections = Vec::new();
                 if let Err(error) = accept_all(&mut *listener, &shared, &mut connections) {
                     shared.stop.stop(error);
                 }
+                guard.disarm();
                 Accepted { listener, connections }
             })
         };
@@ -254,3 +257,43 @@ impl Stopper for MainSlotStopper {
 
 /// Main and 255 channels, the most that QEMU knows.
 const MAX_CONNECTIONS: usize = 256;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::{destination::Destination, ram::Ram, test_vm::TestDestination};
+
+    /// A listener with a defect.
+    struct Defective;
+
+    impl Listen for Defective {
+        fn accept(&mut self, _timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+            panic!("a defect of the transport");
+        }
+
+        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+            Ok(None)
+        }
+
+        fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+            Ok(Box::new(Nothing))
+        }
+    }
+
+    struct Nothing;
+
+    impl Stopper for Nothing {
+        fn stop(&self) {}
+    }
+
+    /// The main thread would have waited for main for ever.
+    #[test]
+    fn a_panic_of_the_accepting_thread_ends_the_migration() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let mut vm = TestDestination::new(Ram::for_test(&[("ram", 2)]));
+            let received = Destination::new(Default::default()).run(&mut vm, Box::new(Defective), &mut ());
+            let error = received.err().map(|error| error.to_string());
+            assert_eq!(error.as_deref(), Some("a thread panicked: the thread of the listener"));
+        });
+    }
+}

@@ -558,6 +558,8 @@ fn undecided(error: Error) -> Error {
         {
             Error::Undecided { source }
         }
+        // It may have read the confirmation before.
+        Error::Panicked { message } => Error::Undecided { source: std::io::Error::other(message) },
         error => error,
     }
 }

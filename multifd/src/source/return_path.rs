@@ -33,16 +33,8 @@ impl ReturnPath {
         let thread = {
             let verdict = verdict.clone();
             thread::spawn(move || {
-                let outcome = read_until_shut(&mut *stream, &stop);
-                let mut state = lock(&verdict.state);
-                match outcome {
-                    Ok(()) => *state = Some(Ok(())),
-                    // Before the commit this stops the migration and is its first error; afterwards the main thread
-                    // is waiting for it below.
-                    Err(error) => *state = stop.stop(error).map(Err).or(Some(Err(Error::Stopped))),
-                }
-                drop(state);
-                verdict.changed.notify_all();
+                let mut end = End::new(verdict, stop);
+                end.outcome = read_until_shut(&mut *stream, &end.stop);
             })
         };
         ReturnPath { verdict, stopper, thread: Some(thread) }
@@ -92,6 +84,34 @@ impl Drop for ReturnPath {
     }
 }
 
+/// Gives the verdict when the thread ends, also by a panic: the main thread may be waiting for it.
+struct End {
+    verdict: Arc<Verdict>,
+    stop: StopHandle,
+    outcome: Result<(), Error>,
+}
+
+impl End {
+    fn new(verdict: Arc<Verdict>, stop: StopHandle) -> End {
+        let message = format!("the thread of {}", Connection::ReturnPath);
+        End { verdict, stop, outcome: Err(Error::Panicked { message }) }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let mut state = lock(&self.verdict.state);
+        *state = match std::mem::replace(&mut self.outcome, Ok(())) {
+            Ok(()) => Some(Ok(())),
+            // Before the commit this stops the migration and is its first error; afterwards the main thread is waiting for
+            // it.
+            Err(error) => self.stop.stop(error).map(Err).or(Some(Err(Error::Stopped))),
+        };
+        drop(state);
+        self.verdict.changed.notify_all();
+    }
+}
+
 fn read_until_shut(stream: &mut dyn Stream, stop: &StopHandle) -> Result<(), Error> {
     let mut buf = [0; 4 + multifd_proto::return_path::MAX_PAYLOAD as usize];
     let mut filled = 0;
@@ -121,5 +141,65 @@ fn read_until_shut(stream: &mut dyn Stream, stop: &StopHandle) -> Result<(), Err
                 Err(source) => return Err(Error::Io { at: place, source }),
             },
         }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::ram::GuestRange;
+
+    /// A connection with a defect.
+    struct Defective;
+
+    impl Stream for Defective {
+        fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn read(&mut self, _buf: &mut [u8]) -> io::Result<usize> {
+            panic!("a defect of the transport");
+        }
+
+        fn read_pages(&mut self, _pages: &[GuestRange<'_>]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+            Ok(Box::new(Defective))
+        }
+
+        fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn peer(&self) -> String {
+            "nobody".to_owned()
+        }
+    }
+
+    /// The main thread would have waited for ever, with the guest paused.
+    #[test]
+    fn a_panic_of_the_thread_is_a_verdict() {
+        test_support::time_limit(std::time::Duration::from_secs(60), || {
+            let stop = StopHandle::new();
+            stop.commit().unwrap();
+            let path = ReturnPath::listen(Box::new(Defective), stop);
+            let error = path.wait_for_shut().unwrap_err();
+            assert_eq!(error.to_string(), "a thread panicked: the thread of return path");
+            assert!(matches!(super::super::undecided(error), Error::Undecided { .. }), "it may have read SHUT");
+        });
+    }
+
+    #[test]
+    fn a_panic_of_the_thread_before_the_commit_stops_the_migration() {
+        test_support::time_limit(std::time::Duration::from_secs(60), || {
+            let stop = StopHandle::new();
+            let path = ReturnPath::listen(Box::new(Defective), stop.clone());
+            assert!(matches!(path.wait_for_shut(), Err(Error::Stopped)));
+            assert!(matches!(stop.take_first(), Some(Error::Panicked { .. })));
+        });
     }
 }
