@@ -321,6 +321,33 @@ pub fn cut(blob: &[u8], description: &VmDescription) -> Result<Vec<DeviceSection
     }
 }
 
+/// Whether `blob` looks like whole device sections, one behind the other, as far as that can be told without a description:
+/// behind each head, the first footer with its id that has another head behind it, or the end.
+pub fn look_whole(blob: &[u8]) -> bool {
+    let mut rest = blob;
+    while !rest.is_empty() {
+        let Some((id, len)) = head(rest) else { return false };
+        let footer = [&[FOOTER][..], &id.to_be_bytes()].concat();
+        let body = &rest[len..];
+        let footers = body.windows(footer.len()).enumerate().filter(|(_, window)| *window == footer);
+        let mut behind = footers.map(|(at, _)| &body[at + footer.len()..]);
+        match behind.find(|behind| behind.is_empty() || head(behind).is_some_and(|(next, _)| next != id)) {
+            Some(behind) => rest = behind,
+            None => return false,
+        }
+    }
+    true
+}
+
+/// The id in the head of the section with which `bytes` begin, and the length of the head.
+fn head(bytes: &[u8]) -> Option<(u32, usize)> {
+    let mut reader = Reader::new(bytes);
+    let (byte, id, name) = (reader.u8().ok()?, reader.u32().ok()?, reader.pstr().ok()?);
+    reader.u64().ok()?; // instance and version
+    let printable = !name.is_empty() && name.iter().all(|byte| (0x20..0x7f).contains(byte));
+    (byte == FULL && printable).then(|| (id, reader.position()))
+}
+
 /// Head and body of the section behind `previous`.
 fn section(
     reader: &mut Reader<'_>,
@@ -414,6 +441,8 @@ pub struct TailScanner {
     scanned: usize,
     /// Beginnings (positions of the `00`) that nothing has ruled out: at most three, since they overlap.
     live: Vec<usize>,
+    /// Those whose description ended before the last byte of the last scan.
+    passed: Vec<usize>,
 }
 
 impl TailScanner {
@@ -425,6 +454,7 @@ impl TailScanner {
     /// Looks at what was appended to `buf` since the last call and says where the stream ends, if `buf` ends with it.
     pub fn scan(&mut self, buf: &[u8]) -> Option<TailEnd> {
         let mut at = self.scanned;
+        self.passed.clear();
         while at < buf.len() {
             // Behind the head of every beginning, only a zero matters.
             if self.live.iter().all(|begin| at > begin + HEAD) {
@@ -434,6 +464,7 @@ impl TailScanner {
             match buf.get(at) {
                 None => break,
                 Some(0) => {
+                    self.pass(buf, at);
                     self.live.retain(|begin| (begin + 2..begin + HEAD).contains(&at));
                     self.live.push(at);
                 }
@@ -447,11 +478,30 @@ impl TailScanner {
             at += 1;
         }
         self.scanned = buf.len();
-        self.live.retain(|begin| buf.len() < begin + HEAD || begin + HEAD + vmdesc_len(buf, *begin) >= buf.len());
+        self.pass(buf, buf.len().saturating_sub(1));
         let complete = |begin: &usize| begin + HEAD < buf.len() && begin + HEAD + vmdesc_len(buf, *begin) == buf.len();
         let is_json = |begin: &usize| serde_json::from_slice::<IgnoredAny>(&buf[begin + HEAD..]).is_ok();
         let begin = *self.live.iter().find(|begin| complete(begin) && is_json(begin))?;
         Some(TailEnd { eof_at: begin, json: begin + HEAD..buf.len() })
+    }
+
+    /// What looked like the end in the last scan of `buf`, and had more behind it. That is device state which looks like an
+    /// end, unless all before it is what it describes: then nothing may follow.
+    pub fn passed<'a>(&'a self, buf: &'a [u8]) -> impl Iterator<Item = TailEnd> + 'a {
+        let end = |begin: usize| begin + HEAD + vmdesc_len(buf, begin);
+        self.passed.iter().map(move |&begin| TailEnd { eof_at: begin, json: begin + HEAD..end(begin) })
+    }
+
+    /// Rules out the beginnings whose description ends at or before `at`, where there is a byte.
+    fn pass(&mut self, buf: &[u8], at: usize) {
+        let passed = &mut self.passed;
+        self.live.retain(|begin| {
+            let over = at >= begin + HEAD && begin + HEAD + vmdesc_len(buf, *begin) <= at;
+            if over {
+                passed.push(*begin);
+            }
+            !over
+        });
     }
 }
 
@@ -577,6 +627,19 @@ mod tests {
     }
 
     #[test]
+    fn sections_that_are_not_described_look_whole_where_one_ends() {
+        // The footer of the section that is under way in its own state, and those of others, with heads behind them.
+        let state = [b"\x7e\0\0\0\x07x", &section_bytes(40, "dma", 1, 1, DMA)[..]].concat();
+        let first = section_bytes(7, "timer", 0, 2, &state);
+        let blob = [&first[..], &section_bytes(3, "cpu", 0, 1, b"")].concat();
+        let whole: Vec<usize> = (0..=blob.len()).filter(|len| look_whole(&blob[..*len])).collect();
+        let own_footer = first.len() - 5 - state.len() + 5;
+        // Nothing tells a footer in the state of a section from its footer, when nothing has come behind it.
+        assert_eq!(whole, [0, own_footer, first.len(), blob.len()]);
+        assert!(!look_whole(&blob[1..]) && !look_whole(b"\x04\0\0\0\x01\x01\x07\0\0\0\0\0\0\0\0\x7e\0\0\0\x01"));
+    }
+
+    #[test]
     fn values_are_shown_by_their_types() {
         let description = description();
         let timer = description.devices[0].values(TIMER).unwrap();
@@ -647,6 +710,28 @@ mod tests {
             // What looks like the end in the middle is the end as long as nothing follows.
             found.retain(|(end, _)| *end == whole.len());
             assert_eq!(found, [(whole.len(), expected.clone())], "pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn an_end_with_more_behind_it_is_told_however_it_arrives() {
+        let end = tail(JSON);
+        for more in [&b"x"[..], b"\0", b"x\0\x06\0", &tail("{}")] {
+            let whole = [&b"state"[..], &end, more].concat();
+            let expected = TailEnd { eof_at: 5, json: 5 + HEAD..5 + end.len() };
+            for first in [0, 3, 10, 5 + end.len() - 1, 5 + end.len()] {
+                let mut scanner = TailScanner::new();
+                scanner.scan(&whole[..first]);
+                assert_eq!(scanner.passed(&whole[..first]).count(), 0, "{first}");
+                scanner.scan(&whole);
+                assert_eq!(
+                    scanner.passed(&whole).collect::<Vec<_>>(),
+                    std::slice::from_ref(&expected),
+                    "{first}, {more:?}"
+                );
+                scanner.scan(&whole);
+                assert_eq!(scanner.passed(&whole).count(), 0, "told once");
+            }
         }
     }
 

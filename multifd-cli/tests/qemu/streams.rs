@@ -147,6 +147,22 @@ fn state_that_is_needed_before_the_pages_is_kept_and_sent_there() {
     report(TABLE, "10.0 virtio-mem, early state: ok");
 }
 
+/// Found by a review: such a source says nothing behind the end of state and waits for SHUT, and the destination waited for
+/// a description.
+#[test]
+fn a_source_that_describes_nothing_and_waits_is_told() {
+    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0")] {
+        for return_path in [true, false] {
+            let settings = Settings { return_path, ..Settings::default() };
+            let machine = format!("{machine},suppress-vmdesc=on");
+            let prepare = |source: &mut Qemu| settings.apply(source);
+            let Some(_) = through_a_checkpoint(version, &machine, as_it_is, prepare, &[]) else { return };
+            let shape = if return_path { "with" } else { "without" };
+            report(TABLE, &format!("{:4} suppress-vmdesc=on, {shape} return path: ok", version.name()));
+        }
+    }
+}
+
 #[test]
 fn a_recorded_migration_decodes_to_what_was_received() {
     for (version, machine, compression) in

@@ -2,19 +2,27 @@
 //!
 //! Device state has no length on the wire. Its end is where the stream ends, and that is found by its shape: the end of
 //! state, and a description of all devices that ends with the last byte received. With the return path open the source
-//! waits for our answer then, so the end of the connection must not be waited for. Where the description is suppressed
-//! there is nothing but the end of the connection; with the return path open such a stream never ends.
+//! waits for our answer then, so the end of the connection must not be waited for.
+//!
+//! Where the description is suppressed, the end of state is the last byte: behind the footer of the last of several sections
+//! that follow one another without a gap. Without return path the connection ends there. With it, nothing more comes; the
+//! silence only says when to look, and the shape decides. It takes a byte 00 behind the five bytes of the footer of the very
+//! section that is under way, as the last thing that the network brings for a second, for device state to be taken for
+//! its end.
 
 use std::io;
 
 use multifd_proto::{
     encoder::MainEncoder,
-    stream::{EOF, FOOTER, Section, early_body_len},
-    vmdesc::{self, TailScanner, VmDescription},
+    stream::{EOF, Section, early_body_len},
+    vmdesc::{self, TailEnd, TailScanner, VmDescription},
 };
 
 use super::{CheckpointError, MAX_DEVICE_STATE};
-use crate::{destination::MainReader, error::Error};
+use crate::{
+    destination::{MainReader, more_bytes},
+    error::{Error, Place},
+};
 
 /// Device state of a whole VM, with what describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,28 +47,37 @@ impl Tail {
             if bytes.len() > MAX_DEVICE_STATE {
                 return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
             }
-            let end = scanner
-                .scan(&bytes)
-                .map(|end| Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json].to_vec() });
+            let end = scanner.scan(&bytes).map(|end| Tail::new(&bytes, &end));
             if let Some(tail) = &end
-                && (tail.is_complete() || main.decoder().return_path_open())
+                && (tail.is_complete() || main.source_waits())
             {
                 return Ok(tail.clone());
             }
-            if main.receive()? == 0 {
+            if let Some(end) = scanner.passed(&bytes).find(|end| Tail::new(&bytes, end).is_complete()) {
                 let at = main.place();
-                // Without a description the end of state is the last byte, behind a footer.
-                let undescribed = || Tail::without_description(&bytes);
-                let tail = end.or_else(|| if main.decoder().return_path_open() { None } else { undescribed() });
-                return tail.ok_or(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+                return Err(more_bytes(Place { offset: at.offset - (bytes.len() - end.json.end) as u64, ..at }));
             }
+            let undescribed = Tail::without_description(&bytes);
+            let received = if undescribed.is_some() { main.receive_end()? } else { Some(main.receive()?) };
+            let at = main.place();
+            let tail = match received {
+                Some(1..) => continue,
+                Some(0) if main.source_waits() => end,
+                Some(0) => end.or(undescribed),
+                None => undescribed,
+            };
+            return tail.ok_or(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
         }
+    }
+
+    fn new(bytes: &[u8], end: &TailEnd) -> Tail {
+        Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json.clone()].to_vec() }
     }
 
     /// What `bytes`, everything behind RAM, consists of.
     pub(super) fn in_file(bytes: &[u8]) -> Option<Tail> {
         match vmdesc::find_end(bytes) {
-            Some(end) => Some(Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json].to_vec() }),
+            Some(end) => Some(Tail::new(bytes, &end)),
             None => Tail::without_description(bytes),
         }
     }
@@ -73,8 +90,7 @@ impl Tail {
 
     fn without_description(bytes: &[u8]) -> Option<Tail> {
         let sections = bytes.strip_suffix(&[EOF])?;
-        let ends_with_footer = matches!(sections, [] | [.., FOOTER, _, _, _, _]);
-        ends_with_footer.then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() })
+        vmdesc::look_whole(sections).then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() })
     }
 }
 

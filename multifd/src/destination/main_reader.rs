@@ -6,6 +6,7 @@ use std::{
 };
 
 use multifd_proto::{
+    Violation,
     return_path::Message,
     stream::{self, Item, MainDecoder, Step, StreamError},
 };
@@ -29,6 +30,8 @@ pub(crate) struct MainReader {
     payload: usize,
     /// Offset of the first byte of `buf[start..]` in the stream.
     position: u64,
+    /// Nobody is there any more.
+    recorded: bool,
 }
 
 impl MainReader {
@@ -39,7 +42,13 @@ impl MainReader {
         let mut buf = vec![0; BUFFER];
         buf[..magic.len()].copy_from_slice(&magic);
         progress.add_main_bytes(magic.len() as u64);
-        MainReader { stream, decoder, progress, buf, start: 0, end: magic.len(), payload: 0, position: 0 }
+        let end = magic.len();
+        MainReader { stream, decoder, progress, buf, start: 0, end, payload: 0, position: 0, recorded: false }
+    }
+
+    /// The same for a recording: its source went on when it had its answer, and the recording ends where main did.
+    pub(crate) fn of_recording(stream: Box<dyn Stream>, page_size: usize) -> MainReader {
+        MainReader { recorded: true, ..MainReader::new(stream, page_size, Progress::new()) }
     }
 
     /// What the stream has said so far.
@@ -94,18 +103,51 @@ impl MainReader {
     }
 
     /// Whether anything follows the end of state: that can only be the vmdescription. Without one, the stream ends here.
+    ///
+    /// # Errors
+    /// Main ends here although the source waits for our answer.
     pub(crate) fn vmdescription_follows(&mut self) -> Result<bool, Error> {
-        match self.fill(1) {
-            Ok(()) => Ok(true),
-            // A source without return path closes main instead of waiting for us. One with it waits, so if main ends here
-            // the source has died or given up, and in the latter case the VM runs there again.
-            Err(Error::Io { source, .. })
-                if source.kind() == io::ErrorKind::UnexpectedEof && !self.decoder.return_path_open() =>
-            {
-                Ok(false)
-            }
-            Err(error) => Err(error),
+        if !self.unread().is_empty() {
+            return Ok(true);
         }
+        let at = self.place();
+        match self.receive_end()? {
+            Some(0) if self.source_waits() => Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() }),
+            Some(0) | None => Ok(false),
+            Some(_) => Ok(true),
+        }
+    }
+
+    /// Whether the source keeps main open at the end of the stream and waits for our answer. One that closes main there has
+    /// died or given up, and in the latter case the VM runs there again. A source without return path closes main instead.
+    pub(crate) fn source_waits(&self) -> bool {
+        self.decoder.return_path_open() && !self.recorded
+    }
+
+    /// As [`receive`](Self::receive), where the stream may be over: from a source that waits for our answer, nothing for
+    /// [`DESCRIPTION_WAIT`] is `None`.
+    pub(crate) fn receive_end(&mut self) -> Result<Option<usize>, Error> {
+        if !self.source_waits() {
+            return self.receive().map(Some);
+        }
+        let at = self.place();
+        self.stream.set_read_timeout(Some(DESCRIPTION_WAIT)).map_err(Error::io(at))?;
+        let received = match self.receive() {
+            Err(Error::Io { source, .. })
+                if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
+            {
+                tracing::debug!("the source says nothing behind the end of state and waits: there is no vmdescription");
+                Ok(None)
+            }
+            received => received.map(Some),
+        };
+        self.stream.set_read_timeout(None).map_err(Error::io(at))?;
+        received
+    }
+
+    /// Checks that nothing was received behind the end of the stream. What arrives later is not looked at.
+    pub(super) fn nothing_follows(&self) -> Result<(), Error> {
+        if self.unread().is_empty() { Ok(()) } else { Err(more_bytes(self.place())) }
     }
 
     /// Receives at least one more byte, and says how many; 0 at the end of the connection. For those who look at
@@ -207,5 +249,16 @@ impl Read for SectionBody<'_> {
     }
 }
 
+/// `place` is behind the end of the stream, and more bytes were received.
+pub(crate) fn more_bytes(place: Place) -> Error {
+    let (element, after) = ("more bytes", "after the end of the stream");
+    Error::protocol(place)(Violation::UnexpectedElement { element, place: after })
+}
+
+/// How long a source that waits for our answer may say nothing behind the end of state before that means that there is no
+/// vmdescription. A QEMU that has been told to suppress it announces this nowhere, and the guest stands still meanwhile.
+/// Sources write both at once, so all that can come between is the network: this is enough for a lost segment to be sent
+/// again twice. A description that comes later is not missed by anybody; all that is needed was there.
+const DESCRIPTION_WAIT: Duration = Duration::from_secs(1);
 /// Bytes received at a time; more than any item and payload but a vmdescription.
 const BUFFER: usize = 1 << 20;

@@ -36,7 +36,7 @@ pub use self::{
     report::Report,
 };
 pub(crate) use self::{
-    main_reader::MainReader,
+    main_reader::{MainReader, more_bytes},
     sink::{PageBits, PageSink, Scratch},
     target::{Body, StreamHead, Target},
 };
@@ -332,7 +332,7 @@ impl Run {
                 }
                 Item::VmDescription { len } => {
                     self.main().skip(len)?;
-                    return Ok(());
+                    return self.main().nothing_follows();
                 }
             }
         }

@@ -245,6 +245,16 @@ fn a_vmdescription_beyond_the_limit_is_refused_before_it_is_read() {
 }
 
 #[test]
+fn bytes_behind_the_end_of_the_stream_are_refused() {
+    let good = Wire::main().then(main_end().as_bytes());
+    for more in [&b"x"[..], b"\0", b"QEVM"] {
+        let wires = [good.clone().then(more), Wire::channel(0).sync().sync()];
+        let message = "more bytes after the end of the stream";
+        refused("more bytes", &wires, Options::default(), main_at(good.len()), message);
+    }
+}
+
+#[test]
 fn an_end_anywhere_inside_main_is_an_error() {
     let whole = Wire::main().then(encoded(|e| {
         e.ram_part(1, false).zero_page(&block("rom"), 0x1000).page(&block("ram"), 0).raw(&[7; PAGE]).eos().footer(1)

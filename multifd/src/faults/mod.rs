@@ -7,3 +7,4 @@ mod hostile_channels;
 mod hostile_main;
 mod injected;
 mod set_up;
+mod silence;

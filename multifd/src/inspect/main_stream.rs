@@ -3,16 +3,14 @@
 use std::io::{self, Read};
 
 use multifd_proto::{
-    Violation,
     stream::{self, Item, MainDecoder, Section},
     violation::DecodeError,
 };
 
 use crate::{
     checkpoint::{Tail, early_section},
-    destination::MainReader,
+    destination::{MainReader, more_bytes},
     error::{Connection, Error, Place},
-    progress::Progress,
     ram::GuestRange,
     transport::{Stopper, Stream},
 };
@@ -42,7 +40,7 @@ impl MainStream {
         if expected != found {
             return Err(Error::protocol(at)(DecodeError::BadMagic { expected, found }));
         }
-        self.reader = Some(MainReader::new(Box::new(Recording(bytes)), PAGE_SIZE, Progress::new()));
+        self.reader = Some(MainReader::of_recording(Box::new(Recording(bytes)), PAGE_SIZE));
         Ok(())
     }
 
@@ -82,8 +80,7 @@ impl MainStream {
         if self.reader().unread().is_empty() && self.reader().receive()? == 0 {
             return Ok(());
         }
-        let (element, after) = ("more bytes", "after the end of the stream");
-        Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: after }))
+        Err(more_bytes(place))
     }
 
     pub(super) fn decoder(&self) -> &MainDecoder {
