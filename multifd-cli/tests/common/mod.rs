@@ -73,8 +73,12 @@ pub struct Guest {
 impl Guest {
     /// Starts one with `args` and a control socket called `name` in `dir`.
     pub fn start(dir: &Path, name: &str, args: &str) -> Guest {
+        Guest::start_by(multifd("guest --json"), dir, name, args)
+    }
+
+    /// The same by `command`, to which all but `guest --json` is added.
+    pub fn start_by(mut command: Command, dir: &Path, name: &str, args: &str) -> Guest {
         let control = dir.join(name);
-        let mut command = multifd("guest --json");
         command.args(args.split_whitespace()).arg("--control").arg(format!("unix:{}", control.display()));
         // The kernel ends it with this thread, also when a time limit ends the test.
         command.args(["--child-of", &std::process::id().to_string()]);
@@ -110,8 +114,12 @@ impl Guest {
         self.stderr.lock().unwrap().clone()
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_raw(self.child.id() as i32).unwrap(), signal).unwrap();
+        kill_process(self.pid(), signal).unwrap();
     }
 
     /// Its answer to `command`; `None` if it does not answer (any more).
