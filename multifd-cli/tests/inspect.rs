@@ -153,8 +153,8 @@ fn the_first_broken_rule_is_named_with_its_place() {
     broken(&dir, "ch1.bin", |bytes| bytes[24] = 0, "channel 0", Some(0), "channel id 0 came twice");
     broken(&dir, "ch1.bin", |bytes| bytes[8] = 1, "channel 1", Some(0), "channel belongs to VM");
     broken(&dir, "main.bin", |bytes| bytes.truncate(1000), "main", None, "ended in the middle");
-    // The end is where the description ends: with something behind it, it is none.
-    broken(&dir, "main.bin", |bytes| bytes.push(b'x'), "main", None, "ended in the middle");
+    let end = fs::metadata(dir.join("q10.0-none-2ch/main.bin")).unwrap().len();
+    broken(&dir, "main.bin", |bytes| bytes.push(b'x'), "main", Some(end), "more bytes after the end of the stream");
     broken(&dir, "main.bin", |bytes| bytes[0] = b'q', "main", Some(0), "magic");
     let (status, _) = inspect(&dir.join("q10.0-none-2ch"), &[]);
     assert_eq!(status, 0);
