@@ -4,6 +4,7 @@
 //! mover send MIB MEMORY CONTENT [USED]         MEMORY: anonymous, memory-file
 //! mover receive URI MIB MEMORY FIRST_TOUCH [audit]   MEMORY: also present (anonymous, touched before)
 //! mover receive-raw URI MIB CHANNELS           the same bytes over plain sockets: the limit
+//! mover touch MIB MEMORY FIRST_TOUCH THREADS   content from the same few pages into fresh memory, without a connection
 //! mover warm MIB                               touches and frees memory
 //! ```
 //! CONTENT is a file that the memory is filled with, over and over, or `random`; USED says how many MiB of it, spread
@@ -42,23 +43,17 @@ fn main() -> Outcome {
             receive(&uri.parse()?, mib.parse()?, memory, first_touch, true)
         }
         ["receive-raw", uri, mib, channels] => receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?),
+        ["touch", mib, memory, first_touch, threads] => touch(mib.parse()?, memory, first_touch, threads.parse()?),
         ["warm", mib] => {
             std::hint::black_box(vec![1u8; mib.parse::<usize>()? << 20]);
             Ok(())
         }
-        _ => Err("usage: mover send|receive|receive-raw|warm …".into()),
+        _ => Err("usage: mover send|receive|receive-raw|touch|warm …".into()),
     }
 }
 
 fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, audit: bool) -> Outcome {
-    let first_touch = match first_touch {
-        "auto" => FirstTouch::Auto,
-        "direct" => FirstTouch::Direct,
-        "copy" => FirstTouch::Copy,
-        "populate" => FirstTouch::Populate,
-        "huge" => FirstTouch::Huge,
-        other => return Err(format!("first touch {other}").into()),
-    };
+    let first_touch = strategy(first_touch)?;
     let ram = match memory {
         "present" => present(mib)?,
         other => allocate(mib, other)?,
@@ -77,6 +72,44 @@ fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, audit: bool) 
         report.zero
     ));
     Ok(())
+}
+
+fn strategy(first_touch: &str) -> Outcome<FirstTouch> {
+    Ok(match first_touch {
+        "auto" => FirstTouch::Auto,
+        "direct" => FirstTouch::Direct,
+        "copy" => FirstTouch::Copy,
+        "populate" => FirstTouch::Populate,
+        "huge" => FirstTouch::Huge,
+        other => return Err(format!("first touch {other}").into()),
+    })
+}
+
+/// What the first touch costs by itself: the content is in the processor's caches before.
+#[cfg(feature = "bench")]
+fn touch(mib: usize, memory: &str, first_touch: &str, threads: u8) -> Outcome {
+    let ram = allocate(mib, memory)?;
+    let (cpu, begun) = (cpu_seconds(), Instant::now());
+    let content = std::sync::Arc::new(multifd::bench::FirstContent::new(strategy(first_touch)?, &ram));
+    let workers = (0..threads).map(|thread| {
+        let (ram, content) = (ram.clone(), content.clone());
+        thread::spawn(move || -> Outcome {
+            let from = vec![1; RAW_PIECE];
+            for offset in share(&ram, thread, threads) {
+                content.fill(ram.blocks()[0].range(offset, RAW_PIECE).ok_or("out of bounds")?, &from, 4096)?;
+            }
+            Ok(())
+        })
+    });
+    join(workers.collect())?;
+    let seconds = begun.elapsed().as_secs_f64();
+    say(&format!("{{\"seconds\":{seconds:.5},\"cpu-seconds\":{:.3}}}", cpu_seconds() - cpu));
+    Ok(())
+}
+
+#[cfg(not(feature = "bench"))]
+fn touch(_mib: usize, _memory: &str, _first_touch: &str, _threads: u8) -> Outcome {
+    Err("built without the feature `bench`".into())
 }
 
 fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {

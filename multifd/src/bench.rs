@@ -4,9 +4,11 @@ use multifd_proto::{ChannelId, rounds::Party};
 
 use crate::{
     barrier::RoundBarrier,
+    destination::{Filler, FirstTouch},
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Place},
     layout::Layout,
+    ram::{GuestRange, Ram},
     scan::{Batch, PageScan},
 };
 
@@ -49,6 +51,25 @@ impl Barrier {
 const UNDISTURBED: &str = "nobody stops or leaves";
 /// Where nothing goes wrong.
 const AT: Place = Place { connection: Connection::Main, offset: 0 };
+
+/// How a destination gets the first content into memory.
+pub struct FirstContent(Filler);
+
+impl FirstContent {
+    /// Prepares `ram` as `strategy` says.
+    pub fn new(strategy: FirstTouch, ram: &Ram) -> FirstContent {
+        FirstContent(Filler::new(strategy, ram))
+    }
+
+    /// Puts `from`, which has arrived, into `range`, which was never touched.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> std::io::Result<()> {
+        self.0.prepare(range);
+        self.0.fill(range, from, page_size)
+    }
+}
 
 /// The scan that hands out the pages of a round.
 #[derive(Clone)]

@@ -30,7 +30,7 @@ pub enum FirstTouch {
 }
 
 /// A strategy, prepared for the memory of one VM.
-pub(super) enum Filler {
+pub(crate) enum Filler {
     Direct,
     Copy(Userfaultfd),
     Populate,
@@ -38,7 +38,7 @@ pub(super) enum Filler {
 
 impl Filler {
     /// Prepares `ram` as `strategy` says. What the kernel refuses is logged and done without.
-    pub(super) fn new(strategy: FirstTouch, ram: &Ram) -> Filler {
+    pub(crate) fn new(strategy: FirstTouch, ram: &Ram) -> Filler {
         // Nothing to gain for memory that was touched before, and nothing is known of it.
         if !ram.blocks().iter().any(|block| block.is_fresh()) {
             return Filler::Direct;
@@ -67,7 +67,7 @@ impl Filler {
     }
 
     /// Gets `range`, which was never touched, ready to be read into.
-    pub(super) fn prepare(&self, range: GuestRange<'_>) {
+    pub(crate) fn prepare(&self, range: GuestRange<'_>) {
         if let Filler::Populate = self
             && let Err(error) = advice::populate(range)
         {
@@ -76,7 +76,7 @@ impl Filler {
     }
 
     /// Puts `from` into `range`, which was never touched as far as is known.
-    pub(super) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
+    pub(crate) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
         let Filler::Copy(uffd) = self else {
             range.write(from);
             return Ok(());

@@ -28,6 +28,8 @@ use multifd_proto::{
     violation, xbzrle,
 };
 
+#[cfg(feature = "bench")]
+pub(crate) use self::first_touch::Filler;
 use self::{accept::Acceptor, audit::Audit, target::VmTarget};
 pub use self::{
     audit::{Findings, StaleWrite},

@@ -191,7 +191,7 @@ fn writing_demo(bench: &Bench, share: f64) -> Result<Value, String> {
     let rate = format!("--write-rate={:.0}B/s", share * LINK);
     let link = format!("--max-bandwidth={LINK:.0}B/s");
     let limit = format!("--max-time={}s", LIMIT.as_secs());
-    let guest = ["--memory=512MiB", "--working-set=64MiB", &rate, "--after=2s"];
+    let guest = ["--memory=512MiB", "--working-set=64MiB", "--filled=0", &rate, "--after=2s"];
     demo(
         bench,
         &[&guest[..], &[&link, &limit, "--downtime-limit=100ms", "--max-rounds=10000", "--no-throttle"]].concat(),

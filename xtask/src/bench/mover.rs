@@ -126,6 +126,13 @@ impl Source {
     }
 }
 
+/// CPU seconds and seconds for the first content of `mib` MiB of fresh memory, without a connection.
+pub fn touch(bench: &Bench, mib: u32, memory: &str, first_touch: &str, threads: u8) -> Result<(f64, f64), String> {
+    let arguments = ["touch", &mib.to_string(), memory, first_touch, &threads.to_string()];
+    let report = Mover::start(&program(bench), &arguments)?.json()?;
+    Ok((number(&report, "cpu-seconds"), number(&report, "seconds")))
+}
+
 /// Touches and frees `mib` MiB in a process of its own, so that the host has given this much to the next one.
 pub fn warm(bench: &Bench, mib: u32) -> Result<(), String> {
     let outcome = Command::new(program(bench)).args(["warm", &mib.to_string()]).status();

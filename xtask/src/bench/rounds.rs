@@ -62,7 +62,16 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
             series[1].push(theirs);
         }
         findings.say(&format!("**{transport}** (goal):"));
-        let head = ["channels", "barrier", "in turn", "ratio", "sender stalled, barrier", "sender stalled, in turn"];
+        let head = [
+            "channels",
+            "barrier",
+            "in turn",
+            "ratio",
+            "in turn, from the first page",
+            "ratio to that",
+            "sender stalled, barrier",
+            "sender stalled, in turn",
+        ];
         findings.table(&head, &rows);
         let groups: Vec<String> = counts.iter().map(|channels| format!("{channels} channels")).collect();
         let [ours, theirs] = series;

@@ -76,25 +76,27 @@ impl Sources {
 
 /// The section of random pages.
 pub fn run(bench: &Bench) -> Result<Findings, String> {
-    let mib = if bench.quick { 256 } else { 1024 };
+    let mib = if bench.quick { 256 } else { 2048 };
     let content = content(bench, "random", random)?;
+    let touches = first_touches(bench, mib)?;
     let mut sources = Sources::start(bench, mib, &content)?;
     let gb = f64::from(mib) * 1048576.0 / 1e9;
     let mut cells: BTreeMap<(usize, u8, usize), Cell> = BTreeMap::new();
     let runs: &[(usize, u8)] =
         if bench.quick { &[(0, 4)] } else { &[(0, 4), (1, 2), (0, 8), (0, 2), (0, 1), (1, 4), (1, 1), (1, 8)] };
     for (index, &(transport, channels)) in runs.iter().enumerate() {
-        // One run of each that is not counted: the first has to start and load programs.
         let repetitions = match (bench.quick, index) {
             (true, _) => 1,
             (false, 0..2) => 5,
             (false, _) => 3,
         };
-        for repetition in 0..=repetitions {
+        // One run of each that is not counted: the first has to start and load programs.
+        let uncounted = usize::from(index == 0);
+        for repetition in 0..repetitions + uncounted {
             for (variant, name) in VARIANTS.iter().enumerate() {
                 let (seconds, cpu) = sources.run(bench, name, &TRANSPORTS[transport].to_lowercase(), channels)?;
                 eprintln!("{} {channels}: {name}: {:.2} GB/s", TRANSPORTS[transport], gb / seconds);
-                if repetition > 0 {
+                if repetition >= uncounted {
                     let cell = cells.entry((transport, channels, variant)).or_default();
                     cell.gb_per_second.push(gb / seconds);
                     cell.cpu_seconds_per_gb.push(cpu / gb);
@@ -102,12 +104,12 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
             }
         }
         // The section takes long; what is there is there.
-        describe(mib, &cells).store(&bench.directory, "throughput")?;
+        describe(mib, &cells, &touches).store(&bench.directory, "throughput")?;
     }
-    Ok(describe(mib, &cells))
+    Ok(describe(mib, &cells, &touches))
 }
 
-fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> Findings {
+fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Touch]) -> Findings {
     let mut findings = Findings::default();
     findings.say(&format!(
         "{mib} MiB of random pages that nobody writes, from memory to memory, QEMU 10.0 with a guest that never ran. Time \
@@ -178,6 +180,7 @@ fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> Findings {
             .collect();
         findings.table(&head, &ratios);
     }
+    describe_touches(&mut findings, mib, cells, touches);
     findings.files.push(("summary.md".to_owned(), summary(mib, cells)));
     let raw = cells.iter().map(|((transport, channels, variant), cell)| {
         json!({
@@ -188,6 +191,77 @@ fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> Findings {
     findings.raw = Value::Array(raw.collect());
     findings
 }
+
+/// What the first touch costs by itself, in one kind of memory.
+struct Touch {
+    name: &'static str,
+    /// The variant that it is a part of.
+    variant: Option<usize>,
+    one_thread: Samples,
+    four_threads: Samples,
+}
+
+/// Measures each way to fill fresh memory.
+fn first_touches(bench: &Bench, mib: u32) -> Result<Vec<Touch>, String> {
+    let gb = f64::from(mib) * 1048576.0 / 1e9;
+    let mut touches: Vec<_> = TOUCHES
+        .iter()
+        .map(|&(name, .., variant)| Touch {
+            name,
+            variant,
+            one_thread: Samples::default(),
+            four_threads: Samples::default(),
+        })
+        .collect();
+    for _ in 0..bench.repetitions(3) {
+        for (touch, (_, memory, strategy, _)) in touches.iter_mut().zip(TOUCHES) {
+            for (threads, samples) in [(1, &mut touch.one_thread), (4, &mut touch.four_threads)] {
+                mover::warm(bench, mib + mib / 4)?;
+                let (cpu, _) = mover::touch(bench, mib, memory, strategy, threads)?;
+                samples.push(cpu / gb);
+            }
+        }
+    }
+    Ok(touches)
+}
+
+/// What bounds the figures: the CPU time of sockets and of the first touch, which nothing above them can save.
+fn describe_touches(findings: &mut Findings, mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Touch]) {
+    let cell = |variant: usize| cells.get(&(0, 4, variant)).cloned().unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let sockets = cell(VARIANTS.len() - 1).cpu_seconds_per_gb.median();
+    findings.say(&format!(
+        "**What bounds it.** The first touch of {mib} MiB by itself, in the ways that a destination has, from the same few \
+         pages and without a connection, in CPU seconds per GB; taken turns, each after another process touched and freed as \
+         much. The bound is the speed of {cpus} CPUs that do nothing but this, with 4 threads, and what plain sockets take with 4 \
+         TCP connections ({sockets:.2} CPU s/GB). The last column is the engine's speed over TCP with 4 channels, of that \
+         bound."
+    ));
+    let rows: Vec<Vec<String>> = touches
+        .iter()
+        .map(|touch| {
+            let bound = cpus / (sockets + touch.four_threads.median());
+            let reached = touch.variant.map(|variant| cell(variant).gb_per_second.median() / bound);
+            vec![
+                touch.name.to_owned(),
+                touch.one_thread.show(2),
+                touch.four_threads.show(2),
+                format!("{bound:.2}"),
+                reached.map_or("–".to_owned(), |reached| format!("{:.0} %", reached * 100.0)),
+            ]
+        })
+        .collect();
+    findings.table(&["first touch", "1 thread", "4 threads", "bound, GB/s", "multifd"], &rows);
+}
+
+/// Ways to fill fresh memory: memory and strategy of the mover, and the variant that is measured with a connection.
+const TOUCHES: &[(&str, &str, &str, Option<usize>)] = &[
+    ("memory file, page faults", "memory-file", "direct", None),
+    ("memory file, `UFFDIO_COPY` of runs (automatic)", "memory-file", "copy", Some(1)),
+    ("anonymous, page faults", "anonymous", "direct", None),
+    ("anonymous, `UFFDIO_COPY` of runs (automatic)", "anonymous", "copy", Some(3)),
+    ("anonymous, huge pages", "anonymous", "huge", Some(4)),
+];
 
 /// The table for the README: 4 channels over TCP.
 fn summary(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> String {
@@ -224,6 +298,7 @@ const RATIOS: &[(&str, usize, usize, &str)] = &[
     ("multifd huge pages / QEMU anonymous", 4, 2, "–"),
     ("multifd present / QEMU memory file", 5, 0, "≥ 3; unix ≥ 4.5"),
     ("multifd present / plain sockets", 5, 6, "≥ 0.85"),
+    ("plain sockets, present / QEMU memory file: the most there is", 6, 0, "–"),
 ];
 
 /// The section of compressed pages.
