@@ -548,20 +548,6 @@ pub(crate) mod tests {
     /// Name and content of the recorded connections.
     pub(crate) fn recordings() -> Vec<(String, Vec<u8>)> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/tests/captures/streams.tar.xz");
-        let mut tar = liblzma::read::XzDecoder::new(std::fs::File::open(path).unwrap());
-        let (mut files, mut head) = (Vec::new(), [0; 512]);
-        // A tar archive ends with a block of zeros.
-        while tar.read_exact(&mut head).is_ok() && head[0] != 0 {
-            let text = |field: &[u8]| {
-                let end = field.iter().position(|byte| [0, b' '].contains(byte)).unwrap_or(field.len());
-                String::from_utf8(field[..end].to_vec()).unwrap()
-            };
-            let size = usize::from_str_radix(&text(&head[124..136]), 8).unwrap();
-            let mut bytes = vec![0; size.next_multiple_of(512)];
-            tar.read_exact(&mut bytes).unwrap();
-            bytes.truncate(size);
-            files.push((text(&head[..100]), bytes));
-        }
-        files
+        test_support::untar(liblzma::read::XzDecoder::new(std::fs::File::open(path).unwrap()))
     }
 }

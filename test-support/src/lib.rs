@@ -1,11 +1,12 @@
-//! What tests of every crate share: skipping at run time, tables of results, time limits, temporary directories.
+//! What tests of every crate share: skipping at run time, tables of results, time limits, temporary directories,
+//! archives.
 //!
 //! Rust's test runner has no skip at run time, so the project has a convention: a test that cannot run here calls
 //! [`skip`] with the reason and returns. `cargo xtask test` counts these as skipped, not as passed, and prints the
 //! reasons. It relies on nothing but the standard library, so each crate can use it as a dev-dependency.
 
 use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -79,6 +80,28 @@ pub fn time_limit<T>(limit: Duration, body: impl FnOnce() -> T) -> T {
     };
     let _ = watchdog.join();
     result
+}
+
+/// The names and contents of the files in `archive`, a tar archive as the recorded streams are.
+///
+/// # Panics
+///
+/// If it is none, or ends too early.
+pub fn untar(mut archive: impl Read) -> Vec<(String, Vec<u8>)> {
+    let (mut files, mut head) = (Vec::new(), [0; 512]);
+    // A tar archive ends with a block of zeros.
+    while archive.read_exact(&mut head).is_ok() && head[0] != 0 {
+        let text = |field: &[u8]| {
+            let len = field.iter().position(|byte| *byte == 0 || *byte == b' ').unwrap_or(field.len());
+            String::from_utf8(field[..len].to_vec()).expect("ustar fields are text")
+        };
+        let size = usize::from_str_radix(&text(&head[124..136]), 8).expect("ustar sizes are octal");
+        let mut bytes = vec![0; size.next_multiple_of(512)];
+        archive.read_exact(&mut bytes).expect("the archive is complete");
+        bytes.truncate(size);
+        files.push((text(&head[..100]), bytes));
+    }
+    files
 }
 
 /// A directory of its own that is removed with everything in it when this is dropped.

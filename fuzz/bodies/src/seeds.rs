@@ -1,6 +1,6 @@
 //! Corpora to begin with: pieces of recorded QEMU streams, and what our own encoders make.
 
-use std::{collections::HashMap, io::Read, path::Path, sync::LazyLock};
+use std::{collections::HashMap, path::Path, sync::LazyLock};
 
 use multifd_proto::{
     BlockName, ChannelId,
@@ -301,21 +301,6 @@ fn recorded() -> impl Iterator<Item = (&'static str, &'static [u8])> {
 
 static FILES: LazyLock<HashMap<String, Vec<u8>>> = LazyLock::new(|| {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../multifd-proto/tests/captures/streams.tar.xz");
-    let mut tar = liblzma::read::XzDecoder::new(std::fs::File::open(path).expect("the archive is in the repository"));
-    let mut files = HashMap::new();
-    let mut head = [0; 512];
-    // A tar archive ends with a block of zeros.
-    while tar.read_exact(&mut head).is_ok() && head[0] != 0 {
-        let text = |range: std::ops::Range<usize>| {
-            let field = &head[range];
-            let len = field.iter().position(|byte| *byte == 0 || *byte == b' ').unwrap_or(field.len());
-            std::str::from_utf8(&field[..len]).expect("ustar fields are text").to_owned()
-        };
-        let size = usize::from_str_radix(&text(124..136), 8).expect("ustar sizes are octal");
-        let mut bytes = vec![0; size.next_multiple_of(512)];
-        tar.read_exact(&mut bytes).expect("the archive is complete");
-        bytes.truncate(size);
-        files.insert(text(0..100), bytes);
-    }
-    files
+    let archive = std::fs::File::open(path).expect("the archive is in the repository");
+    test_support::untar(liblzma::read::XzDecoder::new(archive)).into_iter().collect()
 });
