@@ -106,7 +106,9 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
         // The section takes long; what is there is there.
         describe(mib, &cells, &touches).store(&bench.directory, "throughput")?;
     }
-    Ok(describe(mib, &cells, &touches))
+    let mut findings = describe(mib, &cells, &touches);
+    automatic(bench, &mut sources, &mut findings)?;
+    Ok(findings)
 }
 
 fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Touch]) -> Findings {
@@ -190,6 +192,37 @@ fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Tou
     });
     findings.raw = Value::Array(raw.collect());
     findings
+}
+
+/// Compares the automatic first touch with plain reads into fresh memory.
+fn automatic(bench: &Bench, sources: &mut Sources, findings: &mut Findings) -> Result<(), String> {
+    let mib = sources.mib;
+    let gb = f64::from(mib) * 1048576.0 / 1e9;
+    let mut rows = Vec::new();
+    for (name, memory) in [("memory file", "memory-file"), ("anonymous", "anonymous")] {
+        let mut speeds: [Samples; 2] = Default::default();
+        for _ in 0..bench.repetitions(5) {
+            for (first_touch, samples) in ["auto", "direct"].into_iter().zip(&mut speeds) {
+                let source = if memory == "anonymous" { &mut sources.anonymous } else { &mut sources.file };
+                let warm = || mover::warm(bench, mib + mib / 4);
+                let engine = Destination::Engine { memory, first_touch };
+                let moved = source.move_to(&listen(bench, "tcp"), 4, "", engine, warm)?;
+                samples.push(gb / moved.seconds());
+            }
+        }
+        let [auto, direct] = &speeds;
+        rows.push(vec![
+            name.to_owned(),
+            auto.show(2),
+            direct.show(2),
+            format!("{:.2}", auto.median() / direct.median()),
+        ]);
+    }
+    findings.say(
+        "The automatic choice beside plain reads into fresh memory (`FirstTouch::Direct`), 4 channels over TCP, GB/s:",
+    );
+    findings.table(&["fresh memory", "automatic", "plain reads", "ratio (≥ 1)"], &rows);
+    Ok(())
 }
 
 /// What the first touch costs by itself, in one kind of memory.
