@@ -66,6 +66,24 @@ impl Source {
     /// the mover does it.
     pub fn stopped(bench: &Bench, mib: u32, memory: Memory, content: &Path, used: u32) -> Result<Source, String> {
         let builder = builder(bench, mib, memory).arguments(&["-S"]);
+        Source::stopped_with(builder, mib, memory, content, used)
+    }
+
+    /// The same with more anonymous memory than the host has: QEMU does not reserve it.
+    pub fn stopped_unreserved(bench: &Bench, mib: u32, content: &Path, used: u32) -> Result<Source, String> {
+        let backend = format!("memory-backend-ram,id=ram,size={mib}M,reserve=off");
+        let unreserved = ["-S", "-object", &backend, "-machine", "memory-backend=ram"];
+        let builder = builder(bench, mib, Memory::Anonymous).arguments(&unreserved);
+        Source::stopped_with(builder, mib, Memory::Anonymous, content, used)
+    }
+
+    fn stopped_with(
+        builder: QemuBuilder,
+        mib: u32,
+        memory: Memory,
+        content: &Path,
+        used: u32,
+    ) -> Result<Source, String> {
         let source = Source::start(builder, mib, memory)?;
         let (file, base) = source.memory_file()?;
         let content = fs::read(content).map_err(|error| format!("{}: {error}", content.display()))?;
