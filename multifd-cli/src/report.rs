@@ -108,6 +108,9 @@ pub struct MigrationReport {
     /// How page contents were compressed, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<String>,
+    /// What each channel made of the choice to compress, where it had one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub auto_compression: Vec<ChannelCompression>,
     /// How sending without copies went, where it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zero_copy: Option<ZeroCopy>,
@@ -173,6 +176,60 @@ pub struct RamReport {
     /// SYNCs on a channel before which pages were copied that were to be sent without a copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dirty_sync_missed_zero_copy: Option<u64>,
+}
+
+/// What a channel made of the choice to compress.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ChannelCompression {
+    /// Which channel.
+    pub channel: u8,
+    /// Packets whose pages were sent as they are.
+    pub packets_plain: u64,
+    /// Packets whose pages were compressed.
+    pub packets_compressed: u64,
+    /// How often it changed from one way to the other, without trials.
+    pub switches: u64,
+    /// Bytes of guest memory for a byte that came out of the compressor.
+    pub ratio: Option<f64>,
+    /// Bytes of guest memory that the compressor took per second.
+    pub compressor_bytes_per_second: Option<f64>,
+    /// Bytes per second that the connection took when pages were last sent as they are.
+    pub plain_bytes_per_second: Option<f64>,
+    /// Whether it compressed in the end.
+    pub compresses: bool,
+    /// Why.
+    pub reason: String,
+}
+
+impl ChannelCompression {
+    /// The same in a sentence.
+    pub fn text(&self) -> String {
+        let packets = self.packets_plain + self.packets_compressed;
+        format!(
+            "channel {}: {} of {} packets compressed; {}",
+            self.channel,
+            table::grouped(self.packets_compressed),
+            table::grouped(packets),
+            self.reason
+        )
+    }
+}
+
+impl From<&source::ChannelCompression> for ChannelCompression {
+    fn from(channel: &source::ChannelCompression) -> ChannelCompression {
+        ChannelCompression {
+            channel: channel.channel.0,
+            packets_plain: channel.packets_plain,
+            packets_compressed: channel.packets_compressed,
+            switches: channel.switches,
+            ratio: channel.ratio,
+            compressor_bytes_per_second: channel.compressor_speed,
+            plain_bytes_per_second: channel.plain_speed,
+            compresses: channel.compresses,
+            reason: channel.reason.clone(),
+        }
+    }
 }
 
 /// How sending without copies went.
@@ -307,7 +364,11 @@ impl MigrationReport {
                 missed_zero_copy: report.zero_copy.as_ref().map(|zero_copy| zero_copy.syncs_with_copies),
             }),
             channels: report.channel_bytes.len(),
-            compression: Some(compression_name(report.compression).to_owned()),
+            compression: Some(match report.auto_compression.is_empty() {
+                true => compression_name(report.compression).to_owned(),
+                false => "auto".to_owned(),
+            }),
+            auto_compression: report.auto_compression.iter().map(ChannelCompression::from).collect(),
             zero_copy: report.zero_copy.as_ref().map(ZeroCopy::from),
             dialect: Some(dialect_name(report.dialect).to_owned()),
             cpu_throttle_percentage: report.throttle,
@@ -358,6 +419,7 @@ impl MigrationReport {
             }),
             channels: report.channels,
             compression: report.compression.map(|compression| compression_name(compression).to_owned()),
+            auto_compression: Vec::new(),
             zero_copy: None,
             dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
             cpu_throttle_percentage: 0,
@@ -400,6 +462,7 @@ impl MigrationReport {
             }),
             channels,
             compression: None,
+            auto_compression: Vec::new(),
             zero_copy: None,
             dialect: None,
             cpu_throttle_percentage: rounds.last().map_or(0, |round| round.throttle),
@@ -549,6 +612,7 @@ mod tests {
             dirty_log: "test",
             dialect: Dialect::PerRound,
             compression: Compression::None,
+            auto_compression: Vec::new(),
             zero_copy: None,
         }
     }

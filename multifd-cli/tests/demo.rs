@@ -108,6 +108,25 @@ fn a_guest_moves_in_every_mode() {
     }
 }
 
+/// The guest's words are all different, so they do not compress.
+#[test]
+fn a_guest_that_does_not_compress_is_sent_as_it_is_and_the_report_says_why() {
+    let options = "--compression auto --max-bandwidth 50MB/s --write-rate 5MB/s --channels 2";
+    let report = moves(&format!("--guest process --audit {options}"));
+    assert_eq!(report["compression"], "auto");
+    assert_eq!(number(&report, "/audit/stale-writes"), 0.0);
+    let channels = report["auto-compression"].as_array().unwrap();
+    assert_eq!(channels.len(), 2);
+    for channel in channels {
+        let [plain, compressed] = ["/packets-plain", "/packets-compressed"].map(|path| number(channel, path));
+        assert!(compressed > 0.0 && plain > compressed, "it was tried: {channel}");
+        assert!(number(channel, "/ratio") < 1.1 && channel["compresses"] == false, "{channel}");
+        let reason = channel["reason"].as_str().unwrap();
+        assert!(reason.starts_with("sent as they are") && reason.contains("to compress"), "{reason}");
+    }
+    assert!(moves("--guest process --compression zstd").get("auto-compression").is_none(), "there was no choice");
+}
+
 #[test]
 fn zero_copy_is_counted_and_a_guest_that_writes_arrives_whole() {
     for options in ["", "--sync per-section --zero-pages none", "--max-bandwidth 100MB/s --downtime-limit 50ms"] {

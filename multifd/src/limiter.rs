@@ -37,9 +37,10 @@ impl Limiter {
 
     /// Waits until `bytes` may be sent. Returns at once where there is no limit (any more).
     ///
-    /// Any number of bytes passes, also more than fits into the bucket: those who come after it wait the longer.
-    pub(crate) fn take(&self, bytes: u64) {
-        self.shared.take(bytes);
+    /// Any number of bytes passes, also more than fits into the bucket: those who come after it wait the longer. Returns
+    /// whether the limit holds the channels back: most of the bucket was taken already.
+    pub(crate) fn take(&self, bytes: u64) -> bool {
+        self.shared.take(bytes)
     }
 
     /// Lifts the limit for good, also for those who wait: while the guest is paused, each byte held back is downtime.
@@ -55,26 +56,30 @@ impl Limiter {
 
 impl Shared {
     #[cfg(not(any(loom, shuttle)))]
-    fn take(&self, bytes: u64) {
+    fn take(&self, bytes: u64) -> bool {
         let mut state = lock(&self.state);
-        let Some(bucket) = &mut state.bucket else { return };
-        let turn = bucket.take(self.epoch.elapsed(), bytes);
+        let Some(bucket) = &mut state.bucket else { return false };
+        let now = self.epoch.elapsed();
+        let is_tight = bucket.full_at > now + BURST / 2;
+        let turn = bucket.take(now, bytes);
         while state.bucket.is_some() {
             let left = turn.saturating_sub(self.epoch.elapsed());
             if left.is_zero() {
-                return;
+                return is_tight;
             }
             let waited = self.released.wait_timeout(state, left);
             state = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
+        false
     }
 
     /// Model checkers have no clock: nobody ever waits for one.
     #[cfg(any(loom, shuttle))]
-    fn take(&self, bytes: u64) {
+    fn take(&self, bytes: u64) -> bool {
         if let Some(bucket) = &mut lock(&self.state).bucket {
             bucket.take(self.epoch.elapsed(), bytes);
         }
+        false
     }
 
     fn release(&self) {
@@ -230,6 +235,6 @@ mod tests {
     #[test]
     fn without_a_limit_nobody_waits() {
         let limiter = Limiter::new(None);
-        time_limit(Duration::from_secs(10), || (0..1000).for_each(|_| limiter.take(u64::MAX)));
+        time_limit(Duration::from_secs(10), || assert!((0..1000).all(|_| !limiter.take(u64::MAX))));
     }
 }

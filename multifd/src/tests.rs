@@ -372,3 +372,57 @@ fn where_sending_without_copies_is_not_possible_the_report_says_why() {
         assert_eq!(zero_copy, expected);
     }
 }
+
+/// 16 MiB whose pages hold words from `word`, sent below a limit of 10 MB/s to a destination that takes packets of any
+/// kind.
+fn sent_with_auto_compression(word: impl FnMut() -> u64) -> source::ChannelCompression {
+    let ram = || Ram::for_test(&[("ram", 4096)]);
+    let from = ram();
+    let mut words = std::iter::repeat_with(word);
+    for page in 0..4096 {
+        let content: Vec<u8> = words.by_ref().take(512).flat_map(u64::to_le_bytes).collect();
+        from.page(page).unwrap().write(&content);
+    }
+    let mut vm = TestSource::new(from);
+    let mut to = TestDestination::new(ram());
+    let options = source::Options {
+        channels: 1,
+        compression: Compression::Zstd,
+        auto_compression: true,
+        max_bandwidth: Some(10_000_000),
+        ..Default::default()
+    };
+    let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
+    received.unwrap();
+    assert_same(&vm.writer_ram(), &to.ram);
+    let channels = sent.unwrap().auto_compression;
+    let [channel] = &channels[..] else { panic!("{channels:?}") };
+    assert_eq!(channel.packets_plain + channel.packets_compressed, 32, "packets of 512 KiB");
+    assert!(channel.packets_plain > 0 && channel.packets_compressed > 0, "both kinds: {channel:?}");
+    channel.clone()
+}
+
+#[test]
+fn a_channel_compresses_below_a_limit_what_can_be_compressed() {
+    let mut count = 0;
+    let channel = sent_with_auto_compression(|| {
+        count += 1;
+        count % 100 + 1
+    });
+    // The first packets fill the bucket of the limit at once, and tell nothing about it.
+    assert!(channel.compresses && channel.packets_compressed >= 16, "{channel:?}");
+    assert!(channel.ratio.unwrap() > 2.0 && channel.reason.starts_with("compressed in the end"), "{channel:?}");
+}
+
+#[test]
+fn a_channel_sends_as_it_is_what_cannot_be_compressed() {
+    let mut state = 1u64;
+    let channel = sent_with_auto_compression(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    });
+    assert!(!channel.compresses && channel.switches == 0 && channel.packets_plain >= 16, "{channel:?}");
+    assert!(channel.reason.starts_with("sent as they are in the end"), "{channel:?}");
+}

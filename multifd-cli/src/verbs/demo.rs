@@ -346,6 +346,7 @@ impl<'a> Demo<'a> {
         };
         let compression = match migration.compression.as_deref() {
             None | Some("none") => "no compression",
+            Some("auto") => "compression where it pays",
             Some(other) => other,
         };
         let ram = &migration.ram;
@@ -371,6 +372,7 @@ impl<'a> Demo<'a> {
             table::decimal_bytes(ram.mbps * 1e6 / 8.0),
             table::grouped(ram.skipped),
         ));
+        lines.extend(migration.auto_compression.iter().map(|channel| format!("{:<12}{}", "", channel.text())));
         lines.extend(migration.zero_copy.as_ref().map(|zero_copy| format!("zero-copy   {}", zero_copy.text())));
         if let (Some(downtime), Some(parts)) = (migration.downtime, migration.downtime_parts) {
             lines.push(format!(

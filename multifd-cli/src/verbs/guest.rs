@@ -31,7 +31,7 @@ use crate::{
     control::{Command, Control, Request},
     exit::Exit,
     progress::{Display, above_the_bar},
-    report::{Audit, MigrationReport, Outcome, ZeroCopy, fields},
+    report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
     signals, table,
 };
 
@@ -142,8 +142,8 @@ struct Session<'a> {
     compared: Option<Compared>,
     /// What the audit of the migration found that brought the guest.
     audit: Option<Audit>,
-    /// How sending without copies went in the last migration.
-    zero_copy: Option<ZeroCopy>,
+    /// What is worth telling of the last migration, in lines.
+    details: Vec<String>,
     /// Passes and time after which to end, once the guest has come.
     finish_when_here: Option<(u64, Duration)>,
     _control: Option<Control>,
@@ -186,7 +186,7 @@ impl<'a> Session<'a> {
             failure: None,
             compared: None,
             audit: None,
-            zero_copy: None,
+            details: Vec::new(),
             finish_when_here: None,
             events,
             _control: control,
@@ -337,7 +337,8 @@ impl<'a> Session<'a> {
             Ok(report) => {
                 self.failure = None;
                 self.report.extend(fields(&report));
-                self.zero_copy = report.zero_copy;
+                self.details = report.auto_compression.iter().map(ChannelCompression::text).collect();
+                self.details.extend(report.zero_copy.map(|zero_copy| format!("zero-copy: {}", zero_copy.text())));
                 self.audit = report.audit.or(self.audit.take());
                 if was == State::Outgoing {
                     self.state = State::Migrated;
@@ -475,9 +476,7 @@ impl<'a> Session<'a> {
         let mut text = String::new();
         if self.state == State::Migrated {
             text.push_str("The guest has left.\n");
-            if let Some(zero_copy) = &self.zero_copy {
-                text.push_str(&format!("Zero-copy: {}.\n", zero_copy.text()));
-            }
+            self.details.iter().for_each(|line| text.push_str(&format!("  {line}\n")));
         }
         let mut outcome = Outcome::done(std::mem::take(&mut self.report), text);
         if let Some((exit, message)) = self.failure.take() {

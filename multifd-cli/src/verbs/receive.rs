@@ -14,7 +14,7 @@ use multifd::{
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::{ReceiveArgs, ReturnPathAck},
+    cli::{Compression, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
     progress::{Display, above_the_bar},
@@ -65,7 +65,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
 fn options(args: &ReceiveArgs) -> destination::Options {
     destination::Options {
         channels: args.channels.map(Into::into),
-        compression: args.compression.map(Into::into),
+        compression: args.compression.and_then(Compression::required),
         audit: args.audit,
         switchover_ack: match args.return_path_ack {
             ReturnPathAck::Auto => SwitchoverAck::Auto,

@@ -98,9 +98,11 @@ fn send(
 fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport) -> String {
     let ram = &migration.ram;
     let rate = if migration.total_time > 0.0 { ram.transferred as f64 / migration.total_time * 1e3 } else { 0.0 };
+    let compression: Vec<String> =
+        migration.auto_compression.iter().map(|channel| format!("  {}\n", channel.text())).collect();
     let zero_copy = migration.zero_copy.as_ref().map(|zero_copy| format!("  zero-copy: {}\n", zero_copy.text()));
     format!(
-        "sent {} from {} to {}\n  {} of {} in {} ({}/s), {}, sync {}; the destination has the VM\n{}",
+        "sent {} from {} to {}\n  {} of {} in {} ({}/s), {}, sync {}; the destination has the VM\n{}{}",
         checkpoint.machine(),
         args.file.display(),
         args.uri,
@@ -110,6 +112,7 @@ fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport
         table::decimal_bytes(rate),
         describe::counted(migration.channels, "channel"),
         migration.dialect.as_deref().unwrap_or("unknown"),
+        compression.concat(),
         zero_copy.unwrap_or_default(),
     )
 }

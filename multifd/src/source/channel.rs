@@ -1,5 +1,7 @@
 //! One sending channel: pulls batches from the page scan and sends each as one packet.
 
+use std::time::Duration;
+
 use multifd_proto::{
     ChannelId,
     machine::ZeroPages,
@@ -7,7 +9,10 @@ use multifd_proto::{
     rounds::Party,
 };
 
-use super::Shared;
+use super::{
+    Shared,
+    auto_compression::{AutoCompression, ChannelCompression, Sent},
+};
 use crate::{
     compress::Compressor,
     error::{Connection, Error, Place},
@@ -26,6 +31,8 @@ pub(super) struct SendChannel {
     /// The encoded header of the current packet, and behind it the payload if it is compressed: one write sends both.
     packet: Vec<u8>,
     compressor: Option<Compressor>,
+    /// Whether to use it, if that is not settled.
+    auto: Option<AutoCompression>,
     /// Bytes sent.
     sent: u64,
 }
@@ -46,6 +53,7 @@ impl SendChannel {
             stream,
             shared: shared.clone(),
             packet: vec![0; packet::header_len(page_size)],
+            auto: (options.auto_compression && compressor.is_some()).then(AutoCompression::default),
             compressor,
             sent: 0,
         })
@@ -57,6 +65,11 @@ impl SendChannel {
         self.stream.write(&hello, &[]).map_err(Error::io(self.place()))?;
         self.count(hello.len() as u64);
         Ok(())
+    }
+
+    /// What it made of the choice to compress, where it had one.
+    pub(super) fn compression(&self) -> Option<ChannelCompression> {
+        self.auto.as_ref().map(|auto| auto.report(self.id))
     }
 
     /// Sends section after section until there are no more.
@@ -137,15 +150,25 @@ impl SendChannel {
         let place = self.place();
         let header_len = packet::header_len(page_size);
         self.packet.truncate(header_len);
-        let mut payload_len = ranges.iter().map(GuestRange::len).sum();
-        if let (Some(compressor), false) = (&mut self.compressor, ranges.is_empty()) {
+        let guest_bytes = ranges.iter().map(GuestRange::len).sum();
+        let mut payload_len = guest_bytes;
+        let mut compression = shared.options.compression;
+        if guest_bytes > 0 && self.auto.as_mut().is_some_and(|auto| !auto.compresses(guest_bytes)) {
+            compression = Compression::None;
+        }
+        let begun = shared.options.clock.now();
+        if let Some(compressor) = &mut self.compressor
+            && compression != Compression::None
+            && guest_bytes > 0
+        {
             compressor.compress(ranges, &mut self.packet).map_err(Error::io(place))?;
             payload_len = self.packet.len() - header_len;
             ranges.clear();
         }
+        let compressed = shared.options.clock.now();
         let header = PacketHeader {
             sync: false,
-            compression: shared.options.compression,
+            compression,
             packet_num: batch.packet,
             block: block.name().as_str(),
             normal: pages,
@@ -154,8 +177,20 @@ impl SendChannel {
         };
         header.encode_into(&mut self.packet, page_size);
         let total = (header_len + payload_len) as u64;
-        shared.limiter.take(total);
+        let is_limited = shared.limiter.take(total);
+        let taken = shared.options.clock.now();
         self.stream.write(&self.packet, ranges).map_err(Error::io(place))?;
+        if let Some(auto) = self.auto.as_mut().filter(|_| guest_bytes > 0) {
+            let mut link = shared.options.clock.now() - taken;
+            if let Some(limit) = shared.options.max_bandwidth.filter(|_| is_limited) {
+                // Not how long this packet waited: it waits for those of other channels before it, and others for it. Its
+                // part of the limit is what it costs, less what was refilled while the compressor worked.
+                let part = total as f64 * f64::from(shared.options.channels) / limit as f64;
+                link += Duration::from_secs_f64(part).saturating_sub(compressed - begun);
+            }
+            let compressed = (compression != Compression::None).then(|| (compressed - begun, payload_len));
+            auto.sent(Sent { guest_bytes, compressed, link });
+        }
         self.count(total);
         Ok(())
     }

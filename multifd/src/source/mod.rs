@@ -4,6 +4,7 @@
 //! pulls batches from the shared page scan. They meet at the round barrier when a section opens; a channel that has sent
 //! its SYNC waits there for the next one.
 
+mod auto_compression;
 mod channel;
 mod main_channel;
 mod options;
@@ -20,11 +21,12 @@ use multifd_proto::{
     rounds::Party,
 };
 
-use self::{channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
 pub use self::{
+    auto_compression::ChannelCompression,
     options::{Flush, Options, Replay, Untouched},
     report::{Downtime, Report, ZeroCopy},
 };
+use self::{channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
 use crate::{
     barrier::RoundBarrier,
     dirty_bitmap::DirtyBitmap,
@@ -503,7 +505,7 @@ impl Run {
         let failure = outcome.err().map(|error| self.fail(error));
         // The connections close here; on success the destination has said that it needs them no longer.
         drop(self.main.take());
-        self.ended.clear();
+        self.report.auto_compression = self.ended.drain(..).filter_map(|channel| channel.compression()).collect();
         drop(self.return_path.take());
         if self.tracking
             && let Err(error) = vm.dirty_log().stop()

@@ -35,6 +35,9 @@ pub struct Options {
     pub compression: Compression,
     /// Level of the compression; the compressor's range.
     pub compression_level: i32,
+    /// Each channel compresses only while that takes less time than it saves, by what the channel observes. Its packets
+    /// differ then, each says what it is; a QEMU destination takes only those of the method that it is configured for.
+    pub auto_compression: bool,
     /// Have the kernel read page contents straight from guest memory where the connections can (`MSG_ZEROCOPY`); where they
     /// cannot, pages are copied, with a warning. Of no effect on compressed pages, which are a copy.
     pub zero_copy: bool,
@@ -66,6 +69,7 @@ impl Default for Options {
             untouched: Untouched::Skip,
             compression: Compression::None,
             compression_level: 1,
+            auto_compression: false,
             zero_copy: false,
             max_bandwidth: None,
             limits: Limits::default(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use multifd_proto::{machine::Dialect, packet::Compression};
 
-use super::Options;
+use super::{ChannelCompression, Options};
 use crate::{
     layout::Layout,
     progress::{Progress, RoundStats},
@@ -44,6 +44,8 @@ pub struct Report {
     pub dialect: Dialect,
     /// How page contents were compressed.
     pub compression: Compression,
+    /// What each channel made of the choice to compress; empty where it had none.
+    pub auto_compression: Vec<ChannelCompression>,
     /// How sending without copies went, where it was asked for.
     pub zero_copy: Option<ZeroCopy>,
 }
@@ -108,6 +110,7 @@ impl Report {
             dirty_log: "",
             dialect: options.dialect,
             compression: options.compression,
+            auto_compression: Vec::new(),
             zero_copy: options.zero_copy.then(ZeroCopy::default),
         }
     }
