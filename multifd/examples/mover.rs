@@ -9,8 +9,9 @@
 //! ```
 //! CONTENT is a file that the memory is filled with, over and over, or `random`; USED says how many MiB of it, spread
 //! over all of it in pieces of 2 MiB. `send` prints `ready`, then migrates once for each line `URI CHANNELS [OPTION…]` on
-//! its standard input; options are `per-section`, `zlib`, `zstd`, and `raw` towards `receive-raw`. Each migration prints
-//! one JSON line: seconds, CPU seconds and peak resident size of the process, and what it moved.
+//! its standard input; options are `per-section`, `zlib`, `zstd`, `auto` (zstd while it pays), `max-bandwidth=RATE` in bytes
+//! per second, `zero-copy`, and `raw` towards `receive-raw`. Each migration prints one JSON line: seconds, CPU seconds and peak
+//! resident size of the process, and what it moved.
 
 use std::{
     io::{BufRead, Read, Write},
@@ -133,7 +134,12 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
                 "per-section" => options.dialect = Dialect::PerSection,
                 "zlib" => options.compression = Compression::Zlib,
                 "zstd" => options.compression = Compression::Zstd,
+                "auto" => (options.compression, options.auto_compression) = (Compression::Zstd, true),
+                "zero-copy" => options.zero_copy = true,
                 "raw" => raw = true,
+                other if other.starts_with(BANDWIDTH) => {
+                    options.max_bandwidth = Some(other[BANDWIDTH.len()..].parse()?);
+                }
                 other => return Err(format!("option {other}").into()),
             }
         }
@@ -148,6 +154,10 @@ fn migrate(ram: &Ram, to: &dyn Connect, options: source::Options) -> Outcome {
     let mut vm = Static { ram: ram.clone() };
     let report = Source::new(options).run(&mut vm, to, &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
+    for channel in &report.auto_compression {
+        let packets = channel.packets_plain + channel.packets_compressed;
+        eprintln!("{:?}: {} of {packets} compressed, {}", channel.channel, channel.packets_compressed, channel.reason);
+    }
     let wire: u64 = report.main_bytes + report.channel_bytes.iter().sum::<u64>();
     say(&format!(
         "{{\"seconds\":{seconds:.5},\"cpu-seconds\":{cpu:.3},\"peak-mib\":{},\"normal\":{},\"zero\":{},\"skipped\":{},\
@@ -337,6 +347,7 @@ fn peak_mib() -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
+const BANDWIDTH: &str = "max-bandwidth=";
 /// What is filled at a time: a huge page, so that huge pages do not make a sparse source larger.
 const PIECE: usize = 2 << 20;
 /// What plain sockets send at a time: as much as a packet of the engine.
