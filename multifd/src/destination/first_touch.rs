@@ -7,7 +7,7 @@ use std::io;
 
 use crate::{
     ram::{GuestRange, Ram},
-    sys::{advice, uffd::Userfaultfd},
+    sys::{advice, kvm::system_page_size, uffd::Userfaultfd},
 };
 
 /// How fresh memory is filled.
@@ -50,6 +50,8 @@ impl Filler {
                 for_each_block(ram, "huge pages", advice::huge_pages);
                 Filler::Direct
             }
+            // The kernel fills whole pages of its own, and some guests have smaller ones.
+            _ if !(ram.layout().page_size() as u64).is_multiple_of(system_page_size()) => Filler::Direct,
             FirstTouch::Auto if has_huge_pages(ram) => Filler::Direct,
             FirstTouch::Auto | FirstTouch::Copy => match register(ram) {
                 Ok(uffd) => Filler::Copy(uffd),
@@ -144,7 +146,27 @@ fn mapping_is_huge(smaps: &str, address: u64) -> bool {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
+    use multifd_proto::BlockName;
+
     use super::*;
+    use crate::ram::RamBlock;
+
+    /// Found by a sanitizer, whose heap begins at a page: the kernel refused the copy, and the migration failed.
+    #[test]
+    fn pages_smaller_than_the_kernels_are_filled() {
+        for page_size in [1024, 2048, system_page_size() as usize] {
+            let block = RamBlock::anonymous(BlockName::new("ram").unwrap(), 16 * system_page_size() as usize).unwrap();
+            let ram = Ram::new(page_size, vec![block]).unwrap();
+            let filler = Filler::new(FirstTouch::Copy, &ram);
+            let content = [7; 16].repeat(page_size / 16);
+            for page in [0, 1, 3] {
+                filler.fill(ram.page(page).unwrap(), &content, page_size).unwrap();
+            }
+            assert_eq!(ram.page_bytes(1), content, "pages of {page_size}");
+            assert_eq!(ram.page_bytes(2), vec![0; page_size], "pages of {page_size}");
+            assert_eq!(ram.page_bytes(3), content, "pages of {page_size}");
+        }
+    }
 
     const SMAPS: &str = "\
 7f0000000000-7f0000200000 rw-p 00000000 00:00 0 \n\
