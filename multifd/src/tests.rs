@@ -142,8 +142,9 @@ fn other_page_sizes_work() {
         let mut vm = TestSource::new(ram.clone());
         let mut to = TestDestination::new(Ram::for_test_with_pages(page_size, &[("ram", 300)]));
         let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
-        sent.unwrap();
+        // Of the two the one that says why.
         received.unwrap();
+        sent.unwrap();
         assert_same(&ram, &to.ram);
     }
 }

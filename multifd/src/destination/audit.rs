@@ -245,10 +245,12 @@ mod recorded_audit_tests {
             // Main is opened first.
             connections.sort_by_key(|(name, _)| (name != "main.bin", name.clone()));
             let source = thread::spawn(move || {
-                let senders: Vec<_> = connections
+                // As a source does, all are opened before main says anything of a round.
+                let opened: Vec<_> =
+                    connections.into_iter().map(|(_, bytes)| (UnixStream::connect(&socket).unwrap(), bytes)).collect();
+                let senders: Vec<_> = opened
                     .into_iter()
-                    .map(|(_, bytes)| {
-                        let mut connection = UnixStream::connect(&socket).unwrap();
+                    .map(|(mut connection, bytes)| {
                         thread::spawn(move || {
                             connection.write_all(&bytes).unwrap();
                             connection.shutdown(Shutdown::Write).unwrap();

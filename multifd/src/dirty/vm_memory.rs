@@ -112,7 +112,10 @@ fn bytes_per_bit(bytes: u64, bits: u64) -> Option<u64> {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use std::{num::NonZeroUsize, sync::Arc};
+    use std::{
+        num::NonZeroUsize,
+        sync::{Arc, atomic::Ordering},
+    };
 
     use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, mmap::MmapRegionBuilder};
 
@@ -149,7 +152,8 @@ mod tests {
             let block = self.1.layout().block_of(page).unwrap();
             let region = self.0.iter().nth(block).unwrap();
             let address = region.start_addr().0 + self.1.layout().blocks()[block].offset_of(page);
-            self.0.write_obj(value, GuestAddress(address)).unwrap();
+            // As one word, as our reader reads it meanwhile: two sides of a race that both know of it.
+            self.0.store(value, GuestAddress(address), Ordering::Relaxed).unwrap();
         }
     }
 
