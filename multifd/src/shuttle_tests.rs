@@ -371,6 +371,49 @@ fn a_failing_callback_of_either_vm_leaves_one_guest() {
 }
 
 #[test]
+fn a_destination_whose_vm_does_not_start_has_all_of_it() {
+    for (name, mode) in [("FLUSH early", EARLY), ("per section", PER_SECTION)] {
+        explore(&format!("the destination's VM does not start, {name}"), 300, move || {
+            let mut to = TestDestination::new(ram());
+            to.fail = Some("start");
+            let outcome = migrate(source_vm(), to, mode, mode.source(), receiving(), Beside::default());
+            // The VM was confirmed by then: the source must not run it, whatever becomes of it over there.
+            let failure = outcome.received.as_ref().unwrap_err();
+            assert!(matches!(failure, Error::Vm { call: "start", .. }), "{failure}");
+            assert!(outcome.sent.is_ok(), "{:?}", outcome.sent.as_ref().err());
+            assert!(!outcome.vm.writer.is_running(), "the VM belongs to the destination");
+            assert_eq!(outcome.to.calls(), ["load", "load", "start"]);
+            assert_same(&outcome.vm, &outcome.to);
+        });
+    }
+}
+
+#[test]
+fn a_source_that_vanishes_leaves_no_destination_waiting() {
+    let refusals = Arc::new(Plain::new(0));
+    for (name, mode) in [("FLUSH late", LATE), ("FLUSH early", EARLY), ("per section", PER_SECTION)] {
+        let refusals = refusals.clone();
+        explore(&format!("a source that vanishes at any byte, {name}"), 300, move || {
+            // Most migrations say a little less; whatever is cut later is cut behind the end.
+            let left = Arc::new(Mutex::new(thread_rng().gen_range(0..90_000)));
+            let connect = move |inner| Box::new(Vanishing { inner, left: left.clone(), all: Arc::default() }) as _;
+            let beside = Beside { connect: Box::new(connect), ..Default::default() };
+            let outcome = migrate(source_vm(), TestDestination::new(ram()), mode, mode.source(), receiving(), beside);
+            if outcome.sent.is_ok() {
+                return outcome.assert_migrated();
+            }
+            // All was there and only the confirmation had nowhere to go, or it ends with an error and no VM.
+            if !outcome.to.calls().contains(&"start") {
+                refusals.fetch_add(1, PlainRelaxed);
+                assert!(outcome.received.is_err(), "a migration without its end was taken for complete");
+                outcome.assert_whole(mode);
+            }
+        });
+    }
+    assert!(refusals.load(PlainRelaxed) > 0, "no source vanished in the middle");
+}
+
+#[test]
 fn a_peer_that_stops_in_the_middle_leaves_the_guest_running() {
     explore("a destination that stops reading and closes", 300, || {
         let (mut listener, connector) = memory::listener(CAPACITY);
@@ -521,6 +564,72 @@ impl Stream for LegacyStream {
 
     fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
         self.inner.try_clone()
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.inner.stopper()
+    }
+
+    fn peer(&self) -> String {
+        self.inner.peer()
+    }
+}
+
+/// Connections of a process that is no more at one byte: what was written is read, and then all of them have ended.
+struct Vanishing {
+    inner: memory::MemoryConnector,
+    /// Bytes that are still written, on all connections together.
+    left: Arc<Mutex<usize>>,
+    all: Arc<Mutex<Vec<Box<dyn Stopper>>>>,
+}
+
+impl Connect for Vanishing {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let inner = self.inner.connect()?;
+        lock(&self.all).push(inner.stopper()?);
+        Ok(Box::new(VanishingStream { inner, left: self.left.clone(), all: self.all.clone() }))
+    }
+}
+
+struct VanishingStream {
+    inner: Box<dyn Stream>,
+    left: Arc<Mutex<usize>>,
+    all: Arc<Mutex<Vec<Box<dyn Stopper>>>>,
+}
+
+impl Stream for VanishingStream {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        let mut bytes = header.to_vec();
+        for page in pages {
+            let begin = bytes.len();
+            bytes.resize(begin + page.len(), 0);
+            page.read(&mut bytes[begin..]);
+        }
+        let now = {
+            let mut left = lock(&self.left);
+            let now = bytes.len().min(*left);
+            *left -= now;
+            now
+        };
+        self.inner.write(&bytes[..now], &[])?;
+        if now < bytes.len() {
+            lock(&self.all).iter().for_each(|connection| connection.stop());
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buf)
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        self.inner.read_pages(pages)
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        let inner = self.inner.try_clone()?;
+        Ok(Box::new(VanishingStream { inner, left: self.left.clone(), all: self.all.clone() }))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
