@@ -1,6 +1,11 @@
 //! Explores the model and prints the table of verdicts, with the shortest counterexamples.
 
-use std::{env, process::ExitCode, time::Instant};
+use std::{
+    env,
+    io::{self, Write},
+    process::ExitCode,
+    time::Instant,
+};
 
 use multifd_model::variants::{Effort, Variant, Verdict, protocols, removals};
 
@@ -39,11 +44,7 @@ fn main() -> ExitCode {
     }
     let harmful = removals.iter().filter(|variant| variant.expected.is_some()).count();
     let seconds = begun.elapsed().as_secs_f64();
-    let largest = if effort == Effort::Full {
-        "2×3×2 and 3×2×2 with faults, 2×3×3, 3×3×1"
-    } else {
-        "2×3×2, 3×2×2; 2×2×2, 3×2×1 with faults"
-    };
+    let largest = effort.largest();
     test_support::report(
         "proof",
         &format!(
@@ -69,6 +70,8 @@ fn print_row(variant: &Variant, verdict: &Verdict) {
     let unexpected = if verdict.is(variant.expected) { "" } else { " (UNEXPECTED)" };
     let (name, states, steps, seconds) = (variant.name, verdict.states, verdict.steps, verdict.took.as_secs_f64());
     println!("| {name} | {answer}{unexpected} | {states} | {steps} | {seconds:.1} |");
+    // Somebody may be waiting for it; a closed terminal is no reason to stop.
+    let _ = io::stdout().flush();
 }
 
 fn print_traces(verdict: &Verdict, wanted: bool) {

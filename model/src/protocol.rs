@@ -4,7 +4,11 @@
 //! which has a sync point and no pages; each later one is a round. Steps that no other thread can observe are joined with
 //! the next one that can be observed, which leaves out interleavings and no outcome.
 
+mod key;
+
 use std::fmt;
+
+pub use key::Key;
 
 use multifd_proto::{
     ChannelId, Violation,
@@ -34,14 +38,27 @@ pub struct Config {
     pub capacity: usize,
     /// One thing goes wrong at any moment: either side fails or is cancelled, or a connection dies.
     pub faults: bool,
-    /// Leave out interleavings that differ only in when somebody arrives at a meeting point. Changes no verdict.
-    pub reduced: bool,
+    /// Which interleavings are left out. Changes no verdict.
+    pub order: Order,
+    /// Visit only one of several states that differ in names; see [`Key`]. Changes no verdict.
+    pub symmetric: bool,
     /// Main opens a round when all pages are handed out; each channel begins it after its own SYNC.
     pub rounds_overlap: bool,
     /// Waits that are missing.
     pub without: Vec<Wait>,
     /// Something else that is missing.
     pub defect: Option<Defect>,
+}
+
+/// Which interleavings are searched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// All.
+    Any,
+    /// Those in which who needs nothing but to arrive at a meeting point does it at once.
+    Arrivals,
+    /// Those in which the source goes first. Not with faults, nor with connections that can be full.
+    SourceFirst,
 }
 
 /// Where a round ends on main.
@@ -388,6 +405,15 @@ pub struct Protocol {
 }
 
 impl Protocol {
+    /// Whether the interleavings that `config` leaves out may be left out.
+    pub fn is_possible(config: &Config) -> bool {
+        // On a connection: pages and SYNCs; or zero pages, FLUSHes or ends of sections or both, and the devices.
+        let both = config.source == Dialect::PerRound && config.destination == Dialect::PerSection;
+        let sections = usize::from(config.rounds) + 1;
+        let most = usize::from(config.rounds) * config.pages + sections * (1 + usize::from(both)) + 1;
+        config.order != Order::SourceFirst || !config.faults && config.capacity >= most && most <= 16
+    }
+
     /// The model of `config`.
     pub fn new(config: Config) -> Protocol {
         assert!(config.channels <= MAX_CHANNELS && config.pages <= MAX_PAGES && config.rounds <= 4);
@@ -402,6 +428,7 @@ impl Protocol {
         section.extend((!per_round || config.destination == Dialect::PerSection).then_some(Op::Eos));
         let mut program = section.repeat(usize::from(config.rounds) + 1);
         program.extend([Op::Finish, Op::Devices, Op::AwaitShut]);
+        assert!(Protocol::is_possible(&config), "the source looks at the destination");
         Protocol { config, program }
     }
 
@@ -455,6 +482,11 @@ impl Protocol {
         }
     }
 
+    /// Whether states that are alike are visited once.
+    pub fn is_symmetric(&self) -> bool {
+        self.config.symmetric
+    }
+
     /// Whether both sides have ended.
     pub fn is_over(&self, state: &State) -> bool {
         state.source_end != End::Running && state.destination_end != End::Running
@@ -488,7 +520,7 @@ impl Protocol {
         if state.harm.is_some() {
             return;
         }
-        if self.config.reduced {
+        if self.config.order != Order::Any {
             self.arrival(state, out);
             if !out.is_empty() {
                 return;
@@ -499,6 +531,13 @@ impl Protocol {
             for channel in 0..self.config.channels {
                 self.sender(state, channel, out);
             }
+        }
+        // Without faults nothing that the destination does before it confirms is seen by the source, and a step of the
+        // source does no more to the destination than to put something behind all that is in a connection. So the steps
+        // of the one commute with those of the other and disable none of them, and all harm that is not a wait for ever
+        // shows at the destination: whatever can happen can also happen with the source's steps first.
+        if self.config.order == Order::SourceFirst && !out.is_empty() {
+            return;
         }
         if state.destination_end == End::Running {
             self.destination_main(state, out);
@@ -583,18 +622,22 @@ impl Protocol {
                 self.write(state, next, Who::Main, packet(kind, 0, 0), sent, out);
             }
             Op::Zeros => {
-                let mut pages = 0;
-                for (page, version) in next.zeros.iter_mut().enumerate().filter(|(_, version)| **version != 0) {
-                    pages |= 1 << page;
-                    next.links[MAIN].push(packet(ZERO, page as u8, std::mem::take(version)));
-                }
-                if pages == 0 {
+                let pages: Vec<u8> = (0..MAX_PAGES as u8).filter(|&page| state.zeros[usize::from(page)] != 0).collect();
+                if pages.is_empty() {
                     return self.source_main(&next, out);
                 }
                 if state.gone >> MAIN & 1 == 1 {
                     return out.push(self.source_ends(state, Why::WriteFailed(Who::Main)));
                 }
-                out.push((Event::NamesZeros { pages }, next));
+                next.zeros = [0; MAX_PAGES];
+                let event = Event::NamesZeros { pages: pages.iter().fold(0, |set, page| set | 1 << page) };
+                orders(&pages, &mut |order| {
+                    let mut named = next.clone();
+                    for &page in order {
+                        named.links[MAIN].push(packet(ZERO, page, state.zeros[usize::from(page)]));
+                    }
+                    out.push((event, named));
+                });
             }
             Op::Finish => {
                 next.finished = true;
@@ -991,6 +1034,23 @@ impl Protocol {
     fn everybody(&self) -> u8 {
         ((1 << self.config.channels) - 1) | (1 << MAIN)
     }
+}
+
+/// Shows `use_it` the elements of `all` in every order.
+fn orders(all: &[u8], use_it: &mut dyn FnMut(&[u8])) {
+    fn extend(order: &mut Vec<u8>, all: &[u8], use_it: &mut dyn FnMut(&[u8])) {
+        if order.len() == all.len() {
+            return use_it(order);
+        }
+        for element in all {
+            if !order.contains(element) {
+                order.push(*element);
+                extend(order, all, use_it);
+                order.pop();
+            }
+        }
+    }
+    extend(&mut Vec::new(), all, use_it);
 }
 
 fn link(who: Who) -> usize {

@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashSet,
-    hash::{BuildHasher, RandomState},
+    hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState},
     time::{Duration, Instant},
 };
 
@@ -38,7 +38,11 @@ pub fn explore(config: &Config) -> Outcome {
     let mut outcome =
         Outcome { states: 1, steps: 0, depth: 0, ends: 0, unconfirmed: 0, took: Duration::ZERO, harm: None };
     let initial = protocol.initial();
-    let mut visited = HashSet::from([fingerprint.of(&initial)]);
+    let seen = |state: &State| {
+        if protocol.is_symmetric() { fingerprint.of(&protocol.key(state)) } else { fingerprint.of(state) }
+    };
+    let mut visited = HashSet::with_hasher(BuildHasherDefault::<Low>::default());
+    visited.insert(seen(&initial));
     // Of each state the one it was first reached from, and by which of that one's steps.
     let mut reached_from: Vec<(u32, u16)> = vec![(0, 0)];
     let mut level: Vec<(u32, State)> = vec![(0, initial)];
@@ -59,7 +63,7 @@ pub fn explore(config: &Config) -> Outcome {
             }
             for (step, (_, next)) in successors.drain(..).enumerate() {
                 outcome.steps += 1;
-                if visited.insert(fingerprint.of(&next)) {
+                if visited.insert(seen(&next)) {
                     let new = u32::try_from(reached_from.len()).expect("fewer than 2^32 states");
                     reached_from.push((*index, u16::try_from(step).expect("few steps from a state")));
                     next_level.push((new, next));
@@ -101,8 +105,26 @@ impl Fingerprint {
         Fingerprint([RandomState::new(), RandomState::new()])
     }
 
-    fn of(&self, state: &State) -> u128 {
+    fn of(&self, state: &impl Hash) -> u128 {
         let [high, low] = [0, 1].map(|half: usize| u128::from(self.0[half].hash_one(state)));
         high << 64 | low
+    }
+}
+
+/// Half of a fingerprint: it is a hash already.
+#[derive(Default)]
+struct Low(u64);
+
+impl Hasher for Low {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("fingerprints are numbers");
+    }
+
+    fn write_u128(&mut self, fingerprint: u128) {
+        self.0 = fingerprint as u64;
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    protocol::{Config, Defect, Dialect, Event, Flush, Harm, Wait},
+    protocol::{Config, Defect, Dialect, Event, Flush, Harm, Order, Protocol, Wait},
     search::explore,
 };
 
@@ -67,9 +67,12 @@ impl Variant {
         };
         for dialect in &self.dialects {
             let mut counterexample = None;
-            for (size, faults) in effort.sizes(self.faults) {
+            for (size, faults, order) in effort.sizes(self.faults) {
                 let (channels, rounds, pages) = size;
-                let config = Config { channels, rounds, pages, faults, ..dialect.clone() };
+                let mut config = Config { channels, rounds, pages, faults, order, ..dialect.clone() };
+                if !Protocol::is_possible(&config) {
+                    config.order = Order::Arrivals;
+                }
                 let outcome = explore(&config);
                 verdict.states += outcome.states;
                 verdict.steps += outcome.steps;
@@ -107,32 +110,40 @@ impl Verdict {
 pub enum Effort {
     /// Seconds, also without optimisation: for tests.
     Smallest,
-    /// Up to half a minute.
+    /// Half a minute.
     Quick,
-    /// Minutes, and some gigabytes of memory.
+    /// Minutes, and a few gigabytes of memory.
     Full,
 }
 
 impl Effort {
-    /// Sizes in the order of search, each with whether faults are tried.
-    fn sizes(self, faults: bool) -> Vec<(Size, bool)> {
-        let mut sizes: Vec<Size> = vec![(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)];
-        if self != Effort::Smallest {
-            sizes.extend([(2, 3, 2), (3, 2, 2)]);
+    /// Sizes in the order of search, each with whether faults are tried and which interleavings are left out.
+    fn sizes(self, faults: bool) -> Vec<(Size, bool, Order)> {
+        // The nearest harm is nearest only if neither side has to go first.
+        let small: &[Size] = &[(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)];
+        let large: &[Size] = match self {
+            Effort::Smallest => &[],
+            Effort::Quick => &[(2, 3, 2), (3, 2, 2), (3, 3, 2)],
+            Effort::Full => &[(2, 3, 2), (3, 2, 2), (3, 3, 2), (2, 3, 3), (3, 2, 3), (2, 4, 2), (3, 4, 2)],
+        };
+        let with_faults: &[Size] = match self {
+            _ if !faults => &[],
+            Effort::Smallest => &[(2, 2, 1)],
+            Effort::Quick => &[(2, 2, 2), (3, 2, 2)],
+            Effort::Full => &[(2, 3, 2), (3, 2, 2), (3, 3, 1)],
+        };
+        let all = [(small, false, Order::Arrivals), (large, false, Order::SourceFirst)];
+        let all = all.into_iter().chain([(with_faults, true, Order::Arrivals)]);
+        all.flat_map(|(sizes, faults, order)| sizes.iter().map(move |&size| (size, faults, order))).collect()
+    }
+
+    /// The largest sizes, for people.
+    pub fn largest(self) -> &'static str {
+        match self {
+            Effort::Smallest => "2×2×2; 2×2×1 with faults",
+            Effort::Quick => "2×3×2, 3×3×2; 2×2×2, 3×2×2 with faults",
+            Effort::Full => "2×3×3, 3×2×3, 3×4×2; 2×3×2, 3×2×2, 3×3×1 with faults",
         }
-        if self == Effort::Full {
-            sizes.extend([(3, 3, 1), (2, 3, 3)]);
-        }
-        let mut all: Vec<_> = sizes.into_iter().map(|size| (size, false)).collect();
-        if faults {
-            let with_faults: &[Size] = match self {
-                Effort::Smallest => &[(2, 2, 1)],
-                Effort::Quick => &[(2, 2, 2), (3, 2, 1)],
-                Effort::Full => &[(2, 2, 2), (2, 3, 2), (3, 2, 2)],
-            };
-            all.extend(with_faults.iter().map(|&size| (size, true)));
-        }
-        all
     }
 }
 
@@ -247,7 +258,8 @@ fn dialects() -> [Config; 5] {
         zeros_on_main: false,
         capacity: 16,
         faults: false,
-        reduced: true,
+        order: Order::Arrivals,
+        symmetric: true,
         rounds_overlap: false,
         without: Vec::new(),
         defect: None,
