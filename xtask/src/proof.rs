@@ -1,6 +1,7 @@
 //! `cargo xtask proof`: the checks of the round guarantee, each on the code that ships, and one table of what they saw.
 //!
-//! `--quick` is the part that fits into every test run; without it the same checks go further. Each check writes its own rows
+//! `--quick` is the part that fits into every test run; without it the same checks go further. Layers can be named, to run
+//! only these. Each check writes its own rows
 //! by `test_support::report`, so a number in the table was counted by the check that it is about.
 
 use std::path::Path;
@@ -16,55 +17,85 @@ use crate::test::{cargo, root};
 
 /// Runs all checks.
 pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let quick = match arguments {
-        [] => false,
-        [only] if only == "--quick" => true,
-        _ => return Err("usage: cargo xtask proof [--quick]".to_owned()),
-    };
+    let quick = arguments.iter().any(|argument| argument == "--quick");
+    let named: Vec<&str> = arguments.iter().map(String::as_str).filter(|&argument| argument != "--quick").collect();
+    let possible = if quick { QUICK_LAYERS } else { LAYERS };
+    if let Some(unknown) = named.iter().find(|name| !possible.contains(name)) {
+        return Err(format!(
+            "{unknown}: no such layer; there are {}\nusage: cargo xtask proof [--quick] [LAYER…]",
+            possible.join(", ")
+        ));
+    }
+    let layers = if named.is_empty() { possible } else { &named };
     let reports = TempDir::new().map_err(|error| format!("a temporary directory: {error}"))?;
     let mut steps = Steps::default();
-    check(&mut steps, reports.path(), quick, &mut |_| ());
+    let effort = if quick { QUICK } else { FULL };
+    check_layers(&mut steps, reports.path(), layers, &effort, &mut |_| ());
     println!("\n{}\n{}", table(reports.path()), steps.table());
     Ok(if steps.all_passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs the checks as `steps`; their rows go below `reports`, and `observe` sees each line that they print.
-pub fn check(steps: &mut Steps, reports: &Path, quick: bool, observe: &mut dyn FnMut(&str)) {
-    let limit = if quick { QUICK } else { FULL };
-    let mut run =
-        |command: &mut Command| step::command_with_lines(command.env(REPORTS, reports), limit, |line| observe(line));
-    steps.run("model", || {
-        let mut model = cargo();
-        model.args(["run", "--release", "--package", "multifd-model"]);
-        run(model.args(quick.then_some("--").into_iter().chain(quick.then_some("--quick"))))
-    });
-    steps.run("loom", || run(&mut under("loom")));
-    steps.run("shuttle", || {
-        let mut shuttle = under("shuttle");
-        shuttle.env("MULTIFD_SCHEDULES", if quick { "0.3" } else { "30" });
-        run(&mut shuttle)
-    });
-    if quick {
-        // The rest is among the tests of the crates, or takes longer than a test run may.
-        return;
-    }
-    steps.run("audit", || {
-        let outcome = run(cargo().args(["test", "--package", "multifd", "--all-features", "--lib", "audit"]));
-        if outcome != Outcome::Passed {
-            return outcome;
+/// Runs the part that fits into every test run, as `steps`; its rows go below `reports`, and `observe` sees each line that
+/// is printed. The other layers are among the tests of the crates, or take longer than a test run may.
+pub fn check_quick(steps: &mut Steps, reports: &Path, observe: &mut dyn FnMut(&str)) {
+    check_layers(steps, reports, QUICK_LAYERS, &QUICK, observe);
+}
+
+fn check_layers(steps: &mut Steps, reports: &Path, layers: &[&str], effort: &Effort, observe: &mut dyn FnMut(&str)) {
+    let mut run = |command: &mut Command| {
+        step::command_with_lines(command.env(REPORTS, reports), effort.limit, |line| observe(line))
+    };
+    for &layer in layers {
+        if layer == FUZZ {
+            let rows = fuzz::check(steps, &fuzz::targets().unwrap_or_default(), FUZZ_SECONDS);
+            let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
+            // Without it only the table is the poorer.
+            let _ = fs::write(reports.join(FUZZ), text);
+            continue;
         }
-        run(cargo().args(["test", "--package", "multifd-guest", "--test", "overtaking"]))
-    });
-    steps.run("faults", || run(cargo().args(["test", "--package", "multifd", "--all-features", "--lib", "faults"])));
-    steps.run("kills", || {
-        let mut kills = cargo();
-        kills.env("MULTIFD_KILLS", "300").args(["test", "--package", "multifd-cli", "--test", "kills"]);
-        run(&mut kills)
-    });
-    let rows = fuzz::check(steps, &fuzz::targets().unwrap_or_default(), FUZZ_SECONDS);
-    let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
-    // Without it only the table is the poorer.
-    let _ = fs::write(reports.join(FUZZ), text);
+        steps.run(layer, || {
+            for mut command in commands(layer, effort) {
+                let outcome = run(&mut command);
+                if outcome != Outcome::Passed {
+                    return outcome;
+                }
+            }
+            Outcome::Passed
+        });
+    }
+}
+
+/// What runs `layer`.
+fn commands(layer: &str, effort: &Effort) -> Vec<Command> {
+    let test = |arguments: &[&str]| {
+        let mut test = cargo();
+        test.arg("test").args(arguments);
+        test
+    };
+    match layer {
+        "model" => {
+            let mut model = cargo();
+            model.args(["run", "--release", "--package", "multifd-model"]).args(effort.model);
+            vec![model]
+        }
+        "loom" => vec![under("loom")],
+        "shuttle" => {
+            let mut shuttle = under("shuttle");
+            shuttle.env("MULTIFD_SCHEDULES", effort.schedules);
+            vec![shuttle]
+        }
+        "audit" => vec![
+            test(&["--package", "multifd", "--all-features", "--lib", "audit"]),
+            test(&["--package", "multifd-guest", "--test", "overtaking"]),
+        ],
+        "faults" => vec![test(&["--package", "multifd", "--all-features", "--lib", "faults"])],
+        "kills" => {
+            let mut kills = test(&["--package", "multifd-cli", "--test", "kills"]);
+            kills.env("MULTIFD_KILLS", "300");
+            vec![kills]
+        }
+        _ => unreachable!("layers are checked by their names"),
+    }
 }
 
 /// The rows of the table that are below `reports`.
@@ -110,17 +141,37 @@ fn under(scheduler: &str) -> Command {
     test
 }
 
-/// The file with the rows of the fuzzers.
+/// How far the layers go.
+struct Effort {
+    /// Arguments of the model.
+    model: &'static [&'static str],
+    /// Schedules, as a multiple of what each test of shuttle's tries by itself.
+    schedules: &'static str,
+    /// For one command, its build included.
+    limit: Duration,
+}
+
+const QUICK: Effort = Effort { model: &["--", "--quick"], schedules: "0.3", limit: Duration::from_secs(900) };
+const FULL: Effort = Effort { model: &[], schedules: "10", limit: Duration::from_secs(7200) };
+const QUICK_LAYERS: &[&str] = &["model", "loom", "shuttle"];
+const LAYERS: &[&str] = &["model", "loom", "shuttle", "audit", "faults", "kills", FUZZ];
+/// The layer of the fuzzers, and the file with their rows.
 const FUZZ: &str = "fuzz";
 /// For each target.
-const FUZZ_SECONDS: u64 = 60;
-/// For one check, its build included.
-const QUICK: Duration = Duration::from_secs(900);
-const FULL: Duration = Duration::from_secs(7200);
+const FUZZ_SECONDS: u64 = 30;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_layer_has_its_command() {
+        for &layer in LAYERS.iter().filter(|&&layer| layer != FUZZ) {
+            assert!(!commands(layer, &FULL).is_empty(), "{layer}");
+        }
+        assert!(QUICK_LAYERS.iter().all(|layer| LAYERS.contains(layer)));
+        assert!(run(&["no-such-layer".to_owned()]).unwrap_err().contains("model, loom"));
+    }
 
     #[test]
     fn rows_of_all_checks_become_one_table() {
