@@ -261,7 +261,7 @@ fn run(wanted: usize, seed: u64, limit: Duration) {
     report(
         "faults",
         &format!(
-            "processes: faults injected {} ({kills} SIGKILL, {stops} SIGSTOP with SIGCONT; seed {seed}), guests lost 0; destination \
+            "processes: faults injected {} ({kills} SIGKILL, {stops} SIGSTOP with SIGCONT, seed {seed}), guests lost 0; destination \
              killed, guest ran on at the source {stayed}; killed with the guest it had confirmed {killed_with_guest}; source killed, \
              destination had the guest {outlived}, destination ended with an error {ended}, waits for another source {unreached}; moved in spite of a stop {moved}",
             kills + stops
