@@ -133,6 +133,11 @@ pub fn touch(bench: &Bench, mib: u32, memory: &str, first_touch: &str, threads: 
     Ok((number(&report, "cpu-seconds"), number(&report, "seconds")))
 }
 
+/// As [`warm`], with huge pages, so that the kernel has whole ones to give to the next process.
+pub fn warm_huge(bench: &Bench, mib: u32) -> Result<(), String> {
+    touch(bench, mib, "anonymous", "huge", 2).map(drop)
+}
+
 /// Touches and frees `mib` MiB in a process of its own, so that the host has given this much to the next one.
 pub fn warm(bench: &Bench, mib: u32) -> Result<(), String> {
     let outcome = Command::new(program(bench)).args(["warm", &mib.to_string()]).status();
