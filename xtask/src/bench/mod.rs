@@ -52,7 +52,7 @@ type Section = (&'static str, &'static str, fn(&Bench) -> Result<Findings, Strin
 /// In the order in which they stand on the page.
 const SECTIONS: &[Section] = &[
     ("throughput", "Throughput into fresh memory", throughput::run),
-    ("backing", "Anonymous memory, and what the host has at hand", throughput::backing),
+    ("backing", "Anonymous memory with huge pages at hand", throughput::backing),
     ("rounds", "The end of a round", rounds::run),
     ("dialects", "A sync point per round, or per section", rounds::dialects),
     ("idle", "Downtime of an idle guest", downtime::idle),
