@@ -38,14 +38,15 @@ fn readme(root: &Path, directory: &Path) -> Result<(), String> {
     let path = root.join("README.md");
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
     let Ok(table) = fs::read_to_string(directory.join("summary.md")) else { return Ok(()) };
-    // Only with all sections measured.
-    let rows = fs::read_to_string(directory.join("summary-rows.md")).unwrap_or_default();
+    // Where these sections were measured.
+    let [rows, sparse] = ["summary-rows.md", "summary-sparse.md"]
+        .map(|name| fs::read_to_string(directory.join(name)).unwrap_or_default());
     let Some((before, rest)) = text.split_once(BEGIN) else { return Ok(()) };
     let Some((_, after)) = rest.split_once(END) else { return Ok(()) };
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').nth(2).and_then(|load| load.parse::<f64>().ok()).unwrap_or(0.0);
     let busy = if load > 4.0 { "\n\nThe machine was busy with other work meanwhile; look at the spread." } else { "" };
-    let text = format!("{before}{BEGIN}\n\n{}\n{}{busy}\n\n{END}{after}", table.trim(), rows.trim_end());
+    let text = format!("{before}{BEGIN}\n\n{}\n{rows}\n{}{busy}\n\n{END}{after}", table.trim(), sparse.trim());
     fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
