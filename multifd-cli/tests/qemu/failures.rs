@@ -232,6 +232,23 @@ fn a_destination_with_another_uuid_refuses_the_checkpoint() {
     });
 }
 
+/// Packets of two methods on one channel: QEMU takes only its own.
+#[test]
+fn a_qemu_refuses_packets_of_another_compression_than_its_own() {
+    each_source("send --compression auto", |installed, machine| {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        drop(checkpoint(installed, machine, &file));
+        let mut destination = vm(installed, machine).incoming().start().unwrap();
+        Settings { compression: "zstd", ..Settings::default() }.apply(&mut destination);
+        let uri = listen(&mut destination, true);
+        let ended = Multifd::start(["send", &file.display().to_string(), &uri, "--compression=auto"]).end();
+        assert_eq!(ended.status.code(), Some(1), "{} {}", ended.report, ended.log);
+        let log = destination.log();
+        assert!(log.contains("flags") || log.contains("compression"), "{log}");
+    });
+}
+
 /// A small file system in memory, unmounted when this is dropped.
 struct Tmpfs<'a>(&'a Path);
 
