@@ -6,15 +6,19 @@
 //! Both schemes send the same bytes over the same kind of sockets: in each round one page and a SYNC packet on every
 //! channel, FLUSH on main, and an acknowledgement back. In the other scheme main hands each channel its page through a
 //! mutex and a condvar of the channel's own, then asks each for its SYNC, waits for each, and only then writes FLUSH; the
-//! receiving main thread waits for each channel, then releases each. The two take turns of 50 rounds. Prints one JSON
-//! line with the medians, in microseconds, counted from the last page queued: until the acknowledgement, and until the
-//! sender could go on; and from the first page queued.
+//! receiving main thread waits for each channel, then releases each. A third scheme shows what is left without any
+//! barrier: main wakes all channels at once, and the last receiver acknowledges; pages of two rounds could overtake each other
+//! in it. All take turns of 50 rounds. Prints one JSON line with the medians, in microseconds, counted from the last page
+//! queued: until the acknowledgement, and until the sender could go on; and from the first page queued.
 
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +35,8 @@ fn main() -> Outcome {
     let (channels, rounds): (u8, usize) = (channels.parse()?, rounds.parse()?);
     let mut barrier = OneBarrier::start(transport, channels)?;
     let mut in_turn = InTurn::start(transport, channels)?;
-    let (mut ours, mut theirs) = (Times::default(), Times::default());
+    let mut nothing = NoBarrier::start(transport, channels)?;
+    let (mut ours, mut theirs, mut least) = (Times::default(), Times::default(), Times::default());
     for turn in 0..rounds.div_ceil(TURN) {
         for _ in 0..TURN {
             ours.add(turn, barrier.round()?);
@@ -39,11 +44,15 @@ fn main() -> Outcome {
         for _ in 0..TURN {
             theirs.add(turn, in_turn.round()?);
         }
+        for _ in 0..TURN {
+            least.add(turn, nothing.round()?);
+        }
     }
     println!(
-        "{{\"transport\":\"{transport}\",\"channels\":{channels},\"rounds\":{rounds},\"barrier\":{},\"in-turn\":{}}}",
+        "{{\"transport\":\"{transport}\",\"channels\":{channels},\"rounds\":{rounds},\"barrier\":{},\"in-turn\":{},\"no-barrier\":{}}}",
         ours.json(),
-        theirs.json()
+        theirs.json(),
+        least.json()
     );
     Ok(())
 }
@@ -229,6 +238,58 @@ impl InTurn {
         let stalled = begun.elapsed();
         self.main.receive(ACKNOWLEDGEMENT.len())?;
         Ok(Took { round: first.elapsed(), acknowledged: begun.elapsed(), stalled })
+    }
+}
+
+/// The least that threads and sockets take: the same bytes, and nobody waits for the others.
+struct NoBarrier {
+    opened: Arc<(Mutex<u64>, Condvar)>,
+    main: Socket,
+}
+
+impl NoBarrier {
+    fn start(transport: &str, channels: u8) -> Outcome<NoBarrier> {
+        let opened = Arc::<(Mutex<u64>, Condvar)>::default();
+        let (main, there) = pair(transport)?;
+        let (there, received) = (Arc::new(Mutex::new(there)), Arc::<AtomicU64>::default());
+        for _ in 0..channels {
+            let (mut here, mut to) = pair(transport)?;
+            let opened = opened.clone();
+            spawn(move || {
+                for round in 0.. {
+                    let (count, changed) = &*opened;
+                    let mut open = count.lock().unwrap_or_else(PoisonError::into_inner);
+                    while *open == round {
+                        open = changed.wait(open).unwrap_or_else(PoisonError::into_inner);
+                    }
+                    drop(open);
+                    here.send(&page())?;
+                    here.send(&sync())?;
+                }
+                Ok(())
+            });
+            let (there, received) = (there.clone(), received.clone());
+            spawn(move || {
+                loop {
+                    to.receive(page().len())?;
+                    to.receive(sync().len())?;
+                    if (received.fetch_add(1, Ordering::AcqRel) + 1) % u64::from(channels) == 0 {
+                        there.lock().unwrap_or_else(PoisonError::into_inner).send(&ACKNOWLEDGEMENT)?;
+                    }
+                }
+            });
+        }
+        Ok(NoBarrier { opened, main })
+    }
+
+    fn round(&mut self) -> std::io::Result<Took> {
+        let begun = Instant::now();
+        *self.opened.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.opened.1.notify_all();
+        let stalled = begun.elapsed();
+        self.main.receive(ACKNOWLEDGEMENT.len())?;
+        let acknowledged = begun.elapsed();
+        Ok(Took { round: acknowledged, acknowledged, stalled })
     }
 }
 

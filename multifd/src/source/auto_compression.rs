@@ -202,7 +202,8 @@ impl AutoCompression {
             return "too few pages to try: sent as they are".to_owned();
         }
         let millis = |seconds_per_byte: f64| format!("{:.2} ms", seconds_per_byte * 1e3 * MIB);
-        let compressor = millis(self.compressor.value);
+        // The last packet may have been slower than the fastest trial.
+        let compressor = millis(self.compressor.value.min(self.packed.value));
         match self.compressing {
             true => format!(
                 "compressed in the end: a MiB takes {} ({compressor} of them to compress), as it is {}",

@@ -1,7 +1,7 @@
 //! Connections within one process, for tests and model checkers.
 //!
 //! Each direction is a bounded queue of bytes behind one lock, so a peer that does not read stalls the writer as a
-//! socket does. Built from [`crate::sync`] alone: schedulers see every hand-over.
+//! socket does. Built from `crate::sync` alone: schedulers see every hand-over.
 
 use std::{collections::VecDeque, io, time::Duration};
 

@@ -21,8 +21,9 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
          each, then writes FLUSH, and in which the receiving main waits for each channel and then releases each. “Barrier” \
          is the engine's own `RoundBarrier` on both sides with FLUSH written at once. With the barrier nothing is \
          handed to a channel: the pages lie in the scan before the round opens. In turn, main hands each channel its page \
-         first, and channels work while it hands out the rest; the time from the first page handed out is given beside. Both \
-         send the same bytes and take turns of 50 rounds. A cell is the median of the medians of several runs, with least and most, in µs.",
+         first, and channels work while it hands out the rest; the time from the first page handed out is given beside. \
+         “Without any barrier” is the least that threads and sockets take: main wakes all channels at once, nobody waits for \
+         the others, and the last receiver acknowledges. All send the same bytes and take turns of 50 rounds. A cell is the median of the medians of several runs, with least and most, in µs.",
     );
     let mut raw = Vec::new();
     for transport in ["unix", "tcp"] {
@@ -30,18 +31,19 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
         let mut series = [Vec::new(), Vec::new()];
         let counts = [1, 4, 8, 16, 32];
         for channels in counts {
-            let mut figures: [Samples; 7] = Default::default();
+            let mut figures: [Samples; 8] = Default::default();
             for _ in 0..runs {
                 let report = rounds_example(bench, transport, channels, rounds)?;
                 let figure = |scheme: &str, name: &str| mover::number(&report[scheme], name);
                 let (ours, theirs) = (figure("barrier", "acknowledged-us"), figure("in-turn", "acknowledged-us"));
                 let whole = figure("in-turn", "round-us");
                 let stalled = [figure("barrier", "stalled-us"), figure("in-turn", "stalled-us")];
-                let measured = [ours, theirs, ours / theirs, whole, ours / whole, stalled[0], stalled[1]];
+                let least = figure("no-barrier", "acknowledged-us");
+                let measured = [ours, theirs, ours / theirs, whole, ours / whole, stalled[0], stalled[1], least];
                 figures.iter_mut().zip(measured).for_each(|(samples, figure)| samples.push(figure));
                 raw.push(report);
             }
-            let [ours, theirs, ratio, whole, whole_ratio, stalled, their_stalled] = figures;
+            let [ours, theirs, ratio, whole, whole_ratio, stalled, their_stalled, least] = figures;
             eprintln!("{transport} {channels}: {} / {} = {}", ours.show(0), theirs.show(0), ratio.show(2));
             let goal = match channels {
                 8 => " (≤ 0.60)",
@@ -57,6 +59,7 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
                 whole_ratio.show(2),
                 stalled.show(0),
                 their_stalled.show(0),
+                least.show(0),
             ]);
             series[0].push(ours);
             series[1].push(theirs);
@@ -71,6 +74,7 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
             "ratio to that",
             "sender stalled, barrier",
             "sender stalled, in turn",
+            "without any barrier",
         ];
         findings.table(&head, &rows);
         let groups: Vec<String> = counts.iter().map(|channels| format!("{channels} channels")).collect();
