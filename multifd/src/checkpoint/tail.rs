@@ -57,14 +57,17 @@ impl Tail {
                 let at = main.place();
                 return Err(more_bytes(Place { offset: at.offset - (bytes.len() - end.json.end) as u64, ..at }));
             }
-            let undescribed = Tail::without_description(&bytes);
-            let received = if undescribed.is_some() { main.receive_end()? } else { Some(main.receive()?) };
+            // The shape is looked at once it matters: for each piece that ends so, all of the state would be searched again.
+            let received = if bytes.ends_with(&[EOF]) { main.receive_end()? } else { Some(main.receive()?) };
             let at = main.place();
             let tail = match received {
                 Some(1..) => continue,
                 Some(0) if main.source_waits() => end,
-                Some(0) => end.or(undescribed),
-                None => undescribed,
+                Some(0) => end.or_else(|| Tail::without_description(&bytes)),
+                None => match Tail::without_description(&bytes) {
+                    None => continue,
+                    tail => tail,
+                },
             };
             return tail.ok_or(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
         }
