@@ -1,15 +1,19 @@
-//! Makes QEMU 7.2 and 10.0 available below the build directory, without changing the system.
+//! Makes QEMU 7.2, 10.0 and 11.1 available below the build directory, without changing the system.
 //!
-//! Both are Debian 12's own packages: 7.2 from the release, 10.0 from its backports. apt resolves and downloads them with
-//! a private state (sources derived from the machine's own, so mirrors and proxies are respected), `dpkg -x` unpacks
-//! them into `target/qemu/VERSION`, together with the shared libraries the machine lacks. No step needs to be root.
+//! All are Debian's own packages: 7.2 from Debian 12, 10.0 from its backports, 11.1 from the backports of Debian 13. apt
+//! resolves and downloads them with a private state (sources derived from the machine's own, so mirrors and proxies are
+//! respected), `dpkg -x` unpacks them into `target/qemu/VERSION`, together with the shared libraries the machine lacks.
+//! For 11.1 those are all libraries, with the C library among them: it is started by its own dynamic loader. No step
+//! needs to be root. (No Debian release that is still served has a QEMU 8 or 9.)
 //! A directory exists under its final name only when its QEMU has run, and a file lock keeps test processes that run
 //! side by side from installing twice; the second call costs a look at that directory.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{env, io, thread};
 
@@ -24,17 +28,21 @@ pub enum Version {
     V7_2,
     /// Synchronises per round with machine types from 8.1 on; has mapped-ram files.
     V10_0,
+    /// Sends early device state before the list of RAM blocks, and takes a switchover acknowledgement only where one is
+    /// due.
+    V11_1,
 }
 
 impl Version {
-    /// Both, older first.
-    pub const ALL: [Self; 2] = [Self::V7_2, Self::V10_0];
+    /// All of them, older first.
+    pub const ALL: [Self; 3] = [Self::V7_2, Self::V10_0, Self::V11_1];
 
-    /// `7.2` or `10.0`.
+    /// `7.2`, `10.0` or `11.1`.
     pub fn name(self) -> &'static str {
         match self {
             Self::V7_2 => "7.2",
             Self::V10_0 => "10.0",
+            Self::V11_1 => "11.1",
         }
     }
 
@@ -43,7 +51,31 @@ impl Version {
         match self {
             Self::V7_2 => "MULTIFD_QEMU_7_2",
             Self::V10_0 => "MULTIFD_QEMU_10_0",
+            Self::V11_1 => "MULTIFD_QEMU_11_1",
         }
+    }
+
+    /// The Debian release whose packages and libraries it uses.
+    fn release(self) -> &'static str {
+        match self {
+            Self::V7_2 | Self::V10_0 => RELEASE,
+            Self::V11_1 => NEXT_RELEASE,
+        }
+    }
+
+    /// The part of that release which has it.
+    fn suite(self) -> String {
+        match self {
+            Self::V7_2 => self.release().to_owned(),
+            Self::V10_0 | Self::V11_1 => format!("{}-backports", self.release()),
+        }
+    }
+
+    /// Whether a test may be skipped for want of it where a missing QEMU is otherwise a failure.
+    ///
+    /// Packages of another release than the machine's need more of a mirror, and a keyring that knows that release.
+    fn is_optional(self) -> bool {
+        self.release() != RELEASE
     }
 }
 
@@ -84,7 +116,16 @@ impl Installed {
         // Released when it is dropped, and by the kernel if this process is killed.
         let _lock = locked().map_err(|error| unavailable(format!("{}: {error}", root.display())))?;
         if !prefix.exists() {
-            install(version, &root).map_err(unavailable)?;
+            // One attempt per process: without a mirror each takes minutes, and many tests ask.
+            static FAILED: Mutex<BTreeMap<&str, String>> = Mutex::new(BTreeMap::new());
+            let mut failed = FAILED.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(reason) = failed.get(version.name()) {
+                return Err(unavailable(reason.clone()));
+            }
+            install(version, &root).map_err(|reason| {
+                failed.insert(version.name(), reason.clone());
+                unavailable(reason)
+            })?;
         }
         Ok(installed)
     }
@@ -93,8 +134,8 @@ impl Installed {
     ///
     /// # Panics
     ///
-    /// With `CI=true`, if it is not available: there a missing QEMU is a failure. `MULTIFD_WITHOUT_QEMU` leaves it out
-    /// on purpose.
+    /// With `CI=true`, if 7.2 or 10.0 is not available: there a missing QEMU is a failure. 11.1, which is of another
+    /// Debian release, is skipped there too. `MULTIFD_WITHOUT_QEMU` leaves all of them out on purpose.
     pub fn require(version: Version) -> Option<Self> {
         if env::var_os("MULTIFD_WITHOUT_QEMU").is_some() {
             skip("tests with QEMU are left out (MULTIFD_WITHOUT_QEMU)");
@@ -102,7 +143,7 @@ impl Installed {
         }
         match Self::find(version) {
             Ok(installed) => Some(installed),
-            Err(error) if in_ci() => panic!("{error}"),
+            Err(error) if in_ci() && !version.is_optional() => panic!("{error}"),
             Err(error) => {
                 skip(&error.to_string());
                 None
@@ -124,27 +165,27 @@ impl Installed {
     ///
     /// `wrapper` is a program, with arguments, that executes QEMU in its own place.
     pub fn command(&self, wrapper: &[&str]) -> Command {
-        let mut command = match wrapper {
-            [] => Command::new(&self.binary),
-            [program, arguments @ ..] => {
-                let mut command = Command::new(program);
-                command.args(arguments).arg(&self.binary);
-                command
-            }
-        };
-        command.stdin(Stdio::null());
+        let libraries = self.prefix.as_deref().map(library_directories).unwrap_or_default();
+        let mut words: Vec<OsString> = wrapper.iter().map(OsString::from).collect();
+        let loader = self.prefix.as_ref().map(|prefix| prefix.join(LOADER)).filter(|path| path.exists());
+        if let Some(loader) = &loader {
+            // Libraries of a newer C library cannot be loaded by the machine's own loader, nor the other way round.
+            words.extend([loader.into(), "--library-path".into(), joined(&libraries)]);
+        }
+        words.push(self.binary.clone().into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).stdin(Stdio::null());
         let Some(prefix) = &self.prefix else {
             return command;
         };
-        let libraries = library_directories(prefix);
-        if !libraries.is_empty() {
+        if loader.is_none() && !libraries.is_empty() {
             let inherited = env::var_os("LD_LIBRARY_PATH").filter(|path| !path.is_empty());
-            let all = libraries.iter().cloned().chain(inherited.iter().flat_map(env::split_paths));
-            // Only a colon in the path of the build directory makes joining impossible.
-            command.env("LD_LIBRARY_PATH", env::join_paths(all).unwrap_or_else(|_| OsString::new()));
-            if let Some(modules) = libraries.iter().map(|path| path.join("qemu")).find(|path| path.is_dir()) {
-                command.env("QEMU_MODULE_DIR", modules);
-            }
+            let all: Vec<PathBuf> =
+                libraries.iter().cloned().chain(inherited.iter().flat_map(env::split_paths)).collect();
+            command.env("LD_LIBRARY_PATH", joined(&all));
+        }
+        if let Some(modules) = libraries.iter().map(|path| path.join("qemu")).find(|path| path.is_dir()) {
+            command.env("QEMU_MODULE_DIR", modules);
         }
         for firmware in ["usr/share/qemu", "usr/share/seabios"] {
             command.arg("-L").arg(prefix.join(firmware));
@@ -171,7 +212,12 @@ impl Installed {
     }
 }
 
-/// Where both versions are unpacked: `MULTIFD_QEMU_DIR`, or `target/qemu` of this workspace.
+/// A list of directories in one word; empty if one of them has a colon in its name.
+fn joined(directories: &[PathBuf]) -> OsString {
+    env::join_paths(directories).unwrap_or_default()
+}
+
+/// Where all versions are unpacked: `MULTIFD_QEMU_DIR`, or `target/qemu` of this workspace.
 fn root() -> PathBuf {
     match env::var_os("MULTIFD_QEMU_DIR").filter(|path| !path.is_empty()) {
         Some(path) => path.into(),
@@ -180,17 +226,13 @@ fn root() -> PathBuf {
 }
 
 fn install(version: Version, root: &Path) -> Result<(), String> {
-    let codename = codename()?;
-    let state = PrivateApt::create(root, &codename)?;
+    check_release()?;
+    let state = PrivateApt::create(root, version.release())?;
     state.apt_get(&["update"])?;
-    let suite = match version {
-        Version::V7_2 => codename,
-        Version::V10_0 => format!("{codename}-backports"),
-    };
     // `update` reports unreachable mirrors as warnings and succeeds, so its words are the reason when this fails.
     let warnings = last_lines(&state.log());
     let packages = state
-        .download(&["-t", &suite, "qemu-system-x86"])
+        .download(&["-t", &version.suite(), "qemu-system-x86"])
         .map_err(|reason| format!("{reason} (before that, apt-get update said: {warnings})"))?;
 
     let partial = root.join(format!("{}.partial", version.name()));
@@ -206,17 +248,18 @@ fn install(version: Version, root: &Path) -> Result<(), String> {
     fs::rename(&partial, root.join(version.name())).map_err(|error| format!("{}: {error}", partial.display()))
 }
 
-/// The machine's Debian release, if it is one that has these packages.
-fn codename() -> Result<String, String> {
+/// Checks that the machine runs the Debian release whose apt sources and libraries the packages go with.
+fn check_release() -> Result<(), String> {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME=")).unwrap_or("unknown");
     match name.trim_matches('"') {
-        RELEASE => Ok(RELEASE.to_owned()),
-        other => Err(format!(
-            "the packages are those of Debian 12 ({RELEASE}), this system is `{other}`; {} and {} can name binaries",
-            Version::V7_2.variable(),
-            Version::V10_0.variable()
-        )),
+        RELEASE => Ok(()),
+        other => {
+            let variables = Version::ALL.map(Version::variable).join(", ");
+            Err(format!(
+                "the packages are for Debian 12 ({RELEASE}), this system is `{other}`; {variables} name binaries"
+            ))
+        }
     }
 }
 
@@ -226,7 +269,10 @@ struct PrivateApt {
 }
 
 impl PrivateApt {
-    fn create(root: &Path, codename: &str) -> Result<Self, String> {
+    /// Prepares apt for the packages of `release`.
+    ///
+    /// Those of the machine's own release are added to what is installed. Of another release everything is needed.
+    fn create(root: &Path, release: &str) -> Result<Self, String> {
         let directory = root.join("apt");
         let write = |name: &str, text: &str| {
             let path = directory.join(name);
@@ -236,13 +282,18 @@ impl PrivateApt {
             let path = directory.join(name);
             fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         }
-        let sources = Sources::of_this_machine()?.for_release(codename);
+        let mut sources = Sources::of_this_machine()?.for_release(RELEASE);
         if sources.is_empty() {
-            return Err(format!("no apt source for {codename} below /etc/apt"));
+            return Err(format!("no apt source for {RELEASE} below /etc/apt"));
+        }
+        let mut status = String::new();
+        if release == RELEASE {
+            status = fs::read_to_string(DPKG_STATUS).map_err(|error| format!("{DPKG_STATUS}: {error}"))?;
+        } else {
+            sources = sources.moved_to(release);
         }
         write("sources/private.list", &sources.one_line)?;
         write("sources/private.sources", &sources.deb822)?;
-        let status = fs::read_to_string(DPKG_STATUS).map_err(|error| format!("{DPKG_STATUS}: {error}"))?;
         write("status", &private_status(&status))?;
         write("apt.conf", &configuration(&directory))?;
         Ok(Self { directory })
@@ -413,6 +464,31 @@ impl Sources {
         }
         derived
     }
+
+    /// The same mirrors, with the suites of `release` in the place of those of [`RELEASE`].
+    ///
+    /// `self` has been through [`Self::for_release`].
+    fn moved_to(&self, release: &str) -> Self {
+        let moved = |suite: &str| match suite.strip_prefix(RELEASE) {
+            Some(part) => format!("{release}{part}"),
+            None => suite.to_owned(),
+        };
+        let mut other = Self::default();
+        for line in self.one_line.lines() {
+            let Some((head, suite, components)) = split_one_line(line) else { continue };
+            other.one_line.push_str(&format!("{head} {} {components}\n", moved(suite)));
+        }
+        for line in self.deb822.lines() {
+            match line.strip_prefix("Suites:") {
+                Some(suites) => {
+                    let suites: Vec<String> = suites.split_whitespace().map(moved).collect();
+                    other.deb822.push_str(&format!("Suites: {}\n", suites.join(" ")));
+                }
+                None => other.deb822.push_str(&format!("{line}\n")),
+            }
+        }
+        other
+    }
 }
 
 /// Splits `deb [options] uri suite components` before and after the suite.
@@ -514,7 +590,11 @@ pub(crate) fn last_lines(log: &Path) -> String {
 
 const BINARY: &str = "usr/bin/qemu-system-x86_64";
 const DPKG_STATUS: &str = "/var/lib/dpkg/status";
+/// The dynamic loader of a prefix that has its own C library.
+const LOADER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 const RELEASE: &str = "bookworm";
+/// Its backports have QEMU 11.1.
+const NEXT_RELEASE: &str = "trixie";
 /// One apt or dpkg step; 60 MB have to come through in this time.
 const STEP_LIMIT: Duration = Duration::from_secs(600);
 
@@ -572,6 +652,25 @@ mod tests {
             deb822(text),
             "Types: deb\nURIs: http://m/debian\nSuites: bookworm bookworm-updates bookworm-backports\n\
              Components: main\nSigned-By:\n -----BEGIN\n .\n -----END\n\n"
+        );
+    }
+
+    #[test]
+    fn sources_of_the_next_release_are_those_of_this_one_with_other_suites() {
+        let one_line = "deb [signed-by=/bookworm.gpg] https://bookworm.example/debian bookworm main\n\
+                        deb http://m/debian-security bookworm-security main\n";
+        let deb822 = "Types: deb\nURIs: http://m/debian\nSuites: bookworm bookworm-updates\nComponents: main\n";
+        let sources = Sources { one_line: one_line.to_owned(), deb822: deb822.to_owned() };
+        let moved = sources.for_release(RELEASE).moved_to(NEXT_RELEASE);
+        assert_eq!(
+            moved.one_line,
+            "deb [signed-by=/bookworm.gpg] https://bookworm.example/debian trixie main\n\
+             deb [signed-by=/bookworm.gpg] https://bookworm.example/debian trixie-backports main\n\
+             deb http://m/debian-security trixie-security main\n"
+        );
+        assert_eq!(
+            moved.deb822,
+            "Types: deb\nURIs: http://m/debian\nSuites: trixie trixie-updates trixie-backports\nComponents: main\n\n"
         );
     }
 

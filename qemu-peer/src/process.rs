@@ -168,7 +168,7 @@ impl QemuBuilder {
 }
 
 impl Qemu {
-    /// A VM of `installed` with 64 MiB of anonymous memory and machine type `pc-i440fx-7.2`, which both versions have.
+    /// A VM of `installed` with 64 MiB of anonymous memory and machine type `pc-i440fx-7.2`, which all versions have.
     pub fn builder(installed: &Installed) -> QemuBuilder {
         QemuBuilder {
             installed: installed.clone(),

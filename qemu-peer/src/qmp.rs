@@ -221,7 +221,7 @@ impl Qmp {
             if status.is_final() || Instant::now() >= deadline {
                 return Err(Error::TooLate { awaited: format!("{awaited:?}"), limit, seen: answer.to_string() });
             }
-            // QMP has no blocking wait that works for both versions and both sides; polling is what its users do.
+            // QMP has no blocking wait that works for all versions and both sides; polling is what its users do.
             thread::sleep(POLL_INTERVAL);
         }
     }

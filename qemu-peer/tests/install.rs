@@ -1,4 +1,4 @@
-//! Both QEMU versions can be had on this machine, or the reason is told.
+//! All QEMU versions can be had on this machine, or the reason is told.
 
 use std::time::{Duration, Instant};
 
@@ -6,10 +6,10 @@ use qemu_peer::{Installed, Version};
 use test_support::time_limit;
 
 #[test]
-fn both_versions_install_and_the_second_call_is_instant() {
+fn all_versions_install_and_the_second_call_is_instant() {
     time_limit(Duration::from_secs(1800), || {
         for version in Version::ALL {
-            let Some(first) = Installed::require(version) else { return };
+            let Some(first) = Installed::require(version) else { continue };
             let started = Instant::now();
             let second = Installed::find(version).unwrap();
             assert!(started.elapsed() < Duration::from_secs(1));

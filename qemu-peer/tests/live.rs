@@ -68,6 +68,16 @@ fn guest_proves_its_memory_on_10_0_q35() {
     boots(Version::V10_0, "pc-q35-10.0");
 }
 
+#[test]
+fn guest_proves_its_memory_on_11_1_i440fx() {
+    boots(Version::V11_1, "pc-i440fx-11.1");
+}
+
+#[test]
+fn guest_proves_its_memory_on_11_1_q35() {
+    boots(Version::V11_1, "pc-q35-11.1");
+}
+
 fn migrates(from: &Installed, to: &Installed, machine: &str, memory: Memory, return_path: bool) {
     time_limit(TEST_LIMIT, || {
         let vm = |installed| Qemu::builder(installed).machine(machine).memory_mib(MIB).guest(guest());
@@ -123,6 +133,13 @@ fn guest_moves_between_two_7_2_on_q35_from_anonymous_memory_to_a_file() {
 fn guest_moves_between_two_10_0_in_the_dialect_of_10_0() {
     let Some(new) = Installed::require(Version::V10_0) else { return };
     migrates(&new, &new, "pc-i440fx-10.0", Memory::SharedFile, true);
+}
+
+#[test]
+fn guest_moves_from_10_0_to_11_1_with_return_path() {
+    let Some(newest) = Installed::require(Version::V11_1) else { return };
+    let Some(new) = Installed::require(Version::V10_0) else { return };
+    migrates(&new, &newest, "pc-q35-10.0", Memory::SharedFile, true);
 }
 
 /// The negative control of every test above: one wrong byte in one page is seen by the host and by the guest.
