@@ -31,8 +31,8 @@
 //! ```
 //!
 //! What a sync point on main looks like is the [dialect](machine::Dialect): a FLUSH word (*per-round*), or the end of every
-//! section of `ram` (*per-section*). [`rounds`] keeps the account of who has arrived, and [`convergence`] decides what
-//! follows a round.
+//! section of `ram` (*per-section*). [`rounds`] keeps the account of who has arrived, [`convergence`] decides what
+//! follows a round, and [`commit`] which side has the guest in the end.
 //!
 //! # Example
 //!
@@ -50,6 +50,7 @@
 #![forbid(unsafe_code)]
 
 pub mod command;
+pub mod commit;
 pub mod convergence;
 pub mod encoder;
 pub mod ids;
