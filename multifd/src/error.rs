@@ -6,6 +6,7 @@ use multifd_proto::{BlockName, ChannelId, DecodeError, ProtocolError};
 
 use crate::{
     checkpoint::CheckpointError,
+    threads::ThreadRole,
     vm::{SectionId, VmError},
 };
 
@@ -108,7 +109,17 @@ pub enum Error {
     /// A thread was told to leave because of an error that another one reports. Never returned by `run`.
     #[error("stopped")]
     Stopped,
+    /// A thread could not be created: a limit on processes, on address space or of a cgroup.
+    #[error("cannot create the thread that {role}: {source}; raise the limit on threads (ulimit -u, pids.max)")]
+    Thread {
+        /// The thread.
+        role: ThreadRole,
+        /// The reason.
+        source: io::Error,
+    },
     /// A thread of the engine panicked: a defect of the engine or of a transport.
+    ///
+    /// Only where panics unwind: see [`threads`](crate::threads).
     #[error("a thread panicked: {message}")]
     Panicked {
         /// What it said.

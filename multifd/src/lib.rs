@@ -43,6 +43,7 @@ mod sys;
 mod test_vm;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
+pub mod threads;
 pub mod transport;
 pub mod vm;
 

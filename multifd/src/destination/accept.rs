@@ -13,7 +13,8 @@ use super::{Shared, channel::ReceiveChannel};
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     stop::PanicGuard,
-    sync::{Arc, lock, thread},
+    sync::{Arc, lock},
+    threads::{Task, ThreadRole},
     transport::{Listen, Stopper, Stream},
 };
 
@@ -21,14 +22,14 @@ use crate::{
 pub(super) struct Acceptor {
     shared: Arc<Shared>,
     interrupt: Box<dyn Stopper>,
-    thread: Option<thread::JoinHandle<Accepted>>,
+    thread: Option<Task<Accepted>>,
     listener: Option<Box<dyn Listen>>,
-    connections: Vec<thread::JoinHandle<()>>,
+    connections: Vec<Task<()>>,
 }
 
 struct Accepted {
     listener: Box<dyn Listen>,
-    connections: Vec<thread::JoinHandle<()>>,
+    connections: Vec<Task<()>>,
 }
 
 impl Acceptor {
@@ -38,8 +39,9 @@ impl Acceptor {
         let interrupt = listener.stopper().map_err(Error::io(at))?;
         shared.stop.register(listener.stopper().map_err(Error::io(at))?);
         let thread = {
+            let (threads, stop) = (shared.options.threads.clone(), shared.stop.clone());
             let shared = shared.clone();
-            thread::spawn(move || {
+            Task::spawn(&*threads, ThreadRole::Accept, &stop, move || {
                 // Main may still be waiting for the connection that is main.
                 let guard = PanicGuard::new(&shared.stop, "the listener");
                 let mut connections = Vec::new();
@@ -48,7 +50,7 @@ impl Acceptor {
                 }
                 guard.disarm();
                 Accepted { listener, connections }
-            })
+            })?
         };
         Ok(Acceptor {
             shared: shared.clone(),
@@ -98,8 +100,8 @@ impl Acceptor {
         self.shared.end_streams();
         let mut panicked = None;
         for connection in self.connections.drain(..) {
-            if let Err(panic) = connection.join() {
-                panicked.get_or_insert(Error::panicked(&*panic));
+            if let Err(error) = connection.join() {
+                panicked.get_or_insert(error);
             }
         }
         panicked
@@ -112,19 +114,15 @@ impl Acceptor {
                 self.listener = Some(accepted.listener);
                 self.connections = accepted.connections;
             }
-            Err(panic) => {
-                self.shared.stop.stop(Error::panicked(&*panic));
+            Err(error) => {
+                self.shared.stop.stop(error);
             }
         }
     }
 }
 
 /// Accepts until all have come, or until it is interrupted and nobody waits any more.
-fn accept_all(
-    listener: &mut dyn Listen,
-    shared: &Arc<Shared>,
-    connections: &mut Vec<thread::JoinHandle<()>>,
-) -> Result<(), Error> {
+fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut Vec<Task<()>>) -> Result<(), Error> {
     let expected = shared.options.channels.map(|channels| usize::from(channels) + 1);
     while expected.is_none_or(|expected| connections.len() < expected) && connections.len() < MAX_CONNECTIONS {
         // The first may take for ever to come; from then on the source is there.
@@ -157,25 +155,22 @@ fn accept_waiting(listener: &mut dyn Listen, index: usize) -> Result<Option<Box<
 }
 
 /// Gives `stream` a thread that finds out what it is.
-fn greet(
-    stream: Box<dyn Stream>,
-    shared: &Arc<Shared>,
-    connections: &mut Vec<thread::JoinHandle<()>>,
-) -> Result<(), Error> {
+fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Vec<Task<()>>) -> Result<(), Error> {
     let connection = Connection::Unknown(connections.len());
     let at = Place { connection, offset: 0 };
     if connections.len() == MAX_CONNECTIONS {
         return Err(Mismatch::UnexpectedConnection { peer: stream.peer(), channels: MAX_CONNECTIONS - 1 }.into());
     }
     shared.register_stream(stream.stopper().map_err(Error::io(at))?);
+    let (threads, stop) = (shared.options.threads.clone(), shared.stop.clone());
     let shared = shared.clone();
-    connections.push(thread::spawn(move || {
+    connections.push(Task::spawn(&*threads, ThreadRole::Connection(connections.len()), &stop, move || {
         let guard = PanicGuard::new(&shared.stop, connection);
         if let Err(error) = serve(stream, connection, &shared) {
             shared.stop.stop(error);
         }
         guard.disarm();
-    }));
+    })?);
     Ok(())
 }
 

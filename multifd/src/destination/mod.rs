@@ -103,7 +103,7 @@ impl Destination {
         from: Box<dyn Listen>,
         observer: &mut dyn Observer,
     ) -> Result<Report, Error> {
-        let mut run = Run::new(self, page_size, from)?;
+        let mut run = Run::new(self, page_size, from).inspect_err(|_| target.abandon())?;
         let outcome = run.phases(target, observer);
         run.finish(target, outcome)
     }
@@ -238,7 +238,11 @@ impl Run {
         #[cfg(any(test, feature = "broken-variants"))]
         shared.stop.register(Box::new(shared.loose.clone()));
         shared.stop.register(Box::new(accept::MainSlotStopper(shared.clone())));
-        let acceptor = Acceptor::spawn(from, &shared)?;
+        let acceptor = Acceptor::spawn(from, &shared).map_err(|error| {
+            // Ends what has been registered, which has `shared` in turn.
+            let not_first = shared.stop.stop(error);
+            shared.stop.take_first().or(not_first).unwrap_or(Error::Stopped)
+        })?;
         Ok(Run {
             shared,
             acceptor,

@@ -5,7 +5,11 @@ use std::time::Duration;
 use multifd_proto::{machine::Dialect, packet::Compression};
 
 use super::FirstTouch;
-use crate::clock::Clock;
+use crate::{
+    clock::Clock,
+    sync::Arc,
+    threads::{StdThreads, Threads},
+};
 
 /// How to receive. Everything that the stream tells is found out unless it is required here.
 #[derive(Clone, Debug)]
@@ -34,6 +38,8 @@ pub struct Options {
     pub audit: bool,
     /// Where time comes from.
     pub clock: Clock,
+    /// How threads are made.
+    pub threads: Arc<dyn Threads>,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
     pub broken: Option<crate::broken::Broken>,
@@ -53,6 +59,7 @@ impl Default for Options {
             close_timeout: Duration::from_secs(5),
             audit: false,
             clock: Clock::monotonic(),
+            threads: Arc::new(StdThreads),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
         }

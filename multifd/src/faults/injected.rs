@@ -27,6 +27,7 @@ use crate::{
     source::{self, Source},
     sync::Arc,
     test_vm::{TestDestination, TestSource},
+    threads::{StdThreads, Threads},
     transport::{
         Connect, Listen, Stopper, Stream,
         faulty::{Fault, Faults},
@@ -139,11 +140,19 @@ pub(super) struct Attempt {
     pub(super) options: source::Options,
     /// The call of the destination's VM that fails.
     pub(super) load_fails_at: Option<usize>,
+    /// How the destination's threads are made.
+    pub(super) receiving_threads: Arc<dyn Threads>,
 }
 
 impl Attempt {
     pub(super) fn new(options: source::Options) -> Attempt {
-        Attempt { source: Plans::none(), destination: Plans::none(), options, load_fails_at: None }
+        Attempt {
+            source: Plans::none(),
+            destination: Plans::none(),
+            options,
+            load_fails_at: None,
+            receiving_threads: Arc::new(StdThreads),
+        }
     }
 }
 
@@ -166,7 +175,8 @@ pub(super) fn migrate(
         let ram = Ram::for_test(&BLOCKS);
         let mut to = TestDestination::new(ram.clone());
         to.fail_at = attempt.load_fails_at;
-        let receiving = destination::Options { channels: Some(CHANNELS), ..Default::default() };
+        let receiving =
+            destination::Options { channels: Some(CHANNELS), threads: attempt.receiving_threads, ..Default::default() };
         let (source, destination) = (Source::new(attempt.options), Destination::new(receiving));
         let (stop_source, stop_destination) = (source.stop_handle(), destination.stop_handle());
         let before = guest.vm.writer_ram().handles();

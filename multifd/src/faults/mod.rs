@@ -8,3 +8,4 @@ mod hostile_main;
 mod injected;
 mod set_up;
 mod silence;
+mod threads;

@@ -37,7 +37,8 @@ use crate::{
     scan::PageScan,
     sections::Sections,
     stop::StopHandle,
-    sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock, thread},
+    sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock},
+    threads::{Task, ThreadRole},
     transport::{Connect, ZeroCopyCounters},
     vm::{SourceVm, Throttled},
 };
@@ -102,7 +103,7 @@ pub(super) struct Shared {
 struct Run {
     shared: Arc<Shared>,
     main: Option<MainChannel>,
-    channels: Vec<thread::JoinHandle<Result<SendChannel, Error>>>,
+    channels: Vec<Task<Result<SendChannel, Error>>>,
     /// Channels that have ended; their connections stay open until the destination has confirmed.
     ended: Vec<SendChannel>,
     return_path: Option<ReturnPath>,
@@ -210,7 +211,7 @@ impl Run {
         };
         let mut main = MainChannel::new(open(Connection::Main)?, shared);
         main.header()?;
-        self.return_path = Some(ReturnPath::listen(main.reader()?, shared.stop.clone()));
+        self.return_path = Some(ReturnPath::listen(main.reader()?, &shared.stop, &*shared.options.threads)?);
         for id in 0..shared.options.channels {
             let mut stream = open(Connection::Channel(ChannelId(id)))?;
             if let Some(report) = self.report.zero_copy.as_mut().filter(|report| report.refused.is_none())
@@ -221,7 +222,8 @@ impl Run {
             }
             let mut channel = SendChannel::new(ChannelId(id), stream, shared)?;
             channel.hello()?;
-            self.channels.push(thread::spawn(move || channel.run()));
+            let role = ThreadRole::SendChannel(ChannelId(id));
+            self.channels.push(Task::spawn(&*shared.options.threads, role, &shared.stop, move || channel.run())?);
         }
         self.main = Some(main);
         Ok(())
@@ -566,8 +568,8 @@ fn undecided(error: Error) -> Error {
     }
 }
 
-fn join(channel: thread::JoinHandle<Result<SendChannel, Error>>) -> Result<SendChannel, Error> {
-    channel.join().unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
+fn join(channel: Task<Result<SendChannel, Error>>) -> Result<SendChannel, Error> {
+    channel.join()?
 }
 
 /// 32 MiB of 4 KiB pages: what a first section sends before any speed was measured.

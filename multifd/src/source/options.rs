@@ -8,7 +8,12 @@ use multifd_proto::{
     packet::Compression,
 };
 
-use crate::{clock::Clock, sections::RAM_SECTION};
+use crate::{
+    clock::Clock,
+    sections::RAM_SECTION,
+    sync::Arc,
+    threads::{StdThreads, Threads},
+};
 
 /// How to migrate. The destination has to be configured for the same compression; all else it finds out.
 #[derive(Clone, Debug)]
@@ -49,6 +54,8 @@ pub struct Options {
     pub replay: Replay,
     /// Where time comes from.
     pub clock: Clock,
+    /// How threads are made.
+    pub threads: Arc<dyn Threads>,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
     pub broken: Option<crate::broken::Broken>,
@@ -75,6 +82,7 @@ impl Default for Options {
             limits: Limits::default(),
             replay: Replay::default(),
             clock: Clock::monotonic(),
+            threads: Arc::new(StdThreads),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
         }

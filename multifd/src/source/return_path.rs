@@ -8,7 +8,8 @@ use multifd_proto::{Violation, return_path::Message, wire::Step};
 use crate::{
     error::{Connection, Error, Place},
     stop::StopHandle,
-    sync::{Arc, Condvar, Mutex, lock, thread, wait},
+    sync::{Arc, Condvar, Mutex, lock, wait},
+    threads::{Task, ThreadRole, Threads},
     transport::{Stopper, Stream},
 };
 
@@ -16,7 +17,7 @@ use crate::{
 pub(super) struct ReturnPath {
     verdict: Arc<Verdict>,
     stopper: Option<Box<dyn Stopper>>,
-    thread: Option<thread::JoinHandle<()>>,
+    thread: Option<Task<()>>,
 }
 
 #[derive(Default)]
@@ -27,17 +28,24 @@ struct Verdict {
 
 impl ReturnPath {
     /// Begins to read from `stream`.
-    pub(super) fn listen(mut stream: Box<dyn Stream>, stop: StopHandle) -> ReturnPath {
+    ///
+    /// # Errors
+    /// [`Error::Thread`].
+    pub(super) fn listen(
+        mut stream: Box<dyn Stream>,
+        stop: &StopHandle,
+        threads: &dyn Threads,
+    ) -> Result<ReturnPath, Error> {
         let verdict = Arc::new(Verdict { state: Mutex::new(None), changed: Condvar::new() });
         let stopper = stream.stopper().ok();
         let thread = {
-            let verdict = verdict.clone();
-            thread::spawn(move || {
-                let mut end = End::new(verdict, stop);
+            let (verdict, stop_it) = (verdict.clone(), stop.clone());
+            Task::spawn(threads, ThreadRole::ReturnPath, stop, move || {
+                let mut end = End::new(verdict, stop_it);
                 end.outcome = read_until_shut(&mut *stream, &end.stop);
-            })
+            })?
         };
-        ReturnPath { verdict, stopper, thread: Some(thread) }
+        Ok(ReturnPath { verdict, stopper, thread: Some(thread) })
     }
 
     /// Waits until the destination has confirmed that it has the VM.
@@ -71,9 +79,9 @@ impl ReturnPath {
             stopper.stop();
         }
         if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+            && let Err(error) = thread.join()
         {
-            tracing::error!("the return path's thread panicked");
+            tracing::error!(%error, "the thread of the return path");
         }
     }
 }
@@ -149,7 +157,7 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::ram::GuestRange;
+    use crate::{ram::GuestRange, threads::StdThreads};
 
     /// A connection with a defect.
     struct Defective;
@@ -186,7 +194,7 @@ mod tests {
         test_support::time_limit(std::time::Duration::from_secs(60), || {
             let stop = StopHandle::new();
             stop.commit().unwrap();
-            let path = ReturnPath::listen(Box::new(Defective), stop);
+            let path = ReturnPath::listen(Box::new(Defective), &stop, &StdThreads).unwrap();
             let error = path.wait_for_shut().unwrap_err();
             assert_eq!(error.to_string(), "a thread panicked: the thread of return path");
             assert!(matches!(super::super::undecided(error), Error::Undecided { .. }), "it may have read SHUT");
@@ -197,7 +205,7 @@ mod tests {
     fn a_panic_of_the_thread_before_the_commit_stops_the_migration() {
         test_support::time_limit(std::time::Duration::from_secs(60), || {
             let stop = StopHandle::new();
-            let path = ReturnPath::listen(Box::new(Defective), stop.clone());
+            let path = ReturnPath::listen(Box::new(Defective), &stop, &StdThreads).unwrap();
             assert!(matches!(path.wait_for_shut(), Err(Error::Stopped)));
             assert!(matches!(stop.take_first(), Some(Error::Panicked { .. })));
         });

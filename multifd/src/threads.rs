@@ -1,0 +1,286 @@
+//! How the engine's threads are made: by the standard library, or by the VMM.
+//!
+//! Every thread of a migration is started through [`Threads`] and joined before `run` returns. A VMM that gives its threads
+//! seccomp filters, CPUs, priorities or a cgroup supplies its own [`Threads`] in the options of either side. A thread that
+//! cannot be created ends the migration with [`Error::Thread`] and nothing else: the VM runs on at the source.
+//!
+//! # Panics
+//! A panic of one of these threads, which is a defect, ends the migration with [`Error::Panicked`]. This takes unwinding.
+//! In a program that is built with `panic = "abort"` a panic ends the whole process, and the VM with it.
+
+use std::{fmt, io, thread::Result as ThreadResult};
+
+use multifd_proto::ChannelId;
+
+use crate::{
+    error::Error,
+    stop::StopHandle,
+    sync::{Arc, Mutex, lock, thread},
+};
+
+/// Starts the threads of a migration.
+///
+/// # Examples
+/// Threads with a stack of 256 KiB:
+/// ```
+/// use std::{io, thread};
+/// use multifd::threads::{Body, Joinable, ThreadRole, Threads};
+///
+/// struct SmallStacks;
+///
+/// impl Threads for SmallStacks {
+///     fn spawn(&self, role: ThreadRole, body: Body) -> io::Result<Box<dyn Joinable>> {
+///         Ok(Box::new(thread::Builder::new().name(role.name()).stack_size(256 << 10).spawn(body)?))
+///     }
+/// }
+///
+/// let options = multifd::source::Options { threads: std::sync::Arc::new(SmallStacks), ..Default::default() };
+/// ```
+pub trait Threads: Send + Sync {
+    /// Starts a thread that calls `body` once, and returns without waiting for it.
+    ///
+    /// `body` blocks on connections and on other threads of the migration, so it needs a thread of its own. A `body` that
+    /// is dropped without a call ends the migration.
+    ///
+    /// # Errors
+    /// The thread could not be created. `body` has then been dropped, which closes its connection.
+    fn spawn(&self, role: ThreadRole, body: Body) -> io::Result<Box<dyn Joinable>>;
+}
+
+/// What a thread of a migration does.
+pub type Body = Box<dyn FnOnce() + Send>;
+
+/// A thread that was started and can be waited for.
+pub trait Joinable: Send {
+    /// Waits until the thread has ended. Returns the payload of its panic, if it panicked.
+    fn join(self: Box<Self>) -> ThreadResult<()>;
+}
+
+impl Joinable for thread::JoinHandle<()> {
+    fn join(self: Box<Self>) -> ThreadResult<()> {
+        (*self).join()
+    }
+}
+
+/// The task of one thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ThreadRole {
+    /// Sends pages over one channel, on the source.
+    SendChannel(ChannelId),
+    /// Reads what the destination says on main, on the source.
+    ReturnPath,
+    /// Accepts connections, on the destination.
+    Accept,
+    /// Serves one connection, on the destination; counted from 0 in the order of arrival.
+    Connection(usize),
+}
+
+impl ThreadRole {
+    /// A name for the thread, as it appears in a debugger or in `top -H`: at most 15 bytes, the kernel's limit.
+    pub fn name(self) -> String {
+        match self {
+            ThreadRole::SendChannel(id) => format!("mfd send {id}"),
+            ThreadRole::ReturnPath => "mfd return path".to_owned(),
+            ThreadRole::Accept => "mfd accept".to_owned(),
+            ThreadRole::Connection(index) => format!("mfd conn {}", index % 1_000_000),
+        }
+    }
+}
+
+impl fmt::Display for ThreadRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ThreadRole::SendChannel(id) => write!(f, "sends channel {id}"),
+            ThreadRole::ReturnPath => f.write_str("reads the return path"),
+            ThreadRole::Accept => f.write_str("accepts connections"),
+            ThreadRole::Connection(index) => write!(f, "serves connection {index}"),
+        }
+    }
+}
+
+/// Threads of the standard library, named by their role.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StdThreads;
+
+impl Threads for StdThreads {
+    fn spawn(&self, role: ThreadRole, body: Body) -> io::Result<Box<dyn Joinable>> {
+        Ok(Box::new(thread::Builder::new().name(role.name()).spawn(body)?))
+    }
+}
+
+impl fmt::Debug for dyn Threads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Threads")
+    }
+}
+
+/// A running thread of the engine that ends with a `T`.
+pub(crate) struct Task<T> {
+    handle: Box<dyn Joinable>,
+    state: Arc<Mutex<TaskState<T>>>,
+}
+
+/// How far a thread has come.
+enum TaskState<T> {
+    /// [`Threads::spawn`] has not returned yet.
+    Offered,
+    /// It has returned a thread.
+    Accepted,
+    /// The body was dropped before it was called.
+    Dropped,
+    /// The body has been called and has not returned.
+    Begun,
+    /// The body has returned.
+    Done(T),
+}
+
+impl<T: Send + 'static> Task<T> {
+    /// Starts a thread that runs `body`.
+    ///
+    /// If `threads` loses `body` later, without a call, the migration is stopped: other threads may be waiting for it.
+    ///
+    /// # Errors
+    /// [`Error::Thread`]; `body` has been dropped.
+    pub(crate) fn spawn(
+        threads: &dyn Threads,
+        role: ThreadRole,
+        stop: &StopHandle,
+        body: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Task<T>, Error> {
+        let state = Arc::new(Mutex::new(TaskState::Offered));
+        let mut offer = Offer { role, stop: Some(stop.clone()), state: state.clone() };
+        let handle = threads
+            .spawn(
+                role,
+                Box::new(move || {
+                    let state = offer.begin();
+                    let outcome = body();
+                    *lock(&state) = TaskState::Done(outcome);
+                }),
+            )
+            .map_err(|source| Error::Thread { role, source })?;
+        let mut now = lock(&state);
+        match *now {
+            TaskState::Dropped => return Err(body_dropped(role)),
+            TaskState::Offered => *now = TaskState::Accepted,
+            TaskState::Accepted | TaskState::Begun | TaskState::Done(_) => {}
+        }
+        drop(now);
+        Ok(Task { handle, state })
+    }
+
+    /// Waits until the thread has ended, and returns what `body` returned.
+    ///
+    /// # Errors
+    /// [`Error::Panicked`].
+    pub(crate) fn join(self) -> Result<T, Error> {
+        self.handle.join().map_err(|panic| Error::panicked(&*panic))?;
+        match std::mem::replace(&mut *lock(&self.state), TaskState::Begun) {
+            TaskState::Done(outcome) => Ok(outcome),
+            // A VMM's thread may catch the panic itself.
+            _ => Err(Error::Panicked { message: "it ended without a result".to_owned() }),
+        }
+    }
+}
+
+/// Travels with a body until it is called, and notices when that never happens.
+struct Offer<T> {
+    role: ThreadRole,
+    /// `None` once the body has been called.
+    stop: Option<StopHandle>,
+    state: Arc<Mutex<TaskState<T>>>,
+}
+
+impl<T> Offer<T> {
+    fn begin(&mut self) -> Arc<Mutex<TaskState<T>>> {
+        self.stop = None;
+        *lock(&self.state) = TaskState::Begun;
+        self.state.clone()
+    }
+}
+
+impl<T> Drop for Offer<T> {
+    fn drop(&mut self) {
+        let Some(stop) = self.stop.take() else { return };
+        let before = std::mem::replace(&mut *lock(&self.state), TaskState::Dropped);
+        // As long as it is only offered, `Task::spawn` reports it, with the reason.
+        if matches!(before, TaskState::Accepted) {
+            stop.stop(body_dropped(self.role));
+        }
+    }
+}
+
+fn body_dropped(role: ThreadRole) -> Error {
+    Error::Thread { role, source: io::Error::other("it was dropped before it ran") }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+pub(crate) mod test_doubles {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use super::*;
+
+    /// Threads of which one cannot be created: the kernel's limit is reached there and nowhere else.
+    pub(crate) struct FailsAt {
+        /// Counted from 0.
+        pub(crate) index: usize,
+        pub(crate) spawned: AtomicUsize,
+    }
+
+    impl Threads for FailsAt {
+        fn spawn(&self, role: ThreadRole, body: Body) -> io::Result<Box<dyn Joinable>> {
+            if self.spawned.fetch_add(1, SeqCst) == self.index {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            StdThreads.spawn(role, body)
+        }
+    }
+
+    /// Threads of which one ends before it has called its body.
+    pub(crate) struct LosesAt {
+        /// Counted from 0.
+        pub(crate) index: usize,
+        pub(crate) spawned: AtomicUsize,
+    }
+
+    impl Threads for LosesAt {
+        fn spawn(&self, role: ThreadRole, body: Body) -> io::Result<Box<dyn Joinable>> {
+            let lost = self.spawned.fetch_add(1, SeqCst) == self.index;
+            let body = if lost { Box::new(move || drop(body)) } else { body };
+            StdThreads.spawn(role, body)
+        }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_fits_into_what_the_kernel_keeps() {
+        let roles = [
+            ThreadRole::SendChannel(ChannelId(255)),
+            ThreadRole::ReturnPath,
+            ThreadRole::Accept,
+            ThreadRole::Connection(usize::MAX),
+        ];
+        for role in roles {
+            assert!(role.name().len() <= 15, "{}", role.name());
+        }
+    }
+
+    #[test]
+    fn a_thread_has_the_name_of_its_role() {
+        let name = || std::thread::current().name().map(str::to_owned);
+        let task = Task::spawn(&StdThreads, ThreadRole::Accept, &StopHandle::new(), name).unwrap();
+        assert_eq!(task.join().unwrap().as_deref(), Some("mfd accept"));
+    }
+
+    #[test]
+    fn a_panic_is_reported_with_its_message() {
+        let task: Task<()> =
+            Task::spawn(&StdThreads, ThreadRole::Accept, &StopHandle::new(), || panic!("a defect")).unwrap();
+        assert_eq!(task.join().unwrap_err().to_string(), "a thread panicked: a defect");
+    }
+}
