@@ -4,7 +4,7 @@
 
 use std::{
     ffi::OsStr,
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read},
     process::{Child, ChildStderr, Command, Stdio},
     thread,
 };
@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{exit::Exit, progress};
+use crate::{exit::Exit, terminal};
 
 /// A running `multifd guest`.
 pub struct GuestProcess {
@@ -120,8 +120,7 @@ fn pass_on(stderr: ChildStderr, said: &impl Fn(Said)) {
         match line.strip_prefix("listening on ") {
             Some(uri) => said(Said::Listening(uri.to_owned())),
             None => {
-                // For whoever watches.
-                let _ = progress::above_the_bar(|| writeln!(io::stderr(), "{line}"));
+                terminal::say(&line);
             }
         }
     }

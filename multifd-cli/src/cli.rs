@@ -1,6 +1,6 @@
 //! The command line: verbs, options, and what is right for each.
 
-use std::{fmt, num::NonZeroU8, path::PathBuf, time::Duration};
+use std::{fmt, num::NonZeroU8, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use multifd::{destination, source, transport::uri::Uri};
@@ -15,7 +15,7 @@ use multifd_proto::{
     packet,
 };
 
-use crate::units;
+use crate::units::{self, Limit};
 
 /// Moves running virtual machines between processes and hosts, in QEMU's multifd format.
 #[derive(Debug, Parser)]
@@ -134,7 +134,7 @@ pub struct ReceiveArgs {
     #[arg(value_name = "URI")]
     pub uri: Uri,
     /// The checkpoint, a mapped-ram migration file; it appears when it is complete and on disk.
-    #[arg(short, long = "output", value_name = "FILE")]
+    #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE")]
     pub file: PathBuf,
     /// Replace FILE if it exists, when the new one is complete.
     #[arg(long)]
@@ -159,6 +159,9 @@ pub struct ReceiveArgs {
     /// Compression that the source has to use [default: any].
     #[arg(long, value_enum)]
     pub compression: Option<Compression>,
+    /// UUID of the VM that is expected; a source with another one is refused [default: any].
+    #[arg(long, value_name = "UUID", value_parser = uuid)]
+    pub uuid: Option<[u8; 16]>,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -177,6 +180,10 @@ pub struct SendArgs {
     /// QEMU does not write those that it finds in packets.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// UUID of the VM, which a QEMU started with -uuid compares with its own. QEMU does not write it into its files
+    /// [default: the one in FILE, or none].
+    #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = MIGRATION)]
+    pub uuid: Option<[u8; 16]>,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -198,7 +205,7 @@ pub struct InspectArgs {
     #[arg(long, value_name = "BLOCK", requires = "file")]
     pub extract: Option<String>,
     /// Where to extract to; must not exist.
-    #[arg(short, long = "output", value_name = "FILE", requires = "extract")]
+    #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE", requires = "extract")]
     pub file: Option<PathBuf>,
     /// What to print.
     #[command(flatten)]
@@ -291,8 +298,8 @@ impl MachineArgs {
         }
         let [working_set, least, most] = [working_set, least, most].map(units::show_size);
         Err(format!(
-            "invalid value '{working_set}' for '--working-set <SIZE>': between {least} (two pages for each CPU) and {most} \
-             (--memory) would be right"
+            "invalid value '{working_set}' for '--working-set <SIZE>': expected {least} (two pages for each CPU) to {most} \
+             (--memory)"
         ))
     }
 }
@@ -308,9 +315,9 @@ pub struct TransferArgs {
     /// for destinations that are not QEMU [default: none when sending, any when receiving].
     #[arg(long, value_enum)]
     pub compression: Option<Compression>,
-    /// Level of the compression: 0 to 9 for zlib, 1 to 20 for zstd and auto.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(0..=20))]
-    pub compression_level: i32,
+    /// Level of the compression: 0 to 9 for zlib, 1 to 20 for zstd and auto [default: 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..=20))]
+    pub compression_level: Option<i32>,
     /// Have the kernel read pages straight from guest memory instead of copying them first (MSG_ZEROCOPY), where the
     /// connections can; a message says where not. TCP to another host only: to this one the kernel copies all the same.
     /// Not together with compression.
@@ -324,18 +331,22 @@ pub struct TransferArgs {
     /// [default: per-round, or by the machine type].
     #[arg(long, value_enum)]
     pub sync: Option<Sync>,
-    /// Bytes or bits per second on all connections together, e.g. 200MB/s, 10Gbit/s [default: no limit].
-    #[arg(long, value_name = "RATE", value_parser = bandwidth)]
-    pub max_bandwidth: Option<u64>,
-    /// How long the guest may stand still.
+    /// Bytes or bits per second on all connections together, e.g. 200MB/s, 10Gbit/s, 128M (MiB/s); 0 for no limit
+    /// [default: 0].
+    #[arg(long, value_name = "RATE", value_parser = units::rate_limit)]
+    pub max_bandwidth: Option<Limit<u64>>,
+    /// How long the guest may be paused; 0 switches over only when nothing is left to send.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::time)]
     pub downtime_limit: Duration,
     /// Give up after so many rounds with the guest running.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_rounds: u64,
-    /// Give up after this time [default: no limit].
-    #[arg(long, value_name = "TIME", value_parser = units::time)]
-    pub max_time: Option<Duration>,
+    /// Give up after this time with the guest running; 0 for no limit [default: 0].
+    #[arg(long, value_name = "TIME", value_parser = units::time_limit)]
+    pub max_time: Option<Limit<Duration>>,
+    /// How long to try to connect while the destination refuses, because it does not listen yet; 0 for no limit.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time_limit)]
+    pub connect_timeout: Limit<Duration>,
     /// Never slow the guest down, even if it writes faster than its memory can be sent.
     #[arg(long)]
     pub no_throttle: bool,
@@ -354,13 +365,13 @@ impl TransferArgs {
             zero_pages: zero_pages.unwrap_or(machine::ZeroPages::Multifd),
             compression: self.compression.map_or(packet::Compression::None, Compression::method),
             auto_compression: self.compression == Some(Compression::Auto),
-            compression_level: self.compression_level,
+            compression_level: self.compression_level.unwrap_or(DEFAULT_LEVEL),
             zero_copy: self.zero_copy,
-            max_bandwidth: self.max_bandwidth,
+            max_bandwidth: self.max_bandwidth.and_then(|rate| rate.0),
             limits: Limits {
                 downtime: self.downtime_limit,
                 rounds: Some(self.max_rounds),
-                time: self.max_time,
+                time: self.max_time.and_then(|time| time.0),
                 throttle: !self.no_throttle,
             },
             ..source::Options::default()
@@ -377,10 +388,22 @@ impl TransferArgs {
     }
 
     fn check(&self) -> Result<(), String> {
-        match self.compression {
-            Some(compression) if self.zero_copy && compression != Compression::None => Err(format!(
-                "the option '--zero-copy' cannot be used with '--compression {}': compressed pages are a copy; one of the two \
-                 would be right",
+        let compression = self.compression.unwrap_or(Compression::None);
+        if self.zero_copy && compression != Compression::None {
+            return Err(format!(
+                "the option '--zero-copy' cannot be used with '--compression {}': compressed pages are a copy; expected one of \
+                 the two",
+                value_name(&compression)
+            ));
+        }
+        match (self.compression_level, compression.levels()) {
+            (Some(_), None) => Err("the option '--compression-level <N>' has no effect without compression; expected \
+                                    '--compression zlib', 'zstd' or 'auto' with it"
+                .to_owned()),
+            (Some(level), Some(levels)) if !levels.contains(&level) => Err(format!(
+                "invalid value '{level}' for '--compression-level <N>': expected {} to {} for {}",
+                levels.start(),
+                levels.end(),
                 value_name(&compression)
             )),
             _ => Ok(()),
@@ -400,20 +423,23 @@ impl TransferArgs {
             downtime_limit,
             max_rounds,
             max_time,
+            connect_timeout,
             no_throttle,
         } = self;
         let mut args = vec![
-            format!("--compression-level={compression_level}"),
+            format!("--connect-timeout={}", show_limit(*connect_timeout)),
             format!("--downtime-limit={}us", downtime_limit.as_micros()),
             format!("--max-rounds={max_rounds}"),
         ];
         args.extend(channels.map(|channels| format!("--channels={channels}")));
         args.extend(compression.map(|compression| format!("--compression={}", value_name(&compression))));
+        args.extend(compression_level.map(|level| format!("--compression-level={level}")));
         args.extend(zero_copy.then(|| "--zero-copy".to_owned()));
         args.extend(zero_pages.map(|zero_pages| format!("--zero-pages={}", value_name(&zero_pages))));
         args.extend(sync.map(|sync| format!("--sync={}", value_name(&sync))));
-        args.extend(max_bandwidth.map(|rate| format!("--max-bandwidth={rate}B/s")));
-        args.extend(max_time.map(|time| format!("--max-time={}us", time.as_micros())));
+        let bandwidth = |Limit(rate): Limit<u64>| rate.map_or("0".to_owned(), |rate| format!("{rate}B/s"));
+        args.extend(max_bandwidth.map(|rate| format!("--max-bandwidth={}", bandwidth(rate))));
+        args.extend(max_time.map(|time| format!("--max-time={}", show_limit(time))));
         args.extend(no_throttle.then(|| "--no-throttle".to_owned()));
         args
     }
@@ -541,6 +567,15 @@ impl Compression {
         }
     }
 
+    /// Its levels, where it has some. zstd has more: packets of a level above 20 need more memory than a QEMU gives them.
+    fn levels(self) -> Option<RangeInclusive<i32>> {
+        match self {
+            Compression::None => None,
+            Compression::Zlib => Some(0..=9),
+            Compression::Zstd | Compression::Auto => Some(1..=20),
+        }
+    }
+
     /// What every packet has to be, for a destination.
     pub fn required(self) -> Option<packet::Compression> {
         (self != Compression::Auto).then(|| self.method())
@@ -626,26 +661,21 @@ fn value_name(value: &impl ValueEnum) -> String {
 }
 
 fn channels(text: &str) -> Result<NonZeroU8, String> {
-    text.parse().map_err(|_| "a number from 1 to 255 would be right".to_owned())
+    text.parse().map_err(|_| "expected a number from 1 to 255".to_owned())
 }
 
 fn memory_size(text: &str) -> Result<u64, String> {
     match units::size(text).map_err(|error| error.to_string())? {
         size if size > 0 && size.is_multiple_of(PAGE) => Ok(size),
-        _ => Err("a multiple of 4KiB would be right, e.g. 64MiB".to_owned()),
-    }
-}
-
-fn bandwidth(text: &str) -> Result<u64, String> {
-    match units::rate(text).map_err(|error| error.to_string())? {
-        0 => Err("nothing would ever be sent; 1B/s or more would be right".to_owned()),
-        rate => Ok(rate),
+        _ => Err("expected a multiple of 4KiB, e.g. 64MiB".to_owned()),
     }
 }
 
 fn write_rate(text: &str) -> Result<WriteRate, String> {
-    if text == "max" {
-        return Ok(WriteRate(Rate::Max));
+    match text {
+        "max" => return Ok(WriteRate(Rate::Max)),
+        "0" => return Ok(WriteRate(Rate::Idle)),
+        _ => {}
     }
     match units::rate(text) {
         Ok(0) => Ok(WriteRate(Rate::Idle)),
@@ -657,25 +687,84 @@ fn write_rate(text: &str) -> Result<WriteRate, String> {
 fn host(text: &str) -> Result<String, String> {
     match format!("tcp:{text}:0").parse::<Uri>() {
         Ok(Uri::Tcp { .. }) => Ok(text.to_owned()),
-        _ => Err("a name or an address would be right, IPv6 in brackets, as in [::1]".to_owned()),
+        _ => Err("expected a name or an address, IPv6 in brackets, as in [::1]".to_owned()),
     }
 }
 
 fn unix_uri(text: &str) -> Result<Uri, String> {
     match text.parse() {
         Ok(uri @ Uri::Unix(_)) => Ok(uri),
-        _ => Err("unix:PATH would be right".to_owned()),
+        _ => Err("expected unix:PATH".to_owned()),
     }
+}
+
+/// `text` as 16 bytes: 32 hexadecimal digits.
+fn bytes16(text: &str) -> Option<[u8; 16]> {
+    let digits = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    digits.then(|| u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes))?
+}
+
+fn uuid(text: &str) -> Result<[u8; 16], String> {
+    let hyphens = text.match_indices('-').map(|(at, _)| at).eq([8, 13, 18, 23]);
+    let digits = if hyphens { text.replace('-', "") } else { text.to_owned() };
+    bytes16(&digits).ok_or_else(|| "expected a UUID, as in 6f1d7c1e-4d4a-4b0e-9a3c-2f6f0f3a5b11".to_owned())
+}
+
+/// As [`units::time_limit`] reads it.
+fn show_limit(Limit(time): Limit<Duration>) -> String {
+    time.map_or("0".to_owned(), |time| format!("{}us", time.as_micros()))
 }
 
 const MIGRATION: &str = "Migration";
 const PAGE: u64 = 4096;
 const DEFAULT_WORKING_SET: u64 = 64 << 20;
 const DEFAULT_CHANNELS: u8 = 4;
+const DEFAULT_LEVEL: i32 = 1;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_uuid_is_32_digits_with_hyphens_or_without() {
+        let bytes = [0, 17, 34, 51, 68, 85, 102, 119, 136, 153, 170, 187, 204, 221, 238, 255];
+        assert_eq!(uuid("00112233-4455-6677-8899-AABBCCDDEEFF"), Ok(bytes));
+        assert_eq!(uuid("00112233445566778899aabbccddeeff"), Ok(bytes));
+        for wrong in
+            ["", "0011223344556677", "0011-22334455-6677-8899-AABBCCDDEEFF", "+0112233445566778899aabbccddeeff"]
+        {
+            assert!(uuid(wrong).unwrap_err().contains("expected a UUID"), "{wrong}");
+        }
+    }
+
+    /// The demo passes its options on to its processes.
+    #[test]
+    fn the_processes_of_the_demo_get_its_options() {
+        let read = |args: &[String]| {
+            let Cli { verb } = Cli::try_parse_from(args).unwrap();
+            let (Verb::Demo(DemoArgs { machine, transfer, .. }) | Verb::Guest(GuestArgs { machine, transfer, .. })) =
+                verb
+            else {
+                panic!("another verb");
+            };
+            format!("{machine:?} {transfer:?}")
+        };
+        for options in [
+            "",
+            "--max-bandwidth 0 --max-time 0 --connect-timeout 0 --downtime-limit 0",
+            "--max-bandwidth 10G --max-time 5m --connect-timeout 1.5s --compression zstd --compression-level 7",
+            "--channels 9 --zero-copy --zero-pages legacy --sync per-section --no-throttle --max-rounds 7 --write-rate 128M",
+        ] {
+            let demo: Vec<String> =
+                ["multifd", "demo"].into_iter().chain(options.split_whitespace()).map(str::to_owned).collect();
+            let Cli { verb: Verb::Demo(args) } = Cli::try_parse_from(&demo).unwrap() else { panic!("another verb") };
+            let head = ["multifd".to_owned(), "guest".to_owned()].into_iter();
+            // What is left to chance here is settled there.
+            let machine = |text: String| text.replace("working_set: None", "working_set: Some(67108864)");
+            let guest: Vec<String> = head.chain(args.machine.to_args()).chain(args.transfer.to_args()).collect();
+            assert_eq!(machine(read(&demo)), machine(read(&guest)), "{options}");
+        }
+    }
 
     #[test]
     fn the_definition_of_the_command_line_is_consistent() {

@@ -20,15 +20,16 @@ pub enum Exit {
     Peer = 4,
     /// The guest writes faster than its memory can be sent.
     DoesNotConverge = 5,
-    /// Memory is not what it has to be.
+    /// Memory has wrong contents.
     Different = 6,
+    /// It is not known which side has the guest; it is paused here.
+    InDoubt = 7,
 }
 
 impl Exit {
     /// The status of a process that ended with `code`.
     pub fn from_code(code: i32) -> Exit {
-        let all = [Exit::Done, Exit::Usage, Exit::Cancelled, Exit::Peer, Exit::DoesNotConverge, Exit::Different];
-        all.into_iter().find(|exit| *exit as i32 == code).unwrap_or(Exit::Failed)
+        ALL.into_iter().find(|exit| *exit as i32 == code).unwrap_or(Exit::Failed)
     }
 
     /// The value of `status` in the JSON report, in the words of QMP's `query-migrate`.
@@ -36,7 +37,7 @@ impl Exit {
         match self {
             Exit::Done => "completed",
             Exit::Cancelled => "cancelled",
-            Exit::Failed | Exit::Usage | Exit::Peer | Exit::DoesNotConverge | Exit::Different => "failed",
+            _ => "failed",
         }
     }
 }
@@ -47,6 +48,7 @@ impl From<&Error> for Exit {
             Error::Cancelled => Exit::Cancelled,
             Error::DoesNotConverge { .. } => Exit::DoesNotConverge,
             Error::NotResumed { first, .. } => Exit::from(&**first),
+            Error::Undecided { .. } => Exit::InDoubt,
             error if error.is_peers_fault() => Exit::Peer,
             _ => Exit::Failed,
         }
@@ -58,6 +60,17 @@ impl From<Exit> for ExitCode {
         ExitCode::from(exit as u8)
     }
 }
+
+const ALL: [Exit; 8] = [
+    Exit::Done,
+    Exit::Failed,
+    Exit::Usage,
+    Exit::Cancelled,
+    Exit::Peer,
+    Exit::DoesNotConverge,
+    Exit::Different,
+    Exit::InDoubt,
+];
 
 #[cfg(test)]
 mod tests {
@@ -83,6 +96,7 @@ mod tests {
             (Error::Mismatch(Mismatch::TooMuchRam), Exit::Peer),
             (Error::Refused { status: 1 }, Exit::Failed),
             (Error::Unconfirmed, Exit::Failed),
+            (Error::Undecided { source: std::io::ErrorKind::TimedOut.into() }, Exit::InDoubt),
         ] {
             assert_eq!(Exit::from(&error), exit, "{error}");
         }
@@ -90,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_childs_status_is_read_back() {
-        for code in 0..=6 {
+        for code in 0..=7 {
             assert_eq!(Exit::from_code(code) as i32, code);
         }
         assert_eq!(Exit::from_code(101), Exit::Failed);

@@ -2,9 +2,13 @@
 
 use std::io;
 
-use tracing_subscriber::{filter::LevelFilter, fmt::MakeWriter};
+use tracing_subscriber::{
+    field::MakeExt,
+    filter::LevelFilter,
+    fmt::{MakeWriter, format},
+};
 
-use crate::{cli::OutputArgs, progress};
+use crate::{cli::OutputArgs, printable, terminal};
 
 /// Sends the events of this process to stderr from now on.
 pub fn start(output: &OutputArgs) {
@@ -16,8 +20,17 @@ pub fn start(output: &OutputArgs) {
         (false, _) => LevelFilter::TRACE,
     };
     let terminal = io::IsTerminal::is_terminal(&io::stderr());
-    // Fails only where a subscriber is set already, and nobody else sets one.
+    // Values may be the peer's text.
+    let fields = format::debug_fn(|writer, field, value| {
+        let text = format!("{value:?}");
+        match field.name() {
+            "message" => write!(writer, "{}", printable::line(&text)),
+            name => write!(writer, "{name}={}", printable::line(&text)),
+        }
+    });
+    // Fails only where a subscriber is set already, and this is the only place that sets one.
     let _ = tracing_subscriber::fmt()
+        .fmt_fields(fields.delimited(" "))
         .with_max_level(level)
         .with_target(false)
         .with_ansi(terminal)
@@ -25,7 +38,8 @@ pub fn start(output: &OutputArgs) {
         .try_init();
 }
 
-/// Prints above the progress bar, where there is one.
+/// Passes events on to the thread that prints. It never fails: the subscriber would print that itself, and panic where
+/// stderr is gone, in a thread of the migration.
 struct AboveTheBar;
 
 impl<'a> MakeWriter<'a> for AboveTheBar {
@@ -41,7 +55,7 @@ struct Lines;
 
 impl io::Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        progress::above_the_bar(|| io::stderr().write_all(line))?;
+        terminal::write(String::from_utf8_lossy(line).into_owned());
         Ok(line.len())
     }
 

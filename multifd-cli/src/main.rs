@@ -2,18 +2,25 @@
 
 mod child;
 mod cli;
+mod connect;
 mod control;
 mod describe;
 mod exit;
 mod log;
+mod printable;
 mod progress;
 mod report;
 mod signals;
 mod table;
+mod terminal;
 mod units;
 mod verbs;
 
-use std::process::ExitCode;
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
 
 use self::{cli::Verb, exit::Exit, report::Outcome};
 
@@ -25,16 +32,16 @@ fn main() -> ExitCode {
     log::start(cli.verb.output());
     let outcome = verbs::run(&cli.verb);
     let for_parent = matches!(&cli.verb, Verb::Guest(args) if args.child_of.is_some());
-    outcome.print(cli.verb.output(), for_parent);
-    outcome.exit.into()
+    let exit = outcome.print(cli.verb.output(), for_parent);
+    terminal::flush(LAST_WORDS);
+    exit.into()
 }
 
 /// Prints help, or what is wrong with the command line.
 fn explain(error: &clap::Error) -> ExitCode {
-    // Nobody is left to be told if these cannot be written.
-    let _ = error.print();
+    let printed = error.print().and_then(|()| io::stdout().flush());
     if !error.use_stderr() {
-        return Exit::Done.into();
+        return if printed.is_ok() { Exit::Done.into() } else { Exit::Failed.into() };
     }
     if cli::asks_for_json() {
         let message = error.to_string();
@@ -43,3 +50,6 @@ fn explain(error: &clap::Error) -> ExitCode {
     }
     Exit::Usage.into()
 }
+
+/// How long the process stays for a stderr that takes nothing.
+const LAST_WORDS: Duration = Duration::from_secs(2);

@@ -4,7 +4,7 @@
 //! Everything goes to stderr.
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
@@ -16,7 +16,7 @@ use multifd::progress::{Event, Observer, Phase, Progress, RoundStats};
 use crate::{
     cli::{OutputArgs, ProgressMode},
     report::Round,
-    table,
+    table, terminal,
 };
 
 /// How progress is shown.
@@ -34,8 +34,8 @@ pub struct Display {
     style: Style,
     rounds: Arc<Mutex<Vec<RoundStats>>>,
     header_shown: bool,
-    /// Ends the thread that draws when dropped.
-    ticker: Option<(mpsc::Sender<()>, thread::JoinHandle<()>)>,
+    /// Ends the thread that draws when dropped, and the other end of what the thread drops at its own end.
+    ticker: Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
 }
 
 impl Display {
@@ -43,13 +43,7 @@ impl Display {
     pub fn new(output: &OutputArgs, progress: &Progress) -> Display {
         let style = Style::of(output, io::stderr().is_terminal());
         let rounds = Arc::new(Mutex::new(Vec::new()));
-        let ticker = (style == Style::Bar).then(|| {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            *lock(&BAR) = Some(bar.clone());
-            let (end, ended) = mpsc::channel();
-            let (progress, rounds) = (progress.clone(), rounds.clone());
-            (end, thread::spawn(move || draw_until(&ended, &bar, &progress, &rounds)))
-        });
+        let ticker = (style == Style::Bar).then(|| draw(progress.clone(), rounds.clone())).flatten();
         Display { style, rounds, header_shown: false, ticker }
     }
 
@@ -60,8 +54,7 @@ impl Display {
 
     fn line(&self, line: &str) {
         if self.style != Style::Nothing {
-            // Progress is for display only.
-            let _ = above_the_bar(|| writeln!(io::stderr(), "{line}"));
+            terminal::say(line);
         }
     }
 }
@@ -84,10 +77,10 @@ impl Observer for Display {
 
 impl Drop for Display {
     fn drop(&mut self) {
-        if let Some((end, thread)) = self.ticker.take() {
+        if let Some((end, ended)) = self.ticker.take() {
             drop(end);
-            // It only draws: whatever became of it, the migration is over.
-            let _ = thread.join();
+            // A terminal that takes nothing must not delay the end of the migration.
+            let _ = ended.recv_timeout(LAST_DRAWING);
             *lock(&BAR) = None;
         }
     }
@@ -113,8 +106,7 @@ pub fn reader_saw_rounds(output: &OutputArgs) -> bool {
 /// Prints `line` where progress is shown.
 pub fn remark(output: &OutputArgs, line: &str) {
     if Style::of(output, io::stderr().is_terminal()) == Style::Bar {
-        // Progress is for display only.
-        let _ = above_the_bar(|| writeln!(io::stderr(), "{line}"));
+        terminal::say(line);
     }
 }
 
@@ -128,6 +120,22 @@ pub fn above_the_bar(print: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         Some(bar) => bar.suspend(print),
         None => print(),
     }
+}
+
+/// Begins to draw. Ends the drawing when the sender is dropped; the receiver is disconnected when that is done. `None`
+/// where the process may not have one more thread.
+fn draw(progress: Progress, rounds: Arc<Mutex<Vec<RoundStats>>>) -> Option<(mpsc::Sender<()>, mpsc::Receiver<()>)> {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let (end, is_ended) = mpsc::channel();
+    let (done, is_done) = mpsc::channel();
+    let drawn = bar.clone();
+    let thread = thread::Builder::new().name("progress".to_owned()).spawn(move || {
+        draw_until(&is_ended, &drawn, &progress, &rounds);
+        drop(done);
+    });
+    thread.ok()?;
+    *lock(&BAR) = Some(bar);
+    Some((end, is_done))
 }
 
 fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress, rounds: &Mutex<Vec<RoundStats>>) {
@@ -186,7 +194,7 @@ impl Rate {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is in it is for display: a panic elsewhere leaves nothing half-done that matters.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -197,6 +205,7 @@ static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 const BAR_TEMPLATE: &str = "{prefix:>12} {bar:24.cyan/dim} {human_pos}/{human_len} pages  {wide_msg}";
 const SPINNER_TEMPLATE: &str = "{prefix:>12} {spinner:.cyan} {wide_msg}";
 const TICK: Duration = Duration::from_millis(100);
+const LAST_DRAWING: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {

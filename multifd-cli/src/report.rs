@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    os::fd::AsFd,
     time::Duration,
 };
 
@@ -12,10 +13,11 @@ use multifd::{
     source,
 };
 use multifd_proto::{machine::Dialect, packet::Compression};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, makedev};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{cli::OutputArgs, exit::Exit, table};
+use crate::{cli::OutputArgs, exit::Exit, printable, table, terminal};
 
 /// The end of a verb.
 #[derive(Clone, Debug)]
@@ -53,16 +55,28 @@ impl Outcome {
         if let Some(error) = &self.error {
             object.insert("error".to_owned(), error.clone().into());
         }
+        if self.exit == Exit::InDoubt {
+            object.insert("in-doubt".to_owned(), true.into());
+        }
         object.extend(self.report.clone());
         Value::Object(object)
     }
 
     /// Prints it: the result to stdout, what went wrong to stderr. `for_parent`: another process reports the error.
-    pub fn print(&self, output: &OutputArgs, for_parent: bool) {
-        // Nobody is left to be told if these cannot be written.
-        let _ = if output.json { self.print_json() } else { io::stdout().write_all(self.text.as_bytes()) };
+    ///
+    /// Returns the exit status. It is not [`Exit::Done`] where the result could not be written.
+    pub fn print(&self, output: &OutputArgs, for_parent: bool) -> Exit {
+        let printed = if output.json { self.print_json() } else { print(&printable::lines(&self.text)) };
         if let Some(error) = self.error.as_ref().filter(|_| !for_parent) {
-            let _ = writeln!(io::stderr(), "multifd: {error}");
+            terminal::say(&format!("multifd: {error}"));
+        }
+        match printed {
+            Err(error) => {
+                let done = if self.exit == Exit::Done { "all is done, but " } else { "" };
+                terminal::say(&format!("multifd: {done}the result could not be written to stdout: {error}"));
+                if self.exit == Exit::Done { Exit::Failed } else { self.exit }
+            }
+            Ok(()) => self.exit,
         }
     }
 
@@ -71,8 +85,36 @@ impl Outcome {
     /// # Errors
     /// The kernel's.
     pub fn print_json(&self) -> io::Result<()> {
-        writeln!(io::stdout(), "{}", self.json())
+        print(&format!("{}\n", printable::json(&self.json().to_string())))
     }
+}
+
+/// Writes `text` to stdout.
+///
+/// # Errors
+/// The kernel's; [`io::ErrorKind::NotConnected`] where the process was started without a stdout.
+fn print(text: &str) -> io::Result<()> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    if stdout_was_closed() {
+        return Err(io::Error::new(io::ErrorKind::NotConnected, "it is closed"));
+    }
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Whether stdout was closed when the process began: Rust has put `/dev/null` in its place, for reading and writing. A
+/// daemon has that as well, but as all three streams.
+fn stdout_was_closed() -> bool {
+    fn is_null(stream: impl AsFd) -> bool {
+        let null = fstat(&stream).is_ok_and(|stat| {
+            stat.st_rdev == makedev(1, 3) && FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+        });
+        null && fcntl_getfl(&stream).is_ok_and(|flags| flags.contains(OFlags::RDWR))
+    }
+    is_null(io::stdout()) && !(is_null(io::stdin()) && is_null(io::stderr()))
 }
 
 /// The fields of `value`, which is a struct, as part of a JSON object.
@@ -567,6 +609,8 @@ mod tests {
         outcome.report.insert("channels".to_owned(), 3.into());
         assert_eq!(outcome.json().to_string(), r#"{"status":"failed","error":"bad magic","channels":3}"#);
         assert_eq!(Outcome::failed(Exit::Cancelled, "x").json()["status"], "cancelled");
+        let in_doubt = Outcome::failed(Exit::InDoubt, "x").json();
+        assert_eq!((&in_doubt["status"], &in_doubt["in-doubt"]), (&"failed".into(), &true.into()));
     }
 
     #[test]

@@ -1,24 +1,41 @@
-//! Interrupts: Ctrl-C and SIGTERM cancel what is under way.
+//! Interrupts: Ctrl-C and SIGTERM cancel what is under way. A terminal that goes away (SIGHUP) is an interrupt, too, but
+//! for a guest, which runs on.
 //!
-//! A thread waits for the signals, so what they do is ordinary code.
+//! A thread waits for the signals, so what they do is ordinary code. Other signals that would end the process because of
+//! something outside of it are errors of a system call instead: SIGXFSZ (a file above the limit of `ulimit -f`) here,
+//! SIGPIPE by Rust.
 
-use std::{io, thread};
+use std::{fs, io, thread};
 
 use multifd::stop::StopHandle;
 use signal_hook::{
-    consts::{SIGINT, SIGTERM},
+    consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ},
     iterator::Signals,
 };
+
+/// What it means when the terminal goes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hangup {
+    /// The same as Ctrl-C, unless the process was started with SIGHUP ignored, as `nohup` does.
+    Interrupts,
+    /// Nothing.
+    IsIgnored,
+}
 
 /// Calls `interrupted` at each interrupt, from a thread of its own, until the process ends.
 ///
 /// # Errors
 /// The kernel's.
-pub fn on_interrupt(mut interrupted: impl FnMut() + Send + 'static) -> io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+pub fn on_interrupt(hangup: Hangup, mut interrupted: impl FnMut() + Send + 'static) -> io::Result<()> {
+    let ignores_hangup = hangup == Hangup::IsIgnored || ignored_from_the_start(SIGHUP);
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGXFSZ])?;
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        for _signal in signals.forever() {
-            interrupted();
+        for signal in signals.forever() {
+            match signal {
+                SIGXFSZ => {}
+                SIGHUP if ignores_hangup => tracing::info!("SIGHUP is ignored"),
+                _ => interrupted(),
+            }
         }
     })?;
     Ok(())
@@ -29,5 +46,13 @@ pub fn on_interrupt(mut interrupted: impl FnMut() + Send + 'static) -> io::Resul
 /// # Errors
 /// The kernel's.
 pub fn cancel_on_interrupt(stop: StopHandle) -> io::Result<()> {
-    on_interrupt(move || stop.cancel())
+    on_interrupt(Hangup::Interrupts, move || stop.cancel())
+}
+
+/// Whether this process was told to ignore `signal` by its parent.
+fn ignored_from_the_start(signal: i32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (signal - 1) != 0)
 }

@@ -6,7 +6,7 @@ use common::{LIMIT, exit_code, json, run};
 use test_support::time_limit;
 
 #[test]
-fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_would_be_right() {
+fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_was_expected() {
     for (option, value, right) in [
         ("--channels", "0", "1 to 255"),
         ("--channels", "256", "1 to 255"),
@@ -17,7 +17,10 @@ fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_would_be_righ
         ("--sync", "always", "per-section"),
         ("--max-bandwidth", "200MB", "200MB/s"),
         ("--max-bandwidth", "0B/s", "1B/s"),
+        ("--max-bandwidth", "200", "128M"),
         ("--downtime-limit", "300", "300ms"),
+        ("--max-time", "5", "0 for no limit"),
+        ("--connect-timeout", "soon", "expected a time"),
         ("--memory", "1000000", "4KiB"),
         ("--memory", "lots", "512MiB"),
         ("--working-set", "4KiB", "two pages"),
@@ -51,6 +54,42 @@ fn zero_copy_together_with_compression_is_a_usage_error() {
     }
     let output = time_limit(LIMIT, || run("send no-file tcp:localhost:1 --zero-copy --compression none"));
     assert_eq!(exit_code(&output), 1, "only the file is missing: {output:?}");
+}
+
+#[test]
+fn a_compression_level_without_its_compression_or_out_of_its_range_is_a_usage_error() {
+    for verb in ["demo", "guest", "send no-file tcp:localhost:1"] {
+        for (options, expected) in [
+            ("--compression-level 3", "--compression zlib"),
+            ("--compression none --compression-level 3", "no effect"),
+            ("--compression zlib --compression-level 10", "expected 0 to 9 for zlib"),
+            ("--compression zstd --compression-level 0", "expected 1 to 20 for zstd"),
+            ("--compression auto --compression-level 0", "expected 1 to 20 for auto"),
+            ("--compression zstd --compression-level 21", "20"),
+        ] {
+            let output = time_limit(LIMIT, || run(&format!("{verb} {options}")));
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(exit_code(&output), 2, "{verb} {options}: {message}");
+            assert!(message.contains("--compression-level") && message.contains(expected), "{options}: {message}");
+        }
+        if verb.starts_with("send") {
+            let output = time_limit(LIMIT, || run(&format!("{verb} --compression zlib --compression-level 9")));
+            assert_eq!(exit_code(&output), 1, "only the file is missing: {output:?}");
+        }
+    }
+}
+
+#[test]
+fn a_uuid_that_is_none_is_a_usage_error() {
+    for verb in ["send no-file tcp:localhost:1", "receive tcp:localhost:0 -o no-file"] {
+        let output = time_limit(LIMIT, || run(&format!("{verb} --uuid 1234")));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 2, "{message}");
+        assert!(
+            message.contains("--uuid") && message.contains("'1234'") && message.contains("expected a UUID"),
+            "{message}"
+        );
+    }
 }
 
 #[test]

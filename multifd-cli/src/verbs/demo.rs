@@ -22,7 +22,8 @@ use crate::{
     exit::Exit,
     progress,
     report::{Audit, MigrationReport, Outcome, fields},
-    signals, table, units,
+    signals::{self, Hangup},
+    table, units,
 };
 
 /// Migrates a guest between two processes.
@@ -99,7 +100,7 @@ impl<'a> Demo<'a> {
     fn new(args: &'a DemoArgs) -> io::Result<Demo<'a>> {
         let (events, arrivals) = mpsc::channel();
         let interrupts = events.clone();
-        signals::on_interrupt(move || drop(interrupts.send(Event::Interrupt)))?;
+        signals::on_interrupt(Hangup::Interrupts, move || drop(interrupts.send(Event::Interrupt)))?;
         Ok(Demo {
             args,
             events,

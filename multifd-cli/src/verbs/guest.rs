@@ -4,7 +4,7 @@
 //! While a migration is under way its thread has the guest; status comes from a monitor that works meanwhile.
 
 use std::{
-    io::{self, Write},
+    io,
     panic::{self, AssertUnwindSafe},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -28,11 +28,13 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     cli::GuestArgs,
+    connect::PatientConnector,
     control::{Command, Control, Request},
     exit::Exit,
-    progress::{Display, above_the_bar},
+    progress::Display,
     report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
-    signals, table,
+    signals::{self, Hangup},
+    table, terminal,
 };
 
 /// Runs the guest until it has left, failed to come, or is told to end.
@@ -153,7 +155,8 @@ impl<'a> Session<'a> {
     fn new(args: &'a GuestArgs, events: mpsc::Sender<Event>) -> Result<Session<'a>, Box<Outcome>> {
         let failed = |error: &dyn ToString| Box::new(Outcome::failed(Exit::Failed, error.to_string()));
         let interrupts = events.clone();
-        signals::on_interrupt(move || drop(interrupts.send(Event::Interrupt))).map_err(|error| failed(&error))?;
+        signals::on_interrupt(Hangup::IsIgnored, move || drop(interrupts.send(Event::Interrupt)))
+            .map_err(|error| failed(&error))?;
         let config = args.machine.config(args.verify);
         let guest = if args.incoming.is_some() { Guest::create_incoming(&config) } else { Guest::create(&config) };
         let guest = guest.map_err(|error| failed(&error))?;
@@ -259,7 +262,7 @@ impl<'a> Session<'a> {
     /// Begins to wait for a guest.
     fn receive(&mut self, uri: &Uri) -> io::Result<()> {
         let listener = uri.listener()?;
-        above_the_bar(|| writeln!(io::stderr(), "listening on {}", listener.uri()))?;
+        terminal::say(&format!("listening on {}", listener.uri()));
         let options = self.args.transfer.destination_options();
         let destination = Destination::new(destination::Options { audit: self.args.audit, ..options });
         self.stop = Some(destination.stop_handle());
@@ -286,10 +289,12 @@ impl<'a> Session<'a> {
         self.stop = Some(source.stop_handle());
         self.state = State::Outgoing;
         let mut display = Display::new(&self.args.output, &source.progress());
+        let limit = self.args.transfer.connect_timeout;
         self.spawn(move |guest| {
             let (progress, begun) = (source.progress(), Instant::now());
-            let connector = uri.connector().map_err(|error| Failed::by_io(&error))?;
-            let result = source.run(guest, &*connector, &mut display);
+            let connector = PatientConnector::new(&uri, limit, source.stop_handle());
+            let connector = connector.map_err(|error| Failed::by_io(&error))?;
+            let result = source.run(guest, &connector, &mut display);
             let page_size = multifd_guest::pattern::PAGE_SIZE;
             match result {
                 Ok(report) => Ok(MigrationReport::sent(&report, guest.verify_time())),
@@ -555,8 +560,7 @@ impl<'a> Session<'a> {
 
     fn say(&self, line: &str) {
         if !self.args.output.quiet && self.args.child_of.is_none() {
-            // A remark for whoever watches.
-            let _ = above_the_bar(|| writeln!(io::stderr(), "{line}"));
+            terminal::say(line);
         }
     }
 

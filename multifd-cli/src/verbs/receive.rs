@@ -1,7 +1,7 @@
 //! `multifd receive`: takes a VM over the network into a checkpoint file.
 
 use std::{
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -17,9 +17,10 @@ use crate::{
     cli::{Compression, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
-    progress::{Display, above_the_bar},
+    printable,
+    progress::Display,
     report::{MigrationReport, Outcome, fields},
-    signals, table,
+    signals, table, terminal,
 };
 
 /// Waits for a source and takes its VM.
@@ -66,6 +67,7 @@ fn options(args: &ReceiveArgs) -> destination::Options {
     destination::Options {
         channels: args.channels.map(Into::into),
         compression: args.compression.and_then(Compression::required),
+        uuid: args.uuid,
         audit: args.audit,
         switchover_ack: match args.return_path_ack {
             ReturnPathAck::Auto => SwitchoverAck::Auto,
@@ -79,7 +81,7 @@ fn options(args: &ReceiveArgs) -> destination::Options {
 fn listener(uri: &Uri, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
     let recording = record.map(Recording::new).transpose()?;
     let listener = uri.listener()?;
-    above_the_bar(|| writeln!(io::stderr(), "listening on {}", listener.uri()))?;
+    terminal::say(&format!("listening on {}", listener.uri()));
     Ok(match recording {
         Some(recording) => Box::new(recording.listener(Box::new(listener))),
         None => Box::new(listener),
@@ -124,7 +126,7 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
     let rate = if seconds > 0.0 { ram.transferred as f64 / seconds } else { 0.0 };
     format!(
         "received {} into {}\n  {} of {} in {} ({}/s), {}\n",
-        received.machine,
+        printable::line(&received.machine),
         path.display(),
         table::bytes(ram.transferred),
         table::bytes(ram.total),

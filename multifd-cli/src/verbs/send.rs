@@ -11,8 +11,10 @@ use multifd_proto::machine::{Dialect, ZeroPages};
 
 use crate::{
     cli::SendArgs,
+    connect::PatientConnector,
     describe,
     exit::Exit,
+    printable,
     progress::Display,
     report::{MigrationReport, Outcome, fields},
     signals, table,
@@ -55,6 +57,9 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> 
         options.zero_pages = ZeroPages::Legacy;
     }
     checkpoint.apply_to(&mut options);
+    if let Some(uuid) = args.uuid {
+        options.uuid = uuid;
+    }
     Some(options)
 }
 
@@ -69,11 +74,11 @@ fn send(
     let zero_pages = options.zero_pages;
     let source = Source::new(options);
     signals::cancel_on_interrupt(source.stop_handle())?;
-    let connector = args.uri.connector()?;
+    let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout, source.stop_handle())?;
     let progress = source.progress();
     let mut display = Display::new(&args.output, &progress);
     let begun = Instant::now();
-    let sent = source.run(&mut vm, &*connector, &mut display);
+    let sent = source.run(&mut vm, &connector, &mut display);
     let rounds = display.rounds();
     drop(display);
     let (migration, error) = match &sent {
@@ -103,7 +108,7 @@ fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport
     let zero_copy = migration.zero_copy.as_ref().map(|zero_copy| format!("  zero-copy: {}\n", zero_copy.text()));
     format!(
         "sent {} from {} to {}\n  {} of {} in {} ({}/s), {}, sync {}; the destination has the VM\n{}{}",
-        checkpoint.machine(),
+        printable::line(checkpoint.machine()),
         args.file.display(),
         args.uri,
         table::bytes(ram.transferred),

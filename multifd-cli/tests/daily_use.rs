@@ -1,0 +1,277 @@
+//! What operators meet: terminals that go away, outputs that are full, names that a peer chose.
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    io::{self, BufRead, BufReader, Read},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+};
+
+use common::{Guest, LIMIT, exit_code, json, multifd};
+use multifd::{
+    source::{self, Source},
+    transport::uri::Uri,
+};
+use multifd_guest::guest::{Guest as InProcess, GuestConfig, Kind};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use test_support::{TempDir, time_limit};
+
+const SMALL: &str = "--guest process --memory 16MiB --working-set 4MiB";
+const SHORT: &str = "guest --guest process --memory 1MiB --run-for 50ms";
+
+/// A process that is killed with its test.
+struct Process(Child);
+
+impl Process {
+    /// Starts `command` and waits until it listens; returns where.
+    fn listening(mut command: Command) -> (Process, String) {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Process(command.spawn().unwrap());
+        let (said, lines) = mpsc::channel();
+        let stderr = BufReader::new(process.0.stderr.take().unwrap());
+        thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
+        let line = lines.recv_timeout(LIMIT).unwrap();
+        let uri = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line}")).to_owned();
+        (process, uri)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+
+    /// Exit status and stdout.
+    fn end(mut self) -> (i32, String) {
+        let mut text = String::new();
+        self.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        (self.0.wait().unwrap().code().unwrap_or(-1), text)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It has usually ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Sends a guest of machine type `machine` to `uri`.
+fn send_guest(machine: &str, uri: &str) -> Result<source::Report, multifd::error::Error> {
+    let config = GuestConfig { kind: Kind::Process, memory: 1 << 20, working_set: 64 << 10, ..GuestConfig::default() };
+    let mut guest = InProcess::create(&config).unwrap();
+    let mut options = source::Options::default();
+    options.machine = machine.to_owned();
+    let connector = uri.parse::<Uri>().unwrap().connector().unwrap();
+    Source::new(options).run(&mut guest, &*connector, &mut ())
+}
+
+fn checkpoint(dir: &TempDir, name: &str, machine: &str) -> (i32, String) {
+    let uri = format!("unix:{}", dir.join("receive").display());
+    let (receive, uri) = Process::listening(multifd(&format!("receive {uri} -o {}", dir.join(name).display())));
+    send_guest(machine, &uri).unwrap();
+    receive.end()
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_a_failure_and_says_so() {
+    time_limit(LIMIT, || {
+        for args in [SHORT, &format!("{SHORT} --json"), "--help", "guest --help"] {
+            let full = File::options().write(true).open("/dev/full").unwrap();
+            let output = multifd(args).stdout(full).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(exit_code(&output), 1, "{args}: {message}");
+            if args.starts_with(SHORT) {
+                assert!(
+                    message.contains("could not be written to stdout") && message.contains("No space"),
+                    "{message}"
+                );
+            }
+        }
+        for args in [SHORT, &format!("{SHORT} --json")] {
+            let command = format!("exec {} {args} >&-", env!("CARGO_BIN_EXE_multifd"));
+            let output = Command::new("sh").args(["-c", &command]).stdin(Stdio::null()).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(exit_code(&output), 1, "{message}");
+            assert!(message.contains("could not be written to stdout: it is closed"), "{message}");
+
+            let (reader, writer) = io::pipe().unwrap();
+            drop(reader);
+            let output = multifd(args).stdout(writer).output().unwrap();
+            assert_eq!(exit_code(&output), 1, "{output:?}");
+            // Output that is not wanted is no failure.
+            let output = multifd(args).stdout(Stdio::null()).output().unwrap();
+            assert_eq!(exit_code(&output), 0, "{output:?}");
+        }
+        // A failure keeps its own status.
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let output = multifd("demo --json --channels=0").stdout(full).output().unwrap();
+        assert_eq!(exit_code(&output), 2, "{output:?}");
+    });
+}
+
+/// The checkpoint is on disk and the source was told so; only the report is missing.
+#[test]
+fn a_checkpoint_stays_when_its_report_cannot_be_written() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("ckpt");
+        let uri = format!("unix:{}", dir.join("receive").display());
+        let mut command = multifd(&format!("receive {uri} -o {}", file.display()));
+        command.stdout(File::options().write(true).open("/dev/full").unwrap()).stderr(Stdio::piped());
+        let mut receive = Process(command.spawn().unwrap());
+        let mut stderr = BufReader::new(receive.0.stderr.take().unwrap());
+        let mut line = String::new();
+        stderr.read_line(&mut line).unwrap();
+        send_guest("multifd", &uri).unwrap();
+        stderr.read_to_string(&mut line).unwrap();
+        assert_eq!(receive.0.wait().unwrap().code(), Some(1), "{line}");
+        assert!(line.contains("all is done, but the result could not be written"), "{line}");
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let inspect = format!("inspect {}", file.display());
+        assert_eq!(exit_code(&common::run(&inspect)), 0);
+        assert_eq!(exit_code(&multifd(&inspect).stdout(full).output().unwrap()), 1);
+    });
+}
+
+#[test]
+fn a_guest_outlives_its_terminal_also_while_it_migrates() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let source = Guest::start(dir.path(), "source", &format!("{SMALL} --max-bandwidth 20MB/s"));
+        source.wait_for(|status| status["state"] == "running");
+        source.signal(Signal::HUP);
+        source.runs_on();
+        let (destination, uri) = Guest::incoming(dir.path(), "destination", SMALL);
+        destination.signal(Signal::HUP);
+        source.ask(&json!({ "migrate": uri })).unwrap();
+        source.wait_for(|status| status["state"] == "outgoing");
+        source.signal(Signal::HUP);
+        destination.signal(Signal::HUP);
+        let (exit, report) = source.end();
+        assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
+        destination.runs_on();
+    });
+}
+
+#[test]
+fn a_terminal_that_goes_away_cancels_a_receive_unless_it_is_to_go_on() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("ckpt");
+        let args = format!("receive tcp:127.0.0.1:0 --json -o {}", file.display());
+        let (receive, _) = Process::listening(multifd(&args));
+        receive.signal(Signal::HUP);
+        let (exit, report) = receive.end();
+        assert_eq!((exit, json(report.as_bytes())["status"].clone()), (3, json!("cancelled")), "{report}");
+        assert_eq!(files(dir.path()), 0, "nothing is left behind");
+
+        // As nohup starts it.
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_multifd")]);
+        command.args(args.split_whitespace()).stdin(Stdio::null());
+        let (receive, uri) = Process::listening(command);
+        receive.signal(Signal::HUP);
+        send_guest("multifd", &uri).unwrap();
+        let (exit, report) = receive.end();
+        assert_eq!(exit, 0, "{report}");
+        assert!(file.exists());
+    });
+}
+
+fn files(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().count()
+}
+
+/// The subscriber of the log prints its own errors to stderr, and panics when that fails: in a thread of the migration.
+#[test]
+fn a_migration_does_not_need_its_stderr() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let (destination, uri) = Guest::incoming(dir.path(), "destination", SMALL);
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let args = format!("guest {SMALL} -vvv --progress always --json --after 0 --migrate-to {uri}");
+        let output = multifd(&args).stderr(writer).output().unwrap();
+        assert_eq!(exit_code(&output), 0, "{}", json(&output.stdout));
+        destination.runs_on();
+    });
+}
+
+/// A reader that does not read must not keep a guest paused.
+#[test]
+fn a_migration_does_not_wait_for_the_reader_of_its_stderr() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let (destination, uri) = Guest::incoming(dir.path(), "destination", SMALL);
+        let (_reader, mut writer) = io::pipe().unwrap();
+        rustix::fs::fcntl_setfl(&writer, rustix::fs::OFlags::NONBLOCK).unwrap();
+        while io::Write::write(&mut writer, &[b'x'; 4096]).is_ok() {}
+        while io::Write::write(&mut writer, b"x").is_ok() {}
+        rustix::fs::fcntl_setfl(&writer, rustix::fs::OFlags::empty()).unwrap();
+        let args = format!("guest {SMALL} -vvv --progress always --json --after 0 --migrate-to {uri}");
+        let output = multifd(&args).stderr(writer).output().unwrap();
+        assert_eq!(exit_code(&output), 0, "{}", json(&output.stdout));
+        destination.runs_on();
+    });
+}
+
+#[test]
+fn names_of_a_peer_reach_the_terminal_as_text_and_json_exactly() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let hostile = "multifd\u{1b}[2J\u{9b}31m\u{202e}\nlistening on tcp:evil:1\u{7}";
+        let (exit, text) = checkpoint(&dir, "ckpt", hostile);
+        assert_eq!(exit, 0, "{text}");
+        let fit = |text: &str| !text.contains(|c: char| c != '\n' && (c.is_control() || c == '\u{202e}'));
+        assert!(
+            fit(&text) && text.contains(r"multifd\u{1b}[2J\u{9b}31m\u{202e}\nlistening on tcp:evil:1\u{7}"),
+            "{text:?}"
+        );
+
+        let output = common::run(&format!("inspect {} --json", dir.join("ckpt").display()));
+        let report: Value = json(&output.stdout);
+        assert_eq!(report["machine"], hostile);
+        assert!(fit(std::str::from_utf8(&output.stdout).unwrap()), "{output:?}");
+        let output = common::run(&format!("inspect {}", dir.join("ckpt").display()));
+        assert!(fit(std::str::from_utf8(&output.stdout).unwrap()), "{output:?}");
+
+        // In a message, too.
+        let other = dir.join("other").display().to_string();
+        let send =
+            format!("send {} unix:{other} --sync per-round --connect-timeout 1ms -v", dir.join("ckpt").display());
+        let listener = std::os::unix::net::UnixListener::bind(&other).unwrap();
+        let peer = thread::spawn(move || drop(listener.accept()));
+        let output = multifd(&send).output().unwrap();
+        peer.join().unwrap();
+        assert_eq!(exit_code(&output), 1, "{output:?}");
+        assert!(fit(std::str::from_utf8(&output.stderr).unwrap()), "{output:?}");
+    });
+}
+
+#[test]
+fn a_uuid_is_sent_on_each_channel_and_compared_by_the_receiver() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        assert_eq!(checkpoint(&dir, "ckpt", "multifd").0, 0);
+        let (uuid, other) = ("00112233-4455-6677-8899-aabbccddeeff", "ffffffff-4455-6677-8899-aabbccddeeff");
+        for (sent, expected, exits) in [
+            (Some(uuid), Some(uuid), [0, 0]),
+            (Some(uuid), None, [0, 0]),
+            (Some(other), Some(uuid), [1, 4]),
+            (None, Some(uuid), [1, 4]),
+        ] {
+            let option = |uuid: Option<&str>| uuid.map_or(String::new(), |uuid| format!("--uuid {uuid}"));
+            let copy = dir.join("copy").display().to_string();
+            let receive = format!("receive tcp:127.0.0.1:0 -o {copy} --force {}", option(expected));
+            let (receive, uri) = Process::listening(multifd(&receive));
+            let send = common::run(&format!("send {} {uri} {}", dir.join("ckpt").display(), option(sent)));
+            let (received, text) = receive.end();
+            assert_eq!([exit_code(&send), received], exits, "{sent:?} for {expected:?}: {send:?} {text}");
+        }
+    });
+}
