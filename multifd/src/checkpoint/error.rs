@@ -38,6 +38,20 @@ pub enum CheckpointError {
         /// The path.
         path: PathBuf,
     },
+    /// The checkpoint is complete and has its name, and it is not certain that the name is on disk: writing the directory
+    /// failed, and so did taking the name back.
+    #[error(
+        "{path:?} is complete and has its name, but its directory could not be written to disk: {source}; the name could \
+         not be taken back: {taking_back}"
+    )]
+    Published {
+        /// The file.
+        path: PathBuf,
+        /// Why the directory could not be written to disk.
+        source: io::Error,
+        /// Why the name could not be taken back.
+        taking_back: String,
+    },
     /// The file is no migration stream, or one that breaks a rule.
     #[error("{path:?}, at byte {offset}: {source}")]
     Stream {

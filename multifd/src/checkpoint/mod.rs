@@ -12,6 +12,7 @@
 //! source told that its VM is safe. [`Checkpoint`] reads such a file, of ours or of QEMU's, and
 //! [`CheckpointSource`] is the VM in it, to be sent like any other.
 
+mod directory;
 mod error;
 mod pages;
 mod pending;
@@ -30,8 +31,8 @@ pub use self::{
     write::Writer,
 };
 pub(crate) use self::{
+    directory::unnamed_file,
     pages::FilePages,
-    pending::unnamed_file,
     tail::{Tail, early_section},
 };
 

@@ -2,33 +2,35 @@
 //!
 //! Until then it has none, so that nothing is left behind even when the process is killed. Where the file system has no
 //! files without names, it has one that begins with a dot.
+//!
+//! A name that cannot be put on disk is taken back, so that a checkpoint that was reported as failed is not there.
 
 use std::{
     ffi::OsString,
     fs::File,
     io,
-    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags},
-    io::Errno,
-};
+use rustix::io::Errno;
 
-use super::CheckpointError;
+use super::{
+    CheckpointError,
+    directory::{self, Directory, Placed},
+};
 use crate::sync::Arc;
 
 /// A file on its way to its name.
 pub(crate) struct PendingFile {
     file: Arc<File>,
     path: PathBuf,
-    directory: File,
+    directory: Directory,
     name: OsString,
     /// Whether a file of this name may be replaced.
     replace: bool,
     /// The name it has for now, if it could not do without.
     temporary: Option<OsString>,
+    published: bool,
 }
 
 impl PendingFile {
@@ -36,8 +38,16 @@ impl PendingFile {
     ///
     /// # Errors
     /// Something of this name is there and is not to be replaced, or is no regular file; the directory does not take
-    /// files.
+    /// files, or cannot be written to disk.
     pub(crate) fn create(path: &Path, replace: bool) -> Result<PendingFile, CheckpointError> {
+        PendingFile::create_in(path, replace, Directory::open)
+    }
+
+    fn create_in(
+        path: &Path,
+        replace: bool,
+        open: impl FnOnce(&Path) -> Result<Directory, CheckpointError>,
+    ) -> Result<PendingFile, CheckpointError> {
         let path = path.to_owned();
         match path.symlink_metadata() {
             Ok(found) if !found.is_file() => return Err(CheckpointError::NotAFile { path }),
@@ -49,24 +59,14 @@ impl PendingFile {
         let Some(name) = path.file_name().map(OsString::from) else {
             return Err(CheckpointError::NoName { path });
         };
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let directory = open_directory(parent)?;
-        let created = match unnamed(&directory) {
-            Ok(file) => Ok((file, None)),
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {
-                temporarily_named(&directory).map(|(file, name)| (file, Some(name)))
-            }
-            Err(error) => Err(error),
-        };
-        let (file, temporary) = created.map_err(|error| CheckpointError::Io {
-            path: parent.to_owned(),
+        let parent = directory::parent(&path);
+        let directory = open(&parent)?;
+        let (file, temporary) = directory.new_file().map_err(|error| CheckpointError::Io {
+            path: parent,
             doing: "creating a file in it",
             source: error.into(),
         })?;
-        Ok(PendingFile { file: Arc::new(file), path, directory, name, replace, temporary })
+        Ok(PendingFile { file: Arc::new(file), path, directory, name, replace, temporary, published: false })
     }
 
     /// The file.
@@ -79,6 +79,11 @@ impl PendingFile {
         &self.path
     }
 
+    /// Whether the file has its name.
+    pub(crate) fn is_published(&self) -> bool {
+        self.published
+    }
+
     /// Puts the contents on disk.
     pub(crate) fn sync(&self) -> Result<(), CheckpointError> {
         self.file.sync_all().map_err(self.error("writing it to disk"))
@@ -87,18 +92,42 @@ impl PendingFile {
     /// Gives the file its name and puts that on disk, too.
     ///
     /// # Errors
-    /// [`CheckpointError::Exists`] where somebody else took the name meanwhile; the kernel's.
+    /// [`CheckpointError::Exists`] where somebody else took the name meanwhile; the kernel's. The file does not have its
+    /// name then, and a file that was to be replaced has it still. The one exception is [`CheckpointError::Published`].
     pub(crate) fn publish(&mut self) -> Result<(), CheckpointError> {
-        let named = match (self.temporary.take(), self.replace) {
-            (None, false) => self.link(&self.name),
-            (None, true) => free_name(|name| self.link(name)).and_then(|name| self.rename(&name)),
-            (Some(name), true) => self.rename(&name),
-            (Some(name), false) => self.rename_to_free(&name),
+        let placed = match (self.temporary.take(), self.replace) {
+            (temporary, false) => self.directory.place(&self.file, temporary, &self.name),
+            (temporary, true) => self.directory.replace(&self.file, temporary, &self.name),
         };
-        match named {
-            Ok(()) => self.directory.sync_all().map_err(self.error("writing its name to disk")),
-            Err(Errno::EXIST) => Err(CheckpointError::Exists { path: self.path.clone() }),
-            Err(error) => Err(self.error("giving it its name")(error.into())),
+        let placed = placed.map_err(|error| match error {
+            Errno::EXIST => CheckpointError::Exists { path: self.path.clone() },
+            Errno::ISDIR => CheckpointError::NotAFile { path: self.path.clone() },
+            error => self.error("giving it its name")(error.into()),
+        })?;
+        match self.directory.sync() {
+            Ok(()) => {
+                self.published = true;
+                self.directory.settle(placed);
+                Ok(())
+            }
+            Err(error) => Err(self.taken_back(placed, error.into())),
+        }
+    }
+
+    /// Takes the name back because the directory could not be written to disk for the reason `why`.
+    fn taken_back(&mut self, placed: Placed, why: io::Error) -> CheckpointError {
+        match self.directory.take_back(&self.file, &placed, &self.name) {
+            Ok(()) => self.error("writing its name to disk")(why),
+            Err(error) => {
+                self.published = true;
+                let path = self.path.clone();
+                let taking_back = match placed {
+                    Placed::Overwritten => "this file system keeps no file that is replaced".to_owned(),
+                    _ => io::Error::from(error).to_string(),
+                };
+                self.directory.settle(placed);
+                CheckpointError::Published { path, source: why, taking_back }
+            }
         }
     }
 
@@ -107,119 +136,30 @@ impl PendingFile {
         let path = self.path.clone();
         move |source| CheckpointError::Io { path, doing, source }
     }
-
-    /// Gives the file without a name one.
-    fn link(&self, name: &OsString) -> Result<(), Errno> {
-        // Linking a descriptor itself takes a privilege; its link in /proc does not.
-        rustix::fs::linkat(CWD, link_of(&self.file), &self.directory, name, AtFlags::SYMLINK_FOLLOW)
-    }
-
-    fn rename(&self, from: &OsString) -> Result<(), Errno> {
-        let renamed = rustix::fs::renameat(&self.directory, from, &self.directory, &self.name);
-        self.removed_unless(renamed, from)
-    }
-
-    fn rename_to_free(&self, from: &OsString) -> Result<(), Errno> {
-        let directory = &self.directory;
-        let renamed = rustix::fs::renameat_with(directory, from, directory, &self.name, RenameFlags::NOREPLACE);
-        let renamed = match renamed {
-            // A file system without this flag.
-            Err(Errno::INVAL | Errno::NOSYS) => {
-                rustix::fs::linkat(directory, from, directory, &self.name, AtFlags::empty())
-                    .and_then(|()| rustix::fs::unlinkat(directory, from, AtFlags::empty()))
-            }
-            renamed => renamed,
-        };
-        self.removed_unless(renamed, from)
-    }
-
-    /// Removes the name `from` if it could not be replaced by the final one.
-    fn removed_unless(&self, renamed: Result<(), Errno>, from: &OsString) -> Result<(), Errno> {
-        if renamed.is_err() {
-            // The first error is the one to report.
-            let _ = rustix::fs::unlinkat(&self.directory, from, AtFlags::empty());
-        }
-        renamed
-    }
 }
 
 impl Drop for PendingFile {
     fn drop(&mut self) {
         if let Some(name) = &self.temporary {
-            // Nobody is left to tell.
-            let _ = rustix::fs::unlinkat(&self.directory, name, AtFlags::empty());
+            self.directory.remove(name);
         }
     }
 }
-
-/// A file in `directory` that goes away with its last user.
-///
-/// # Errors
-/// The directory takes no files.
-pub(crate) fn unnamed_file(directory: &Path) -> Result<File, CheckpointError> {
-    let opened = open_directory(directory)?;
-    let file = unnamed(&opened).or_else(|_| {
-        let (file, name) = temporarily_named(&opened)?;
-        rustix::fs::unlinkat(&opened, name, AtFlags::empty())?;
-        Ok(file)
-    });
-    file.map_err(|error: Errno| CheckpointError::Io {
-        path: directory.to_owned(),
-        doing: "creating a file in it",
-        source: error.into(),
-    })
-}
-
-fn open_directory(path: &Path) -> Result<File, CheckpointError> {
-    let doing = "opening the directory";
-    File::open(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), doing, source })
-}
-
-/// A file without a name in `directory`, that can get one.
-fn unnamed(directory: &File) -> Result<File, Errno> {
-    let file: File = rustix::fs::openat(directory, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE)?.into();
-    // Without /proc it could never get one.
-    rustix::fs::statat(CWD, link_of(&file), AtFlags::empty())?;
-    Ok(file)
-}
-
-fn temporarily_named(directory: &File) -> Result<(File, OsString), Errno> {
-    let mut file = None;
-    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-    let name = free_name(|name| {
-        file = Some(rustix::fs::openat(directory, name, flags, MODE)?);
-        Ok(())
-    })?;
-    Ok((file.expect("a name was free").into(), name))
-}
-
-/// The first of a row of names for which `take` does not find that it exists.
-fn free_name(mut take: impl FnMut(&OsString) -> Result<(), Errno>) -> Result<OsString, Errno> {
-    for number in 0..1000 {
-        let name = OsString::from(format!(".multifd-{}-{number}.part", std::process::id()));
-        match take(&name) {
-            Err(Errno::EXIST) => {}
-            Err(error) => return Err(error),
-            Ok(()) => return Ok(name),
-        }
-    }
-    Err(Errno::EXIST)
-}
-
-fn link_of(file: &File) -> String {
-    format!("/proc/self/fd/{}", file.as_raw_fd())
-}
-
-/// For its owner only: it holds whatever the guest has in memory.
-const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use std::{fs, io::Write};
+    use std::{
+        ffi::OsStr,
+        fs,
+        io::Write,
+        ops::Range,
+        sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    };
 
+    use rustix::fs::RenameFlags;
     use test_support::TempDir;
 
-    use super::*;
+    use super::{super::directory::Calls, *};
 
     fn entries(dir: &TempDir) -> Vec<OsString> {
         let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -229,14 +169,24 @@ mod tests {
 
     /// The same file with a temporary name, as on a file system that has no files without.
     fn named(mut pending: PendingFile) -> PendingFile {
-        let (file, name) = temporarily_named(&pending.directory).unwrap();
+        let directory = File::open(directory::parent(&pending.path)).unwrap();
+        let (file, name) = directory::temporarily_named(&directory).unwrap();
         pending.file = Arc::new(file);
         pending.temporary = Some(name);
         pending
     }
 
     fn create(path: &Path, replace: bool, with_name: bool) -> Result<PendingFile, CheckpointError> {
-        let pending = PendingFile::create(path, replace)?;
+        create_with(path, replace, with_name, Directory::open)
+    }
+
+    fn create_with(
+        path: &Path,
+        replace: bool,
+        with_name: bool,
+        open: impl FnOnce(&Path) -> Result<Directory, CheckpointError>,
+    ) -> Result<PendingFile, CheckpointError> {
+        let pending = PendingFile::create_in(path, replace, open)?;
         (&**pending.file()).write_all(b"new").unwrap();
         if !with_name {
             return Ok(pending);
@@ -315,5 +265,172 @@ mod tests {
     fn a_directory_that_is_not_there_is_named() {
         let error = PendingFile::create(Path::new("/no/such/directory/x"), false).err().unwrap().to_string();
         assert_eq!(error, "\"/no/such/directory\": opening the directory: No such file or directory (os error 2)");
+    }
+
+    /// A file system with defects.
+    #[derive(Clone, Default)]
+    struct Defects {
+        /// Calls, counted from 0 when the file is about to get its name, that fail.
+        fail: Range<usize>,
+        /// No exchange, and no rename that refuses to replace.
+        plain_renames: bool,
+        no_hard_links: bool,
+    }
+
+    struct Defective {
+        defects: Defects,
+        calls: Arc<AtomicUsize>,
+        unlink_failed: Arc<AtomicBool>,
+    }
+
+    impl Defective {
+        fn call(&self) -> Result<(), Errno> {
+            let call = self.calls.fetch_add(1, Relaxed);
+            // The first call is the one that `create` makes.
+            let call = call.wrapping_sub(1);
+            if self.defects.fail.contains(&call) { Err(Errno::IO) } else { Ok(()) }
+        }
+    }
+
+    struct Kernel;
+
+    impl Calls for Kernel {}
+
+    impl Calls for Defective {
+        fn sync(&self, directory: &File) -> Result<(), Errno> {
+            self.call().and_then(|()| Kernel.sync(directory))
+        }
+
+        fn link_file(&self, directory: &File, file: &File, name: &OsStr) -> Result<(), Errno> {
+            self.call().and_then(|()| Kernel.link_file(directory, file, name))
+        }
+
+        fn link(&self, directory: &File, from: &OsStr, to: &OsStr) -> Result<(), Errno> {
+            self.call()?;
+            if self.defects.no_hard_links { Err(Errno::PERM) } else { Kernel.link(directory, from, to) }
+        }
+
+        fn rename(&self, directory: &File, from: &OsStr, to: &OsStr, flags: RenameFlags) -> Result<(), Errno> {
+            self.call()?;
+            match self.defects.plain_renames && !flags.is_empty() {
+                true => Err(Errno::INVAL),
+                false => Kernel.rename(directory, from, to, flags),
+            }
+        }
+
+        fn unlink(&self, directory: &File, name: &OsStr) -> Result<(), Errno> {
+            let done = self.call().and_then(|()| Kernel.unlink(directory, name));
+            self.unlink_failed.fetch_or(done.is_err(), Relaxed);
+            done
+        }
+    }
+
+    /// Publishes `new` on a file system with `defects`, over `old` if there is one. Checks that what is reported, what is
+    /// there and [`PendingFile::is_published`] agree, and returns what was reported and how many calls were made.
+    fn publish(defects: &Defects, old: Option<&str>, with_name: bool) -> (Result<(), CheckpointError>, usize) {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("x");
+        if let Some(old) = old {
+            fs::write(&path, old).unwrap();
+        }
+        let (calls, unlink_failed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let defective =
+            Defective { defects: defects.clone(), calls: calls.clone(), unlink_failed: unlink_failed.clone() };
+        let open = |path: &Path| Directory::with_calls(path, Box::new(defective));
+        let mut pending = create_with(&path, old.is_some(), with_name, open).unwrap();
+        let reported = pending.publish();
+        let calls = calls.load(Relaxed) - 1;
+        let there = fs::read_to_string(&path).ok();
+        let case = format!("{:?}, plain {}: {reported:?}", defects.fail, defects.plain_renames);
+        match &reported {
+            Ok(()) | Err(CheckpointError::Published { .. }) => {
+                assert!(pending.is_published(), "{case}");
+                assert_eq!(there.as_deref(), Some("new"), "{case}");
+            }
+            Err(_) => {
+                assert!(!pending.is_published(), "{case}");
+                // Where it could not even remove the empty file with which it claimed the name.
+                let claimed = unlink_failed.load(Relaxed) && there.as_deref() == Some("");
+                assert!(there.as_deref() == old || claimed, "{case}: {there:?}");
+            }
+        }
+        drop(pending);
+        if !unlink_failed.load(Relaxed) {
+            let names: Vec<OsString> = there.iter().map(|_| "x".into()).collect();
+            assert_eq!(entries(&dir), names, "{case}");
+        }
+        (reported, calls)
+    }
+
+    /// A failing write of the directory left the checkpoint there under its name, while the source was told that there is
+    /// none: its VM ran on, and a second one could be started from the file.
+    #[test]
+    fn a_checkpoint_is_there_exactly_if_that_is_reported() {
+        let (mut failed, mut published) = (0, 0);
+        for old in [None, Some("old")] {
+            for (with_name, plain_renames, no_hard_links) in [
+                (false, false, false),
+                (true, false, false),
+                (false, true, false),
+                (true, true, false),
+                (true, true, true),
+            ] {
+                for lasts in [1, 2, usize::MAX] {
+                    for first in 0usize.. {
+                        let fail = first..first.saturating_add(lasts);
+                        let defects = Defects { fail, plain_renames, no_hard_links };
+                        let (reported, calls) = publish(&defects, old, with_name);
+                        failed += usize::from(reported.is_err());
+                        published += usize::from(matches!(reported, Err(CheckpointError::Published { .. })));
+                        if first >= calls {
+                            reported.unwrap();
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        assert!(failed > 60 && published > 5, "{failed} failed, {published} of them published");
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_put_on_disk_is_taken_back() {
+        // The calls: exchange, write the directory; or link, write the directory.
+        for (old, with_name, fail) in [(None, false, 1), (Some("old"), true, 1), (Some("old"), false, 2)] {
+            let (reported, _) = publish(&Defects { fail: fail..fail + 1, ..Defects::default() }, old, with_name);
+            let error = reported.unwrap_err().to_string();
+            assert!(error.ends_with("/x\": writing its name to disk: Input/output error (os error 5)"), "{error}");
+            let (reported, _) = publish(&Defects { fail: fail..usize::MAX, ..Defects::default() }, old, with_name);
+            let error = reported.unwrap_err().to_string();
+            assert!(error.contains("/x\" is complete and has its name, but"), "{error}");
+        }
+    }
+
+    /// Some file systems never write a directory to disk on request. Every checkpoint on them was reported as failed.
+    #[test]
+    fn a_directory_that_is_never_written_on_request_is_no_failure() {
+        struct NeverSyncs(Errno);
+
+        impl Calls for NeverSyncs {
+            fn sync(&self, _directory: &File) -> Result<(), Errno> {
+                Err(self.0)
+            }
+        }
+
+        for error in [Errno::INVAL, Errno::OPNOTSUPP, Errno::BADF, Errno::IO] {
+            let dir = TempDir::new().unwrap();
+            let path = dir.join("x");
+            let open = |path: &Path| Directory::with_calls(path, Box::new(NeverSyncs(error)));
+            let created = create_with(&path, false, false, open);
+            if error == Errno::IO {
+                assert!(created.is_err(), "a disk that fails is found before anything is received");
+                assert!(entries(&dir).is_empty());
+                continue;
+            }
+            let mut pending = created.unwrap();
+            pending.publish().unwrap();
+            assert!(pending.is_published());
+            assert_eq!(fs::read(&path).unwrap(), b"new");
+        }
     }
 }

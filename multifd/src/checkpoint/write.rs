@@ -35,7 +35,6 @@ pub struct Writer {
     /// Device state that came before the pages, as it stands on the wire.
     early: Vec<u8>,
     tail: Tail,
-    published: bool,
 }
 
 /// What came before the first page, and the pages.
@@ -55,14 +54,14 @@ impl Writer {
     /// The directory is not there or takes no files; something is in the way.
     pub fn create(path: &Path, replace: bool) -> Result<Writer, CheckpointError> {
         let file = PendingFile::create(path, replace)?;
-        Ok(Writer { file, ram: None, early: Vec::new(), tail: Tail::default(), published: false })
+        Ok(Writer { file, ram: None, early: Vec::new(), tail: Tail::default() })
     }
 
     /// Waits for a source at `from` and takes its VM into the file.
     ///
     /// On `Ok` the checkpoint is complete and on disk, and the source was told so if it opened the return path. On `Err`
     /// the source was not told, and there is no file, unless [`is_published`](Self::is_published) says otherwise: then
-    /// telling the source failed, and it may run on.
+    /// telling the source failed, or the file's name may not be on disk, and the source may run on.
     ///
     /// # Errors
     /// As [`Destination::run`]; [`Error::Checkpoint`].
@@ -77,7 +76,7 @@ impl Writer {
 
     /// Whether the file has its name.
     pub fn is_published(&self) -> bool {
-        self.published
+        self.file.is_published()
     }
 
     /// Number of pages with content.
@@ -174,9 +173,7 @@ impl Target for Writer {
     }
 
     fn commit(&mut self) -> Result<(), Error> {
-        self.file.publish()?;
-        self.published = true;
-        Ok(())
+        Ok(self.file.publish()?)
     }
 
     fn start(&mut self) -> Result<(), Error> {
