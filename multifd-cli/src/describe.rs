@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use multifd::checkpoint::Checkpoint;
+use multifd::checkpoint::{Checkpoint, CheckpointBlock};
 use multifd_proto::vmdesc::{self, DeviceSection, VmDescription};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -23,33 +23,40 @@ pub struct Block {
     pub digest: Option<String>,
 }
 
-/// The blocks of `checkpoint`, with digests if asked for.
+/// The blocks of `checkpoint`, without digests.
+pub fn blocks_of(checkpoint: &Checkpoint) -> Vec<Block> {
+    let describe = |block: &CheckpointBlock| Block {
+        name: block.name.to_string(),
+        size: block.bytes,
+        page_size: checkpoint.layout().page_size() as u64,
+        normal: block.pages_present,
+        digest: None,
+    };
+    checkpoint.blocks().iter().map(describe).collect()
+}
+
+/// Adds the digests of all `blocks`, which are those of `checkpoint`, until `stopped`.
 ///
 /// # Errors
-/// The kernel's, when the file is read for a digest.
-pub fn blocks_of(checkpoint: &Checkpoint, digests: bool) -> io::Result<Vec<Block>> {
-    let describe = |index: usize| {
-        let block = &checkpoint.blocks()[index];
-        let digest = if digests { Some(digest(&mut checkpoint.block_reader(index))?) } else { None };
-        Ok(Block {
-            name: block.name.to_string(),
-            size: block.bytes,
-            page_size: checkpoint.layout().page_size() as u64,
-            normal: block.pages_present,
-            digest,
-        })
-    };
-    (0..checkpoint.blocks().len()).map(describe).collect()
+/// The kernel's, when the file is read; [`io::ErrorKind::Interrupted`] once `stopped`. Blocks before that have theirs.
+pub fn add_digests(blocks: &mut [Block], checkpoint: &Checkpoint, stopped: &dyn Fn() -> bool) -> io::Result<()> {
+    for (index, block) in blocks.iter_mut().enumerate() {
+        block.digest = Some(digest(&mut checkpoint.block_reader(index), stopped)?);
+    }
+    Ok(())
 }
 
 /// SHA-256 of everything that `from` has.
 ///
 /// # Errors
-/// Those of `from`.
-pub fn digest(from: &mut dyn Read) -> io::Result<String> {
+/// Those of `from`; [`io::ErrorKind::Interrupted`] once `stopped`: a peer may have claimed terabytes of zeros.
+pub fn digest(from: &mut dyn Read, stopped: &dyn Fn() -> bool) -> io::Result<String> {
     let mut hash = Sha256::new();
     let mut buf = vec![0; 1 << 20];
     loop {
+        if stopped() {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "interrupted before all digests were computed"));
+        }
         match from.read(&mut buf)? {
             0 => return Ok(hex(&hash.finalize())),
             n => hash.update(&buf[..n]),

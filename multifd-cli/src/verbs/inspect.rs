@@ -60,7 +60,10 @@ impl From<String> for Failure {
 
 fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Outcome, Failure> {
     let reading = |error: io::Error| format!("{}: {error}", args.path.display());
-    let blocks = describe::blocks_of(checkpoint, args.digest).map_err(reading)?;
+    let mut blocks = describe::blocks_of(checkpoint);
+    if args.digest {
+        describe::add_digests(&mut blocks, checkpoint, &|| false).map_err(reading)?;
+    }
     let devices = Devices::of_checkpoint(checkpoint);
     let extracted = match wanted(args, checkpoint.blocks().iter().map(|block| block.name.as_str()))? {
         Some((index, to)) => Some(extract(&mut checkpoint.block_reader(index), to)?),
@@ -133,7 +136,7 @@ fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Resul
     for (index, (name, size, normal)) in account.blocks.iter().enumerate() {
         let digest = match &contents {
             Some(contents) if args.digest => {
-                let digest = describe::digest(&mut contents.block_reader(index));
+                let digest = describe::digest(&mut contents.block_reader(index), &|| false);
                 Some(digest.map_err(|error| format!("{}: {error}", directory.display()))?)
             }
             _ => None,

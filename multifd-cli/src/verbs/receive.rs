@@ -3,6 +3,10 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -39,7 +43,12 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         error => Box::<dyn std::error::Error>::from(error),
     })?;
     let destination = Destination::new(options(args));
-    signals::cancel_on_interrupt(destination.stop_handle())?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let (stop, seen) = (destination.stop_handle(), interrupted.clone());
+    signals::on_interrupt(signals::Hangup::Interrupts, move || {
+        seen.store(true, Ordering::Relaxed);
+        stop.cancel();
+    })?;
     let listener = listener(&args.uri, args.record.as_deref())?;
     let progress = destination.progress();
     let mut display = Display::new(&args.output, &progress);
@@ -48,7 +57,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let rounds = display.rounds();
     drop(display);
     match received {
-        Ok(report) => Ok(described(args, &report)),
+        Ok(report) => Ok(described(args, &report, &|| interrupted.load(Ordering::Relaxed))),
         Err(error) => {
             let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             let mut outcome = Outcome::migration_failed(&error, fields(&partial));
@@ -56,6 +65,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
                 let path = &args.file;
                 outcome.error =
                     Some(format!("{path:?} is complete, but the source may not know it and run on: {error}"));
+                outcome.report.insert("published".to_owned(), true.into());
                 outcome.report.insert("checkpoint".to_owned(), file_report(path));
             }
             Ok(outcome)
@@ -89,26 +99,20 @@ fn listener(uri: &Uri, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
 }
 
 /// The report on a checkpoint that was received, from the file itself.
-fn described(args: &ReceiveArgs, received: &destination::Report) -> Outcome {
+///
+/// The VM is in the file by now and the source was told so: what cannot be read back of it is missing in the report, and
+/// no failure.
+fn described(args: &ReceiveArgs, received: &destination::Report, interrupted: &dyn Fn() -> bool) -> Outcome {
     let migration = MigrationReport::received(received, checkpoint::PAGE_SIZE, std::time::Duration::ZERO);
     let mut report = fields(&migration);
     report.insert("machine".to_owned(), received.machine.clone().into());
     report.insert("checkpoint".to_owned(), file_report(&args.file));
-    let checkpoint = match Checkpoint::open(&args.file) {
-        Ok(checkpoint) => checkpoint,
-        // It was received and lasts; what is wrong now came after that.
-        Err(error) => return Outcome { report, ..Outcome::failed(Exit::Failed, error) },
-    };
-    let blocks = match describe::blocks_of(&checkpoint, args.digest) {
-        Ok(blocks) => blocks,
-        Err(error) => return Outcome { report, ..Outcome::failed(Exit::Failed, error) },
-    };
-    let devices = describe::Devices::of_checkpoint(&checkpoint);
-    report.insert("ram-blocks".to_owned(), describe::blocks_json(&blocks));
-    report.insert("devices".to_owned(), devices.json(false));
     let mut text = summary(&migration, received, &args.file);
-    text.push_str(&describe::blocks_text(&blocks));
-    text.push_str(&devices.summary());
+    if let Err(missing) = read_back(args, interrupted, &mut report, &mut text) {
+        let note = format!("the checkpoint is complete, but a part of this report is missing: {missing}");
+        text.push_str(&format!("\n  {note}\n"));
+        report.insert("report-incomplete".to_owned(), note.into());
+    }
     let mut outcome = Outcome::done(report, text);
     if let Some(audit) = &migration.audit {
         outcome.text.push_str(&format!("  {}\n", audit.text()));
@@ -118,6 +122,30 @@ fn described(args: &ReceiveArgs, received: &destination::Report) -> Outcome {
         }
     }
     outcome
+}
+
+/// Adds what the file itself says.
+///
+/// # Errors
+/// Why there is no more of it.
+fn read_back(
+    args: &ReceiveArgs,
+    interrupted: &dyn Fn() -> bool,
+    report: &mut Map<String, Value>,
+    text: &mut String,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let checkpoint = Checkpoint::open(&args.file)?;
+    let mut blocks = describe::blocks_of(&checkpoint);
+    let digested = match args.digest {
+        true => describe::add_digests(&mut blocks, &checkpoint, interrupted),
+        false => Ok(()),
+    };
+    let devices = describe::Devices::of_checkpoint(&checkpoint);
+    report.insert("ram-blocks".to_owned(), describe::blocks_json(&blocks));
+    report.insert("devices".to_owned(), devices.json(false));
+    text.push_str(&describe::blocks_text(&blocks));
+    text.push_str(&devices.summary());
+    Ok(digested?)
 }
 
 fn summary(migration: &MigrationReport, received: &destination::Report, path: &Path) -> String {
