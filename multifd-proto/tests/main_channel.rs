@@ -6,7 +6,7 @@ use multifd_proto::machine::Dialect;
 use multifd_proto::mapped_ram::BlockHeader;
 use multifd_proto::ram::{BlockEntry, MAX_BLOCKS};
 use multifd_proto::stream::{
-    Item, MAX_SECTIONS, MAX_VMDESC, MainDecoder, Section, SectionKind, Step, StreamError, early_body_len,
+    EarlyScanner, Item, MAX_SECTIONS, MAX_VMDESC, MainDecoder, Section, SectionKind, Step, StreamError,
 };
 use multifd_proto::violation::{DecodeError, Mismatch, ProtocolError, Violation};
 use multifd_proto::{BlockName, ram};
@@ -556,7 +556,7 @@ fn mapped_ram_headers_that_point_outside_the_file_are_refused() {
 fn early_sections_are_measured_by_their_footer_and_what_may_follow_it() {
     let footer = [0x7e, 0, 0, 0, 8];
     let body = [&b"body \x7e\0\0\0\x08 more"[..], &footer].concat();
-    let next = |next: &[u8]| early_body_len(&[&body[..], next].concat(), 8, RAM);
+    let next = |next: &[u8]| EarlyScanner::new(8, RAM).scan(&[&body[..], next].concat());
     assert_eq!(next(b""), None);
     assert_eq!(next(b"\x02\0\0"), None);
     let len = Some(body.len() - 5);

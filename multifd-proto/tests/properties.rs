@@ -8,7 +8,7 @@ use multifd_proto::packet::{
 };
 use multifd_proto::ram::{BlockEntry, BlockLayout, RamWord};
 use multifd_proto::return_path::Message;
-use multifd_proto::stream::{Item, MainDecoder, early_body_len};
+use multifd_proto::stream::{EarlyScanner, Item, MainDecoder};
 use multifd_proto::vmdesc::{TailScanner, VmDescription, cut};
 use multifd_proto::wire::Step;
 use multifd_proto::{BlockName, ChannelId, xbzrle};
@@ -207,7 +207,35 @@ proptest! {
                 Err(_) => (),
             }
         }
-        let _ = early_body_len(&bytes, 0, 0);
+    }
+
+    /// Each end of an early section that the whole buffer has, whatever the pieces in which it comes.
+    #[test]
+    fn early_sections_end_where_a_search_of_all_bytes_says(
+        parts in vec(proptest::sample::select(vec![
+            &b"\x7e\0\0\0\x08"[..], b"\x7e", b"\x7e\0\0", b"\x02\0\0\0\x02", b"\x03\0\0", b"\x02", b"\x04\0\0", b"\x04",
+            b"\x08\0", b"\x08", b"\0", b"state",
+        ]), 0..12),
+        pieces in vec(1usize..9, 1..4),
+    ) {
+        let buf = parts.concat();
+        let naive = |buf: &[u8]| {
+            (0..buf.len()).find(|&at| {
+                buf[at..].strip_prefix(b"\x7e\0\0\0\x08").is_some_and(|behind| {
+                    [&b"\x02\0\0\0\x02"[..], b"\x03\0\0\0\x02", b"\x04\0\0", b"\x08\0"].iter().any(|next| behind.starts_with(next))
+                })
+            })
+        };
+        let mut scanner = EarlyScanner::new(8, 2);
+        let (mut end, mut pieces) = (0, pieces.iter().cycle());
+        while end < buf.len() {
+            end = buf.len().min(end + pieces.next().unwrap());
+            let found = scanner.scan(&buf[..end]);
+            prop_assert_eq!(found, naive(&buf[..end]), "{:?}", &buf[..end]);
+            if found.is_some() {
+                break;
+            }
+        }
     }
 
     #[test]

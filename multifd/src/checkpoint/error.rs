@@ -98,6 +98,12 @@ pub enum CheckpointError {
         /// The limit.
         limit: usize,
     },
+    /// Device state before the pages that does not end.
+    #[error("more than {limit} bytes of device state before the pages")]
+    TooMuchEarlyState {
+        /// The limit.
+        limit: usize,
+    },
     /// The state of a device before that of RAM: how long it is could not be told.
     #[error("section {name:?} comes before the RAM blocks, which is not supported")]
     SectionBeforeRam {
@@ -117,6 +123,7 @@ impl CheckpointError {
                 | CheckpointError::Ram { .. }
                 | CheckpointError::TooMuchRam { .. }
                 | CheckpointError::TooMuchDeviceState { .. }
+                | CheckpointError::TooMuchEarlyState { .. }
                 | CheckpointError::SectionBeforeRam { .. }
         )
     }

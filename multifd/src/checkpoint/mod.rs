@@ -24,16 +24,16 @@ mod write;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 
+pub(crate) use self::{
+    directory::unnamed_file,
+    pages::FilePages,
+    tail::{Tail, early_section},
+};
 pub use self::{
     error::CheckpointError,
     read::{BlockReader, Checkpoint, CheckpointBlock},
     source::CheckpointSource,
     write::Writer,
-};
-pub(crate) use self::{
-    directory::unnamed_file,
-    pages::FilePages,
-    tail::{Tail, early_section},
 };
 
 /// The page size of all checkpoints: x86 has no other, and nothing else was tried.
@@ -45,3 +45,7 @@ pub const MAX_RAM: u64 = 16 << 40;
 /// The most device state of a checkpoint: it is kept in memory until its end is found. Real ones have kilobytes, some
 /// hundred megabytes with assigned GPUs.
 pub const MAX_DEVICE_STATE: usize = 1 << 30;
+
+/// The most device state that comes before the pages, of all devices together. Its end is searched for, and it is kept in
+/// memory. Real ones, of virtio-mem, have some hundred bytes and one for each of their blocks.
+pub const MAX_EARLY_STATE: usize = 64 << 20;

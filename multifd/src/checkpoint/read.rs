@@ -15,11 +15,11 @@ use multifd_proto::{
     BlockName, ProtocolError,
     encoder::MainEncoder,
     ram::BlockEntry,
-    stream::{Item, MainDecoder, Section, SectionKind, Step, StreamError, X_IGNORE_SHARED, early_body_len},
+    stream::{EarlyScanner, Item, MainDecoder, Section, SectionKind, Step, StreamError, X_IGNORE_SHARED},
     violation,
 };
 
-use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail};
+use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, tail::check_early_state};
 use crate::{dirty_bitmap::DirtyBitmap, layout::Layout};
 
 /// A checkpoint that was opened and checked.
@@ -272,7 +272,7 @@ impl FileReader<'_> {
                     return Ok(stream);
                 }
                 Item::Section(section) => {
-                    let body = self.early_body(&section, stream.ram_section)?;
+                    let body = self.early_body(&section, stream.ram_section, stream.early.len())?;
                     decoder.body_taken(body.len() as u64);
                     let mut out = MainEncoder::new();
                     out.section(&section).raw(&body).footer(section.id);
@@ -296,14 +296,14 @@ impl FileReader<'_> {
         Tail::in_file(&self.buf).ok_or_else(|| self.truncated())
     }
 
-    /// The body of a device's section in front of the pages.
-    fn early_body(&mut self, section: &Section, ram_section: u32) -> Result<Vec<u8>, CheckpointError> {
+    /// The body of a device's section before the pages, with `before` bytes of others before it.
+    fn early_body(&mut self, section: &Section, ram_section: u32, before: usize) -> Result<Vec<u8>, CheckpointError> {
+        let mut scanner = EarlyScanner::new(section.id, ram_section);
         let len = loop {
-            match early_body_len(&self.buf, section.id, ram_section) {
+            let found = scanner.scan(&self.buf);
+            check_early_state(before + found.unwrap_or(self.buf.len()))?;
+            match found {
                 Some(len) => break len,
-                None if self.buf.len() > MAX_DEVICE_STATE => {
-                    return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE });
-                }
                 None => self.need(self.buf.len() + 1)?,
             }
         };

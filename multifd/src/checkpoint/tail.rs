@@ -14,11 +14,11 @@ use std::io;
 
 use multifd_proto::{
     encoder::MainEncoder,
-    stream::{EOF, Section, early_body_len},
+    stream::{EOF, EarlyScanner, Section},
     vmdesc::{self, TailEnd, TailScanner, VmDescription},
 };
 
-use super::{CheckpointError, MAX_DEVICE_STATE};
+use super::{CheckpointError, MAX_DEVICE_STATE, MAX_EARLY_STATE};
 use crate::{
     destination::{MainReader, more_bytes},
     error::{Error, Place},
@@ -97,27 +97,35 @@ impl Tail {
     }
 }
 
-/// The section of a device that comes before the pages, whole: `main` goes on with its footer afterwards.
-pub(crate) fn early_section(section: &Section, main: &mut MainReader) -> Result<Vec<u8>, Error> {
+/// The section of a device that comes before the pages, whole: `main` goes on with its footer afterwards. All such sections
+/// before it have `before` bytes.
+pub(crate) fn early_section(section: &Section, main: &mut MainReader, before: usize) -> Result<Vec<u8>, Error> {
     let Some(ram_section) = main.decoder().ram_section() else {
         return Err(CheckpointError::SectionBeforeRam { name: section.name.clone() }.into());
     };
+    let mut encoder = MainEncoder::new();
+    let head = encoder.section(section).as_bytes().len();
+    let mut scanner = EarlyScanner::new(section.id, ram_section);
     let len = loop {
-        match early_body_len(main.unread(), section.id, ram_section) {
-            Some(len) => break len,
-            None if main.unread().len() > MAX_DEVICE_STATE => {
-                return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
-            }
-            None => {
-                if main.receive()? == 0 {
-                    return Err(Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() });
-                }
-            }
+        let found = scanner.scan(main.unread());
+        check_early_state(before + head + found.unwrap_or(main.unread().len()))?;
+        if let Some(len) = found {
+            break len;
+        }
+        if main.receive()? == 0 {
+            return Err(Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() });
         }
     };
-    let mut encoder = MainEncoder::new();
-    encoder.section(section).raw(&main.unread()[..len]).footer(section.id);
+    encoder.raw(&main.unread()[..len]).footer(section.id);
     main.consume(len);
     main.body_taken(len as u64);
     Ok(encoder.as_bytes().to_vec())
+}
+
+/// Refuses early sections of `bytes` in all.
+pub(super) fn check_early_state(bytes: usize) -> Result<(), CheckpointError> {
+    if bytes > MAX_EARLY_STATE {
+        return Err(CheckpointError::TooMuchEarlyState { limit: MAX_EARLY_STATE });
+    }
+    Ok(())
 }

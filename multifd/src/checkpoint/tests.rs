@@ -1,8 +1,15 @@
 //! Checkpoints written from whole migrations, read and sent again; and files that lie.
 
-use std::{fs, io::Read, os::unix::fs::FileExt, path::Path};
+use std::{fs, io::Read, os::unix::fs::FileExt, path::Path, time::Duration};
 
-use multifd_proto::machine::{Dialect, ZeroPages};
+use multifd_proto::{
+    BlockName,
+    encoder::MainEncoder,
+    machine::{Dialect, ZeroPages},
+    mapped_ram::BlockHeader,
+    ram::BlockEntry,
+    stream::{Section, SectionKind},
+};
 use test_support::TempDir;
 
 use super::{Checkpoint, CheckpointError, CheckpointSource, Writer};
@@ -12,7 +19,7 @@ use crate::{
     ram::Ram,
     source::{self, Source},
     test_vm::{TestDestination, TestSource},
-    transport::memory,
+    transport::{Connect, memory},
     vm::SourceVm,
 };
 
@@ -248,4 +255,75 @@ fn a_reader_passes_over_holes_without_reading_them() {
     }
     assert_eq!(runs[..4], [(4096, true), (8192, false), (4096, true), (8192, false)]);
     assert_eq!(runs.iter().map(|(bytes, _)| bytes).sum::<u64>(), 700 * 4096);
+}
+
+/// Main of a migration without channels, up to the sections that come before the pages.
+fn begun(out: &mut MainEncoder) -> &mut MainEncoder {
+    out.header().configuration("multifd").ram_start(1, 4096);
+    out.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1)
+}
+
+fn full(id: u32, name: &str) -> Section {
+    Section { kind: SectionKind::Full, id, name: name.to_owned(), instance: 0, version: 1 }
+}
+
+/// What becomes of a migration without channels whose source writes `parts` to main, one after the other.
+fn receive_parts(parts: Vec<Vec<u8>>) -> (TempDir, Result<destination::Report, Error>) {
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("checkpoint");
+    let received = test_support::time_limit(Duration::from_secs(120), move || {
+        let (listener, connector) = memory::listener(1 << 16);
+        let source = std::thread::spawn(move || {
+            let mut main = connector.connect().unwrap();
+            // The destination ends the connection when it has had enough.
+            let _ = parts.iter().try_for_each(|part| main.write(part, &[]));
+            main
+        });
+        let mut writer = Writer::create(&path, false).unwrap();
+        let report = writer.receive(Destination::new(Default::default()), Box::new(listener), &mut ());
+        drop(source.join().unwrap());
+        report
+    });
+    (dir, received)
+}
+
+/// Nothing but the vmdescription at the end says how long they are: 4.7 GB of them were kept in memory.
+#[test]
+fn early_sections_without_end_are_refused_at_a_limit_that_they_share() {
+    let part = vec![0x5a; 1 << 20];
+    let mut one = vec![begun(&mut MainEncoder::new()).section(&full(2, "early")).as_bytes().to_vec()];
+    one.resize(100, part.clone());
+    let mut many = vec![begun(&mut MainEncoder::new()).as_bytes().to_vec()];
+    many.extend(
+        (0..100).map(|_| MainEncoder::new().section(&full(2, "early")).raw(&part).footer(2).as_bytes().to_vec()),
+    );
+    for parts in [one, many] {
+        let (dir, received) = receive_parts(parts);
+        let error = received.unwrap_err();
+        assert_eq!(error.to_string(), "more than 67108864 bytes of device state before the pages");
+        assert!(error.is_peers_fault());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+/// Its search went over all bytes again for each piece that was read: hours for a file that takes 8 KB on disk.
+#[test]
+fn a_file_with_an_early_section_without_end_is_refused_at_the_limit() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("x");
+    let mut out = MainEncoder::new();
+    out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, 4096);
+    let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), 4096);
+    let header_end = (out.as_bytes().len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
+    let header = BlockHeader::place(header_end, 4096, 4096);
+    entry.mapped_ram = Some(header);
+    out.block(&entry);
+    let file = fs::File::create(&path).unwrap();
+    file.write_all_at(out.as_bytes(), 0).unwrap();
+    let mut out = MainEncoder::new();
+    out.eos().footer(1).section(&full(2, "early"));
+    file.write_all_at(out.as_bytes(), header.next_entry(4096)).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let error = test_support::time_limit(Duration::from_secs(60), move || Checkpoint::open(&path).err().unwrap());
+    assert!(matches!(error, CheckpointError::TooMuchEarlyState { .. }), "{error}");
 }

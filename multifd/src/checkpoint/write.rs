@@ -160,7 +160,7 @@ impl Target for Writer {
             self.tail = Tail::receive(section, main)?;
             return Ok(Body::RestOfStream);
         }
-        self.early.extend_from_slice(&tail::early_section(section, main)?);
+        self.early.extend_from_slice(&tail::early_section(section, main, self.early.len())?);
         Ok(Body::Section)
     }
 

@@ -69,9 +69,9 @@ impl MainStream {
         Tail::receive(first, self.reader())
     }
 
-    /// The section of a device that comes before the pages.
-    pub(super) fn early_section(&mut self, section: &Section) -> Result<Vec<u8>, Error> {
-        early_section(section, self.reader())
+    /// The section of a device that comes before the pages, with `before` bytes of others before it.
+    pub(super) fn early_section(&mut self, section: &Section, before: usize) -> Result<Vec<u8>, Error> {
+        early_section(section, self.reader(), before)
     }
 
     /// Checks that main has ended.

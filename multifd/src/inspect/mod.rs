@@ -174,7 +174,7 @@ impl RecordedReader {
                     break;
                 }
                 Item::Section(section) => {
-                    let early = self.main.early_section(&section)?;
+                    let early = self.main.early_section(&section, self.account.early.len())?;
                     self.account.early.extend_from_slice(&early);
                 }
                 Item::VmDescription { len } => self.account.tail.vmdescription = self.main.payload(len)?,
