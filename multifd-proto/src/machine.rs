@@ -84,6 +84,12 @@ pub fn sends_switchover_start(machine: &str) -> Option<bool> {
     version(machine).map(|version| version >= (10, 0))
 }
 
+/// Whether a source of this machine type ignores a SWITCHOVER_ACK that it does not wait for (8.1 to 11.0), or fails (11.1 and
+/// newer). Nothing for machine types before 8.1, where the version of QEMU decides: before 8.1 the message is unknown.
+pub fn takes_switchover_ack(machine: &str) -> Option<bool> {
+    version(machine).filter(|&version| version >= (8, 1)).map(|version| version < (11, 1))
+}
+
 /// The `X.Y` at the end of `pc-i440fx-X.Y`, `pc-q35-X.Y.Z`, `virt-X.Y`.
 fn version(machine: &str) -> Option<(u32, u32)> {
     let (_, version) = machine.rsplit_once('-')?;
@@ -109,6 +115,10 @@ mod tests {
         assert_eq!(zero_pages_of_machine("pc-q35-9.0"), Some(ZeroPages::Multifd));
         assert_eq!(sends_switchover_start("pc-q35-9.2"), Some(false));
         assert_eq!(sends_switchover_start("pc-q35-10.0"), Some(true));
+        assert_eq!(takes_switchover_ack("pc-q35-8.0"), None);
+        assert_eq!(takes_switchover_ack("pc-q35-8.1"), Some(true));
+        assert_eq!(takes_switchover_ack("pc-q35-11.0"), Some(true));
+        assert_eq!(takes_switchover_ack("pc-q35-11.1"), Some(false));
         assert_eq!(Dialect::of_machine("pc-q35-4.0.1"), Some(Dialect::PerSection));
     }
 
@@ -118,6 +128,7 @@ mod tests {
             ["", "pc", "q35", "microvm", "pc-i440fx-", "pc-q35-rhel9.4.0", "pc-i440fx-10", "pc-q35-9.0-x", "x-9.0.y"]
         {
             assert_eq!(Dialect::of_machine(machine), None, "{machine}");
+            assert_eq!(takes_switchover_ack(machine), None, "{machine}");
         }
     }
 }

@@ -48,7 +48,8 @@ pub enum Message {
     },
     /// Postcopy recovery goes on.
     ResumeAck(u32),
-    /// The destination's devices are ready for the switchover. A source before QEMU 8.1 fails when it gets this.
+    /// The destination's devices are ready for the switchover. A source before QEMU 8.1, or with a machine type of 11.1 or
+    /// newer that does not wait for it, fails when it gets this; see [`crate::machine::takes_switchover_ack`].
     SwitchoverAck,
 }
 

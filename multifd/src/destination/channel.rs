@@ -17,7 +17,7 @@ use crate::{
     compress::Decompressor,
     error::{Connection, Error, Place},
     layout::Layout,
-    sync::{Arc, lock},
+    sync::{Arc, atomic::Ordering, lock},
     transport::Stream,
 };
 
@@ -189,6 +189,7 @@ impl ReceiveChannel {
             audit.wrote(block, &self.normal, Party::Channel(self.id), self.rounds);
             audit.wrote(block, &self.zero, Party::Channel(self.id), self.rounds);
         }
+        self.shared.channel_pages.fetch_add((self.normal.len() + self.zero.len()) as u64, Ordering::Relaxed);
         self.shared.progress.add_pages(self.normal.len() as u64, self.zero.len() as u64);
         Ok((sync, payload_len))
     }

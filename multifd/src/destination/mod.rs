@@ -12,6 +12,7 @@ mod main_reader;
 mod options;
 mod report;
 mod sink;
+mod switchover_ack;
 mod target;
 
 use std::time::Duration;
@@ -30,7 +31,7 @@ use multifd_proto::{
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
-use self::{accept::Acceptor, audit::Audit, target::VmTarget};
+use self::{accept::Acceptor, audit::Audit, switchover_ack::AckTiming, target::VmTarget};
 pub use self::{
     audit::{Findings, StaleWrite},
     first_touch::FirstTouch,
@@ -48,7 +49,11 @@ use crate::{
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
     stop::StopHandle,
-    sync::{Arc, Condvar, Mutex, lock, wait},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicU64, Ordering},
+        lock, wait,
+    },
     transport::{Listen, Stopper, Stream},
     vm::DestinationVm,
 };
@@ -122,6 +127,8 @@ pub(super) struct Shared {
     /// Where pages go; set before main reaches the first sync point, so every channel finds it behind that.
     pages: Mutex<Option<Pages>>,
     seen: Mutex<Seen>,
+    /// Pages named on all channels. Main compares it with itself; nothing is ordered by it.
+    channel_pages: AtomicU64,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
     streams: Mutex<Vec<std::sync::Arc<dyn Stopper>>>,
     #[cfg(any(test, feature = "broken-variants"))]
@@ -207,6 +214,9 @@ struct Run {
     main: Option<MainReader>,
     report: Report,
     return_path: bool,
+    ack_timing: AckTiming,
+    /// Pages named on main.
+    main_pages: u64,
     /// Whether the number of channels is known.
     channels_fixed: bool,
     sink: Option<Arc<dyn PageSink>>,
@@ -220,6 +230,7 @@ impl Run {
     fn new(destination: Destination, page_size: usize, from: Box<dyn Listen>) -> Result<Run, Error> {
         let Destination { options, stop, progress } = destination;
         let begun = options.clock.now();
+        let ack_timing = AckTiming::new(options.switchover_ack);
         let shared = Arc::new(Shared {
             page_size,
             barrier: RoundBarrier::new(None),
@@ -232,6 +243,7 @@ impl Run {
             main_changed: Condvar::new(),
             pages: Mutex::new(None),
             seen: Mutex::new(Seen { ids: [false; 256], channels: None, uuid: None, compression: None }),
+            channel_pages: AtomicU64::new(0),
             streams: Mutex::new(Vec::new()),
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
@@ -249,6 +261,8 @@ impl Run {
             main: None,
             report: Report::default(),
             return_path: false,
+            ack_timing,
+            main_pages: 0,
             channels_fixed: false,
             sink: None,
             audit: None,
@@ -310,7 +324,7 @@ impl Run {
                 Item::Command(command) => self.command(&command)?,
                 Item::RamStart { .. } => {}
                 Item::BlocksEnd => self.open_ram(target)?,
-                Item::RamPart { end } => self.ram_part(end, observer),
+                Item::RamPart { end } => self.ram_part(end, observer)?,
                 Item::ZeroPage { block, offset } => {
                     self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
                     self.wrote(block, offset);
@@ -358,7 +372,7 @@ impl Run {
         match command {
             Command::OpenReturnPath => {
                 self.return_path = true;
-                if self.shared.options.switchover_ack.is_due(&self.report.machine) {
+                if self.ack_timing.due_at_once(&self.report.machine) {
                     self.main().reply(&Message::SwitchoverAck)?;
                 }
                 Ok(())
@@ -387,11 +401,19 @@ impl Run {
         Ok(())
     }
 
-    fn ram_part(&mut self, end: bool, observer: &mut dyn Observer) {
+    fn ram_part(&mut self, end: bool, observer: &mut dyn Observer) -> Result<(), Error> {
+        if !end && self.return_path {
+            let pages = self.main_pages + self.shared.channel_pages.load(Ordering::Relaxed);
+            if self.ack_timing.due_in_part(&self.report.machine, pages) {
+                tracing::info!("the source goes on without a page left to send: it is told that it may switch over");
+                self.main().reply(&Message::SwitchoverAck)?;
+            }
+        }
         let phase = if end { Phase::Switchover } else { Phase::Rounds };
         if self.shared.progress.snapshot().phase != Some(phase) {
             self.enter(phase, observer);
         }
+        Ok(())
     }
 
     fn page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
@@ -424,7 +446,8 @@ impl Run {
     }
 
     /// Main has written a page.
-    fn wrote(&self, block: usize, offset: u64) {
+    fn wrote(&mut self, block: usize, offset: u64) {
+        self.main_pages += 1;
         if let Some(audit) = &self.audit {
             // As many rounds as main has passed sync points.
             audit.wrote(block, &[offset], Party::Main, self.report.rounds.len() as u64);

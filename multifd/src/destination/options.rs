@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::{machine::Dialect, packet::Compression};
+use multifd_proto::packet::Compression;
 
 use super::FirstTouch;
 use crate::{
@@ -68,25 +68,16 @@ impl Default for Options {
 
 /// Whether to tell the source that it may switch over, once it has opened the return path.
 ///
-/// A QEMU with the capability `switchover-ack` never ends the migration without; one before 8.1 fails it. Nothing in the
-/// stream says which one it is.
+/// A QEMU with the capability `switchover-ack` and a machine type before 11.1 never ends the migration without it. A QEMU
+/// before 8.1, and any with a machine type of 11.1 or newer, fails the migration when it comes unasked. Nothing in the stream
+/// says whether the capability is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SwitchoverAck {
-    /// If the machine type is one that only QEMUs have that understand it: 8.1 and newer.
+    /// At once if the machine type is 8.1 to 11.0, where it does no harm. For older machine types, and those whose name has
+    /// no version, once the source shows that it waits: it goes on without any page left to send. Never from 11.1 on.
     Auto,
     /// Never.
     Never,
-    /// In any case.
+    /// As soon as the return path is open.
     Always,
-}
-
-impl SwitchoverAck {
-    pub(super) fn is_due(self, machine: &str) -> bool {
-        match self {
-            // The message came with the version that changed the dialect.
-            SwitchoverAck::Auto => Dialect::of_machine(machine) == Some(Dialect::PerRound),
-            SwitchoverAck::Never => false,
-            SwitchoverAck::Always => true,
-        }
-    }
 }

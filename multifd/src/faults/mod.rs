@@ -9,3 +9,4 @@ mod injected;
 mod set_up;
 mod silence;
 mod threads;
+mod waiting_source;

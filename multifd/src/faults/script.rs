@@ -80,8 +80,13 @@ impl Wire {
 
 /// Main up to the block list.
 pub(super) fn main_start() -> MainEncoder {
+    main_start_of("multifd")
+}
+
+/// The same for another machine type.
+pub(super) fn main_start_of(machine: &str) -> MainEncoder {
     let mut encoder = MainEncoder::new();
-    encoder.header().configuration("multifd").command(&multifd_proto::command::Command::OpenReturnPath);
+    encoder.header().configuration(machine).command(&multifd_proto::command::Command::OpenReturnPath);
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum());
     for (name, pages) in BLOCKS {
         encoder.block(&BlockEntry::new(block(name), (pages * PAGE) as u64));
