@@ -7,7 +7,10 @@ use std::{
     time::Instant,
 };
 
-use multifd_model::variants::{Effort, Variant, Verdict, protocols, removals};
+use multifd_model::{
+    commit::variants::{CommitVariant, CommitVerdict, commits, mutants},
+    variants::{Effort, Variant, Verdict, protocols, removals},
+};
 
 fn main() -> ExitCode {
     let mut effort = Effort::Full;
@@ -51,11 +54,78 @@ fn main() -> ExitCode {
             "model | {largest} (channels × rounds × pages) | {states} states | {caught} of {harmful} | {seconds:.0} s"
         ),
     );
+    wrong += commit(traces);
     if wrong > 0 {
         eprintln!("{wrong} verdicts are not as expected");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// Explores the commit, and returns how many verdicts are not as expected.
+fn commit(traces: bool) -> usize {
+    let begun = Instant::now();
+    let (mut states, mut caught, mut wrong) = (0, 0, 0);
+    let (commits, mutants) = (commits(), mutants());
+    let mut outcomes = Vec::new();
+    for (title, variants) in [("commit", &commits), ("commit, done wrong", &mutants)] {
+        println!("\n| {title} | verdict | states | steps |\n|---|---|---|---|");
+        for variant in variants {
+            let verdict = variant.verdict();
+            states += verdict.states;
+            wrong += usize::from(!verdict.is(variant.expected));
+            caught += usize::from(variant.expected.is_some() && verdict.is(variant.expected));
+            print_commit_row(variant, &verdict);
+            print_commit_trace(&verdict, traces);
+            outcomes.push((variant.name, verdict));
+        }
+    }
+    outcomes.truncate(commits.len());
+    print_outcomes(&outcomes);
+    let harmful = mutants.iter().filter(|variant| variant.expected.is_some()).count();
+    let seconds = begun.elapsed().as_secs_f64();
+    let what = "the commit, with partitions, deaths, limits and cancels in every state";
+    test_support::report(
+        "proof",
+        &format!("model | {what} | {states} states | {caught} of {harmful} | {seconds:.0} s"),
+    );
+    wrong
+}
+
+fn print_commit_row(variant: &CommitVariant, verdict: &CommitVerdict) {
+    let answer = match &verdict.harm {
+        None => "no harm".to_owned(),
+        Some((harm, trace)) => format!("**{harm}**, in {} steps", trace.len()),
+    };
+    let unexpected = if verdict.is(variant.expected) { "" } else { " (UNEXPECTED)" };
+    println!("| {} | {answer}{unexpected} | {} | {} |", variant.name, verdict.states, verdict.steps);
+}
+
+fn print_commit_trace(verdict: &CommitVerdict, wanted: bool) {
+    if let (true, Some((harm, trace))) = (wanted, &verdict.harm) {
+        println!();
+        for (number, event) in trace.iter().enumerate() {
+            println!("    {:>2}  {event}", number + 1);
+        }
+        println!("        {harm}\n");
+    }
+}
+
+/// How the commit can end, and where the destination may be while the source is in doubt.
+fn print_outcomes(outcomes: &[(&str, CommitVerdict)]) {
+    println!("\n| commit | source in the end | destination in the end | states |\n|---|---|---|---|");
+    for (name, verdict) in outcomes {
+        for ((source, destination), states) in &verdict.ends {
+            let source = source.map_or("Dead".to_owned(), |phase| format!("{phase:?}"));
+            println!("| {name} | {source} | {destination:?} | {states} |");
+        }
+    }
+    println!("\n| commit | destination while the source has no answer | states |\n|---|---|---|");
+    for (name, verdict) in outcomes {
+        for (destination, states) in &verdict.doubts {
+            println!("| {name} | {destination:?} | {states} |");
+        }
+    }
 }
 
 fn print_row(variant: &Variant, verdict: &Verdict) {

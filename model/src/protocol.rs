@@ -15,6 +15,8 @@ use multifd_proto::{
     rounds::{Arrival, Party, Rounds},
 };
 
+use crate::search::{Fingerprint, Model};
+
 /// How large the model is, which dialect it speaks and which of its parts are missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -135,7 +137,7 @@ impl fmt::Display for Harm {
         f.write_str(match self {
             Harm::Overtaken => "an old copy of a page replaces a newer one",
             Harm::StartedStale => "the VM starts without the last version of a page",
-            Harm::WaitsForEver => "waits for ever",
+            Harm::WaitsForEver => "waits forever",
             Harm::GaveUp => "the migration fails",
             Harm::GuestLost => "the VM runs nowhere",
             Harm::GuestTwice => "the VM runs on both sides",
@@ -150,6 +152,16 @@ pub enum Side {
     Source,
     /// The receiving side.
     Destination,
+}
+
+impl Side {
+    /// The side at the other end of the connections.
+    pub fn other(self) -> Side {
+        match self {
+            Side::Source => Side::Destination,
+            Side::Destination => Side::Source,
+        }
+    }
 }
 
 /// One step, for people.
@@ -269,7 +281,6 @@ pub struct State {
     source_end: End,
     destination_end: End,
     fault_used: bool,
-    main_was_cut: bool,
     defect_used: bool,
     /// Set by the step that does harm.
     pub harm: Option<Harm>,
@@ -326,6 +337,8 @@ enum End {
     Running,
     Ok,
     Failed,
+    /// Of the source only.
+    InDoubt,
 }
 
 /// What a thread waits for: its count, and whose counts have to reach it.
@@ -476,7 +489,6 @@ impl Protocol {
             source_end: End::Running,
             destination_end: End::Running,
             fault_used: false,
-            main_was_cut: false,
             defect_used: false,
             harm: None,
         }
@@ -500,19 +512,17 @@ impl Protocol {
         if !self.is_over(state) {
             return stuck.then_some(Harm::WaitsForEver);
         }
-        let runs_at_source = state.source_end == End::Failed;
-        match (runs_at_source, state.started) {
-            (false, false) => Some(Harm::GuestLost),
-            // The confirmation was written and the connection died: nobody can know. See the table of verdicts.
-            (true, true) if !state.main_was_cut => Some(Harm::GuestTwice),
-            (true, false) if !state.fault_used => Some(Harm::GaveUp),
+        match state.source_end {
+            End::Ok if !state.started => Some(Harm::GuestLost),
+            End::Failed if state.started => Some(Harm::GuestTwice),
+            End::Failed | End::InDoubt if !state.fault_used => Some(Harm::GaveUp),
             _ => None,
         }
     }
 
-    /// Whether `state` is over with the VM running on both sides.
-    pub fn guest_runs_twice(&self, state: &State) -> bool {
-        self.is_over(state) && state.source_end == End::Failed && state.started
+    /// Whether the source ended without an answer after the end of its stream: its VM stays paused.
+    pub fn is_in_doubt(&self, state: &State) -> bool {
+        state.source_end == End::InDoubt
     }
 
     /// Every step that can be made from `state`.
@@ -809,7 +819,9 @@ impl Protocol {
     /// All threads of the source return, and its connections close.
     fn source_ends(&self, state: &State, why: Why) -> (Event, State) {
         let mut next = state.clone();
-        next.source_end = End::Failed;
+        // The commit in one step, see `commit`: only the confirmation ends the doubt.
+        let asked = self.program.get(usize::from(state.pc)).is_some_and(|&op| op == Op::AwaitShut);
+        next.source_end = if asked { End::InDoubt } else { End::Failed };
         next.gone = ALL_GONE;
         next.forget_source();
         (Event::Ends { side: Side::Source, why }, next)
@@ -957,10 +969,9 @@ impl Protocol {
     }
 
     fn faults(&self, state: &State, out: &mut Vec<(Event, State)>) {
-        // Behind its last bytes a source cannot be cancelled; a destination that has started the VM cannot either.
-        let committed = self.program.get(usize::from(state.pc)).is_none_or(|&op| op == Op::AwaitShut);
+        // A destination that has started the VM cannot be cancelled.
         for (side, possible) in [
-            (Side::Source, state.source_end == End::Running && !committed),
+            (Side::Source, state.source_end == End::Running),
             (Side::Destination, state.destination_end == End::Running && !state.started),
         ] {
             if possible {
@@ -978,9 +989,8 @@ impl Protocol {
                 let mut next = state.clone();
                 next.fault_used = true;
                 next.gone |= 1 << link(connection);
-                next.main_was_cut = connection == Who::Main;
                 if lost {
-                    if next.links[link(connection)] == Queue::default() && !(next.shut && next.main_was_cut) {
+                    if next.links[link(connection)] == Queue::default() && !(next.shut && connection == Who::Main) {
                         continue;
                     }
                     next.links[link(connection)] = Queue::default();
@@ -1165,6 +1175,36 @@ impl fmt::Display for Event {
                 Why::Done => line(side, Who::Main, "ends".into()),
             },
         }
+    }
+}
+
+impl Model for Protocol {
+    type State = State;
+    type Event = Event;
+    type Harm = Harm;
+
+    fn initial(&self) -> State {
+        self.initial()
+    }
+
+    fn successors(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        self.successors(state, out);
+    }
+
+    fn harm(&self, state: &State, successors: &[(Event, State)]) -> Option<Harm> {
+        self.harm(state, successors.is_empty())
+    }
+
+    fn is_over(&self, state: &State) -> bool {
+        self.is_over(state)
+    }
+
+    fn is_in_doubt(&self, state: &State) -> bool {
+        self.is_in_doubt(state)
+    }
+
+    fn fingerprint(&self, state: &State, fingerprint: &Fingerprint) -> u128 {
+        if self.is_symmetric() { fingerprint.of(&self.key(state)) } else { fingerprint.of(state) }
     }
 }
 

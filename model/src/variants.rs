@@ -29,8 +29,8 @@ pub struct Verdict {
     pub steps: usize,
     /// States in which both sides had ended.
     pub ends: usize,
-    /// States in which the VM runs on both sides because its connection died with the confirmation.
-    pub unconfirmed: usize,
+    /// Those of them in which the source is in doubt, because it has no answer to the end of its stream.
+    pub in_doubt: usize,
     /// How long it took.
     pub took: Duration,
     /// The largest searches: channels, rounds, pages.
@@ -60,7 +60,7 @@ impl Variant {
             states: 0,
             steps: 0,
             ends: 0,
-            unconfirmed: 0,
+            in_doubt: 0,
             took: Duration::ZERO,
             sizes: Vec::new(),
             harms: Vec::new(),
@@ -77,7 +77,7 @@ impl Variant {
                 verdict.states += outcome.states;
                 verdict.steps += outcome.steps;
                 verdict.ends += outcome.ends;
-                verdict.unconfirmed += outcome.unconfirmed;
+                verdict.in_doubt += outcome.in_doubt;
                 verdict.took += outcome.took;
                 if !verdict.sizes.contains(&size) {
                     verdict.sizes.push(size);

@@ -63,7 +63,6 @@ impl Protocol {
         first.put(u64::from(state.shut), 1);
         first.put(u64::from(state.started), 1);
         first.put(u64::from(state.fault_used), 1);
-        first.put(u64::from(state.main_was_cut), 1);
         first.put(u64::from(state.defect_used), 1);
         first.put(state.source_end as u64, 2);
         first.put(state.destination_end as u64, 2);
