@@ -50,6 +50,8 @@ pub enum CommitDefect {
     ReadyTooEarly,
     /// The destination writes READY before it has loaded, and loads when GO has arrived.
     LoadsAfterGo,
+    /// The destination writes RUNNING before it starts, and does not start if that write fails.
+    RunningBeforeStart,
     /// The destination writes no RUNNING, and leaves the connection open.
     NoAnswer,
     /// The destination writes no refusal when it gives up.
@@ -293,7 +295,7 @@ impl CommitModel {
                 _ => self.destination_on(&mut next, DestinationEvent::StartFailed),
             }
             out.push((CommitEvent::Loads(false), next));
-        } else if phase == DestinationPhase::Starting {
+        } else if phase == DestinationPhase::Starting && destination.pending != Some(Message::Running) {
             let mut next = state.clone();
             next.destination.started = true;
             next.destination.started_late |= state.source.resumed == Some(By::Operator);
@@ -328,7 +330,12 @@ impl CommitModel {
                 next.loses(side);
                 match side {
                     Side::Source => self.source_on(&mut next, SourceEvent::Stopped, Some(Cause::WriteFailed)),
-                    Side::Destination => self.destination_on(&mut next, DestinationEvent::Stopped),
+                    Side::Destination => {
+                        self.destination_on(&mut next, DestinationEvent::Stopped);
+                        if next.destination.phase() == DestinationPhase::Starting && message == Message::Running {
+                            next.destination.wrong = Some(DestinationPhase::Abandoned);
+                        }
+                    }
                 }
             }
             out.push((CommitEvent::Writes(side, message, write), next));
@@ -398,8 +405,12 @@ impl CommitModel {
                     destination.wrong = Some(DestinationPhase::Starting);
                 }
             }
+            DestinationAction::Start if self.has(CommitDefect::RunningBeforeStart) => {
+                destination.pending = Some(Message::Running);
+            }
             DestinationAction::WriteRunning => {
-                destination.pending = (!self.has(CommitDefect::NoAnswer)).then_some(Message::Running);
+                let said = self.has(CommitDefect::NoAnswer) || self.has(CommitDefect::RunningBeforeStart);
+                destination.pending = (!said).then_some(Message::Running);
             }
             DestinationAction::Refuse => destination.pending = refusal,
             DestinationAction::Start | DestinationAction::Nothing => {}

@@ -135,6 +135,11 @@ pub fn mutants() -> Vec<CommitVariant> {
         defects("READY before everything is loaded, GO loads", &[CommitDefect::LoadsAfterGo], None),
         defects("the destination waits for GO without limit", &[CommitDefect::NoLimitForGo], forever(7)),
         defects("the source waits without limit", &[CommitDefect::NoSourceLimit], forever(4)),
+        CommitVariant {
+            name: "one step, RUNNING before the start",
+            model: CommitModel { defects: vec![CommitDefect::RunningBeforeStart], ..one_step.clone() },
+            expected: Some((CommitHarm::GuestLost, 8)),
+        },
         defects("no RUNNING", &[CommitDefect::NoAnswer], None),
         defects(
             "no RUNNING, and the source waits without limit",
