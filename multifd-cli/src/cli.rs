@@ -3,7 +3,10 @@
 use std::{fmt, num::NonZeroU8, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
-use multifd::{destination, source, transport::uri::Uri};
+use multifd::{
+    destination, source,
+    transport::uri::{Uri, UriError},
+};
 use multifd_guest::{
     guest::{GuestConfig, Kind},
     log::DirtyLogChoice,
@@ -94,7 +97,7 @@ pub struct GuestArgs {
     #[arg(long, value_name = "URI", conflicts_with_all = ["migrate_to", "after"], help_heading = MIGRATION)]
     pub incoming: Option<Uri>,
     /// Migrate the guest there; given several times, the next is tried when one fails.
-    #[arg(long, value_name = "URI", help_heading = MIGRATION)]
+    #[arg(long, value_name = "URI", value_parser = destination_uri, help_heading = MIGRATION)]
     pub migrate_to: Vec<Uri>,
     /// How long the guest runs before it is migrated.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = MIGRATION)]
@@ -122,6 +125,9 @@ pub struct GuestArgs {
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
+    /// Migrates the guest only after its first pass over its working set, and not before --after.
+    #[arg(long, hide = true)]
+    pub after_first_pass: bool,
     /// Ends with the process of this id, which reports errors in its place.
     #[arg(long, value_name = "PID", hide = true)]
     pub child_of: Option<i32>,
@@ -130,7 +136,9 @@ pub struct GuestArgs {
 /// Options of `multifd receive`.
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {
-    /// Where to wait for the source: tcp:HOST:PORT, unix:PATH or fd:N. Port 0 picks a free one.
+    /// Where to wait for the source: tcp:HOST:PORT, unix:PATH, or fd:N for an inherited socket. Port 0 picks a free one. A
+    /// listening socket takes all connections; a connected one is one connection, so it takes only a migration without
+    /// multifd.
     #[arg(value_name = "URI")]
     pub uri: Uri,
     /// The checkpoint, a mapped-ram migration file; it appears when it is complete and on disk.
@@ -173,8 +181,8 @@ pub struct SendArgs {
     /// The checkpoint: of multifd receive, or a mapped-ram migration file of QEMU.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Where the destination waits: tcp:HOST:PORT, unix:PATH or fd:N.
-    #[arg(value_name = "URI")]
+    /// Where the destination waits: tcp:HOST:PORT or unix:PATH.
+    #[arg(value_name = "URI", value_parser = destination_uri)]
     pub uri: Uri,
     /// How to send it. Pages of zeros go to the main connection by default, whatever the machine type, because a
     /// QEMU does not write those that it finds in packets.
@@ -270,6 +278,15 @@ impl MachineArgs {
     pub fn working_set(&self) -> u64 {
         let default = DEFAULT_WORKING_SET.min(self.memory / 2).next_multiple_of(PAGE).max(self.least());
         self.working_set.unwrap_or(default)
+    }
+
+    /// How long to wait for `passes` over the working set: three times what they take, and a minute for a slow machine.
+    pub fn time_for_passes(&self, passes: u64) -> Duration {
+        let pass = match self.write_rate.0 {
+            Rate::BytesPerSecond(rate) if rate > 0 => self.working_set() as f64 / rate as f64,
+            _ => 0.0,
+        };
+        Duration::from_secs_f64((60.0 + 3.0 * pass * passes as f64).min(f64::from(u32::MAX)))
     }
 
     /// The same as options of a command line.
@@ -688,6 +705,16 @@ fn host(text: &str) -> Result<String, String> {
     match format!("tcp:{text}:0").parse::<Uri>() {
         Ok(Uri::Tcp { .. }) => Ok(text.to_owned()),
         _ => Err("expected a name or an address, IPv6 in brackets, as in [::1]".to_owned()),
+    }
+}
+
+/// Where a source can send to.
+pub fn destination_uri(text: &str) -> Result<Uri, String> {
+    match text.parse().map_err(|error: UriError| error.to_string())? {
+        uri @ (Uri::Tcp { .. } | Uri::Unix(_) | Uri::File(_)) => Ok(uri),
+        uri @ Uri::Fd(_) => {
+            Err(format!("{uri} is one connection, and a source opens several; expected tcp:HOST:PORT or unix:PATH"))
+        }
     }
 }
 

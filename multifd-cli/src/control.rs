@@ -12,17 +12,16 @@
 //! An answer is `{"return": …}` or `{"error": "…"}`.
 
 use std::{
-    fs::Permissions,
     io::{self, BufRead, BufReader, Read, Write},
-    os::unix::{
-        fs::PermissionsExt,
-        net::{UnixListener, UnixStream},
-    },
-    path::{Path, PathBuf},
+    os::unix::net::UnixStream,
+    path::Path,
     sync::mpsc,
     thread,
+    time::Duration,
 };
 
+use multifd::transport::unix::{OwnPath, listen_privately};
+use rustix::{net::sockopt::socket_peercred, process::geteuid};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -57,40 +56,50 @@ pub struct Request {
     pub answer: mpsc::Sender<Result<Value, String>>,
 }
 
-/// A socket where commands arrive. Dropping it removes the path.
+/// A socket where commands arrive. Dropping it removes the path, if it is still ours.
 pub struct Control {
-    path: PathBuf,
+    _path: OwnPath,
 }
 
 impl Control {
-    /// Listens at `path`, to which only this user gets access, and passes each command to `requests`.
+    /// Listens at `path`, to which only this user gets access, and passes each command to `requests`. A socket that a
+    /// killed guest left behind is replaced.
     ///
     /// # Errors
-    /// The kernel's.
+    /// [`io::ErrorKind::AddrInUse`] where the path is something else or a process listens there; the kernel's.
     pub fn listen(path: &Path, requests: impl Fn(Request) + Clone + Send + 'static) -> io::Result<Control> {
-        let listener = UnixListener::bind(path)?;
-        let control = Control { path: path.to_owned() };
-        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        let (listener, own) = listen_privately(path)?;
         // Both kinds of threads end with the process.
         thread::Builder::new().name("control".to_owned()).spawn(move || {
-            for stream in listener.incoming().flatten() {
+            for stream in listener.incoming() {
                 let requests = requests.clone();
-                thread::spawn(move || {
-                    if let Err(error) = serve(&stream, &requests) {
-                        tracing::debug!(%error, "control connection");
-                    }
+                let served = stream.and_then(|stream| {
+                    check_user(&stream)?;
+                    thread::Builder::new().name("control connection".to_owned()).spawn(move || {
+                        if let Err(error) = serve(&stream, &requests) {
+                            tracing::debug!(%error, "control connection");
+                        }
+                    })
                 });
+                if let Err(error) = served {
+                    tracing::warn!(%error, "a control connection is not served");
+                    // Out of descriptors or threads: it would fail again at once.
+                    thread::sleep(AFTER_FAILURE);
+                }
             }
         })?;
-        Ok(control)
+        Ok(Control { _path: own })
     }
 }
 
-impl Drop for Control {
-    fn drop(&mut self) {
-        // Left behind, it would be in the way of the next; nothing else depends on it.
-        let _ = std::fs::remove_file(&self.path);
+/// The file's rights keep others out; this is for one who was given the socket by another way, such as a bind mount.
+fn check_user(stream: &UnixStream) -> io::Result<()> {
+    let user = socket_peercred(stream)?.uid;
+    if user == geteuid() || user.is_root() {
+        return Ok(());
     }
+    let message = format!("user {} may not give commands to a guest of user {}", user.as_raw(), geteuid().as_raw());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
 }
 
 /// Sends `command` to the control socket at `path` and returns the answer.
@@ -114,7 +123,7 @@ fn serve(stream: &UnixStream, requests: &impl Fn(Request)) -> io::Result<()> {
     let mut lines = BufReader::new(stream);
     loop {
         let mut line = String::new();
-        // Nobody has a command as long as that.
+        // No command is as long as that.
         if lines.by_ref().take(LONGEST_COMMAND).read_line(&mut line)? == 0 {
             return Ok(());
         }
@@ -132,9 +141,12 @@ fn serve(stream: &UnixStream, requests: &impl Fn(Request)) -> io::Result<()> {
 }
 
 const LONGEST_COMMAND: u64 = 64 << 10;
+const AFTER_FAILURE: Duration = Duration::from_millis(10);
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use test_support::TempDir;
 
     use super::*;
@@ -160,6 +172,26 @@ mod tests {
         assert!(lines.next().unwrap().unwrap().starts_with("{\"error\":\"not a command"));
         assert_eq!(lines.next().unwrap().unwrap(), "{\"error\":\"no Status\"}");
         drop(control);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("control");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "left behind");
+        let listen = || Control::listen(&path, |request| request.answer.send(Ok(json!({}))).unwrap());
+        let control = listen().unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(listen().err().unwrap().kind(), io::ErrorKind::AddrInUse);
+        ask(&path, &Command::Status).unwrap();
+        // Another guest's now: it stays.
+        std::fs::remove_file(&path).unwrap();
+        let other = listen().unwrap();
+        drop(control);
+        ask(&path, &Command::Status).unwrap();
+        drop(other);
         assert!(!path.exists());
     }
 }

@@ -1,5 +1,6 @@
 //! The `multifd` command: reads the command line, runs the verb, prints its report.
 
+mod advice;
 mod child;
 mod cli;
 mod connect;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use multifd::progress::{Event, Observer, Phase, Progress, RoundStats};
+use multifd::progress::{Event, Observer, Phase, Progress, RoundStats, Snapshot};
 
 use crate::{
     cli::{OutputArgs, ProgressMode},
@@ -69,7 +69,7 @@ impl Observer for Display {
                 }
                 self.line(&table::row(&Round::from(stats)));
             }
-            Event::Throttle(percent) => self.line(&format!("        the guest is slowed down by {percent} %")),
+            Event::Throttle(percent) => self.line(&format!("      the guest is slowed down by {percent} %")),
             _ => {}
         }
     }
@@ -144,30 +144,46 @@ fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress
         let snapshot = progress.snapshot();
         let phase = snapshot.phase.map_or("", Phase::name);
         let rate = rate.at(Instant::now(), snapshot.bytes());
-        let sent = table::bytes(snapshot.bytes());
+        let moved = table::bytes(snapshot.bytes());
         let expected = lock(rounds).last().map_or(String::new(), |last| {
             let round = Round::from(last);
             let expected = round.expected_downtime.filter(|_| round.guest_running);
-            expected.map_or(String::new(), |time| format!("  expected downtime {}", table::milliseconds(time)))
+            expected.map_or(String::new(), |time| format!("  downtime {}", table::milliseconds(time)))
         });
-        let sends_pages = matches!(snapshot.phase, Some(Phase::Rounds | Phase::Switchover));
-        if sends_pages && snapshot.round_pages > 0 {
-            bar.set_style(style(BAR_TEMPLATE));
-            bar.set_length(snapshot.round_pages);
-            bar.set_position(snapshot.round_done.min(snapshot.round_pages));
-        } else {
-            bar.set_style(style(SPINNER_TEMPLATE));
+        match whole_of(&snapshot) {
+            Some(pages) => {
+                bar.set_style(style(BAR_TEMPLATE));
+                bar.set_length(pages);
+                bar.set_position(snapshot.round_done.min(pages));
+            }
+            None => bar.set_style(style(SPINNER_TEMPLATE)),
         }
         bar.set_prefix(match snapshot.phase {
             Some(Phase::Rounds) => format!("round {}", snapshot.round),
             _ => phase.to_owned(),
         });
-        bar.set_message(format!("{sent}  {}/s{expected}", table::decimal_bytes(rate)));
+        let pages = match (whole_of(&snapshot), snapshot.round_done) {
+            (Some(whole), done) => format!("{:.0} %  ", 100.0 * done.min(whole) as f64 / whole as f64),
+            (None, 0) => String::new(),
+            (None, done) => format!("{} pages  ", table::grouped(done)),
+        };
+        bar.set_message(format!("{pages}{moved}  {}/s{expected}", table::decimal_bytes(rate)));
         bar.tick();
         if ended.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Disconnected) {
             return bar.finish_and_clear();
         }
     }
+}
+
+/// How many pages the round has. A destination knows it of round 0 alone, which has all pages, once it knows the RAM
+/// blocks; of the later rounds the source does not tell.
+fn whole_of(snapshot: &Snapshot) -> Option<u64> {
+    let whole = match (snapshot.phase, snapshot.round_pages, snapshot.round) {
+        (Some(Phase::Rounds | Phase::Switchover), 0, 0) | (Some(Phase::Setup), 0, 0) => snapshot.pages_total,
+        (Some(Phase::Rounds | Phase::Switchover), pages, _) => pages,
+        _ => 0,
+    };
+    (whole > 0).then_some(whole)
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -202,8 +218,9 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The bar on stderr, of which there is at most one: whoever else prints there moves it out of the way.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
-const BAR_TEMPLATE: &str = "{prefix:>12} {bar:24.cyan/dim} {human_pos}/{human_len} pages  {wide_msg}";
-const SPINNER_TEMPLATE: &str = "{prefix:>12} {spinner:.cyan} {wide_msg}";
+// The message is cut where the terminal ends: with 80 columns there are 48 for it.
+const BAR_TEMPLATE: &str = "{prefix:>10} {bar:20.cyan/dim} {wide_msg}";
+const SPINNER_TEMPLATE: &str = "{prefix:>10} {spinner:.cyan} {wide_msg}";
 const TICK: Duration = Duration::from_millis(100);
 const LAST_DRAWING: Duration = Duration::from_secs(1);
 
@@ -220,6 +237,25 @@ mod tests {
         assert_eq!(Style::of(&output(ProgressMode::Always, false), false), Style::Lines);
         assert_eq!(Style::of(&output(ProgressMode::Always, true), true), Style::Bar);
         assert_eq!(Style::of(&output(ProgressMode::Never, false), true), Style::Nothing);
+    }
+
+    #[test]
+    fn a_destination_shows_how_far_round_0_is_and_later_how_much_came() {
+        let mut snapshot = Snapshot::default();
+        assert_eq!(whole_of(&snapshot), None, "not connected");
+        snapshot.phase = Some(Phase::Setup);
+        assert_eq!(whole_of(&snapshot), None, "no blocks yet");
+        snapshot.pages_total = 1000;
+        assert_eq!(whole_of(&snapshot), Some(1000));
+        snapshot.phase = Some(Phase::Rounds);
+        assert_eq!(whole_of(&snapshot), Some(1000));
+        snapshot.round = 1;
+        assert_eq!(whole_of(&snapshot), None);
+        // A source knows it.
+        snapshot.round_pages = 10;
+        assert_eq!(whole_of(&snapshot), Some(10));
+        snapshot.phase = Some(Phase::Confirm);
+        assert_eq!(whole_of(&snapshot), None);
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use crate::report::Round;
 
-/// The line above the rounds.
+/// The line above the rounds. `written`: pages written meanwhile, which `expected downtime` would take to send.
 pub fn header() -> String {
-    columns(["round", "dirty", "zero", "sent", "time", "rate", "written meanwhile", "expected downtime"])
+    columns(["round", "dirty", "zero", "sent", "time", "rate", "written", "expected downtime"])
 }
 
 /// One round that is over.
@@ -30,8 +30,12 @@ pub fn row(round: &Round) -> String {
 
 fn columns(cells: [&str; 8]) -> String {
     let mut line = String::new();
-    for (cell, width) in cells.iter().zip(WIDTHS) {
-        line.push_str(&format!("{cell:>width$}"));
+    for (cell, end) in cells.iter().zip(ENDS) {
+        // A cell that is too wide takes the room of the next: figures never touch.
+        let room = end.saturating_sub(line.len() + cell.len());
+        let least = usize::from(!line.is_empty());
+        line.extend(std::iter::repeat_n(' ', room.max(least)));
+        line.push_str(cell);
     }
     line.trim_end().to_owned()
 }
@@ -73,7 +77,8 @@ pub fn milliseconds(time: f64) -> String {
     if time < 1000.0 { format!("{time:.1} ms") } else { format!("{:.2} s", time / 1e3) }
 }
 
-const WIDTHS: [usize; 8] = [7, 11, 11, 12, 11, 13, 19, 19];
+/// Where each column ends.
+const ENDS: [usize; 8] = [5, 15, 25, 35, 43, 53, 61, 79];
 
 #[cfg(test)]
 mod tests {
@@ -102,8 +107,27 @@ mod tests {
             throttle: 0,
         };
         assert_eq!(row(&round).len(), header().len());
+        assert_eq!(header().len(), 79, "a terminal with 80 columns must not wrap it");
         assert!(row(&round).contains("1.3 GB/s"), "{}", row(&round));
         round.guest_running = false;
-        assert!(row(&round).starts_with("  pause    131,584"), "{}", row(&round));
+        assert!(row(&round).starts_with("pause   131,584"), "{}", row(&round));
+    }
+
+    #[test]
+    fn the_rounds_of_a_large_guest_fit_into_80_columns() {
+        let round = Round {
+            round: 12345,
+            // 512 GiB.
+            dirty_pages: 134_217_728,
+            normal: 1,
+            duplicate: 134_217_727,
+            bytes: (1 << 40) - 1,
+            time: 99_999.0,
+            guest_running: true,
+            dirty_after: 9_999_999,
+            expected_downtime: Some(999.9),
+            throttle: 0,
+        };
+        assert!(row(&round).len() < 80, "{}", row(&round));
     }
 }

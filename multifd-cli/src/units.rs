@@ -74,7 +74,8 @@ pub struct UnitError(&'static str);
 
 fn read_time(text: &str) -> Option<Duration> {
     let seconds = if text == "0" { 0.0 } else { scaled(text, TIMES)? };
-    Duration::try_from_secs_f64(seconds).ok()
+    // 136 years: the clock has room for that.
+    Duration::try_from_secs_f64(seconds).ok().filter(|time| time.as_secs() <= u32::MAX.into())
 }
 
 fn whole(text: &str, units: &[(&str, f64)]) -> Option<u64> {
@@ -195,7 +196,7 @@ mod tests {
             assert!(rate(text).unwrap_err().to_string().contains("200MB/s"), "{text}");
             assert!(rate_limit(text).unwrap_err().to_string().contains("0 for no limit"), "{text}");
         }
-        for text in ["", "300", "5M/s", "-1s", "nans"] {
+        for text in ["", "300", "5M/s", "-1s", "nans", "9999999h"] {
             assert!(time(text).unwrap_err().to_string().contains("300ms"), "{text}");
             assert!(time_limit(text).unwrap_err().to_string().contains("0 for no limit"), "{text}");
         }

@@ -64,8 +64,7 @@ impl Drop for Process {
 fn send_guest(machine: &str, uri: &str) -> Result<source::Report, multifd::error::Error> {
     let config = GuestConfig { kind: Kind::Process, memory: 1 << 20, working_set: 64 << 10, ..GuestConfig::default() };
     let mut guest = InProcess::create(&config).unwrap();
-    let mut options = source::Options::default();
-    options.machine = machine.to_owned();
+    let options = source::Options { machine: machine.to_owned(), ..source::Options::default() };
     let connector = uri.parse::<Uri>().unwrap().connector().unwrap();
     Source::new(options).run(&mut guest, &*connector, &mut ())
 }
@@ -259,11 +258,11 @@ fn a_uuid_is_sent_on_each_channel_and_compared_by_the_receiver() {
         let dir = TempDir::new().unwrap();
         assert_eq!(checkpoint(&dir, "ckpt", "multifd").0, 0);
         let (uuid, other) = ("00112233-4455-6677-8899-aabbccddeeff", "ffffffff-4455-6677-8899-aabbccddeeff");
-        for (sent, expected, exits) in [
-            (Some(uuid), Some(uuid), [0, 0]),
-            (Some(uuid), None, [0, 0]),
-            (Some(other), Some(uuid), [1, 4]),
-            (None, Some(uuid), [1, 4]),
+        for (sent, expected, fits) in [
+            (Some(uuid), Some(uuid), true),
+            (Some(uuid), None, true),
+            (Some(other), Some(uuid), false),
+            (None, Some(uuid), false),
         ] {
             let option = |uuid: Option<&str>| uuid.map_or(String::new(), |uuid| format!("--uuid {uuid}"));
             let copy = dir.join("copy").display().to_string();
@@ -271,7 +270,114 @@ fn a_uuid_is_sent_on_each_channel_and_compared_by_the_receiver() {
             let (receive, uri) = Process::listening(multifd(&receive));
             let send = common::run(&format!("send {} {uri} {}", dir.join("ckpt").display(), option(sent)));
             let (received, text) = receive.end();
-            assert_eq!([exit_code(&send), received], exits, "{sent:?} for {expected:?}: {send:?} {text}");
+            let exits = [exit_code(&send), received];
+            assert_eq!(exits.map(|exit| exit == 0), [fits; 2], "{exits:?}, {sent:?} for {expected:?}: {send:?} {text}");
         }
+    });
+}
+
+/// What a QEMU without the capability multifd sends to `fd:N`, as a management process hands it over.
+#[test]
+fn a_connected_socket_takes_a_plain_migration() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let captures = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/tests/captures/streams.tar.xz");
+        let name = "q10.0-xbzrle-0ch";
+        let unpacked = Command::new("tar").args(["-xJf", captures, "-C"]).arg(dir.path()).status().unwrap();
+        assert!(unpacked.success());
+        let stream = fs::read(dir.join(name).join("main.bin")).unwrap();
+        let file = dir.join("ckpt");
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let receive =
+            format!("exec {} receive fd:3 -o {} --json 3<&0 </dev/null", env!("CARGO_BIN_EXE_multifd"), file.display());
+        let mut command = Command::new("sh");
+        command.args(["-c", &receive]).stdin(std::os::fd::OwnedFd::from(theirs));
+        let (receive, uri) = Process::listening(command);
+        assert_eq!(uri, "fd:3");
+        // It closes main when it was told that the VM is ours, as a QEMU does.
+        let mut answers = ours.try_clone().unwrap();
+        let reader = thread::spawn(move || answers.read_to_end(&mut Vec::new()));
+        io::Write::write_all(&mut &ours, &stream).unwrap();
+        ours.shutdown(std::net::Shutdown::Write).unwrap();
+        let (exit, report) = receive.end();
+        assert_eq!(exit, 0, "{report}");
+        let report = json(report.as_bytes());
+        assert_eq!(
+            (&report["channels"], report["machine"].as_str().unwrap().starts_with("pc")),
+            (&json!(0), true),
+            "{report}"
+        );
+        // The receiver has ended, whatever it said last.
+        let _ = reader.join().unwrap();
+        assert_eq!(exit_code(&common::run(&format!("inspect {}", file.display()))), 0);
+    });
+}
+
+/// It ended in the middle, after main had been sent.
+#[test]
+fn sending_to_a_descriptor_is_refused_with_what_works() {
+    for args in ["send no-file fd:3", "guest --migrate-to fd:3"] {
+        let output = time_limit(LIMIT, || common::run(args));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 2, "{message}");
+        assert!(message.contains("fd:3") && message.contains("expected tcp:HOST:PORT or unix:PATH"), "{message}");
+    }
+}
+
+/// It was in the way of the next guest.
+#[test]
+fn the_control_socket_of_a_killed_guest_is_replaced() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let first = Guest::start(dir.path(), "control", SMALL);
+        first.wait_for(|_| true);
+        first.kill();
+        assert!(dir.join("control").exists());
+        let second = Guest::start(dir.path(), "control", SMALL);
+        second.runs_on();
+        // One that lives keeps it.
+        let third = Guest::start(dir.path(), "control", SMALL);
+        let (exit, report) = third.end();
+        assert_eq!(exit, 1, "{report}");
+        assert!(report["error"].as_str().unwrap().contains("another process listens there"), "{report}");
+        second.runs_on();
+        assert!(second.ask(&json!("quit")).unwrap().get("return").is_some());
+        assert_eq!(second.end().0, 0);
+        assert!(!dir.join("control").exists());
+    });
+}
+
+/// A QEMU closes the connection without a reason when it is set up otherwise.
+#[test]
+fn a_qemu_that_hangs_up_leads_to_what_was_sent_and_where_it_says_why() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        assert_eq!(checkpoint(&dir, "ckpt", "pc-q35-10.0").0, 0);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap());
+        let peer = thread::spawn(move || listener.accept().unwrap().0.read_exact(&mut [0; 64]));
+        let send = format!("send {} {uri} --compression zlib --channels 3 --json", dir.join("ckpt").display());
+        let output = common::run(&send);
+        peer.join().unwrap().unwrap();
+        assert_eq!(exit_code(&output), 1, "{output:?}");
+        let report = json(&output.stdout);
+        let error = report["error"].as_str().unwrap();
+        for part in [
+            "machine pc-q35-10.0",
+            "3 channels",
+            "compression zlib",
+            "\"ram\" 1MiB",
+            "multifd-channels",
+            "multifd-compression",
+            "query-migrate",
+            "error-desc",
+            "/var/log/libvirt/qemu",
+        ] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        // One that was never there is not a matter of set-up.
+        let output = common::run(&format!("send {} {uri} --connect-timeout 1ms --json", dir.join("ckpt").display()));
+        let report = json(&output.stdout);
+        assert!(!report["error"].as_str().unwrap().contains("multifd-channels"), "{report}");
     });
 }

@@ -44,6 +44,13 @@ fn assert_arrived(report: &Value) {
     assert_eq!(number(report, "/ram/multifd-bytes"), channel_bytes);
 }
 
+/// Round 0 sent memory that was hardly written to.
+#[test]
+fn the_guest_has_made_a_pass_before_it_is_migrated() {
+    let report = moves("--guest process --after 0 --write-rate 50MB/s");
+    assert!(number(&report, "/verified/guest-passes-before") >= 1.0, "{report}");
+}
+
 #[test]
 fn a_process_guest_moves_over_each_transport() {
     for transport in ["--transport tcp", "--transport unix", "--address localhost"] {

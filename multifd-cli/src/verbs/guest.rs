@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::GuestArgs,
+    cli::{GuestArgs, destination_uri},
     connect::PatientConnector,
     control::{Command, Control, Request},
     exit::Exit,
@@ -59,6 +59,8 @@ enum Event {
     Request(Request),
     /// The migration is over.
     Migrated(Box<Migrated>),
+    /// The guest has made its first pass, or the time for it is over: it may be migrated at this moment.
+    FirstPass(Instant),
     /// The guest has made the passes that it was to make before the end, or the time for it is over.
     Finish,
 }
@@ -203,11 +205,17 @@ impl<'a> Session<'a> {
             }
         } else {
             self.guest_mut().run();
-            self.deadline = match self.targets.len() {
-                0 => self.args.run_for,
-                _ => Some(self.args.after),
+            let begin = Instant::now() + self.args.after;
+            match self.targets.len() {
+                0 => self.deadline = self.args.run_for.map(|time| Instant::now() + time),
+                _ if self.args.after_first_pass => {
+                    let within = self.args.machine.time_for_passes(1);
+                    if let Err(error) = self.after_passes(1, within, Event::FirstPass(begin)) {
+                        return Outcome::failed(Exit::Failed, error);
+                    }
+                }
+                _ => self.deadline = Some(begin),
             }
-            .map(|time| Instant::now() + time);
         }
         while let Some(event) = self.next(arrivals) {
             match event {
@@ -234,6 +242,9 @@ impl<'a> Session<'a> {
                         break;
                     }
                 }
+                // Unless a command has sent it already.
+                Event::FirstPass(begin) if self.state == State::Running => self.deadline = Some(begin),
+                Event::FirstPass(_) => {}
                 Event::Finish => break,
             }
         }
@@ -357,8 +368,10 @@ impl<'a> Session<'a> {
                 });
                 self.say("the guest runs here");
                 self.deadline = self.args.run_for.map(|time| Instant::now() + time);
-                if let Some((passes, within)) = self.finish_when_here.take() {
-                    self.finish_after(passes, within);
+                if let Some((passes, within)) = self.finish_when_here.take()
+                    && let Err(error) = self.after_passes(passes, within, Event::Finish)
+                {
+                    self.say(&format!("the guest does not end by itself: {error}"));
                 }
                 false
             }
@@ -419,7 +432,7 @@ impl<'a> Session<'a> {
     }
 
     fn answer_migrate(&mut self, uri: &str) -> Result<Value, String> {
-        let uri: Uri = uri.parse().map_err(|error: multifd::transport::uri::UriError| error.to_string())?;
+        let uri = destination_uri(uri)?;
         if self.state != State::Running {
             return Err("the guest does not run here, or is on its way already".to_owned());
         }
@@ -431,7 +444,9 @@ impl<'a> Session<'a> {
     fn answer_finish(&mut self, passes: u64, within: f64) -> Result<Value, String> {
         let within = Duration::try_from_secs_f64(within).map_err(|error| error.to_string())?;
         match self.state {
-            State::Running => self.finish_after(passes, within),
+            State::Running => {
+                self.after_passes(passes, within, Event::Finish).map_err(|error| error.to_string())?;
+            }
             // The source may know that we have the guest before this loop does.
             State::Incoming => self.finish_when_here = Some((passes, within)),
             State::Outgoing | State::Paused | State::Migrated => return Err("the guest does not stay here".to_owned()),
@@ -452,14 +467,21 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Has [`Event::Finish`] sent when the guest has made `passes`, or the time is over.
-    fn finish_after(&self, passes: u64, within: Duration) {
+    /// Has `event` sent when the guest has made `passes`, or the time is over.
+    ///
+    /// # Errors
+    /// The kernel's, where there is no thread for it.
+    fn after_passes(&self, passes: u64, within: Duration, event: Event) -> io::Result<()> {
         let (monitor, events) = (self.monitor.clone(), self.events.clone());
-        thread::spawn(move || {
-            monitor.wait_passes(passes, within);
-            // The main loop is only gone when the process is about to end.
-            let _ = events.send(Event::Finish);
-        });
+        let within = within.min(Duration::from_secs(u32::MAX.into()));
+        let thread = thread::Builder::new().name("passes".to_owned());
+        thread
+            .spawn(move || {
+                monitor.wait_passes(passes, within);
+                // The main loop is only gone when the process is about to end.
+                let _ = events.send(event);
+            })
+            .map(drop)
     }
 
     fn status(&mut self) -> Value {

@@ -1,4 +1,4 @@
-//! `multifd send`: streams a checkpoint to whoever waits for a VM.
+//! `multifd send`: streams a checkpoint to a destination.
 
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use multifd::{
 use multifd_proto::machine::{Dialect, ZeroPages};
 
 use crate::{
+    advice,
     cli::SendArgs,
     connect::PatientConnector,
     describe,
@@ -32,8 +33,8 @@ pub fn run(args: &SendArgs) -> Outcome {
     let Some(options) = options(args, &checkpoint) else {
         let machine = checkpoint.machine();
         let message = format!(
-            "the version of machine type {machine:?} is not known, and with the wrong --sync a QEMU waits for ever: \
-             per-round is right for machine types of QEMU 8.1 and newer, per-section for older ones"
+            "the version of machine type {machine:?} is not known; expected --sync per-round for machine types of QEMU 8.1 \
+             and newer, or per-section for older ones (with the wrong one, a QEMU waits forever)"
         );
         return Outcome::failed(Exit::Usage, message);
     };
@@ -72,7 +73,7 @@ fn send(
 ) -> Result<Outcome, Box<dyn std::error::Error>> {
     let mut vm = CheckpointSource::new(checkpoint)?;
     let zero_pages = options.zero_pages;
-    let source = Source::new(options);
+    let source = Source::new(options.clone());
     signals::cancel_on_interrupt(source.stop_handle())?;
     let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout, source.stop_handle())?;
     let progress = source.progress();
@@ -92,7 +93,10 @@ fn send(
     report.insert("machine".to_owned(), checkpoint.machine().into());
     report.insert("zero-pages".to_owned(), zero_pages.to_string().into());
     Ok(match error {
-        Some(error) => Outcome::migration_failed(error, report),
+        Some(error) => {
+            let message = advice::for_sender(error, checkpoint, &options, &progress);
+            Outcome { error: Some(message), ..Outcome::migration_failed(error, report) }
+        }
         None => {
             let text = summary(args, checkpoint, &migration);
             Outcome::done(report, text)

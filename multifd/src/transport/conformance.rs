@@ -641,7 +641,26 @@ fn an_inherited_non_blocking_socket_blocks_again() {
     (&theirs).write_all(b"x").unwrap();
     assert_eq!(reader.join().unwrap(), 1);
     let error = connector.connect().err().unwrap();
-    assert!(error.to_string().contains("main only"), "{error}");
+    assert!(error.to_string().contains("needs an address"), "{error}");
+}
+
+/// A destination looks for channels after it has accepted main: the answer was an error, which ended every migration.
+#[test]
+fn a_connected_socket_is_one_connection_and_then_a_listener_to_which_no_more_come() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut listener = FdListener::new(ours.into(), Uri::Fd(3)).unwrap();
+    let mut stream = listener.accept(None).unwrap();
+    (&theirs).write_all(b"x").unwrap();
+    stream.read_exact(&mut [0]).unwrap();
+    let error = listener.accept(Some(Duration::from_millis(5))).err().unwrap();
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+    let stopper = listener.stopper().unwrap();
+    let waiting = thread::spawn(move || (listener.accept(None).err().unwrap().kind(), listener));
+    thread::sleep(Duration::from_millis(20));
+    stopper.stop();
+    let (kind, mut listener) = waiting.join().unwrap();
+    assert_eq!(kind, std::io::ErrorKind::Interrupted);
+    assert!(listener.try_accept().unwrap().is_none());
 }
 
 #[test]

@@ -1,15 +1,20 @@
 //! Sockets that this process inherited, or that the VMM opened itself.
 //!
 //! A listening socket takes any number of connections. A connected one is a single connection: enough for main, not for
-//! channels.
+//! channels. A destination can take from it what a QEMU without the capability multifd sends to `fd:N`; a source of ours
+//! has channels, so it needs an address.
 
 use std::{
     io,
     os::fd::{OwnedFd, RawFd},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use rustix::net::sockopt;
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::Errno,
+    net::sockopt,
+};
 
 use super::{
     Connect, Listen, Stopper, Stream,
@@ -50,17 +55,28 @@ impl Connect for FdConnector {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
         match lock(&self.stream).take() {
             Some(stream) => Ok(Box::new(stream)),
-            None => Err(invalid("a connected socket carries main only; channels need an address to connect to")),
+            None => Err(invalid(
+                "a connected socket is one connection, and a source has channels beside main: it needs an address, \
+                 tcp:HOST:PORT or unix:PATH",
+            )),
         }
     }
 }
 
 /// Where the connections of an inherited socket arrive.
-pub enum FdListener {
+pub struct FdListener {
+    kind: Kind,
+}
+
+enum Kind {
     /// It listens.
     Listening(SocketListener),
-    /// It is the only connection; `None` once accepted.
-    Connected(Option<SocketStream>),
+    /// It is the only connection.
+    Connected {
+        /// `None` once accepted.
+        stream: Option<SocketStream>,
+        stopped: StopEvent,
+    },
 }
 
 impl FdListener {
@@ -70,10 +86,13 @@ impl FdListener {
     /// [`io::ErrorKind::InvalidInput`] for anything but a stream socket; the kernel's.
     pub fn new(socket: OwnedFd, uri: Uri) -> io::Result<FdListener> {
         // An error here is one of a descriptor that is no socket, which the constructors below tell better.
-        if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
-            return Ok(FdListener::Listening(SocketListener::new(socket, uri)?));
-        }
-        Ok(FdListener::Connected(Some(SocketStream::new(socket)?.with_peer(uri.to_string()))))
+        let kind = if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
+            Kind::Listening(SocketListener::new(socket, uri)?)
+        } else {
+            let stream = Some(SocketStream::new(socket)?.with_peer(uri.to_string()));
+            Kind::Connected { stream, stopped: StopEvent::new()? }
+        };
+        Ok(FdListener { kind })
     }
 
     /// As [`new`](Self::new) for descriptor `number`, which this process inherited and which now belongs to the listener.
@@ -87,34 +106,64 @@ impl FdListener {
 }
 
 impl Listen for FdListener {
+    /// After the only connection, this waits as it does for any listener to which no more come.
     fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
-        match self {
-            FdListener::Listening(listener) => listener.accept(timeout),
-            FdListener::Connected(stream) => match stream.take() {
-                Some(stream) => Ok(Box::new(stream)),
-                None => Err(invalid("a connected socket carries main only; channels need a listening one")),
+        match &mut self.kind {
+            Kind::Listening(listener) => listener.accept(timeout),
+            Kind::Connected { stream, stopped } => match stream.take() {
+                Some(stream) if !stopped.is_set()? => Ok(Box::new(stream)),
+                _ => Err(stopped.wait(timeout)?.into()),
             },
         }
     }
 
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        match self {
-            FdListener::Listening(listener) => listener.try_accept(),
-            FdListener::Connected(stream) => Ok(stream.take().map(|stream| Box::new(stream) as Box<dyn Stream>)),
+        match &mut self.kind {
+            Kind::Listening(listener) => listener.try_accept(),
+            Kind::Connected { stream, .. } => Ok(stream.take().map(|stream| Box::new(stream) as Box<dyn Stream>)),
         }
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        match self {
-            FdListener::Listening(listener) => listener.stopper(),
-            // Accepting from a connection never blocks.
-            FdListener::Connected(_) => Ok(Box::new(Nothing)),
+        match &self.kind {
+            Kind::Listening(listener) => listener.stopper(),
+            Kind::Connected { stopped, .. } => Ok(Box::new(stopped.clone())),
         }
     }
 }
 
-struct Nothing;
+/// What ends the wait for a connection that never comes.
+#[derive(Clone)]
+struct StopEvent(std::sync::Arc<OwnedFd>);
 
-impl Stopper for Nothing {
-    fn stop(&self) {}
+impl StopEvent {
+    fn new() -> io::Result<StopEvent> {
+        Ok(StopEvent(std::sync::Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
+    }
+
+    fn is_set(&self) -> io::Result<bool> {
+        Ok(self.wait(Some(Duration::ZERO))? == io::ErrorKind::Interrupted)
+    }
+
+    /// How the wait ended: [`io::ErrorKind::Interrupted`], or [`io::ErrorKind::TimedOut`].
+    fn wait(&self, timeout: Option<Duration>) -> io::Result<io::ErrorKind> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            // A time beyond the kernel's range has no end either.
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], left.as_ref()) {
+                Err(Errno::INTR) => {}
+                Ok(0) => return Ok(io::ErrorKind::TimedOut),
+                other => return Ok(other.map(|_| io::ErrorKind::Interrupted)?),
+            }
+        }
+    }
+}
+
+impl Stopper for StopEvent {
+    fn stop(&self) {
+        // Fails only where the counter is at its maximum: then it is readable, as it should be.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
 }

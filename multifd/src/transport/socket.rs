@@ -131,13 +131,13 @@ impl AsFd for SocketStream {
 
 /// Where connections to one address arrive.
 pub struct SocketListener {
+    /// Removes the path of a unix socket, while it is open.
+    _path: Option<OwnPath>,
     /// In non-blocking mode, so that a connection which vanished between poll and accept cannot block the latter.
     socket: OwnedFd,
     /// An eventfd that is readable once stopped.
     stopped: Arc<OwnedFd>,
     uri: Uri,
-    /// Removes the path of a unix socket.
-    _path: Option<OwnPath>,
 }
 
 impl SocketListener {
@@ -287,7 +287,7 @@ const LOOPBACK_BUFFER: usize = 256 << 10;
 
 /// Room for main and 255 channels that connect before the first is accepted, and for strays. The kernel drops what does
 /// not fit while the peer believes to be connected, so this errs on the large side; `net.core.somaxconn` caps it.
-const BACKLOG: i32 = 1024;
+pub(super) const BACKLOG: i32 = 1024;
 
 /// Longer than anybody waits.
 const LONGEST: Timespec = Timespec { tv_sec: i32::MAX as _, tv_nsec: 0 };

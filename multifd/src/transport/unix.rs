@@ -1,19 +1,28 @@
 //! Connections over unix sockets, found by a path.
 
 use std::{
-    fs, io,
-    os::unix::{
-        fs::{FileTypeExt, MetadataExt},
-        net::{UnixDatagram, UnixListener, UnixStream},
+    fs::{self, File},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt, MetadataExt},
+            net::{UnixDatagram, UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
-use rustix::io::Errno;
+use rustix::{
+    fs::{FlockOperation, Mode, flock},
+    io::Errno,
+    net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
 
 use super::{
     Connect, Stream,
-    socket::{SocketListener, SocketStream, context},
+    socket::{BACKLOG, SocketListener, SocketStream, context},
     uri::Uri,
 };
 
@@ -38,21 +47,73 @@ impl Connect for UnixConnector {
     }
 }
 
-/// Listens at `path`. A socket that nobody listens on any more is replaced; dropping the listener removes the path.
+/// Listens at `path`. A socket that no process listens on any more is replaced; dropping the listener removes the path.
 ///
 /// # Errors
-/// [`io::ErrorKind::AddrInUse`] where the path is something else or somebody listens there; the kernel's.
+/// [`io::ErrorKind::AddrInUse`] where the path is something else or a process listens there; the kernel's.
 pub fn listen(path: &Path) -> io::Result<SocketListener> {
     let uri = Uri::Unix(path.to_owned());
-    let bind = || {
-        if is_stale(path)? {
-            fs::remove_file(path)?;
+    let (listener, own) = bind(path, None).map_err(context(&uri))?;
+    SocketListener::with_path(listener, uri, Some(own))
+}
+
+/// Binds a socket to `path` which only this user may connect to, and listens. It has these rights from its first moment.
+/// A socket that no process listens on any more is replaced.
+///
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] where the path is something else or a process listens there; the kernel's.
+pub fn listen_privately(path: &Path) -> io::Result<(UnixListener, OwnPath)> {
+    let (socket, own) = bind(path, Some(Mode::RUSR | Mode::WUSR))?;
+    Ok((socket.into(), own))
+}
+
+/// A socket that listens at `path`, whose file has `mode` without what the umask takes away.
+fn bind(path: &Path, mode: Option<Mode>) -> io::Result<(OwnedFd, OwnPath)> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    if let Some(mode) = mode {
+        // Linux gives the file of a socket the mode of the socket itself.
+        rustix::fs::fchmod(&socket, mode)?;
+    }
+    // Another process that finds our socket bound and not listening yet would take it for a stale one; and of two that
+    // find one stale, the later must not remove the new socket of the other.
+    let _alone = lock_directory_of(path)?;
+    if is_stale(path)? {
+        fs::remove_file(path)?;
+    }
+    net::bind(&socket, &address)?;
+    let own = OwnPath::of(path)?;
+    net::listen(&socket, BACKLOG)?;
+    if let Some(mode) = mode {
+        let found = Mode::from_raw_mode(fs::symlink_metadata(path)?.mode());
+        if mode.complement().intersects(found) {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "others may connect to a socket made here"));
         }
-        let listener = UnixListener::bind(path)?;
-        Ok((listener, OwnPath::of(path)?))
+    }
+    Ok((socket, own))
+}
+
+/// Waits until no other process of ours makes a socket in the directory of `path`; released when dropped. `None` where the
+/// directory can be written and not read, so that it cannot be locked.
+///
+/// # Errors
+/// [`io::ErrorKind::TimedOut`] after two seconds; the kernel's.
+fn lock_directory_of(path: &Path) -> io::Result<Option<File>> {
+    let directory = match File::open(std::path::absolute(path)?.parent().unwrap_or(Path::new("/"))) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+        other => other?,
     };
-    let (listener, own) = bind().map_err(context(&uri))?;
-    SocketListener::with_path(listener.into(), uri, Some(own))
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(directory)),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process has locked its directory"));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Whether `path` is a socket that nobody listens on.
@@ -72,7 +133,9 @@ fn is_stale(path: &Path) -> io::Result<bool> {
 }
 
 /// The path of a socket of ours; removed when dropped, if it is still the same file.
-pub(super) struct OwnPath {
+///
+/// To be dropped before the socket: the number of a file's inode is given out again once the socket is closed.
+pub struct OwnPath {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -98,9 +161,57 @@ impl Drop for OwnPath {
 
 #[cfg(test)]
 mod tests {
+    use std::{os::unix::fs::PermissionsExt, thread};
+
     use test_support::TempDir;
 
     use super::*;
+
+    /// Between bind and chmod, others could connect.
+    #[test]
+    fn a_private_socket_has_its_rights_from_the_first_moment() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("s");
+        let (socket, own) = bind(&path, Some(Mode::RUSR | Mode::WUSR)).unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().permissions().mode() & 0o177, 0, "as bind left it");
+        drop((own, socket));
+        let (listener, own) = listen_privately(&path).unwrap();
+        assert_eq!(listen_privately(&path).err().unwrap().kind(), io::ErrorKind::AddrInUse);
+        UnixStream::connect(&path).unwrap();
+        drop((own, listener));
+        assert!(!path.exists());
+    }
+
+    /// Each found the stale socket, and the later ones removed the new one.
+    #[test]
+    fn of_many_that_replace_a_stale_socket_one_listens_and_stays() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let dir = TempDir::new().unwrap();
+            let path = dir.path().join("s");
+            for _ in 0..50 {
+                drop(UnixListener::bind(&path).unwrap());
+                let start = std::sync::Barrier::new(4);
+                let listeners: Vec<_> = thread::scope(|scope| {
+                    let threads: Vec<_> = (0..4)
+                        .map(|_| {
+                            scope.spawn(|| {
+                                start.wait();
+                                listen_privately(&path)
+                            })
+                        })
+                        .collect();
+                    threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect()
+                });
+                assert_eq!(listeners.len(), 1);
+                UnixStream::connect(&path).unwrap();
+                listeners[0].0.accept().unwrap();
+                let (listener, own) = listeners.into_iter().next().unwrap();
+                drop(own);
+                drop(listener);
+                assert!(!path.exists());
+            }
+        });
+    }
 
     #[test]
     fn a_stale_socket_is_replaced_and_the_path_removed_at_the_end() {

@@ -1,0 +1,50 @@
+//! What to look at when a QEMU destination hangs up: it says why in its own log, and on the wire nothing at all.
+
+use multifd::{
+    checkpoint::Checkpoint,
+    error::{Connection, Error},
+    progress::Progress,
+    source,
+};
+use multifd_proto::packet::Compression;
+
+use crate::{describe, report::compression_name, units};
+
+/// The message for `error`, which ended the sending of `checkpoint` with `options`: with what was sent and what to compare
+/// where a QEMU may have hung up because of it.
+pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Options, progress: &Progress) -> String {
+    let is_ours = checkpoint.machine().starts_with("multifd");
+    // Before the first byte, it is the connection itself.
+    let was_connected = progress.snapshot().bytes() > 0;
+    if is_ours || !was_connected || !hung_up(error) {
+        return error.to_string();
+    }
+    let blocks: Vec<String> =
+        checkpoint.blocks().iter().map(|block| format!("{:?} {}", block.name, units::show_size(block.bytes))).collect();
+    let compression = match options.compression {
+        Compression::None => "no compression".to_owned(),
+        method => format!("compression {}", compression_name(method)),
+    };
+    let uuid = match options.uuid {
+        uuid if uuid == [0; 16] => "no UUID".to_owned(),
+        uuid => format!("UUID {}", describe::uuid(&uuid)),
+    };
+    format!(
+        "{error}. A QEMU says nothing on the connection when it is set up otherwise. It was sent: machine {}, {}, {compression}, \
+         {uuid}, RAM blocks {}. Compare its -machine, -m and devices, -uuid, the capability multifd, and the parameters \
+         multifd-channels, multifd-compression and tls-creds (query-migrate-parameters). It writes its reason to its \
+         stderr (with libvirt: /var/log/libvirt/qemu/NAME.log) and to error-desc of query-migrate",
+        checkpoint.machine(),
+        describe::counted(usize::from(options.channels), "channel"),
+        blocks.join(", "),
+    )
+}
+
+/// Whether the destination ended the connection, or said something in answer that is no migration.
+fn hung_up(error: &Error) -> bool {
+    match error {
+        Error::Io { .. } | Error::Unconfirmed | Error::Refused { .. } => true,
+        Error::Protocol { at, .. } => at.connection == Connection::ReturnPath,
+        _ => false,
+    }
+}
