@@ -164,12 +164,7 @@ impl<'a> Devices<'a> {
     }
 
     fn cut(&mut self, description: &VmDescription) -> Result<(), vmdesc::CutError> {
-        let sections = vmdesc::cut(self.blob, description)?;
-        let first = sections.first().map_or(description.devices.len(), |section| section.device);
-        // Devices before the first of these were sent before the pages.
-        let devices = description.devices[..first].to_vec();
-        let before = VmDescription { page_size: description.page_size, devices };
-        let early = vmdesc::cut(self.early, &before)?;
+        let (early, sections) = vmdesc::cut_all(self.early, self.blob, description)?;
         self.sections.extend(early.into_iter().map(|section| (true, section)));
         self.sections.extend(sections.into_iter().map(|section| (false, section)));
         Ok(())

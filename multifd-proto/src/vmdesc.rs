@@ -303,49 +303,156 @@ pub struct DeviceSection {
 /// there, in order, with its name, its instance and a footer with its id exactly where its description ends, and
 /// nothing may be left.
 pub fn cut(blob: &[u8], description: &VmDescription) -> Result<Vec<DeviceSection>, CutError> {
+    cut_devices(blob, &description.devices)
+}
+
+fn cut_devices(blob: &[u8], devices: &[Device]) -> Result<Vec<DeviceSection>, CutError> {
     let mut reader = Reader::new(blob);
     let mut sections = Vec::new();
     while reader.remaining() > 0 {
         let at = reader.position();
-        let section = section(&mut reader, &description.devices, sections.last())?;
-        let end = [&[FOOTER][..], &section.id.to_be_bytes()].concat();
+        let section = section(&mut reader, devices, sections.last())?;
+        let end = footer_of(section.id);
         if reader.bytes(end.len()).map_err(|_| CutError::Truncated { at })? != end {
             return Err(CutError::BadFooter { at: section.body.end, name: section.name });
         }
         sections.push(section);
     }
     let first_missing = sections.last().map_or(0, |last| last.device + 1);
-    match description.devices.get(first_missing) {
+    match devices.get(first_missing) {
         Some(device) => Err(CutError::Missing { name: escape(device.name.as_bytes()) }),
         None => Ok(sections),
     }
 }
 
+/// Cuts `early`, the device sections before the pages, and `blob`, those behind them, as [`cut`] does. Together they must be
+/// exactly what is described.
+pub fn cut_all(
+    early: &[u8],
+    blob: &[u8],
+    description: &VmDescription,
+) -> Result<(Vec<DeviceSection>, Vec<DeviceSection>), CutError> {
+    let sections = cut(blob, description)?;
+    let first = sections.first().map_or(description.devices.len(), |section| section.device);
+    Ok((cut_devices(early, &description.devices[..first])?, sections))
+}
+
 /// Whether `blob` looks like whole device sections, one behind the other, as far as that can be told without a description:
 /// behind each head, the first footer with its id that has another head behind it, or the end.
 pub fn look_whole(blob: &[u8]) -> bool {
-    let mut rest = blob;
-    while !rest.is_empty() {
-        let Some((id, len)) = head(rest) else { return false };
-        let footer = [&[FOOTER][..], &id.to_be_bytes()].concat();
-        let body = &rest[len..];
-        let footers = body.windows(footer.len()).enumerate().filter(|(_, window)| *window == footer);
-        let mut behind = footers.map(|(at, _)| &body[at + footer.len()..]);
-        match behind.find(|behind| behind.is_empty() || head(behind).is_some_and(|(next, _)| next != id)) {
-            Some(behind) => rest = behind,
+    match head(blob) {
+        _ if blob.is_empty() => true,
+        Head::Is { id, len } => ends_whole(&blob[len..], id),
+        Head::Not | Head::Short => false,
+    }
+}
+
+/// The same, where `rest` begins inside the body of the section `id`.
+fn ends_whole(mut rest: &[u8], mut id: u32) -> bool {
+    loop {
+        let footer = footer_of(id);
+        let footers = rest.windows(footer.len()).enumerate().filter(|(_, window)| **window == footer);
+        let mut behind = footers.map(|(at, _)| &rest[at + footer.len()..]);
+        let next = |behind: &[u8]| match head(behind) {
+            Head::Is { id: next, len } if next != id => Some((next, len)),
+            _ => None,
+        };
+        match behind.find_map(|behind| {
+            if behind.is_empty() { Some((behind, None)) } else { next(behind).map(|n| (behind, Some(n))) }
+        }) {
+            Some((_, None)) => return true,
+            Some((behind, Some((next, len)))) => (rest, id) = (&behind[len..], next),
             None => return false,
         }
     }
-    true
 }
 
-/// The id in the head of the section with which `bytes` begin, and the length of the head.
-fn head(bytes: &[u8]) -> Option<(u32, usize)> {
+/// [`look_whole`] for a buffer that grows while it is received: no byte is looked at twice, but for some hundred at the end.
+#[derive(Debug, Clone, Default)]
+pub struct WholeScanner {
+    /// Where the section under way begins.
+    begin: usize,
+    /// Its id, once its head was read.
+    id: Option<u32>,
+    /// Behind its head; no end of it lies before.
+    searched: usize,
+    /// Something else began where a section should.
+    broken: bool,
+}
+
+impl WholeScanner {
+    /// A scanner for a buffer of which nothing has been seen.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether `blob` looks whole. The same blob with more behind it is to be passed next.
+    pub fn scan(&mut self, blob: &[u8]) -> bool {
+        while !self.broken {
+            let Some(id) = self.id else {
+                match head(&blob[self.begin..]) {
+                    Head::Is { id, len } => (self.id, self.searched) = (Some(id), self.begin + len),
+                    Head::Short => return self.begin == blob.len(),
+                    Head::Not => self.broken = true,
+                }
+                continue;
+            };
+            let footer = footer_of(id);
+            let Some(skip) = blob[self.searched..].iter().position(|byte| *byte == FOOTER) else {
+                self.searched = blob.len();
+                return false;
+            };
+            self.searched += skip;
+            let rest = &blob[self.searched..];
+            match rest.strip_prefix(&footer) {
+                None if rest.len() < footer.len() && footer.starts_with(rest) => return false,
+                None => self.searched += 1,
+                Some([]) => return true,
+                Some(behind) => match head(behind) {
+                    Head::Is { id: next, .. } if next != id => {
+                        self.begin = self.searched + footer.len();
+                        self.id = None;
+                    }
+                    // More bytes may make it a head; without them, what is left may have another end.
+                    Head::Short => return ends_whole(&rest[1..], id),
+                    Head::Is { .. } | Head::Not => self.searched += 1,
+                },
+            }
+        }
+        false
+    }
+}
+
+fn footer_of(id: u32) -> [u8; 5] {
+    let mut footer = [FOOTER, 0, 0, 0, 0];
+    footer[1..].copy_from_slice(&id.to_be_bytes());
+    footer
+}
+
+/// What bytes begin with, if it may be the head of a section.
+enum Head {
+    /// A head with this id, and its length.
+    Is { id: u32, len: usize },
+    /// Something else.
+    Not,
+    /// It ends before that can be told.
+    Short,
+}
+
+fn head(bytes: &[u8]) -> Head {
     let mut reader = Reader::new(bytes);
-    let (byte, id, name) = (reader.u8().ok()?, reader.u32().ok()?, reader.pstr().ok()?);
-    reader.u64().ok()?; // instance and version
-    let printable = !name.is_empty() && name.iter().all(|byte| (0x20..0x7f).contains(byte));
-    (byte == FULL && printable).then(|| (id, reader.position()))
+    let mut read = || -> Result<Head, Short> {
+        if reader.u8()? != FULL {
+            return Ok(Head::Not);
+        }
+        let (id, name) = (reader.u32()?, reader.pstr()?);
+        if name.is_empty() || !name.iter().all(|byte| (0x20..0x7f).contains(byte)) {
+            return Ok(Head::Not);
+        }
+        reader.u64()?; // instance and version
+        Ok(Head::Is { id, len: reader.position() })
+    };
+    read().unwrap_or(Head::Short)
 }
 
 /// Head and body of the section behind `previous`.
@@ -456,8 +563,13 @@ impl TailScanner {
         let mut at = self.scanned;
         self.passed.clear();
         while at < buf.len() {
+            if self.live.is_empty() {
+                // Only a beginning matters, whose second byte may not be there yet.
+                let begin = buf[at..].windows(2).position(|pair| pair == [0, VMDESCRIPTION]);
+                at += begin.unwrap_or(buf.len() - at - 1);
+            }
             // Behind the head of every beginning, only a zero matters.
-            if self.live.iter().all(|begin| at > begin + HEAD) {
+            else if self.live.iter().all(|begin| at > begin + HEAD) {
                 let zero = buf[at..].iter().position(|byte| *byte == 0);
                 at += zero.unwrap_or(buf.len() - at);
             }
@@ -466,7 +578,9 @@ impl TailScanner {
                 Some(0) => {
                     self.pass(buf, at);
                     self.live.retain(|begin| (begin + 2..begin + HEAD).contains(&at));
-                    self.live.push(at);
+                    if buf.get(at + 1).is_none_or(|next| *next == VMDESCRIPTION) {
+                        self.live.push(at);
+                    }
                 }
                 // A beginning is a zero, then 06, a length that is not above the limit, and the brace of an object.
                 Some(byte) => self.live.retain(|begin| match at - begin {

@@ -9,7 +9,7 @@ use multifd_proto::packet::{
 use multifd_proto::ram::{BlockEntry, BlockLayout, RamWord};
 use multifd_proto::return_path::Message;
 use multifd_proto::stream::{EarlyScanner, Item, MainDecoder};
-use multifd_proto::vmdesc::{TailScanner, VmDescription, cut};
+use multifd_proto::vmdesc::{TailScanner, VmDescription, WholeScanner, cut, look_whole};
 use multifd_proto::wire::Step;
 use multifd_proto::{BlockName, ChannelId, xbzrle};
 use proptest::collection::vec;
@@ -303,6 +303,24 @@ proptest! {
             end = buf.len().min(end + pieces.next().unwrap());
             let found = scanner.scan(&buf[..end]);
             prop_assert_eq!(found.map(|tail| tail.eof_at), naive(&buf[..end]), "{:?}", &buf[..end]);
+        }
+    }
+
+    /// Without a description, a state looks whole in the same places whatever the pieces in which it comes.
+    #[test]
+    fn undescribed_state_looks_whole_where_a_search_of_all_bytes_says(
+        parts in vec(proptest::sample::select(vec![
+            &b"\x04\0\0\0\x08\x01a\0\0\0\0\0\0\0\x01"[..], b"\x04\0\0\0\x09\x03cpu\0\0\0\0\0\0\0\x01", b"\x04\0\0\0\x09",
+            b"\x7e\0\0\0\x08", b"\x7e\0\0\0\x09", b"\x7e", b"\x7e\0\0", b"\x04", b"\0", b"state", b"\x01",
+        ]), 0..16),
+        pieces in vec(1usize..9, 1..4),
+    ) {
+        let blob = [&b"\x04\0\0\0\x08\x01a\0\0\0\0\0\0\0\x01"[..], &parts.concat()].concat();
+        let mut scanner = WholeScanner::new();
+        let (mut end, mut pieces) = (0, pieces.iter().cycle());
+        while end < blob.len() {
+            end = blob.len().min(end + pieces.next().unwrap());
+            prop_assert_eq!(scanner.scan(&blob[..end]), look_whole(&blob[..end]), "{:?}", &blob[..end]);
         }
     }
 

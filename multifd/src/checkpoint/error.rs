@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use multifd_proto::ProtocolError;
+use multifd_proto::{ProtocolError, vmdesc::CutError};
 
 use crate::error::Mismatch;
 
@@ -98,6 +98,21 @@ pub enum CheckpointError {
         /// The limit.
         limit: usize,
     },
+    /// The stream ends with a description of other device state than it has.
+    #[error(
+        "the description at the end of the stream does not fit the device state, so it cannot be told whether that is \
+         complete: {source}"
+    )]
+    NotDescribed {
+        /// Where they differ.
+        source: CutError,
+    },
+    /// The source has sent something behind the end of the stream, after it was told that all is well.
+    #[error("the source sent {bytes} bytes behind the end of the stream, and the whole is no complete device state")]
+    BytesBehindTheEnd {
+        /// How many.
+        bytes: usize,
+    },
     /// Device state before the pages that does not end.
     #[error("more than {limit} bytes of device state before the pages")]
     TooMuchEarlyState {
@@ -124,6 +139,8 @@ impl CheckpointError {
                 | CheckpointError::TooMuchRam { .. }
                 | CheckpointError::TooMuchDeviceState { .. }
                 | CheckpointError::TooMuchEarlyState { .. }
+                | CheckpointError::NotDescribed { .. }
+                | CheckpointError::BytesBehindTheEnd { .. }
                 | CheckpointError::SectionBeforeRam { .. }
         )
     }

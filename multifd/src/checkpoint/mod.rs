@@ -22,6 +22,8 @@ mod tail;
 mod write;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod forged_ends;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 
 pub(crate) use self::{

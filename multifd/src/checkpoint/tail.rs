@@ -1,21 +1,31 @@
 //! What follows RAM on main: kept as it is, without understanding any device.
 //!
-//! Device state has no length on the wire. Its end is where the stream ends, and that is found by its shape: the end of
-//! state, and a description of all devices that ends with the last byte received. With the return path open the source
-//! waits for our answer then, so the end of the connection must not be waited for.
+//! Device state has no length on the wire. Its end is where the stream ends: at an end of state, followed by a description
+//! of all devices. With the return path open the source keeps main open there and waits for our answer, so the end of the
+//! connection must not be waited for.
+//!
+//! Device state holds bytes that the guest chose, and they can look like an end. So an end counts only if
+//!
+//! 1. all sections are exactly those described ([`vmdesc::cut_all`]): names, instances, lengths, footers, nothing between
+//!    them and nothing left. What a guest puts somewhere in its memory does not do that by accident;
+//! 2. no byte follows it for [`QUIET`]. A guest that knows the devices before its own can write a description that fits up
+//!    to its own bytes. Behind those, the source has more to send; behind the true end it has nothing;
+//! 3. no byte follows it until the source closes main. Until then the decision can be wrong, namely where the connection
+//!    stalled for longer than [`QUIET`] at a byte that the guest chose. Then what follows is put behind the rest, and 1.
+//!    holds for the whole ([`Tail::extend`]).
 //!
 //! Where the description is suppressed, the end of state is the last byte: behind the footer of the last of several sections
-//! that follow one another without a gap. Without return path the connection ends there. With it, nothing more comes; the
-//! silence only says when to look, and the shape decides. It takes a byte 00 behind the five bytes of the footer of the very
-//! section that is under way, as the last thing that the network brings for a second, for device state to be taken for
-//! its end.
+//! that follow one another without a gap. The same rules hold, with this shape instead of 1.
+//!
+//! Every byte is looked at a bounded number of times: beginnings of an end are found once, a description is parsed when it
+//! is complete, and no byte belongs to more than three.
 
-use std::io;
+use std::{io, time::Duration};
 
 use multifd_proto::{
     encoder::MainEncoder,
     stream::{EOF, EarlyScanner, Section},
-    vmdesc::{self, TailEnd, TailScanner, VmDescription},
+    vmdesc::{self, CutError, TailEnd, TailScanner, VmDescription, WholeScanner},
 };
 
 use super::{CheckpointError, MAX_DEVICE_STATE, MAX_EARLY_STATE};
@@ -34,47 +44,27 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// Takes all of `main`, of which the head of the first device's section was read.
-    pub(crate) fn receive(first: &Section, main: &mut MainReader) -> Result<Tail, Error> {
-        let mut encoder = MainEncoder::new();
-        let mut bytes = encoder.section(first).as_bytes().to_vec();
-        let mut scanner = TailScanner::new();
+    /// Takes all of `main`, of which the head of the first device's section was read, and before the pages the sections
+    /// `early`.
+    pub(crate) fn receive(first: &Section, early: &[u8], main: &mut MainReader) -> Result<Tail, Error> {
+        let mut search = Search::new(first, early);
+        search.take(main)?;
         loop {
-            let received = main.unread().len();
-            bytes.extend_from_slice(main.unread());
-            main.consume(received);
-            main.body_taken(received as u64);
-            if bytes.len() > MAX_DEVICE_STATE {
-                return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
-            }
-            let end = scanner.scan(&bytes).map(|end| Tail::new(&bytes, &end));
-            if let Some(tail) = &end
-                && (tail.is_complete() || main.source_waits())
-            {
-                return Ok(tail.clone());
-            }
-            if let Some(end) = scanner.passed(&bytes).find(|end| Tail::new(&bytes, end).is_complete()) {
-                let at = main.place();
-                return Err(more_bytes(Place { offset: at.offset - (bytes.len() - end.json.end) as u64, ..at }));
-            }
-            // The shape is looked at once it matters: for each piece that ends so, all of the state would be searched again.
-            let received = if bytes.ends_with(&[EOF]) { main.receive_end()? } else { Some(main.receive()?) };
-            let at = main.place();
-            let tail = match received {
-                Some(1..) => continue,
-                Some(0) if main.source_waits() => end,
-                Some(0) => end.or_else(|| Tail::without_description(&bytes)),
-                None => match Tail::without_description(&bytes) {
-                    None => continue,
-                    tail => tail,
-                },
+            let received = match search.patience() {
+                // A recording ends where its file does.
+                Some(patience) if !main.is_recorded() => main.receive_within(patience)?,
+                _ => Some(main.receive()?),
             };
-            return tail.ok_or(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+            match received {
+                Some(1..) => search.take(main)?,
+                Some(0) => return search.ended(main),
+                None => {
+                    if let Some(tail) = search.quiet(main)? {
+                        return Ok(tail);
+                    }
+                }
+            }
         }
-    }
-
-    fn new(bytes: &[u8], end: &TailEnd) -> Tail {
-        Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json.clone()].to_vec() }
     }
 
     /// What `bytes`, everything behind RAM, consists of.
@@ -85,16 +75,153 @@ impl Tail {
         }
     }
 
-    /// Whether the sections are exactly those described: no end in the middle of a device's state looks like that.
-    fn is_complete(&self) -> bool {
-        VmDescription::parse(&self.vmdescription)
-            .is_ok_and(|description| vmdesc::cut(&self.sections, &description).is_ok())
+    /// Puts `more` behind it, which the source sent behind what was taken for the end.
+    ///
+    /// # Errors
+    /// That is no whole state: the source has sent something behind the end, or not all.
+    pub(super) fn extend(&self, early: &[u8], more: &[u8]) -> Result<Tail, Error> {
+        let mut bytes = self.to_bytes();
+        bytes.extend_from_slice(more);
+        let whole = match vmdesc::find_end(&bytes) {
+            Some(end) if fits(early, &bytes, &end).is_ok() => Some(Tail::new(&bytes, &end)),
+            Some(_) => None,
+            None => Tail::without_description(&bytes),
+        };
+        whole.ok_or_else(|| CheckpointError::BytesBehindTheEnd { bytes: more.len() }.into())
+    }
+
+    /// Everything as it stands on the wire.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let mut encoder = MainEncoder::new();
+        encoder.raw(&self.sections).eof();
+        if !self.vmdescription.is_empty() {
+            encoder.vm_description(&self.vmdescription);
+        }
+        encoder.as_bytes().to_vec()
+    }
+
+    fn new(bytes: &[u8], end: &TailEnd) -> Tail {
+        Tail { sections: bytes[..end.eof_at].to_vec(), vmdescription: bytes[end.json.clone()].to_vec() }
     }
 
     fn without_description(bytes: &[u8]) -> Option<Tail> {
         let sections = bytes.strip_suffix(&[EOF])?;
         vmdesc::look_whole(sections).then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() })
     }
+}
+
+/// The search for the end of main.
+struct Search<'a> {
+    early: &'a [u8],
+    /// From the head of the first section on.
+    bytes: Vec<u8>,
+    ends: TailScanner,
+    whole: WholeScanner,
+    ahead: Ahead,
+    /// Where an end was that fits and has more behind it.
+    passed: Option<usize>,
+}
+
+/// What the last bytes received look like.
+enum Ahead {
+    /// An end that fits.
+    End(TailEnd),
+    /// An end that does not fit what is before it.
+    Unfit(TailEnd, CutError),
+    /// Something that may be the end of state, without a description.
+    EndOfState,
+    Nothing,
+}
+
+impl Search<'_> {
+    fn new<'a>(first: &Section, early: &'a [u8]) -> Search<'a> {
+        let bytes = MainEncoder::new().section(first).as_bytes().to_vec();
+        let (ends, whole) = (TailScanner::new(), WholeScanner::new());
+        Search { early, bytes, ends, whole, ahead: Ahead::Nothing, passed: None }
+    }
+
+    /// Takes what `main` has received.
+    fn take(&mut self, main: &mut MainReader) -> Result<(), Error> {
+        let received = main.unread().len();
+        if self.bytes.len() + received > MAX_DEVICE_STATE {
+            return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
+        }
+        self.bytes.extend_from_slice(main.unread());
+        main.consume(received);
+        main.body_taken(received as u64);
+        let end = self.ends.scan(&self.bytes);
+        if self.passed.is_none() {
+            let mut passed = self.ends.passed(&self.bytes).filter(|end| fits(self.early, &self.bytes, end).is_ok());
+            self.passed = passed.next().map(|end| end.json.end);
+        }
+        self.ahead = match end {
+            Some(end) => match fits(self.early, &self.bytes, &end) {
+                Ok(()) => Ahead::End(end),
+                Err(error) => Ahead::Unfit(end, error),
+            },
+            None if self.bytes.last() == Some(&EOF) => Ahead::EndOfState,
+            None => Ahead::Nothing,
+        };
+        Ok(())
+    }
+
+    /// How long to wait for the next byte before it matters that there is none.
+    fn patience(&self) -> Option<Duration> {
+        match self.ahead {
+            Ahead::End(_) | Ahead::EndOfState => Some(QUIET),
+            Ahead::Unfit(..) => Some(PATIENCE),
+            Ahead::Nothing => self.passed.map(|_| PATIENCE),
+        }
+    }
+
+    /// The source has said nothing for as long as [`patience`](Self::patience).
+    fn quiet(&mut self, main: &MainReader) -> Result<Option<Tail>, Error> {
+        match std::mem::replace(&mut self.ahead, Ahead::Nothing) {
+            Ahead::End(end) => Ok(Some(Tail::new(&self.bytes, &end))),
+            Ahead::Unfit(_, source) => Err(CheckpointError::NotDescribed { source }.into()),
+            Ahead::EndOfState => {
+                let sections = &self.bytes[..self.bytes.len() - 1];
+                // Behind an end that fits, nothing without a description is one.
+                let whole = self.passed.is_none() && self.whole.scan(sections);
+                Ok(whole.then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() }))
+            }
+            Ahead::Nothing => self.passed.map_or(Ok(None), |passed| Err(self.behind(passed, main))),
+        }
+    }
+
+    /// Main has ended.
+    fn ended(self, main: &MainReader) -> Result<Tail, Error> {
+        let unexpected = || Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() };
+        match (self.ahead, self.passed) {
+            // It would wait for our answer: it has died or given up, and in the latter case its VM runs on.
+            (_, None) if main.source_waits() => Err(unexpected()),
+            (Ahead::End(_), Some(_)) if main.source_waits() => Err(unexpected()),
+            (Ahead::End(end), _) => Ok(Tail::new(&self.bytes, &end)),
+            // The end of a recording is certain; whoever looks at it is told that the description is wrong.
+            (Ahead::Unfit(end, _), None) if main.is_recorded() => Ok(Tail::new(&self.bytes, &end)),
+            (_, Some(passed)) => Err(behind(&self.bytes, passed, main)),
+            (Ahead::Unfit(_, source), None) => Err(CheckpointError::NotDescribed { source }.into()),
+            (Ahead::EndOfState | Ahead::Nothing, None) => Tail::without_description(&self.bytes).ok_or_else(unexpected),
+        }
+    }
+
+    fn behind(&self, end: usize, main: &MainReader) -> Error {
+        behind(&self.bytes, end, main)
+    }
+}
+
+/// More follows behind the `end` of main in `bytes`, which are all that was received.
+fn behind(bytes: &[u8], end: usize, main: &MainReader) -> Error {
+    let at = main.place();
+    more_bytes(Place { offset: at.offset - (bytes.len() - end) as u64, ..at })
+}
+
+/// Whether all sections, `early` and those in `bytes`, are what the description at `end` says.
+fn fits(early: &[u8], bytes: &[u8], end: &TailEnd) -> Result<(), CutError> {
+    let Ok(description) = VmDescription::parse(&bytes[end.json.clone()]) else {
+        return Err(CutError::Truncated { at: 0 });
+    };
+    vmdesc::cut_all(early, &bytes[..end.eof_at], &description).map(|_| ())
 }
 
 /// The section of a device that comes before the pages, whole: `main` goes on with its footer afterwards. All such sections
@@ -129,3 +256,9 @@ pub(super) fn check_early_state(bytes: usize) -> Result<(), CheckpointError> {
     }
     Ok(())
 }
+
+/// How long the source must say nothing behind an end for it to count. A source that has more to send does so at once, so
+/// all that can come between is the network and the scheduler: this is enough for a lost segment to be sent again twice.
+pub(crate) const QUIET: Duration = Duration::from_secs(1);
+/// How long the source may say nothing where the stream looks ended and is not what it says.
+const PATIENCE: Duration = Duration::from_secs(5);

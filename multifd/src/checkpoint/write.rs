@@ -61,7 +61,8 @@ impl Writer {
     ///
     /// On `Ok` the checkpoint is complete and on disk, and the source was told so if it opened the return path. On `Err`
     /// the source was not told, and there is no file, unless [`is_published`](Self::is_published) says otherwise: then
-    /// telling the source failed, or the file's name may not be on disk, and the source may run on.
+    /// telling the source failed, or the file's name may not be on disk, and the source may run on; or the source went on
+    /// after it was told, and the error says so.
     ///
     /// # Errors
     /// As [`Destination::run`]; [`Error::Checkpoint`].
@@ -116,10 +117,7 @@ impl Writer {
         if sends_switchover_start(&ram.machine) == Some(true) {
             out.command(&Command::SwitchoverStart);
         }
-        out.ram_part(ram.section, true).eos().footer(ram.section).raw(&self.tail.sections).eof();
-        if !self.tail.vmdescription.is_empty() {
-            out.vm_description(&self.tail.vmdescription);
-        }
+        out.ram_part(ram.section, true).eos().footer(ram.section).raw(&self.tail.to_bytes());
         write(out.as_bytes(), at)
     }
 }
@@ -157,7 +155,7 @@ impl Target for Writer {
 
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
         if ram_ended {
-            self.tail = Tail::receive(section, main)?;
+            self.tail = Tail::receive(section, &self.early, main)?;
             return Ok(Body::RestOfStream);
         }
         self.early.extend_from_slice(&tail::early_section(section, main, self.early.len())?);
@@ -177,6 +175,25 @@ impl Target for Writer {
     }
 
     fn start(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The decision where the stream ends was wrong, as it may be where the connection stalls at a byte that the guest
+    /// chose. The file ends with the stream, so it goes on where that does.
+    fn rest(&mut self, rest: &[u8]) -> Result<(), Error> {
+        if self.ram.is_none() {
+            return Err(CheckpointError::BytesBehindTheEnd { bytes: rest.len() }.into());
+        }
+        tracing::warn!(
+            bytes = rest.len(),
+            "device state went on after a pause; the checkpoint is completed with the rest"
+        );
+        let file: &File = self.file.file();
+        let len = file.metadata().map_err(self.file.error("asking for its length"))?.len();
+        // Kept even if it is wrong: it is all that the source has sent.
+        file.write_all_at(rest, len).map_err(self.file.error("writing to it"))?;
+        self.file.sync()?;
+        self.tail = self.tail.extend(&self.early, rest)?;
         Ok(())
     }
 

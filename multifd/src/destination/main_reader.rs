@@ -124,19 +124,25 @@ impl MainReader {
         self.decoder.return_path_open() && !self.recorded
     }
 
+    /// Whether this is a recording.
+    pub(crate) fn is_recorded(&self) -> bool {
+        self.recorded
+    }
+
     /// As [`receive`](Self::receive), where the stream may be over: from a source that waits for our answer, nothing for
     /// [`DESCRIPTION_WAIT`] is `None`.
-    pub(crate) fn receive_end(&mut self) -> Result<Option<usize>, Error> {
-        if !self.source_waits() {
-            return self.receive().map(Some);
-        }
+    fn receive_end(&mut self) -> Result<Option<usize>, Error> {
+        if self.source_waits() { self.receive_within(DESCRIPTION_WAIT) } else { self.receive().map(Some) }
+    }
+
+    /// As [`receive`](Self::receive); nothing for `patience` is `None`.
+    pub(crate) fn receive_within(&mut self, patience: Duration) -> Result<Option<usize>, Error> {
         let at = self.place();
-        self.stream.set_read_timeout(Some(DESCRIPTION_WAIT)).map_err(Error::io(at))?;
+        self.stream.set_read_timeout(Some(patience)).map_err(Error::io(at))?;
         let received = match self.receive() {
             Err(Error::Io { source, .. })
                 if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
             {
-                tracing::debug!("the source says nothing behind the end of state and waits: there is no vmdescription");
                 Ok(None)
             }
             received => received.map(Some),
@@ -193,10 +199,17 @@ impl MainReader {
         self.stream.write(&bytes, &[]).map_err(Error::io(at))
     }
 
-    /// Reads until the source closes main, or for `timeout` without a byte.
-    pub(super) fn await_close(&mut self, timeout: Duration) -> io::Result<()> {
+    /// Reads until the source closes main, or for `timeout` without a byte. What comes until then is put behind `rest`, up to
+    /// `limit` bytes.
+    pub(super) fn await_close(&mut self, timeout: Duration, rest: &mut Vec<u8>, limit: usize) -> io::Result<()> {
+        rest.extend_from_slice(&self.buf[self.start..self.end]);
         self.stream.set_read_timeout(Some(timeout))?;
-        while self.stream.read(&mut self.buf)? > 0 {}
+        while rest.len() < limit {
+            match self.stream.read(&mut self.buf)? {
+                0 => break,
+                n => rest.extend_from_slice(&self.buf[..n]),
+            }
+        }
         Ok(())
     }
 

@@ -45,6 +45,7 @@ pub(crate) use self::{
 };
 use crate::{
     barrier::RoundBarrier,
+    checkpoint::MAX_DEVICE_STATE,
     error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
@@ -282,8 +283,7 @@ impl Run {
         self.confirm(target)?;
         target.start()?;
         self.enter(Phase::Done, observer);
-        self.await_close();
-        Ok(())
+        self.await_close(target)
     }
 
     fn enter(&mut self, phase: Phase, observer: &mut dyn Observer) {
@@ -541,11 +541,13 @@ impl Run {
 
     /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
     /// runs by now, so a source that does not is only logged.
-    fn await_close(&mut self) {
+    fn await_close(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         let timeout = self.shared.options.close_timeout;
-        if let Err(error) = self.main().await_close(timeout) {
+        let mut rest = Vec::new();
+        if let Err(error) = self.main().await_close(timeout, &mut rest, MAX_DEVICE_STATE) {
             tracing::debug!(%error, "while waiting for the source to close main");
         }
+        if rest.is_empty() { Ok(()) } else { target.rest(&rest) }
     }
 
     fn main(&mut self) -> &mut MainReader {

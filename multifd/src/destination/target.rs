@@ -51,6 +51,12 @@ pub(crate) trait Target {
     /// The VM is ours.
     fn start(&mut self) -> Result<(), Error>;
 
+    /// The source has sent `rest` behind what was taken for the end of the stream, and has been told that all is well.
+    fn rest(&mut self, rest: &[u8]) -> Result<(), Error> {
+        tracing::debug!(bytes = rest.len(), "the source has sent more behind the end of the stream");
+        Ok(())
+    }
+
     /// The migration has failed.
     fn abandon(&mut self);
 }

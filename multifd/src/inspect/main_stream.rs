@@ -63,10 +63,11 @@ impl MainStream {
         Ok(self.reader().payload(len)?.to_vec())
     }
 
-    /// Everything to the end of main, of which the head of the first device's section was read.
-    pub(super) fn tail(&mut self, first: &Section) -> Result<Tail, Error> {
+    /// Everything to the end of main, of which the head of the first device's section was read, and before the pages the
+    /// sections `early`.
+    pub(super) fn tail(&mut self, first: &Section, early: &[u8]) -> Result<Tail, Error> {
         self.finished = true;
-        Tail::receive(first, self.reader())
+        Tail::receive(first, early, self.reader())
     }
 
     /// The section of a device that comes before the pages, with `before` bytes of others before it.

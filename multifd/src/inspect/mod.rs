@@ -170,7 +170,7 @@ impl RecordedReader {
                     return Err(crate::error::Mismatch::IterableSection { name }.into());
                 }
                 Item::Section(section) if self.main.decoder().ram_ended() => {
-                    self.account.tail = self.main.tail(&section)?;
+                    self.account.tail = self.main.tail(&section, &self.account.early)?;
                     break;
                 }
                 Item::Section(section) => {

@@ -8,7 +8,7 @@ use std::{collections::VecDeque, io, time::Duration};
 use super::{Connect, Listen, Stopper, Stream};
 use crate::{
     ram::GuestRange,
-    sync::{Arc, Condvar, Mutex, lock, wait},
+    sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait},
 };
 
 /// A listener and the connector that reaches it. `capacity` bytes fit in each direction of each connection.
@@ -20,15 +20,20 @@ pub fn listener(capacity: usize) -> (MemoryListener, MemoryConnector) {
 /// Two ends of one connection. `capacity` bytes fit in each direction.
 pub fn pair(capacity: usize) -> (MemoryStream, MemoryStream) {
     let (left, right) = (Pipe::new(capacity), Pipe::new(capacity));
-    let one = MemoryStream { incoming: Arc::new(ReadEnd(left.clone())), outgoing: Arc::new(WriteEnd(right.clone())) };
-    let other = MemoryStream { incoming: Arc::new(ReadEnd(right)), outgoing: Arc::new(WriteEnd(left)) };
-    (one, other)
+    let end = |incoming: Arc<Pipe>, outgoing: Arc<Pipe>| MemoryStream {
+        incoming: Arc::new(ReadEnd(incoming)),
+        outgoing: Arc::new(WriteEnd(outgoing)),
+        read_timeout: None,
+    };
+    (end(left.clone(), right.clone()), end(right, left))
 }
 
 /// One end of a connection. Dropping the last handle on it closes it.
 pub struct MemoryStream {
     incoming: Arc<ReadEnd>,
     outgoing: Arc<WriteEnd>,
+    /// How long a read waits.
+    read_timeout: Option<Duration>,
 }
 
 impl Stream for MemoryStream {
@@ -44,7 +49,7 @@ impl Stream for MemoryStream {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.incoming.0.read(buf)
+        self.incoming.0.read(buf, self.read_timeout)
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
@@ -58,7 +63,14 @@ impl Stream for MemoryStream {
     }
 
     fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(MemoryStream { incoming: self.incoming.clone(), outgoing: self.outgoing.clone() }))
+        let (incoming, outgoing) = (self.incoming.clone(), self.outgoing.clone());
+        Ok(Box::new(MemoryStream { incoming, outgoing, read_timeout: self.read_timeout }))
+    }
+
+    /// Model checkers have no clock: a read under one of them waits until something comes.
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.read_timeout = timeout;
+        Ok(())
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
@@ -224,10 +236,11 @@ impl Pipe {
         Ok(())
     }
 
-    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+    fn read(&self, buf: &mut [u8], timeout: Option<Duration>) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
         }
+        let deadline = Deadline::after(timeout);
         let mut state = lock(&self.state);
         loop {
             let n = state.bytes.len().min(buf.len());
@@ -242,7 +255,7 @@ impl Pipe {
             if state.ended || state.closed {
                 return Ok(0);
             }
-            state = wait(&self.changed, state);
+            state = deadline.wait(&self.changed, state).ok_or(io::ErrorKind::TimedOut)?;
         }
     }
 
@@ -252,10 +265,50 @@ impl Pipe {
     }
 }
 
+/// When a read has waited long enough.
+struct Deadline {
+    #[cfg(not(any(loom, shuttle)))]
+    at: Option<std::time::Instant>,
+}
+
+#[cfg(not(any(loom, shuttle)))]
+impl Deadline {
+    fn after(timeout: Option<Duration>) -> Deadline {
+        Deadline { at: timeout.and_then(|timeout| std::time::Instant::now().checked_add(timeout)) }
+    }
+
+    /// Waits until woken; nothing once it is over.
+    fn wait<'a>(&self, condvar: &Condvar, guard: MutexGuard<'a, PipeState>) -> Option<MutexGuard<'a, PipeState>> {
+        let Some(at) = self.at else { return Some(wait(condvar, guard)) };
+        let left = at.checked_duration_since(std::time::Instant::now()).filter(|left| !left.is_zero())?;
+        Some(condvar.wait_timeout(guard, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0)
+    }
+}
+
+#[cfg(any(loom, shuttle))]
+impl Deadline {
+    fn after(_timeout: Option<Duration>) -> Deadline {
+        Deadline {}
+    }
+
+    fn wait<'a>(&self, condvar: &Condvar, guard: MutexGuard<'a, PipeState>) -> Option<MutexGuard<'a, PipeState>> {
+        Some(wait(condvar, guard))
+    }
+}
+
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use crate::ram::Ram;
+
+    #[test]
+    fn a_read_waits_no_longer_than_its_timeout() {
+        let (mut a, mut b) = pair(10);
+        b.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        assert_eq!(b.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        a.write(b"x", &[]).unwrap();
+        assert_eq!(b.read(&mut [0; 2]).unwrap(), 1);
+    }
 
     #[test]
     fn bytes_and_pages_arrive_in_order() {
