@@ -4,8 +4,9 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use multifd_model::{
     commit::{
-        Cause, CommitDefect, CommitEvent, CommitModel, CommitState,
+        Cause, CommitDefect, CommitEvent, CommitModel, CommitState, Message,
         Whereabouts::{self, Abandoned, AwaitsGo, Dead, Loading, Receiving, Running, Starting},
+        Write,
         variants::{CommitVariant, commits, mutants},
     },
     protocol::Side,
@@ -83,6 +84,26 @@ fn cancel_works_in_every_state_that_has_no_outcome() {
     }
 }
 
+/// An operator is asked only where no answer arrives.
+#[test]
+fn an_answer_ends_the_doubt() {
+    for CommitVariant { name, model, .. } in commits() {
+        let mut answers = BTreeSet::new();
+        for (state, successors) in states(&model) {
+            let waits = state.is_doubtful() && state.source() != Some(InDoubt);
+            for (event, next) in successors.into_iter().filter(|_| waits) {
+                match event {
+                    CommitEvent::Receives(Side::Source, Message::Running) => assert_eq!(next.source(), Some(Done)),
+                    CommitEvent::Receives(Side::Source, Message::Refusal) => assert_eq!(next.source(), Some(Resumable)),
+                    _ => continue,
+                }
+                answers.insert(next.source());
+            }
+        }
+        assert_eq!(answers, [Some(Done), Some(Resumable)].into(), "{name}");
+    }
+}
+
 /// The steps that processes and limits make by themselves lead from every state to an end, without going in circles: no
 /// peer, network or user is needed to end a wait.
 #[test]
@@ -119,14 +140,11 @@ fn steps_to_the_end(
 #[test]
 fn without_bad_luck_the_guest_arrives() {
     for CommitVariant { name, model, .. } in commits() {
-        let lucky = |event: &CommitEvent| {
-            use multifd_model::commit::Write;
-            match event {
-                CommitEvent::Writes(.., write) => *write == Write::Sent,
-                CommitEvent::Loads(fine) | CommitEvent::Starts(fine) => *fine,
-                CommitEvent::Stops(..) => false,
-                event => event.is_certain(),
-            }
+        let lucky = |event: &CommitEvent| match event {
+            CommitEvent::Writes(.., write) => *write == Write::Sent,
+            CommitEvent::Loads(fine) | CommitEvent::Starts(fine) => *fine,
+            CommitEvent::Stops(..) => false,
+            event => event.is_certain(),
         };
         let mut ends = BTreeSet::new();
         let mut waiting = vec![model.initial()];

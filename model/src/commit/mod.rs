@@ -124,6 +124,8 @@ struct Destination {
     loaded: bool,
     /// The guest has run here, or the checkpoint has its name.
     started: bool,
+    /// It was refused, although it had begun to start.
+    refused: bool,
     /// The operator let the guest run at the source, and it was started here after that.
     started_late: bool,
 }
@@ -375,7 +377,9 @@ impl CommitModel {
         let refusal = (!self.has(CommitDefect::NoRefusal)).then_some(Message::Refusal);
         let began = matches!(phase, DestinationPhase::Starting | DestinationPhase::Running);
         if event == DestinationEvent::Stopped && began && self.has(CommitDefect::RefusesAfterGo) {
-            destination.pending = refusal;
+            if !std::mem::replace(&mut destination.refused, true) {
+                destination.pending = refusal;
+            }
             return;
         }
         let late = event == DestinationEvent::Go && phase == DestinationPhase::Abandoned && destination.loaded;
@@ -495,6 +499,7 @@ impl Model for CommitModel {
                 received: None,
                 loaded: false,
                 started: false,
+                refused: false,
                 started_late: false,
             },
             forward: Link::default(),
@@ -540,7 +545,7 @@ impl Model for CommitModel {
         }
         let waits = source.alive && !source.frozen && !source.is_over()
             || destination.alive && !destination.frozen && !destination.is_over();
-        if waits && !successors.iter().any(|(event, _)| event.is_certain()) {
+        if waits && !successors.iter().any(|(event, next)| event.is_certain() && next != state) {
             return Some(CommitHarm::WaitsForever);
         }
         if !state.is_over() {
@@ -622,7 +627,9 @@ impl CommitState {
         let receiver = self.connection(from.other());
         // What goes to an end that is gone is of no further interest.
         if receiver == Connection::Open {
-            self.link(from).under_way.push(message);
+            let under_way = &mut self.link(from).under_way;
+            under_way.push(message);
+            assert!(under_way.len() <= MOST_UNDER_WAY, "a side that goes on writing: {under_way:?}");
         }
     }
 
@@ -643,6 +650,9 @@ impl CommitState {
         }
     }
 }
+
+/// More than either side has to say.
+const MOST_UNDER_WAY: usize = 6;
 
 impl Source {
     fn phase(&self) -> SourcePhase {
