@@ -8,7 +8,13 @@ use std::io;
 
 use multifd_proto::packet::Compression;
 
-use crate::ram::GuestRange;
+use crate::{
+    ram::GuestRange,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
 /// Compresses the packets of one channel.
 pub(crate) struct Compressor {
@@ -46,6 +52,37 @@ impl Compressor {
 /// Puts the packets of one channel back. Needs a bounded amount of memory, whatever the peer sends.
 pub(crate) struct Decompressor {
     decoder: Box<dyn Decode>,
+    shared: Arc<Windows>,
+    /// What was counted there.
+    counted: usize,
+}
+
+/// The memory that the decompressors of one migration have together: a peer chooses the windows of each channel.
+#[derive(Debug, Default)]
+pub(crate) struct Windows {
+    bytes: AtomicUsize,
+}
+
+impl Windows {
+    /// One decompressor that had `before` bytes has `now`.
+    fn changed(&self, before: usize, now: usize) -> io::Result<()> {
+        // A count that only one thread changes at a time by its own part.
+        let all = match now.checked_sub(before) {
+            Some(more) => self.bytes.fetch_add(more, Relaxed) + more,
+            None => self.bytes.fetch_sub(before - now, Relaxed) - (before - now),
+        };
+        if now > before && all > MAX_WINDOWS {
+            return Err(damaged(format!("the decompressors of all channels need more than {MAX_WINDOWS} bytes")));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Decompressor {
+    fn drop(&mut self) {
+        // Less is never refused.
+        let _ = self.shared.changed(self.counted, 0);
+    }
 }
 
 impl Decompressor {
@@ -53,8 +90,8 @@ impl Decompressor {
     ///
     /// # Errors
     /// [`io::ErrorKind::Unsupported`] for no method at all, and for one that was left out of this build.
-    pub(crate) fn new(method: Compression) -> io::Result<Decompressor> {
-        Ok(Decompressor { decoder: decoder(method)? })
+    pub(crate) fn new(method: Compression, shared: &Arc<Windows>) -> io::Result<Decompressor> {
+        Ok(Decompressor { decoder: decoder(method)?, shared: shared.clone(), counted: 0 })
     }
 
     /// Fills `out` from the payload of the next packet.
@@ -78,6 +115,8 @@ impl Decompressor {
                 break;
             }
         }
+        let before = std::mem::replace(&mut self.counted, self.decoder.memory());
+        self.shared.changed(before, self.counted)?;
         if !payload.is_empty() {
             return Err(damaged(format!("{} bytes of the payload are left over", payload.len())));
         }
@@ -135,6 +174,11 @@ trait Decode: Send {
     /// Goes on with the stream: bytes consumed of `input`, and bytes written to `out`, which is not empty. Both are 0 only
     /// where there is nothing left to do.
     fn step(&mut self, input: &[u8], out: &mut [u8]) -> io::Result<(usize, usize)>;
+
+    /// How much memory it has of which the peer decides.
+    fn memory(&self) -> usize {
+        0
+    }
 }
 
 #[cfg(feature = "zlib")]
@@ -219,7 +263,7 @@ mod zstandard {
 
     use std::io::{self, Cursor};
 
-    use zstd::stream::raw::{DParameter, Operation};
+    use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, get_error_name};
 
     use super::{Decode, Encode, check_level, damaged};
 
@@ -244,20 +288,27 @@ mod zstandard {
         }
     }
 
-    pub(super) struct Decoder(zstd::stream::raw::Decoder<'static>);
+    pub(super) struct Decoder(DCtx<'static>);
 
     impl Decoder {
         pub(super) fn new() -> io::Result<Decoder> {
-            let mut decoder = zstd::stream::raw::Decoder::new()?;
-            decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX))?;
-            Ok(Decoder(decoder))
+            let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
+            let set = context.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX));
+            set.map_err(|code| io::Error::other(get_error_name(code)))?;
+            Ok(Decoder(context))
         }
     }
 
     impl Decode for Decoder {
         fn step(&mut self, input: &[u8], out: &mut [u8]) -> io::Result<(usize, usize)> {
-            let status = self.0.run_on_buffers(input, out).map_err(|error| damaged(format!("zstd: {error}")))?;
-            Ok((status.bytes_read, status.bytes_written))
+            let (mut input, mut out) = (InBuffer::around(input), OutBuffer::around(out));
+            let status = self.0.decompress_stream(&mut out, &mut input);
+            status.map_err(|code| damaged(format!("zstd: {}", get_error_name(code))))?;
+            Ok((input.pos(), out.pos()))
+        }
+
+        fn memory(&self) -> usize {
+            self.0.sizeof()
         }
     }
 
@@ -273,6 +324,9 @@ fn check_level(method: &str, level: i32, range: std::ops::RangeInclusive<i32>) -
     let message = format!("{method} has levels from {} to {}, not {level}", range.start(), range.end());
     Err(io::Error::new(io::ErrorKind::InvalidInput, message))
 }
+
+/// What the decompressors of one migration may have together: 1 GiB, windows of 32 MiB for 32 channels, or of 4 MiB for 255.
+const MAX_WINDOWS: usize = 1 << 30;
 
 fn damaged(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, message)
@@ -305,7 +359,7 @@ pub(crate) mod tests {
                 let mut compressor = Compressor::new(method, level).unwrap();
                 let contents = [text(3), random(1), vec![0; 5 * PAGE], text(128), random(128)];
                 let payloads: Vec<_> = contents.iter().map(|content| compress(&mut compressor, content)).collect();
-                let mut in_order = Decompressor::new(method).unwrap();
+                let mut in_order = Decompressor::new(method, &Default::default()).unwrap();
                 for (content, payload) in contents.iter().zip(&payloads) {
                     assert_eq!(
                         decompress(&mut in_order, payload, content.len()).unwrap(),
@@ -315,7 +369,7 @@ pub(crate) mod tests {
                     assert!(payload.len() <= MAX_COMPRESSED as usize, "{method} {level}: {}", payload.len());
                 }
                 // A zlib stream has its header in the first packet only.
-                let mut other = Decompressor::new(method).unwrap();
+                let mut other = Decompressor::new(method, &Default::default()).unwrap();
                 for index in [0, 3, 1, 4, 2] {
                     let content = &contents[index];
                     assert_eq!(decompress(&mut other, &payloads[index], content.len()).unwrap(), *content);
@@ -337,8 +391,8 @@ pub(crate) mod tests {
         let contents: Vec<_> = [2, 128, 1, 1, 77].into_iter().map(text).collect();
         let mut deflate = flate2::Compress::new(flate2::Compression::new(1), true);
         let mut frame = zstd::stream::raw::Encoder::new(1).unwrap();
-        let mut inflate = Decompressor::new(Compression::Zlib).unwrap();
-        let mut unzstd = Decompressor::new(Compression::Zstd).unwrap();
+        let mut inflate = Decompressor::new(Compression::Zlib, &Default::default()).unwrap();
+        let mut unzstd = Decompressor::new(Compression::Zstd, &Default::default()).unwrap();
         for content in &contents {
             let mut payload = Vec::with_capacity(2 * content.len() + 64);
             deflate.compress_vec(content, &mut payload, flate2::FlushCompress::Sync).unwrap();
@@ -374,7 +428,7 @@ pub(crate) mod tests {
                     Compression::Zlib => flate2::read::ZlibDecoder::new(&whole[..]).read_exact(&mut expected).unwrap(),
                     _ => zstd::stream::read::Decoder::new(&whole[..]).unwrap().read_exact(&mut expected).unwrap(),
                 }
-                let mut decompressor = Decompressor::new(method).unwrap();
+                let mut decompressor = Decompressor::new(method, &Default::default()).unwrap();
                 let mut decoded = Vec::new();
                 for (payload, len) in &payloads {
                     decoded.extend(decompress(&mut decompressor, payload, *len).unwrap());
@@ -391,13 +445,18 @@ pub(crate) mod tests {
         for method in METHODS {
             let payload = compress(&mut Compressor::new(method, 1).unwrap(), &text(2));
             for (len, says) in [(PAGE, "more than 4096"), (3 * PAGE, "8192 bytes, not 12288"), (0, "more than 0")] {
-                let error = decompress(&mut Decompressor::new(method).unwrap(), &payload, len).unwrap_err();
+                let error = decompress(&mut Decompressor::new(method, &Default::default()).unwrap(), &payload, len)
+                    .unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::InvalidData);
                 assert!(error.to_string().contains(says), "{method}: {error}");
             }
             let cut = &payload[..payload.len() - 10];
-            assert!(decompress(&mut Decompressor::new(method).unwrap(), cut, 2 * PAGE).is_err(), "{method}");
-            let error = decompress(&mut Decompressor::new(method).unwrap(), &[], PAGE).unwrap_err();
+            assert!(
+                decompress(&mut Decompressor::new(method, &Default::default()).unwrap(), cut, 2 * PAGE).is_err(),
+                "{method}"
+            );
+            let error =
+                decompress(&mut Decompressor::new(method, &Default::default()).unwrap(), &[], PAGE).unwrap_err();
             assert!(error.to_string().contains("0 bytes, not 4096"), "{error}");
         }
     }
@@ -407,7 +466,8 @@ pub(crate) mod tests {
         let mut payload = Vec::with_capacity(10_000);
         let mut deflate = flate2::Compress::new(flate2::Compression::new(1), true);
         deflate.compress_vec(&text(1), &mut payload, flate2::FlushCompress::Finish).unwrap();
-        let error = decompress(&mut Decompressor::new(Compression::Zlib).unwrap(), &payload, PAGE).unwrap_err();
+        let error = decompress(&mut Decompressor::new(Compression::Zlib, &Default::default()).unwrap(), &payload, PAGE)
+            .unwrap_err();
         assert!(error.to_string().contains("stream ends"), "{error}");
     }
 
@@ -425,9 +485,42 @@ pub(crate) mod tests {
             compressor.run(&mut input, &mut out).unwrap();
             compressor.flush(&mut out).unwrap();
             let len = out.pos();
-            let result = decompress(&mut Decompressor::new(Compression::Zstd).unwrap(), &payload[..len], PAGE);
+            let result = decompress(
+                &mut Decompressor::new(Compression::Zstd, &Default::default()).unwrap(),
+                &payload[..len],
+                PAGE,
+            );
             assert_eq!(result.is_ok(), taken, "{log}: {:?}", result.err());
         }
+    }
+
+    /// Each channel may have a window of 32 MiB: with 255 of them, 8 GiB.
+    #[test]
+    fn the_windows_of_all_channels_have_a_limit_together() {
+        use zstd::stream::raw::{CParameter, InBuffer, Operation, OutBuffer};
+        let mut compressor = zstd::stream::raw::Encoder::new(1).unwrap();
+        compressor.set_parameter(CParameter::WindowLog(25)).unwrap();
+        let content = text(1);
+        let mut payload = vec![0; 2 * PAGE];
+        let mut out = OutBuffer::around(&mut payload[..]);
+        compressor.run(&mut InBuffer::around(&content), &mut out).unwrap();
+        compressor.flush(&mut out).unwrap();
+        let len = out.pos();
+        let payload = &payload[..len];
+        let shared = Arc::new(Windows::default());
+        let mut channels = Vec::new();
+        let error = loop {
+            assert!(channels.len() <= MAX_WINDOWS >> 25, "no limit");
+            let mut channel = Decompressor::new(Compression::Zstd, &shared).unwrap();
+            if let Err(error) = decompress(&mut channel, payload, PAGE) {
+                break error;
+            }
+            channels.push(channel);
+        };
+        assert!(error.to_string().contains("decompressors of all channels"), "{error}");
+        assert!(channels.len() >= 30, "{}", channels.len());
+        channels.clear();
+        assert_eq!(shared.bytes.load(Relaxed), 0);
     }
 
     #[test]
@@ -444,7 +537,7 @@ pub(crate) mod tests {
                         payload[at] ^= 1 << (random.next() % 8);
                     }
                 }
-                let mut decompressor = Decompressor::new(method).unwrap();
+                let mut decompressor = Decompressor::new(method, &Default::default()).unwrap();
                 // Twice, because a stream that was left in the middle is what the next packet meets.
                 for _ in 0..2 {
                     match decompress(&mut decompressor, &payload, 4 * PAGE) {
@@ -468,7 +561,7 @@ pub(crate) mod tests {
         assert!(error(Compression::Zstd, 23).ends_with("to 22, not 23"));
         assert!(Compressor::new(Compression::Zstd, -5).is_ok());
         assert_eq!(error(Compression::None, 1), "pages without compression have no compressor");
-        assert!(Decompressor::new(Compression::None).is_err());
+        assert!(Decompressor::new(Compression::None, &Default::default()).is_err());
     }
 
     #[test]

@@ -3,9 +3,9 @@
 //! Bit `n` is page number `n` of the [`Layout`]. A second, 64 times smaller bitmap has a bit for each word that may be
 //! non-zero: a clean bitmap of a terabyte (32 MiB) is passed over by reading 512 KiB.
 
-use std::ops::Range;
+use std::{io, ops::Range};
 
-use crate::layout::Layout;
+use crate::{layout::Layout, sys::zeroed::zeroed};
 
 /// A set of pages, by page number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,15 @@ impl DirtyBitmap {
     pub fn new(layout: &Layout) -> DirtyBitmap {
         let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
         DirtyBitmap { words: vec![0; words], summary: vec![0; words.div_ceil(64)] }
+    }
+
+    /// An empty set for the pages of `layout`, which may be a claim of a peer.
+    ///
+    /// # Errors
+    /// There is no room for it.
+    pub(crate) fn try_new(layout: &Layout) -> io::Result<DirtyBitmap> {
+        let words = usize::try_from(layout.bits() / 64).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        Ok(DirtyBitmap { words: zeroed(words)?, summary: zeroed(words.div_ceil(64))? })
     }
 
     /// The set of all pages of `layout`.

@@ -251,6 +251,16 @@ pub enum Mismatch {
     /// More memory than an address can reach.
     #[error("more than 2^63 bytes of RAM")]
     TooMuchRam,
+    /// More memory than the audit has room for.
+    #[error(
+        "{bytes:#x} bytes of RAM cannot be audited here; at most {limit:#x} can, in four bytes of memory for each page"
+    )]
+    TooMuchToAudit {
+        /// Bytes of RAM.
+        bytes: u64,
+        /// The most.
+        limit: u64,
+    },
     /// The source has a RAM block that this VM does not have.
     #[error("the source has RAM block {name:?} ({len:#x} bytes), which this VM does not have")]
     BlockUnknown {

@@ -28,7 +28,7 @@ pub fn decompress<'a>(
     packets: impl IntoIterator<Item = &'a [u8]>,
     len: usize,
 ) -> io::Result<Vec<u8>> {
-    let mut decompressor = compress::Decompressor::new(method)?;
+    let mut decompressor = compress::Decompressor::new(method, &Default::default())?;
     let mut out = vec![0; len];
     for packet in packets {
         decompressor.decompress(packet, &mut out)?;

@@ -147,7 +147,7 @@ impl Target for Writer {
         }
         let first = blocks.iter().filter_map(|entry| Some(entry.mapped_ram?.pages_offset)).collect();
         let (file, path) = (self.file.file().clone(), self.file.path().to_owned());
-        let pages = Arc::new(FilePages::new(file, path, head.layout.clone(), first));
+        let pages = Arc::new(FilePages::new(file, path, head.layout.clone(), first)?);
         let (machine, section) = (head.machine.clone(), head.ram_section);
         self.ram = Some(ReceivedRam { machine, section, blocks, pages: pages.clone() });
         Ok(pages)

@@ -11,13 +11,14 @@ use std::fmt;
 use multifd_proto::{BlockName, ChannelId, rounds::Party};
 
 use crate::{
-    error::Connection,
+    error::{Connection, Error, Mismatch},
     layout::Layout,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
         lock,
     },
+    sys::zeroed::zeroed_atomics,
 };
 
 /// The account of one migration.
@@ -69,14 +70,18 @@ impl fmt::Display for StaleWrite {
 
 impl Audit {
     /// No page of `layout` is written yet.
-    pub(crate) fn new(layout: Arc<Layout>) -> Audit {
-        let pages = usize::try_from(layout.bits()).expect("an account of mapped memory fits memory");
-        Audit {
-            last: std::iter::repeat_with(|| AtomicU32::new(0)).take(pages).collect(),
-            stale: AtomicU64::new(0),
-            first: Mutex::new(Vec::new()),
-            layout,
+    ///
+    /// # Errors
+    /// [`Mismatch::TooMuchToAudit`]: it takes four bytes for each page that a peer claims to have and names.
+    pub(crate) fn new(layout: Arc<Layout>) -> Result<Audit, Error> {
+        let bytes = layout.bytes();
+        let refused = || Error::Mismatch(Mismatch::TooMuchToAudit { bytes, limit: MAX_AUDITED });
+        if bytes > MAX_AUDITED {
+            return Err(refused());
         }
+        let pages = usize::try_from(layout.bits()).map_err(|_| refused())?;
+        let last = zeroed_atomics(pages).map_err(|_| refused())?;
+        Ok(Audit { last, stale: AtomicU64::new(0), first: Mutex::new(Vec::new()), layout })
     }
 
     /// `writer` has written the pages at `offsets` of block `block` in its round `round`.
@@ -144,6 +149,8 @@ impl Write {
 
 /// 0 for main, 1 to 256 for channels.
 const PARTY_BITS: u32 = 9;
+/// The most guest memory of a migration that can be audited: its account takes 1 GiB.
+const MAX_AUDITED: u64 = 1 << 40;
 /// A broken barrier makes thousands; these are enough to see how.
 const KEPT: usize = 16;
 
@@ -161,7 +168,7 @@ mod tests {
 
     #[test]
     fn later_rounds_and_the_same_round_are_fine() {
-        let audit = Audit::new(layout());
+        let audit = Audit::new(layout()).unwrap();
         for (party, round) in [(Party::Main, 0), (A, 0), (B, 0), (A, 0), (B, 1), (Party::Main, 1), (A, 7)] {
             audit.wrote(1, &[0, 4096], party, round);
         }
@@ -172,7 +179,7 @@ mod tests {
 
     #[test]
     fn an_older_round_is_told_with_page_connections_and_rounds() {
-        let audit = Audit::new(layout());
+        let audit = Audit::new(layout()).unwrap();
         audit.wrote(1, &[8192], B, 5);
         audit.wrote(1, &[4096, 8192], A, 4);
         audit.wrote(1, &[8192], Party::Main, 3);
@@ -190,7 +197,7 @@ mod tests {
 
     #[test]
     fn only_the_first_findings_are_kept_and_all_are_counted() {
-        let audit = Audit::new(layout());
+        let audit = Audit::new(layout()).unwrap();
         audit.wrote(0, &[0], A, 9);
         (0..100).for_each(|_| audit.wrote(0, &[0], B, 2));
         let findings = audit.findings();
@@ -199,7 +206,7 @@ mod tests {
 
     #[test]
     fn rounds_beyond_four_million_count_as_one() {
-        let audit = Audit::new(layout());
+        let audit = Audit::new(layout()).unwrap();
         audit.wrote(0, &[0], B, u64::from(u32::MAX));
         audit.wrote(0, &[0], A, 1 << 23);
         assert_eq!(audit.findings().stale_writes, 0);

@@ -208,7 +208,8 @@ impl ReceiveChannel {
         let index = match self.decompressors.iter().position(|(known, _)| *known == method) {
             Some(index) => index,
             None => {
-                self.decompressors.push((method, Decompressor::new(method).map_err(Error::io(at))?));
+                self.decompressors
+                    .push((method, Decompressor::new(method, &self.shared.windows).map_err(Error::io(at))?));
                 self.decompressors.len() - 1
             }
         };

@@ -46,6 +46,7 @@ pub(crate) use self::{
 use crate::{
     barrier::RoundBarrier,
     checkpoint::MAX_DEVICE_STATE,
+    compress::Windows,
     error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
@@ -119,6 +120,8 @@ impl Destination {
 pub(super) struct Shared {
     page_size: usize,
     barrier: RoundBarrier,
+    /// The memory of all decompressors.
+    windows: Arc<Windows>,
     progress: Progress,
     stop: StopHandle,
     options: Options,
@@ -235,6 +238,7 @@ impl Run {
         let shared = Arc::new(Shared {
             page_size,
             barrier: RoundBarrier::new(None),
+            windows: Arc::default(),
             #[cfg(any(test, feature = "broken-variants"))]
             loose: crate::broken::LooseBarrier::new(options.broken),
             progress,
@@ -395,7 +399,10 @@ impl Run {
         let head = StreamHead { machine, return_path, ram_section, blocks, layout };
         let sink = target.open_ram(&head)?;
         let layout = Arc::new(head.layout);
-        self.audit = self.shared.options.audit.then(|| Arc::new(Audit::new(layout.clone())));
+        self.audit = match self.shared.options.audit {
+            true => Some(Arc::new(Audit::new(layout.clone())?)),
+            false => None,
+        };
         *lock(&self.shared.pages) = Some(Pages { layout, sink: sink.clone(), audit: self.audit.clone() });
         self.sink = Some(sink);
         Ok(())

@@ -10,6 +10,7 @@ use crate::{
     layout::Layout,
     ram::{GuestRange, Ram},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sys::zeroed::zeroed_atomics,
     transport::Stream,
 };
 
@@ -180,10 +181,18 @@ pub(crate) struct PageBits {
 }
 
 impl PageBits {
-    /// An empty set for the pages of `layout`.
+    /// An empty set for the pages of `layout`, which are mapped in this process.
     pub(crate) fn new(layout: &Layout) -> PageBits {
-        let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
-        PageBits { words: std::iter::repeat_with(|| AtomicU64::new(0)).take(words).collect() }
+        PageBits::try_new(layout).expect("there is room for a bitmap of memory for which there is room")
+    }
+
+    /// An empty set for the pages of `layout`, which may be a claim of a peer.
+    ///
+    /// # Errors
+    /// There is no room for it.
+    pub(crate) fn try_new(layout: &Layout) -> io::Result<PageBits> {
+        let words = usize::try_from(layout.bits() / 64).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        Ok(PageBits { words: zeroed_atomics(words)? })
     }
 
     /// Rounds are ordered by the barrier, and within one the order of two copies of a page does not matter, so relaxed

@@ -8,7 +8,12 @@ use super::{
     Bearer, Contents, PAGE_SIZE,
     contents::{self, Scratch},
 };
-use crate::{checkpoint::Tail, dirty_bitmap::DirtyBitmap, error::Error, layout::Layout};
+use crate::{
+    checkpoint::Tail,
+    dirty_bitmap::DirtyBitmap,
+    error::{Connection, Error, Place},
+    layout::Layout,
+};
 
 /// The account of a whole migration.
 #[derive(Clone, Debug, Default)]
@@ -142,9 +147,10 @@ impl Pages {
     pub(super) fn new(blocks: &[BlockEntry], rounds: bool, scratch: Option<Scratch>) -> Result<Pages, Error> {
         let layout = Layout::new(PAGE_SIZE, blocks.iter().map(|block| (block.name.clone(), block.used_len)))?;
         contents::check_size(&layout)?;
-        let bitmap = || DirtyBitmap::new(&layout);
-        let (in_round, ever, content) = (bitmap(), bitmap(), bitmap());
-        let contents = scratch.map(|scratch| Contents::new(scratch, layout.clone()));
+        let failed = |source| Error::Io { at: Place { connection: Connection::Main, offset: 0 }, source };
+        let bitmap = || DirtyBitmap::try_new(&layout).map_err(failed);
+        let (in_round, ever, content) = (bitmap()?, bitmap()?, bitmap()?);
+        let contents = scratch.map(|scratch| Contents::new(scratch, layout.clone())).transpose()?;
         let round = RoundAccount::default();
         Ok(Pages { layout, rounds, in_round, ever, content, round, sent_again: 0, repeated: 0, contents })
     }

@@ -10,8 +10,9 @@ use multifd_proto::{
 
 use super::{ChannelAccount, PAGE_SIZE, account::Pages};
 use crate::{
-    compress::Decompressor,
+    compress::{Decompressor, Windows},
     error::{Connection, Error, Place},
+    sync::Arc,
 };
 
 /// A channel and what was counted on it.
@@ -22,6 +23,7 @@ pub(super) struct Channel {
     payload: Vec<u8>,
     pages: Vec<u8>,
     decompressor: Option<Decompressor>,
+    windows: Arc<Windows>,
 }
 
 /// What a packet was.
@@ -37,8 +39,8 @@ enum Packet {
 }
 
 impl Channel {
-    /// Reads the first bytes of the channel in file number `index`.
-    pub(super) fn open(stream: Box<dyn Read + Send>, index: usize) -> Result<Channel, Error> {
+    /// Reads the first bytes of the channel in file number `index`. All channels have `windows` together.
+    pub(super) fn open(stream: Box<dyn Read + Send>, index: usize, windows: &Arc<Windows>) -> Result<Channel, Error> {
         let at = Place { connection: Connection::Unknown(index), offset: 0 };
         let mut bytes = BufReader::with_capacity(READ_SIZE, stream);
         let mut hello = [0; HELLO_LEN];
@@ -64,6 +66,7 @@ impl Channel {
             payload: Vec::new(),
             pages: Vec::new(),
             decompressor: None,
+            windows: windows.clone(),
         })
     }
 
@@ -194,7 +197,7 @@ impl Channel {
         }
         let decompressor = match &mut self.decompressor {
             Some(decompressor) => decompressor,
-            none => none.insert(Decompressor::new(found).map_err(Error::io(behind))?),
+            none => none.insert(Decompressor::new(found, &self.windows).map_err(Error::io(behind))?),
         };
         self.pages.resize(packet.normal() * PAGE_SIZE, 0);
         decompressor.decompress(&self.payload, &mut self.pages).map_err(Error::io(behind))?;

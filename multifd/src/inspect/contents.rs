@@ -39,10 +39,10 @@ pub struct Contents {
 }
 
 impl Contents {
-    pub(super) fn new(scratch: Scratch, layout: Layout) -> Contents {
+    pub(super) fn new(scratch: Scratch, layout: Layout) -> Result<Contents, CheckpointError> {
         let first = layout.blocks().iter().map(|block| block.first_page() * layout.page_size() as u64).collect();
-        let pages = FilePages::new(Arc::new(scratch.file), scratch.directory, layout.clone(), first);
-        Contents { layout, pages }
+        let pages = FilePages::new(Arc::new(scratch.file), scratch.directory, layout.clone(), first)?;
+        Ok(Contents { layout, pages })
     }
 
     pub(super) fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {

@@ -19,6 +19,7 @@ pub use self::{
 use crate::{
     checkpoint::CheckpointError,
     error::{Error, Place},
+    sync::Arc,
 };
 use multifd_proto::{
     ChannelId, Violation,
@@ -84,8 +85,9 @@ impl RecordedReader {
     fn greet(&mut self, streams: Vec<Box<dyn Read + Send>>) -> Result<(), Error> {
         let count = streams.len();
         let mut first: Option<Hello> = None;
+        let windows = Arc::default();
         for (index, stream) in streams.into_iter().enumerate() {
-            let channel = Channel::open(stream, index)?;
+            let channel = Channel::open(stream, index, &windows)?;
             let at = Place { connection: crate::error::Connection::Channel(channel.id()), offset: 0 };
             let id = channel.id();
             if id.index() >= count {

@@ -20,3 +20,4 @@ pub(crate) mod vectored;
 #[cfg(feature = "vm-memory")]
 pub(crate) mod vm_memory;
 pub(crate) mod zerocopy;
+pub(crate) mod zeroed;
