@@ -8,7 +8,7 @@ use std::{any::Any, fmt, io, marker::PhantomData, ptr::NonNull};
 use multifd_proto::BlockName;
 
 use crate::{
-    error::Mismatch,
+    error::{Error, Mismatch},
     layout::{BlockLayout, Layout},
     sync::Arc,
     sys::{guest_copy, heap, mapping::Mapping},
@@ -80,8 +80,22 @@ pub struct RamBlock {
     len: usize,
     /// No byte of it was ever written, so all of it reads as zeros.
     fresh: bool,
+    /// Where its contents are until they are needed, if not in memory.
+    backing: Option<Arc<dyn Backing>>,
     /// Keeps the mapping alive for as long as anybody can reach the block.
     _owner: Box<dyn Any + Send + Sync>,
+}
+
+/// Where the contents of a block are until a source sends them.
+pub(crate) trait Backing: Send + Sync {
+    /// Puts the `len` bytes from `offset` on into memory. No other thread reads or loads these bytes meanwhile.
+    ///
+    /// # Errors
+    /// They cannot be had. What the memory holds then is undefined.
+    fn load(&self, offset: u64, len: usize) -> Result<(), Error>;
+
+    /// The memory of these bytes is no longer needed.
+    fn release(&self, offset: u64, len: usize);
 }
 
 // SAFETY: a RAM block is plain memory that other threads and the guest write at any time anyway; all access goes
@@ -107,7 +121,31 @@ impl RamBlock {
         len: usize,
         owner: Box<dyn Any + Send + Sync>,
     ) -> RamBlock {
-        RamBlock { name, base, len, fresh: false, _owner: owner }
+        RamBlock { name, base, len, fresh: false, backing: None, _owner: owner }
+    }
+
+    /// The same block, whose contents come from `backing`.
+    pub(crate) fn backed_by(self, backing: Arc<dyn Backing>) -> RamBlock {
+        RamBlock { backing: Some(backing), ..self }
+    }
+
+    /// Puts the contents of the pages at `offsets`, which are ascending, into memory, if they are elsewhere.
+    ///
+    /// # Errors
+    /// They cannot be had.
+    pub(crate) fn load(&self, offsets: &[u64], page_size: usize) -> Result<(), Error> {
+        let Some(backing) = &self.backing else { return Ok(()) };
+        for run in offsets.chunk_by(|a, b| a + page_size as u64 == *b) {
+            backing.load(run[0], run.len() * page_size)?;
+        }
+        Ok(())
+    }
+
+    /// The pages from the one at `first` to the one at `last` were sent.
+    pub(crate) fn release(&self, first: u64, last: u64, page_size: usize) {
+        if let Some(backing) = &self.backing {
+            backing.release(first, (last - first) as usize + page_size);
+        }
     }
 
     /// Maps `len` bytes of fresh private memory; the kernel gives it pages as they are touched.

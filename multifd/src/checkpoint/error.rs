@@ -76,6 +76,12 @@ pub enum CheckpointError {
         /// Its length.
         len: u64,
     },
+    /// The file is not what it was when it was opened.
+    #[error("{path:?} was changed while it was read")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// RAM blocks that cannot be handled.
     #[error("{path:?}: {source}")]
     Ram {

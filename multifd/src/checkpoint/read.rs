@@ -7,7 +7,7 @@ use std::{
     fs::File,
     io::{self, Read},
     ops::Range,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -26,6 +26,7 @@ use crate::{dirty_bitmap::DirtyBitmap, layout::Layout};
 pub struct Checkpoint {
     path: PathBuf,
     file: File,
+    stamp: Stamp,
     len: u64,
     stream: Stream,
     blocks: Vec<CheckpointBlock>,
@@ -59,6 +60,7 @@ impl Checkpoint {
         if !metadata.is_file() {
             return Err(CheckpointError::NotAFile { path: path.to_owned() });
         }
+        let stamp = Stamp::of(&file).map_err(io("asking for its length"))?;
         let stream = FileReader { path, file: &file, len: metadata.len(), at: 0, buf: Vec::new() }.stream()?;
         let ram = |source| CheckpointError::Ram { path: path.to_owned(), source };
         let lengths = stream.blocks.iter().map(|entry| (entry.name.clone(), entry.used_len));
@@ -66,7 +68,7 @@ impl Checkpoint {
         if layout.bytes() > MAX_RAM {
             return Err(CheckpointError::TooMuchRam { bytes: layout.bytes(), limit: MAX_RAM });
         }
-        let mut present = DirtyBitmap::new(&layout);
+        let mut present = DirtyBitmap::try_new(&layout).map_err(io("keeping account of its pages"))?;
         let mut blocks = Vec::new();
         for (entry, block) in stream.blocks.iter().zip(layout.blocks()) {
             let header = entry.mapped_ram.expect("every block has one in a mapped-ram file");
@@ -77,7 +79,8 @@ impl Checkpoint {
             let (name, bytes, pages_offset) = (entry.name.clone(), entry.used_len, header.pages_offset);
             blocks.push(CheckpointBlock { name, bytes, pages_offset, pages_present });
         }
-        Ok(Checkpoint { path: path.to_owned(), file, len: metadata.len(), stream, blocks, layout, present })
+        let (path, len) = (path.to_owned(), metadata.len());
+        Ok(Checkpoint { path, file, stamp, len, stream, blocks, layout, present })
     }
 
     /// Where it is.
@@ -151,6 +154,27 @@ impl Checkpoint {
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
+
+    /// What the file was like when it was opened.
+    pub(super) fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+}
+
+/// What tells that a file was changed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Stamp {
+    len: u64,
+    /// Seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    /// What `file` is like now.
+    pub(super) fn of(file: &File) -> io::Result<Stamp> {
+        let metadata = file.metadata()?;
+        Ok(Stamp { len: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
+    }
 }
 
 /// Reads the contents of one block, front to back. Pages of zeros are not read from the file.
@@ -161,7 +185,8 @@ pub struct BlockReader<'a> {
 }
 
 impl BlockReader<'_> {
-    /// How many bytes from here on are of one kind: zeros, or content; 0 at the end. A writer can leave a hole for zeros.
+    /// How many bytes from here on are of one kind: zeros, or content; 0 at the end. A writer can leave a hole for zeros. A
+    /// longer run of content is told in parts.
     pub fn run(&self) -> (u64, bool) {
         let Checkpoint { layout, present, .. } = self.checkpoint;
         let block = &layout.blocks()[self.block];
@@ -172,7 +197,11 @@ impl BlockReader<'_> {
         let zeros = !present.contains(page);
         let run_end = match zeros {
             true => present.next(page).map_or(end, |next| next.min(end)),
-            false => (page..end).find(|&page| !present.contains(page)).unwrap_or(end),
+            // Not to the end of the run: callers ask again for each part that they read.
+            false => {
+                let end = end.min(page + RUN);
+                (page..end).find(|&page| !present.contains(page)).unwrap_or(end)
+            }
         };
         let run_end = if run_end == end { block.bytes() } else { block.offset_of(run_end) };
         (run_end - self.offset, zeros)
@@ -364,5 +393,7 @@ fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitma
     Ok(())
 }
 
+/// The longest run of content that is told at once, in pages: 4 MiB.
+const RUN: u64 = 1024;
 /// Bytes read at once.
 const READ_SIZE: usize = 64 << 10;

@@ -1,24 +1,27 @@
 //! The VM in a checkpoint as a source: it stands still, and its memory is the file.
 
-use std::io;
+use std::{fs::File, io, path::PathBuf};
 
-use super::{Checkpoint, CheckpointError};
+use super::{Checkpoint, CheckpointError, read::Stamp};
 use crate::{
     dirty::DirtyLog,
     dirty_bitmap::DirtyBitmap,
     ram::Ram,
     sections::Sections,
     source::{self, Flush, Replay, Untouched},
-    sys::file_block::file_block,
+    sys::file_block::{FilePart, file_block},
     vm::{SourceVm, VmError},
 };
 
 /// The VM in a checkpoint, to be passed to [`Source::run`](source::Source::run) any number of times.
 ///
-/// Memory is mapped from the file, and pages are sent from there. The file must not be cut short meanwhile: that would
-/// end the process.
+/// The contents of a page are in the file until it is sent. A file that is changed meanwhile ends the migration with
+/// [`CheckpointError::Changed`], as far as its length or its time of modification tell.
 pub struct CheckpointSource {
     ram: Ram,
+    file: File,
+    path: PathBuf,
+    stamp: Stamp,
     /// Pages that are zeros whatever the file has in their place.
     zeros: DirtyBitmap,
     sections: Vec<u8>,
@@ -27,7 +30,7 @@ pub struct CheckpointSource {
 }
 
 impl CheckpointSource {
-    /// Maps the memory of `checkpoint`.
+    /// Makes room for the memory of `checkpoint`.
     ///
     /// # Errors
     /// The kernel's, and blocks that cannot be handled.
@@ -35,10 +38,15 @@ impl CheckpointSource {
         let path = checkpoint.path();
         let mut blocks = Vec::new();
         for block in checkpoint.blocks() {
-            let io = |source| CheckpointError::Io { path: path.to_owned(), doing: "mapping it", source };
+            let io =
+                |source| CheckpointError::Io { path: path.to_owned(), doing: "making room for its memory", source };
             let len = usize::try_from(block.bytes).map_err(|_| io(io::ErrorKind::OutOfMemory.into()))?;
-            blocks.push(file_block(block.name.clone(), checkpoint.file(), block.pages_offset, len).map_err(io)?);
+            let file = checkpoint.file().try_clone().map_err(io)?;
+            let part = FilePart { file, path: path.to_owned(), offset: block.pages_offset };
+            blocks.push(file_block(block.name.clone(), part, len).map_err(io)?);
         }
+        let io = |source| CheckpointError::Io { path: path.to_owned(), doing: "opening it once more", source };
+        let file = checkpoint.file().try_clone().map_err(io)?;
         let page_size = checkpoint.layout().page_size();
         let ram =
             Ram::new(page_size, blocks).map_err(|source| CheckpointError::Ram { path: path.to_owned(), source })?;
@@ -46,6 +54,9 @@ impl CheckpointSource {
         zeros.subtract(checkpoint.present());
         Ok(CheckpointSource {
             ram,
+            file,
+            path: path.to_owned(),
+            stamp: checkpoint.stamp(),
             zeros,
             sections: checkpoint.sections().to_vec(),
             vmdescription: checkpoint.vmdescription().to_vec(),
@@ -87,6 +98,10 @@ impl SourceVm for CheckpointSource {
     }
 
     fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+        // The last moment at which the migration can still fail.
+        if Stamp::of(&self.file)? != self.stamp {
+            return Err(CheckpointError::Changed { path: self.path.clone() }.into());
+        }
         out.replay(self.sections.clone(), self.vmdescription.clone());
         Ok(())
     }

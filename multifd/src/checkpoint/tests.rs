@@ -327,3 +327,87 @@ fn a_file_with_an_early_section_without_end_is_refused_at_the_limit() {
     let error = test_support::time_limit(Duration::from_secs(60), move || Checkpoint::open(&path).err().unwrap());
     assert!(matches!(error, CheckpointError::TooMuchEarlyState { .. }), "{error}");
 }
+
+/// Sends `checkpoint` to a VM. `meanwhile` happens when its source was made and has sent nothing.
+fn send(checkpoint: &Checkpoint, meanwhile: impl FnOnce()) -> (Result<source::Report, Error>, Vec<&'static str>) {
+    let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+    let (listener, connector) = memory::listener(100_000);
+    let mut options = source::Options::default();
+    checkpoint.apply_to(&mut options);
+    let mut vm = CheckpointSource::new(checkpoint).unwrap();
+    meanwhile();
+    let sent = std::thread::scope(|scope| {
+        let to = &mut to;
+        scope.spawn(move || drop(Destination::new(Default::default()).run(to, Box::new(listener), &mut ())));
+        Source::new(options).run(&mut vm, &connector, &mut ())
+    });
+    (sent, to.calls())
+}
+
+/// Its pages were read from a mapping of the file, and the process ended with SIGBUS.
+#[test]
+fn a_checkpoint_that_is_cut_or_written_while_it_is_sent_ends_the_migration() {
+    let dir = TempDir::new().unwrap();
+    let path = written(&dir);
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let (sent, calls) = send(&checkpoint, || {});
+    sent.unwrap();
+    assert!(calls.contains(&"start"));
+    let len = checkpoint.bytes();
+    let begin = checkpoint.blocks()[0].pages_offset;
+    let cases: [(&str, &dyn Fn()); 4] = [
+        ("cut at its first page", &|| file.set_len(begin).unwrap()),
+        ("cut inside a page", &|| file.set_len(begin + 4096 * 300 + 7).unwrap()),
+        ("longer", &|| file.set_len(len + 1).unwrap()),
+        ("written to", &|| {
+            file.set_len(len).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        }),
+    ];
+    for (case, change) in cases {
+        let (sent, calls) = send(&checkpoint, change);
+        let error = sent.unwrap_err().to_string();
+        assert!(error.ends_with("was changed while it was read"), "{case}: {error}");
+        assert!(!calls.contains(&"start"), "{case}");
+    }
+}
+
+/// 8 TiB of guest memory that a peer claims took 8 GiB of ours.
+#[test]
+fn an_audit_of_more_memory_than_it_has_room_for_is_refused() {
+    let mut out = MainEncoder::new();
+    out.header().configuration("multifd").ram_start(1, 8 << 40);
+    out.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 8 << 40)).eos().footer(1);
+    let dir = TempDir::new().unwrap();
+    let (listener, connector) = memory::listener(1 << 16);
+    let mut main = connector.connect().unwrap();
+    main.write(out.as_bytes(), &[]).unwrap();
+    let mut writer = Writer::create(&dir.join("checkpoint"), false).unwrap();
+    let options = destination::Options { audit: true, ..Default::default() };
+    let error = writer.receive(Destination::new(options), Box::new(listener), &mut ()).unwrap_err();
+    assert!(error.to_string().starts_with("0x80000000000 bytes of RAM cannot be audited here"), "{error}");
+}
+
+/// The run of content was searched to its end again for each part that was read.
+#[test]
+fn a_long_run_of_content_is_told_in_parts() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("checkpoint");
+    let ram = Ram::for_test(&[("ram", 3000)]);
+    for page in ram.layout().blocks()[0].page_range() {
+        ram.page(page).unwrap().write(&[1; 4096]);
+    }
+    let (sent, received) = receive(&mut TestSource::new(ram), &path, Default::default());
+    sent.unwrap();
+    received.unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let mut reader = checkpoint.block_reader(0);
+    let mut runs = Vec::new();
+    while let (bytes @ 1.., false) = reader.run() {
+        runs.push(bytes / 4096);
+        reader.skip(bytes);
+    }
+    assert_eq!(runs, [1024, 1024, 952]);
+    assert_eq!(contents(&checkpoint, 0), vec![1; 3000 * 4096]);
+}

@@ -116,6 +116,8 @@ impl SendChannel {
         let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");
         ranges.clear();
         let Batch { pages, zeros, .. } = batch;
+        let span = pages.first().copied().zip(pages.last().copied());
+        block.load(pages, page_size)?;
         match shared.options.zero_pages {
             ZeroPages::None => {
                 ranges.extend(pages.iter().map(|&offset| page(offset)));
@@ -145,6 +147,9 @@ impl SendChannel {
             }
         }
         if pages.is_empty() && zeros.is_empty() {
+            if let Some((first, last)) = span {
+                block.release(first, last, page_size);
+            }
             return Ok(());
         }
         let place = self.place();
@@ -180,6 +185,9 @@ impl SendChannel {
         let is_limited = shared.limiter.take(total);
         let taken = shared.options.clock.now();
         self.stream.write(&self.packet, ranges).map_err(Error::io(place))?;
+        if let Some((first, last)) = span {
+            block.release(first, last, page_size);
+        }
         if let Some(auto) = self.auto.as_mut().filter(|_| guest_bytes > 0) {
             let mut link = shared.options.clock.now() - taken;
             if let Some(limit) = shared.options.max_bandwidth.filter(|_| is_limited) {

@@ -1,45 +1,120 @@
-//! RAM blocks that are parts of a file, for reading.
+//! RAM blocks whose contents are in a file.
+//!
+//! The file is read, and not mapped: reading a mapping behind the end of a file that became shorter ends the process
+//! (SIGBUS), and a library must not handle signals.
 
-use std::{fs::File, io, os::fd::AsRawFd, ptr::NonNull};
+use std::{fs::File, io, os::fd::AsRawFd, path::PathBuf};
 
 use multifd_proto::BlockName;
 
-use crate::ram::RamBlock;
+use super::mapping::Mapping;
+use crate::{
+    checkpoint::CheckpointError,
+    error::Error,
+    ram::{Backing, RamBlock},
+    sync::Arc,
+};
 
-/// The `len` bytes from `offset` on of `file`, whose end lies behind them. Nobody writes to the block.
-///
-/// The file must not become shorter: the pages behind its new end could no longer be read, which ends the process.
-pub(crate) fn file_block(name: BlockName, file: &File, offset: u64, len: usize) -> io::Result<RamBlock> {
-    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
-    // SAFETY: a new mapping at an address of the kernel's choice; the kernel checks the other arguments.
-    let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, file.as_raw_fd(), offset) };
-    if base == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    let mapping = Mapping { base, len };
-    // SAFETY: the mapping was just made and has this length. It is read front to back: advice, no effect on contents.
-    let _ = unsafe { libc::madvise(mapping.base, len, libc::MADV_SEQUENTIAL) };
-    let base = NonNull::new(mapping.base.cast::<u8>()).expect("the kernel maps nothing at 0 unasked");
-    // SAFETY: `len` bytes are mapped readable at `base` until `mapping` is dropped, and no reference to them exists. A
-    // source only reads its memory.
-    Ok(unsafe { RamBlock::from_raw(name, base, len, Box::new(mapping)) })
+/// The `len` bytes from `offset` on of `file`, which is called `path`.
+pub(crate) fn file_block(name: BlockName, file: FilePart, len: usize) -> io::Result<RamBlock> {
+    let memory = Arc::new(Mapping::anonymous(len)?);
+    let base = memory.base();
+    // SAFETY: the mapping is that long and lives as long as its owner, which the block keeps. No reference to it exists.
+    let block = unsafe { RamBlock::from_raw(name, base, len, Box::new(memory.clone())) };
+    Ok(block.backed_by(Arc::new(FileMemory { memory, len, file })))
 }
 
-/// Unmaps the file.
-struct Mapping {
-    base: *mut libc::c_void,
+/// Where a block lies in a file.
+pub(crate) struct FilePart {
+    pub(crate) file: File,
+    /// What it is called in errors.
+    pub(crate) path: PathBuf,
+    pub(crate) offset: u64,
+}
+
+/// Memory, and the file that its contents come from.
+struct FileMemory {
+    memory: Arc<Mapping>,
     len: usize,
+    file: FilePart,
 }
 
-// SAFETY: it only unmaps, once, whoever drops it.
-unsafe impl Send for Mapping {}
-// SAFETY: nothing is reachable through a shared reference.
-unsafe impl Sync for Mapping {}
+impl FileMemory {
+    /// The address of the `len` bytes from `offset` on.
+    ///
+    /// # Panics
+    /// If they do not lie in the memory.
+    fn at(&self, offset: u64, len: usize) -> *mut libc::c_void {
+        let offset = usize::try_from(offset).expect("an offset in memory");
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "{len} bytes at {offset} of {}", self.len);
+        self.memory.base().as_ptr().wrapping_add(offset).cast()
+    }
+}
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: made by `mmap` with this length and unmapped nowhere else; the block that used it is gone.
-        unsafe { libc::munmap(self.base, self.len) };
+impl Backing for FileMemory {
+    fn load(&self, offset: u64, len: usize) -> Result<(), Error> {
+        let FilePart { file, path, offset: begin } = &self.file;
+        let to = self.at(offset, len);
+        let mut done = 0;
+        while done < len {
+            let failed = |source| CheckpointError::Io { path: path.clone(), doing: "reading it", source };
+            let from = libc::off_t::try_from(begin + offset + done as u64);
+            let from = from.map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+            // SAFETY: `at` checked that these bytes are mapped; the kernel writes them, and no reference to them exists.
+            let n = unsafe { libc::pread(file.as_raw_fd(), to.wrapping_byte_add(done), len - done, from) };
+            match n {
+                0 => return Err(CheckpointError::Changed { path: path.clone() }.into()),
+                1.. => done += n as usize,
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(failed(error).into()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&self, offset: u64, len: usize) {
+        // SAFETY: `at` checked that these bytes are mapped, privately and without a file: they are zeros afterwards. What
+        // the kernel still sends of them without a copy has references to the pages.
+        let _ = unsafe { libc::madvise(self.at(offset, len), len, libc::MADV_DONTNEED) };
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::io::Write;
+
+    use test_support::TempDir;
+
+    use super::*;
+
+    const PAGE: usize = 4096;
+
+    /// A mapping of the file would have ended the process here.
+    #[test]
+    fn a_file_that_became_shorter_is_an_error() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("x");
+        let mut file = File::options().create_new(true).read(true).write(true).open(&path).unwrap();
+        for page in 0..5u8 {
+            file.write_all(&[page; PAGE]).unwrap();
+        }
+        let part = FilePart { file: file.try_clone().unwrap(), path, offset: PAGE as u64 };
+        let block = file_block(BlockName::new("ram").unwrap(), part, 4 * PAGE).unwrap();
+        let first = |page: usize| {
+            let mut bytes = [0xff; PAGE];
+            block.range((page * PAGE) as u64, PAGE).unwrap().read(&mut bytes);
+            bytes
+        };
+        block.load(&[0, 4096, 3 * 4096], PAGE).unwrap();
+        assert_eq!([0, 1, 2, 3].map(|page| first(page)[7]), [1, 2, 0, 4], "only what was asked for");
+        block.release(0, 4096, PAGE);
+        assert_eq!([0, 1, 2, 3].map(|page| first(page)[7]), [0, 0, 0, 4]);
+        file.set_len(2 * PAGE as u64 + 100).unwrap();
+        block.load(&[0], PAGE).unwrap();
+        assert_eq!(first(0), [1; PAGE]);
+        let error = block.load(&[4096], PAGE).unwrap_err().to_string();
+        assert!(error.ends_with("/x\" was changed while it was read"), "{error}");
     }
 }
