@@ -12,7 +12,11 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{exit::Exit, terminal};
+use crate::{
+    cli::{TOKEN_VARIABLE, Token},
+    exit::Exit,
+    terminal,
+};
 
 /// A running `multifd guest`.
 pub struct GuestProcess {
@@ -41,18 +45,20 @@ pub enum Said {
 }
 
 impl GuestProcess {
-    /// Starts one with `args`. `said` is called from other threads with what it says. It shows its progress on our
+    /// Starts one with `args`, and `token` in its environment. `said` is called from other threads with what it says. It shows its progress on our
     /// stderr; without `progress`, what it says there is passed on line by line, as far as it is not for us.
     ///
     /// # Errors
     /// The kernel's.
     pub fn start(
         args: impl IntoIterator<Item: AsRef<OsStr>>,
+        token: Token,
         progress: bool,
         said: impl Fn(Said) + Clone + Send + 'static,
     ) -> io::Result<GuestProcess> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["guest", "--json", "--child-of", &std::process::id().to_string()]).args(args);
+        command.env(TOKEN_VARIABLE, token.reveal());
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         command.stderr(if progress { Stdio::inherit() } else { Stdio::piped() });
         let mut child = command.spawn()?;

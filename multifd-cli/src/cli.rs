@@ -1,6 +1,15 @@
 //! The command line: verbs, options, and what is right for each.
 
-use std::{fmt, num::NonZeroU8, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read},
+    num::NonZeroU8,
+    ops::RangeInclusive,
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use multifd::{
@@ -170,6 +179,9 @@ pub struct ReceiveArgs {
     /// UUID of the VM that is expected; a source with another one is refused [default: any].
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     pub uuid: Option<[u8; 16]>,
+    /// The connections.
+    #[command(flatten)]
+    pub link: LinkArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -364,9 +376,73 @@ pub struct TransferArgs {
     /// How long to try to connect while the destination refuses, because it does not listen yet; 0 for no limit.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time_limit)]
     pub connect_timeout: Limit<Duration>,
+    /// Longest pause of the guest, until the destination has confirmed that it has it. Then the guest runs on here; where
+    /// the destination may have it already, it stays paused, in doubt (exit status 7). 0 for no limit.
+    #[arg(long, value_name = "TIME", value_parser = units::time_limit, hide = true)]
+    pub pause_timeout: Option<Limit<Duration>>,
     /// Never slow the guest down, even if it writes faster than its memory can be sent.
     #[arg(long)]
     pub no_throttle: bool,
+    /// What both sides have.
+    #[command(flatten)]
+    pub link: LinkArgs,
+}
+
+/// The connections, on either side.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = MIGRATION)]
+pub struct LinkArgs {
+    /// How long nothing may arrive before the peer is given up, while the guest runs; 0 for no limit.
+    #[arg(long, value_name = "TIME", default_value = "2min", value_parser = units::time_limit, hide = true)]
+    pub stall_timeout: Limit<Duration>,
+    /// Secret of this migration, 32 hexadecimal digits, the same on both sides; connections without it are dropped. Not
+    /// with QEMU. In the environment other users do not see it.
+    #[arg(long, value_name = "HEX32", env = TOKEN_VARIABLE, hide_env_values = true, value_parser = Token::from_str, hide = true)]
+    pub token: Option<Token>,
+}
+
+impl LinkArgs {
+    /// The same as options of a command line, but for the token: every user can read those.
+    fn to_args(&self) -> Vec<String> {
+        let LinkArgs { stall_timeout, token: _ } = self;
+        vec![format!("--stall-timeout={}", show_limit(*stall_timeout))]
+    }
+}
+
+/// The secret of a migration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Token(pub [u8; 16]);
+
+impl Token {
+    /// One that was never used before.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn random() -> io::Result<Token> {
+        let mut bytes = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Token(bytes))
+    }
+
+    /// The same as 32 digits.
+    pub fn reveal(self) -> String {
+        format!("{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl FromStr for Token {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Token, String> {
+        bytes16(text).map(Token).ok_or_else(|| "expected 32 hexadecimal digits".to_owned())
+    }
+}
+
+/// Hides it.
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
 }
 
 impl TransferArgs {
@@ -441,7 +517,9 @@ impl TransferArgs {
             max_rounds,
             max_time,
             connect_timeout,
+            pause_timeout,
             no_throttle,
+            link,
         } = self;
         let mut args = vec![
             format!("--connect-timeout={}", show_limit(*connect_timeout)),
@@ -457,7 +535,9 @@ impl TransferArgs {
         let bandwidth = |Limit(rate): Limit<u64>| rate.map_or("0".to_owned(), |rate| format!("{rate}B/s"));
         args.extend(max_bandwidth.map(|rate| format!("--max-bandwidth={}", bandwidth(rate))));
         args.extend(max_time.map(|time| format!("--max-time={}", show_limit(time))));
+        args.extend(pause_timeout.map(|time| format!("--pause-timeout={}", show_limit(time))));
         args.extend(no_throttle.then(|| "--no-throttle".to_owned()));
+        args.extend(link.to_args());
         args
     }
 }
@@ -742,6 +822,8 @@ fn show_limit(Limit(time): Limit<Duration>) -> String {
     time.map_or("0".to_owned(), |time| format!("{}us", time.as_micros()))
 }
 
+/// Where `--token` is taken from when it is not given.
+pub const TOKEN_VARIABLE: &str = "MULTIFD_TOKEN";
 const MIGRATION: &str = "Migration";
 const PAGE: u64 = 4096;
 const DEFAULT_WORKING_SET: u64 = 64 << 20;
@@ -780,6 +862,7 @@ mod tests {
             "",
             "--max-bandwidth 0 --max-time 0 --connect-timeout 0 --downtime-limit 0",
             "--max-bandwidth 10G --max-time 5m --connect-timeout 1.5s --compression zstd --compression-level 7",
+            "--pause-timeout 5s --stall-timeout 0",
             "--channels 9 --zero-copy --zero-pages legacy --sync per-section --no-throttle --max-rounds 7 --write-rate 128M",
         ] {
             let demo: Vec<String> =
@@ -790,6 +873,17 @@ mod tests {
             let machine = |text: String| text.replace("working_set: None", "working_set: Some(67108864)");
             let guest: Vec<String> = head.chain(args.machine.to_args()).chain(args.transfer.to_args()).collect();
             assert_eq!(machine(read(&demo)), machine(read(&guest)), "{options}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_32_digits_and_not_shown() {
+        let token = Token::random().unwrap();
+        assert_eq!(token.reveal().parse(), Ok(token));
+        assert_eq!("000102030405060708090a0b0c0D0E0F".parse(), Ok(Token(std::array::from_fn(|at| at as u8))));
+        assert!(!format!("{token:?}").contains(&token.reveal()[..8]));
+        for wrong in ["", "0", "zz0102030405060708090a0b0c0d0e0f", "00010203-0405-0607-0809-0a0b0c0d0e0f"] {
+            assert!(wrong.parse::<Token>().is_err(), "{wrong}");
         }
     }
 

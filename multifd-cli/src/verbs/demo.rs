@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::{
     child::{Ending, GuestProcess, Said},
-    cli::{DemoArgs, Transport},
+    cli::{DemoArgs, Token, Transport},
     control::{self, Command},
     exit::Exit,
     progress,
@@ -61,6 +61,8 @@ struct Demo<'a> {
     outputs: [Option<String>; 2],
     interrupted: bool,
     uri: String,
+    /// So that nothing else on this machine can take part.
+    token: Token,
     /// For sockets; only this user gets in. Removed last.
     dir: TempDir,
 }
@@ -110,6 +112,7 @@ impl<'a> Demo<'a> {
             outputs: [None, None],
             interrupted: false,
             uri: String::new(),
+            token: args.transfer.link.token.map_or_else(Token::random, Ok)?,
             dir: tempfile::Builder::new().prefix("multifd-").tempdir()?,
         })
     }
@@ -150,7 +153,7 @@ impl<'a> Demo<'a> {
         options.extend((0..args.output.verbose).map(|_| "--verbose".to_owned()));
         options.extend(args.output.quiet.then(|| "--quiet".to_owned()));
         options.push("--progress=never".to_owned());
-        self.destination = Some(GuestProcess::start(options, false, self.listener(Side::Destination))?);
+        self.destination = Some(GuestProcess::start(options, self.token, false, self.listener(Side::Destination))?);
         Ok(())
     }
 
@@ -164,7 +167,7 @@ impl<'a> Demo<'a> {
         options.extend(args.machine.to_args());
         options.extend(args.transfer.to_args());
         options.extend(args.output.to_args());
-        self.source = Some(GuestProcess::start(options, true, self.listener(Side::Source))?);
+        self.source = Some(GuestProcess::start(options, self.token, true, self.listener(Side::Source))?);
         Ok(())
     }
 
