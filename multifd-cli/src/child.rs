@@ -21,7 +21,7 @@ use crate::{
 /// A running `multifd guest`.
 pub struct GuestProcess {
     child: Child,
-    /// It has ended and its id may belong to somebody else.
+    /// It has ended and its id may belong to another process.
     ended: bool,
 }
 
@@ -114,7 +114,7 @@ impl Drop for GuestProcess {
     fn drop(&mut self) {
         if !self.ended {
             self.kill();
-            // Nobody else would.
+            // Else it would stay as a zombie.
             let _ = self.child.wait();
         }
     }

@@ -1,4 +1,4 @@
-//! The command line: verbs, options, and what is right for each.
+//! The command line: verbs, options, and the values that each takes.
 
 use std::{
     fmt,
@@ -84,10 +84,10 @@ pub struct DemoArgs {
     /// How long the guest runs before it is migrated.
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = units::time, help_heading = MIGRATION)]
     pub after: Duration,
-    /// Do not compare every page of both sides while the guest stands still.
+    /// Do not compare every page of both sides while the guest is paused.
     #[arg(long, help_heading = MIGRATION)]
     pub no_verify: bool,
-    /// Watch at the destination that no page is written from an older round than it already holds; if one is, exit with
+    /// Check at the destination that no page is written from an older round than it already holds; if one is, exit with
     /// status 6.
     #[arg(long, help_heading = MIGRATION)]
     pub audit: bool,
@@ -102,7 +102,7 @@ pub struct DemoArgs {
 /// Options of `multifd guest`.
 #[derive(Debug, Args)]
 pub struct GuestArgs {
-    /// Wait here for a guest to come, and run it on.
+    /// Wait for a guest at this address, and run it.
     #[arg(long, value_name = "URI", conflicts_with_all = ["migrate_to", "after"], help_heading = MIGRATION)]
     pub incoming: Option<Uri>,
     /// Migrate the guest there; given several times, the next is tried when one fails.
@@ -111,18 +111,18 @@ pub struct GuestArgs {
     /// How long the guest runs before it is migrated.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = MIGRATION)]
     pub after: Duration,
-    /// How long the guest runs on here, once it has come or could not leave [default: until interrupted when it has
-    /// come, 1s when it could not leave].
+    /// How long the guest runs here after it has arrived, or could not be migrated [default: until interrupted after it
+    /// has arrived, 1s when it could not be migrated].
     #[arg(long, value_name = "TIME", value_parser = units::time, help_heading = MIGRATION)]
     pub run_for: Option<Duration>,
     /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "resume", "quit".
     #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
     pub control: Option<Uri>,
-    /// Watch while a guest comes that no page is written from an older round than it already holds; if one is, exit with
+    /// Check while the guest arrives that no page is written from an older round than it already holds; if one is, exit with
     /// status 6.
     #[arg(long, help_heading = MIGRATION)]
     pub audit: bool,
-    /// Send digests of all pages along while the guest stands still, for the destination to compare.
+    /// Send digests of all pages while the guest is paused, for the destination to compare.
     #[arg(long, help_heading = MIGRATION)]
     pub verify: bool,
     /// The guest.
@@ -150,7 +150,7 @@ pub struct ReceiveArgs {
     /// multifd.
     #[arg(value_name = "URI")]
     pub uri: Uri,
-    /// The checkpoint, a mapped-ram migration file; it appears when it is complete and on disk.
+    /// The checkpoint, a mapped-ram migration file; it gets its name when it is complete and on disk.
     #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE")]
     pub file: PathBuf,
     /// Replace FILE if it exists, when the new one is complete.
@@ -159,7 +159,7 @@ pub struct ReceiveArgs {
     /// Report the SHA-256 of each RAM block.
     #[arg(long)]
     pub digest: bool,
-    /// Watch that no page is written from an older round than it already holds; if one is, exit with
+    /// Check that no page is written from an older round than it already holds; if one is, exit with
     /// status 6.
     #[arg(long)]
     pub audit: bool,
@@ -170,10 +170,10 @@ pub struct ReceiveArgs {
     /// so auto does it for machine types that those do not have.
     #[arg(long, value_enum, default_value_t = ReturnPathAck::Auto, value_name = "WHEN")]
     pub return_path_ack: ReturnPathAck,
-    /// Connections for pages that there have to be, 1 to 255 [default: as many as the source opens].
+    /// Number of connections for pages, 1 to 255 [default: as many as the source opens].
     #[arg(long, value_name = "N", value_parser = channels)]
     pub channels: Option<NonZeroU8>,
-    /// Compression that the source has to use [default: any].
+    /// Compression that the source is expected to use [default: any].
     #[arg(long, value_enum)]
     pub compression: Option<Compression>,
     /// UUID of the VM that is expected; a source with another one is refused [default: any].
@@ -224,7 +224,7 @@ pub struct InspectArgs {
     /// Write the contents of this RAM block to the file that --output names.
     #[arg(long, value_name = "BLOCK", requires = "file")]
     pub extract: Option<String>,
-    /// Where to extract to; must not exist.
+    /// The file to extract to; it must not exist.
     #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE", requires = "extract")]
     pub file: Option<PathBuf>,
     /// What to print.
@@ -247,19 +247,19 @@ pub enum ReturnPathAck {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Guest")]
 pub struct MachineArgs {
-    /// Who writes the memory: a vCPU under KVM, or a thread of the process; auto is kvm where it works.
+    /// What writes the memory: a vCPU under KVM, or a thread of the process; auto is kvm where it works.
     #[arg(long, value_enum, default_value_t = GuestKind::Auto)]
     pub guest: GuestKind,
     /// Memory; the same on both sides.
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = memory_size)]
     pub memory: u64,
-    /// How much of it the guest rewrites for ever [default: 64MiB, or half the memory if that is less].
+    /// Memory that the guest rewrites again and again [default: 64MiB, or half of --memory if that is less].
     #[arg(long, value_name = "SIZE", value_parser = memory_size)]
     pub working_set: Option<u64>,
-    /// How many percent of the rest hold something; the other pages are never touched.
+    /// Percentage of the rest that is filled; the other pages are never touched.
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(..=100))]
     pub filled: u8,
-    /// How fast it does so, e.g. 100MB/s, or max.
+    /// How fast the guest writes, e.g. 100MB/s, 128M (MiB/s), 0, or max.
     #[arg(long, value_name = "RATE|max", default_value = "100MB/s", value_parser = write_rate)]
     pub write_rate: WriteRate,
     /// What tracks the guest's writes; auto is the best that works here.
@@ -352,8 +352,8 @@ pub struct TransferArgs {
     /// Not together with compression.
     #[arg(long)]
     pub zero_copy: bool,
-    /// Where pages of zeros go: into the channels' packets, on the main connection as QEMU before 9.0 does it, or
-    /// nowhere, so that they are sent as any other [default: multifd, or by the machine type].
+    /// Where pages of zeros are named: in packets, on the main connection as QEMU before 9.0 does it, or nowhere, so that
+    /// they are sent like all others [default: multifd, or by the machine type].
     #[arg(long, value_enum)]
     pub zero_pages: Option<ZeroPages>,
     /// Where channels are synchronised: once a round, or in each section as QEMU before 8.1 does it
@@ -542,7 +542,7 @@ impl TransferArgs {
     }
 }
 
-/// What to print, and how much.
+/// What is printed, and how much.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
@@ -552,7 +552,7 @@ pub struct OutputArgs {
     /// Log more; twice, still more.
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,
-    /// Neither progress nor warnings.
+    /// Print neither progress nor warnings.
     #[arg(short, long, conflicts_with = "verbose")]
     pub quiet: bool,
     /// Show progress: on a terminal, always (a line per round elsewhere), or never.

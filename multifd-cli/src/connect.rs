@@ -1,8 +1,10 @@
-//! Connects to a destination that may not listen yet.
+//! Connects to a destination that may not listen yet, or never answer.
 
 use std::{
     cell::Cell,
-    io, thread,
+    io,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -13,44 +15,71 @@ use multifd::{
 
 use crate::units::Limit;
 
-/// Opens connections to one destination. The first is tried again while it is refused, until the time is over or the
-/// migration is cancelled; from then on the destination is there.
+/// Opens connections to one destination. Each is given up when the time is over, or at once when the migration is
+/// cancelled. The first is tried again while it is refused; from then on the destination is there.
 pub struct PatientConnector {
-    inner: Box<dyn Connect + Send>,
+    uri: Uri,
     limit: Limit<Duration>,
     stop: StopHandle,
     is_connected: Cell<bool>,
 }
 
 impl PatientConnector {
-    /// Connects to `uri`, for at most `limit`.
+    /// Connects to `uri`, for at most `limit` each time.
     ///
     /// # Errors
     /// As [`Uri::connector`].
     pub fn new(uri: &Uri, limit: Limit<Duration>, stop: StopHandle) -> io::Result<PatientConnector> {
-        Ok(PatientConnector { inner: uri.connector()?, limit, stop, is_connected: Cell::new(false) })
+        uri.connector()?;
+        Ok(PatientConnector { uri: uri.clone(), limit, stop, is_connected: Cell::new(false) })
+    }
+
+    /// One attempt, in a thread of its own: nothing ends a look-up of a name, and a connect to a host that does not answer
+    /// ends by itself after ten seconds for each address. A thread that is given up ends then.
+    fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
+        let (uri, (done, is_done)) = (self.uri.clone(), mpsc::channel());
+        // A result that is not wanted any more is a connection that is closed again.
+        thread::Builder::new()
+            .name("connect".to_owned())
+            .spawn(move || drop(done.send(uri.connector().and_then(|connector| connector.connect()))))?;
+        loop {
+            match is_done.recv_timeout(PAUSE) {
+                Ok(connected) => return connected,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(io::Error::other("the thread that connects panicked"));
+                }
+                Err(RecvTimeoutError::Timeout) if self.stop.is_stopped() => {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{}: no answer", self.uri)));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
     }
 }
 
 impl Connect for PatientConnector {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
         let (begun, mut told) = (Instant::now(), false);
+        let deadline = self.limit.0.and_then(|limit| begun.checked_add(limit));
         loop {
-            let error = match self.inner.connect() {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && !self.is_connected.get() => error,
-                other => {
+            let error = match self.attempt(deadline) {
+                Ok(stream) => {
                     self.is_connected.set(true);
-                    return other;
+                    return Ok(stream);
                 }
+                Err(error) => error,
             };
-            if self.stop.is_stopped() {
-                return Err(error);
-            }
-            if let Some(limit) = self.limit.0
-                && begun.elapsed() + PAUSE > limit
-            {
+            let refused = error.kind() == io::ErrorKind::ConnectionRefused && !self.is_connected.get();
+            let over = deadline.is_some_and(|deadline| Instant::now() + PAUSE > deadline);
+            if over && (refused || error.kind() == io::ErrorKind::TimedOut) {
                 let message = format!("{error}; tried for {:.1} s (--connect-timeout)", begun.elapsed().as_secs_f64());
                 return Err(io::Error::new(error.kind(), message));
+            }
+            if !refused || self.stop.is_stopped() {
+                return Err(error);
             }
             if !std::mem::replace(&mut told, true) {
                 tracing::warn!(%error, "tries again until the destination listens");
@@ -65,7 +94,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -73,6 +102,13 @@ mod tests {
     fn free() -> (Uri, String) {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         (Uri::from(address), address.to_string())
+    }
+
+    /// The error, and whether it came in less than the ten seconds after which a connect ends by itself.
+    fn fails(uri: &Uri, limit: Limit<Duration>, stop: StopHandle) -> (io::Error, bool) {
+        let begun = Instant::now();
+        let error = PatientConnector::new(uri, limit, stop).unwrap().connect().err().unwrap();
+        (error, begun.elapsed() < Duration::from_secs(8))
     }
 
     #[test]
@@ -93,19 +129,42 @@ mod tests {
     fn the_time_and_a_cancel_end_the_attempts() {
         test_support::time_limit(Duration::from_secs(60), || {
             let (uri, _) = free();
-            let limit = Limit(Some(Duration::from_millis(300)));
-            let error = PatientConnector::new(&uri, limit, StopHandle::new()).unwrap().connect().err().unwrap();
+            let (error, _) = fails(&uri, Limit(Some(Duration::from_millis(300))), StopHandle::new());
             let message = error.to_string();
             assert!(message.contains("--connect-timeout") && message.contains(&uri.to_string()), "{message}");
 
             let stop = StopHandle::new();
-            let connector = PatientConnector::new(&uri, Limit(None), stop.clone()).unwrap();
-            let cancel = thread::spawn(move || {
-                thread::sleep(3 * PAUSE);
-                stop.cancel();
+            let cancel = thread::spawn({
+                let stop = stop.clone();
+                move || {
+                    thread::sleep(3 * PAUSE);
+                    stop.cancel();
+                }
             });
-            assert_eq!(connector.connect().err().unwrap().kind(), io::ErrorKind::ConnectionRefused);
+            assert_eq!(fails(&uri, Limit(None), stop).0.kind(), io::ErrorKind::ConnectionRefused);
             cancel.join().unwrap();
+        });
+    }
+
+    /// Nothing could cancel it for ten seconds and each address.
+    #[test]
+    fn the_time_and_a_cancel_end_a_connect_that_is_not_answered() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            // The kernel does not answer once the queue of a listener is full.
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            rustix::net::listen(&listener, 0).unwrap();
+            let address = listener.local_addr().unwrap();
+            let full: Vec<TcpStream> =
+                (0..8).map_while(|_| TcpStream::connect_timeout(&address, 2 * PAUSE).ok()).collect();
+            assert!(full.len() < 8, "the queue is never full");
+            let uri = Uri::from(address);
+            let (error, soon) = fails(&uri, Limit(Some(3 * PAUSE)), StopHandle::new());
+            assert_eq!((error.kind(), soon), (io::ErrorKind::TimedOut, true), "{error}");
+            assert!(error.to_string().contains("--connect-timeout"), "{error}");
+            let stop = StopHandle::new();
+            stop.cancel();
+            let (error, soon) = fails(&uri, Limit(None), stop);
+            assert_eq!((error.kind(), soon), (io::ErrorKind::Interrupted, true), "{error}");
         });
     }
 }

@@ -4,7 +4,7 @@
 //! "status"                                   what it is doing
 //! {"migrate": "tcp:host:4444"}               begin to migrate it there; "status" tells how it went
 //! "cancel"                                   cancel that
-//! "resume"                                   let a guest go on that stands still, as it is known not to run elsewhere
+//! "resume"                                   resume a guest that is paused in doubt, and is known not to run elsewhere
 //! {"finish": {"passes": 2, "within": 30}}    end after so many passes over its memory, or so many seconds
 //! "quit"                                     end
 //! ```
@@ -35,7 +35,7 @@ pub enum Command {
     Migrate(String),
     /// Cancel the migration.
     Cancel,
-    /// Let a guest go on that stands still after a migration of which nobody knows how it ended.
+    /// Resume a guest that is paused because the outcome of its migration is in doubt.
     Resume,
     /// End after `passes` more passes over its memory, or after `within` seconds.
     Finish {

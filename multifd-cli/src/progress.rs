@@ -98,7 +98,7 @@ impl Style {
     }
 }
 
-/// Whether whoever reads the result has seen a row for each round already.
+/// Whether the reader of the result has seen a row for each round already.
 pub fn reader_saw_rounds(output: &OutputArgs) -> bool {
     io::stdout().is_terminal() && Style::of(output, io::stderr().is_terminal()) != Style::Nothing
 }
@@ -215,7 +215,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The bar on stderr, of which there is at most one: whoever else prints there moves it out of the way.
+/// The bar on stderr, of which there is at most one. What else is printed there moves it out of the way.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
 // The message is cut where the terminal ends: with 80 columns there are 48 for it.

@@ -1,7 +1,7 @@
-//! `multifd demo`: a running guest moves from one process to another, and proves that nothing was lost.
+//! `multifd demo`: a running guest moves from one process to another, and verifies that nothing was lost.
 //!
 //! Both processes are `multifd guest`, as a person would start them on two hosts. The source has ended before the verdict:
-//! what the guest says afterwards, it says without it.
+//! the guest's last report does not depend on it.
 
 use std::{
     io,
@@ -71,9 +71,9 @@ struct Demo<'a> {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Verified {
-    /// Pages of which both sides took digests while the guest stood still.
+    /// Pages of which both sides took digests while the guest was paused.
     pages_compared: u64,
-    /// Pages that were not what they have to be, then or at the end.
+    /// Pages with wrong contents, then or at the end.
     pages_different: u64,
     /// What the guest found wrong itself.
     guest_errors: u64,
@@ -326,7 +326,7 @@ impl<'a> Demo<'a> {
             outcome.error = Some(destination.error.clone().unwrap_or_else(|| "memory is different".to_owned()));
         } else if too_few {
             outcome.exit = Exit::Failed;
-            outcome.error = Some("the guest makes no progress where it has arrived".to_owned());
+            outcome.error = Some("the guest makes no progress at the destination".to_owned());
         }
         Ok(outcome)
     }
@@ -401,7 +401,7 @@ impl<'a> Demo<'a> {
             verified.guest_passes_before, verified.guest_passes_after, verified.guest_errors
         ));
         lines.push(format!(
-            "{:<12}at the end {} of {} pages were not what they have to be",
+            "{:<12}at the end {} of {} pages have wrong contents",
             "",
             table::grouped(there.pages_wrong),
             table::grouped(there.pages_checked)

@@ -553,7 +553,7 @@ impl<'a> Session<'a> {
         let Account { guest_passes_before, guest_passes_after, guest_errors, .. } = account;
         outcome.text.push_str(&format!(
             "The guest went over its memory in passes {guest_passes_before} to {guest_passes_after} here and found {guest_errors} \
-             errors; {} of {} pages are not what they have to be.\n",
+             errors; {} of {} pages have wrong contents.\n",
             table::grouped(account.pages_wrong),
             table::grouped(account.pages_checked),
         ));
