@@ -61,19 +61,20 @@ impl GuestProcess {
         command.env(TOKEN_VARIABLE, token.reveal());
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         command.stderr(if progress { Stdio::inherit() } else { Stdio::piped() });
-        let mut child = command.spawn()?;
-        let mut stdout = child.stdout.take().expect("piped above");
-        if let Some(stderr) = child.stderr.take() {
+        // Ends the child when a thread cannot be created.
+        let mut process = GuestProcess { child: command.spawn()?, ended: false };
+        let mut stdout = process.child.stdout.take().expect("piped above");
+        if let Some(stderr) = process.child.stderr.take() {
             let said = said.clone();
-            thread::spawn(move || pass_on(stderr, &said));
+            thread::Builder::new().name("child stderr".to_owned()).spawn(move || pass_on(stderr, &said))?;
         }
-        thread::spawn(move || {
+        thread::Builder::new().name("child stdout".to_owned()).spawn(move || {
             let mut output = String::new();
             // What cannot be read is missing from the report, which is noticed.
             let _ = stdout.read_to_string(&mut output);
             said(Said::Output(output));
-        });
-        Ok(GuestProcess { child, ended: false })
+        })?;
+        Ok(process)
     }
 
     /// Asks it to end.

@@ -227,8 +227,13 @@ impl Guest {
         })
     }
 
+    /// Whether all CPUs stand still.
+    pub fn is_paused(&self) -> bool {
+        self.cpus.reins().all(Reins::is_paused)
+    }
+
     fn require_pause(&self) -> Result<(), GuestError> {
-        if self.cpus.reins().all(Reins::is_paused) { Ok(()) } else { Err(GuestError::Runs) }
+        if self.is_paused() { Ok(()) } else { Err(GuestError::Runs) }
     }
 
     /// Follows the guest from another thread, also while a migration has it.

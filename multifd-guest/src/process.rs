@@ -59,7 +59,8 @@ impl ProcessCpus {
         rate: Rate,
         marks: Option<AtomicDirtyBitmap>,
     ) -> std::io::Result<ProcessCpus> {
-        let mut workers = Vec::new();
+        // Ends those that were started, if a later one cannot be.
+        let mut cpus = ProcessCpus { workers: Vec::new() };
         for index in 0..count {
             let mailbox = Arc::new(Mapping::anonymous(PAGE_SIZE)?);
             let reins = Arc::new(Reins::new(Pacer::new(rate, count as u64, PAGE_SIZE as u64), mailbox, 0));
@@ -77,9 +78,9 @@ impl ProcessCpus {
                 marks: marks.clone(),
             };
             let thread = thread::Builder::new().name(format!("guest cpu {index}")).spawn(move || writer.run())?;
-            workers.push(Worker { reins, shared, thread: Some(thread) });
+            cpus.workers.push(Worker { reins, shared, thread: Some(thread) });
         }
-        Ok(ProcessCpus { workers })
+        Ok(cpus)
     }
 
     pub(crate) fn reins(&self) -> impl Iterator<Item = &Arc<Reins>> {

@@ -45,6 +45,8 @@ pub(crate) struct TestSource {
     pub(crate) calls: Calls,
     /// The call that fails, counted from 0 over all calls that may fail.
     pub(crate) fail_at: Option<usize>,
+    /// That call panics instead.
+    pub(crate) panics: bool,
     /// Run at each drain, before it: a guest that writes while a round is sent.
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
     pub(crate) untouched: Vec<u64>,
@@ -61,6 +63,7 @@ impl TestSource {
             writer,
             calls: Arc::new(Mutex::new(Vec::new())),
             fail_at: None,
+            panics: false,
             at_drain: Box::new(|_| {}),
             untouched: Vec::new(),
             rearms_late: None,
@@ -81,6 +84,7 @@ impl TestSource {
         lock(&self.calls).push(name);
         let index = self.fallible;
         self.fallible += 1;
+        assert!(!(self.panics && self.fail_at == Some(index)), "told to panic at {name}");
         if self.fail_at == Some(index) { Err(format!("told to fail at {name}").into()) } else { Ok(()) }
     }
 }
@@ -166,12 +170,21 @@ pub(crate) struct TestDestination {
     pub(crate) fail: Option<&'static str>,
     /// The call that fails, counted from 0 over both.
     pub(crate) fail_at: Option<usize>,
+    /// Calls that fail panic instead.
+    pub(crate) panics: bool,
     pub(crate) loaded: Vec<(String, u32, u32)>,
 }
 
 impl TestDestination {
     pub(crate) fn new(ram: Ram) -> TestDestination {
-        TestDestination { ram, calls: Arc::new(Mutex::new(Vec::new())), fail: None, fail_at: None, loaded: Vec::new() }
+        TestDestination {
+            ram,
+            calls: Arc::new(Mutex::new(Vec::new())),
+            fail: None,
+            fail_at: None,
+            panics: false,
+            loaded: Vec::new(),
+        }
     }
 
     pub(crate) fn calls(&self) -> Vec<&'static str> {
@@ -182,6 +195,7 @@ impl TestDestination {
         let index = self.calls().len();
         lock(&self.calls).push(name);
         if self.fail == Some(name) || self.fail_at == Some(index) {
+            assert!(!self.panics, "told to panic at {name}");
             Err(format!("told to fail at {name}").into())
         } else {
             Ok(())

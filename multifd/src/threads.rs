@@ -5,8 +5,9 @@
 //! cannot be created ends the migration with [`Error::Thread`] and nothing else: the VM runs on at the source.
 //!
 //! # Panics
-//! A panic of one of these threads, which is a defect, ends the migration with [`Error::Panicked`]. This takes unwinding.
-//! In a program that is built with `panic = "abort"` a panic ends the whole process, and the VM with it.
+//! A panic of one of these threads, or of a callback of the VMM in the thread that called `run`, is a defect. It ends the
+//! migration with [`Error::Panicked`], and the VM runs on at the source; after the commit with [`Error::Undecided`], and
+//! the VM stays paused there. This takes unwinding. In a program that is built with `panic = "abort"` a panic ends the whole process, and the VM with it.
 
 use std::{fmt, io, thread::Result as ThreadResult};
 
@@ -113,6 +114,19 @@ impl fmt::Debug for dyn Threads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Threads")
     }
+}
+
+/// Calls `phases`, and turns its panic into [`Error::Panicked`]: whatever a VMM's callback does, the VM is given back.
+#[cfg(not(any(loom, shuttle)))]
+pub(crate) fn caught<T>(phases: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(phases));
+    outcome.unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
+}
+
+/// The same under a model checker, which ends its threads by unwinding them.
+#[cfg(any(loom, shuttle))]
+pub(crate) fn caught<T>(phases: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    phases()
 }
 
 /// A running thread of the engine that ends with a `T`.

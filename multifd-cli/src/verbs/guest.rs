@@ -5,7 +5,6 @@
 
 use std::{
     io,
-    panic::{self, AssertUnwindSafe},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
@@ -31,6 +30,7 @@ use crate::{
     connect::PatientConnector,
     control::{Command, Control, Request},
     exit::Exit,
+    lend::lend,
     progress::Display,
     report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
     signals::{self, Hangup},
@@ -67,8 +67,7 @@ enum Event {
 
 /// How a migration ended.
 struct Migrated {
-    /// The guest, unless the thread panicked.
-    guest: Option<Guest>,
+    guest: Guest,
     result: Result<MigrationReport, Failed>,
 }
 
@@ -319,32 +318,24 @@ impl<'a> Session<'a> {
 
     /// Runs `migrate` in a thread, which has the guest meanwhile.
     fn spawn(&mut self, migrate: impl FnOnce(&mut Guest) -> Result<MigrationReport, Failed> + Send + 'static) {
-        let mut guest = self.guest.take().expect("no other migration is under way");
+        let guest = self.guest.take().expect("no other migration is under way");
         let events = self.events.clone();
-        thread::spawn(move || {
-            let result = panic::catch_unwind(AssertUnwindSafe(|| migrate(&mut guest)));
-            let migrated = match result {
-                Ok(result) => Migrated { guest: Some(guest), result },
-                Err(_) => {
-                    let message = "a thread of the migration panicked".to_owned();
-                    let failed = Failed { exit: Exit::Failed, message, report: Map::new(), stands_still: true };
-                    Migrated { guest: None, result: Err(failed) }
-                }
-            };
+        let done = move |guest: Guest, result: Result<_, String>| {
+            let result = result.unwrap_or_else(|message| Err(Failed::by_panic(&message, &guest)));
             // The main loop is only gone when the process is about to end.
-            let _ = events.send(Event::Migrated(Box::new(migrated)));
-        });
+            let _ = events.send(Event::Migrated(Box::new(Migrated { guest, result })));
+        };
+        if let Err((guest, error)) = lend("migration", guest, migrate, done) {
+            let result = Err(Failed::by_io(&no_thread("runs the migration", &error)));
+            let _ = self.events.send(Event::Migrated(Box::new(Migrated { guest, result })));
+        }
     }
 
     /// A migration is over. Returns whether that was all.
     fn migrated(&mut self, migrated: Migrated) -> bool {
         let was = self.state;
         self.stop = None;
-        self.guest = migrated.guest;
-        let Some(guest) = &self.guest else {
-            self.failure = migrated.result.err().map(|failed| (failed.exit, failed.message));
-            return true;
-        };
+        let guest = self.guest.insert(migrated.guest);
         // A guest that came brought its own idea of how much memory a pass is.
         self.monitor = guest.monitor();
         self.passes_before = self.monitor.status().passes;
@@ -530,7 +521,7 @@ impl<'a> Session<'a> {
 
     /// What became of the guest.
     fn account(&mut self) -> Result<(Account, CheckReport), String> {
-        let guest = self.guest.as_mut().ok_or("a thread of the migration panicked")?;
+        let guest = self.guest.as_mut().ok_or("a migration has the guest")?;
         guest.stop().map_err(|error| error.to_string())?;
         let check = guest.check_all().map_err(|error| error.to_string())?;
         let registers = guest.registers_agree().map_err(|error| error.to_string())?;
@@ -601,9 +592,22 @@ impl Failed {
         }
     }
 
+    /// The thread of the migration panicked, and `guest` is as it left it.
+    fn by_panic(message: &str, guest: &Guest) -> Failed {
+        let stands_still = guest.is_paused();
+        let state = if stands_still { "; the guest is paused here" } else { "" };
+        let message = format!("the migration panicked: {message}{state}");
+        Failed { exit: Exit::Failed, message, report: Map::new(), stands_still }
+    }
+
     fn by_io(error: &io::Error) -> Failed {
         Failed { exit: Exit::Failed, message: error.to_string(), report: Map::new(), stands_still: false }
     }
+}
+
+/// The message about a thread that `what`s and cannot be created.
+fn no_thread(what: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot create the thread that {what}: {error}"))
 }
 
 /// Has the kernel end this process together with its parent, which has to be `parent`.

@@ -56,6 +56,7 @@ use crate::{
         atomic::{AtomicU64, Ordering},
         lock, wait,
     },
+    threads::caught,
     transport::{Listen, Stopper, Stream},
     vm::DestinationVm,
 };
@@ -111,7 +112,7 @@ impl Destination {
         observer: &mut dyn Observer,
     ) -> Result<Report, Error> {
         let mut run = Run::new(self, page_size, from).inspect_err(|_| target.abandon())?;
-        let outcome = run.phases(target, observer);
+        let outcome = caught(|| run.phases(target, observer));
         run.finish(target, outcome)
     }
 }
@@ -286,8 +287,18 @@ impl Run {
         self.enter(Phase::Confirm, observer);
         self.confirm(target)?;
         target.start()?;
-        self.enter(Phase::Done, observer);
-        self.await_close(target)
+        // The VM runs here. Nothing that goes wrong from now on may say that it does not.
+        let told = caught(|| {
+            self.enter(Phase::Done, observer);
+            self.await_close(target)
+        });
+        match told {
+            Err(error @ Error::Panicked { .. }) => {
+                tracing::error!(%error, "after the VM was started");
+                Ok(())
+            }
+            told => told,
+        }
     }
 
     fn enter(&mut self, phase: Phase, observer: &mut dyn Observer) {

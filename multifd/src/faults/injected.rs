@@ -140,6 +140,8 @@ pub(super) struct Attempt {
     pub(super) options: source::Options,
     /// The call of the destination's VM that fails.
     pub(super) load_fails_at: Option<usize>,
+    /// It panics instead.
+    pub(super) load_panics: bool,
     /// How the destination's threads are made.
     pub(super) receiving_threads: Arc<dyn Threads>,
 }
@@ -151,6 +153,7 @@ impl Attempt {
             destination: Plans::none(),
             options,
             load_fails_at: None,
+            load_panics: false,
             receiving_threads: Arc::new(StdThreads),
         }
     }
@@ -175,6 +178,7 @@ pub(super) fn migrate(
         let ram = Ram::for_test(&BLOCKS);
         let mut to = TestDestination::new(ram.clone());
         to.fail_at = attempt.load_fails_at;
+        to.panics = attempt.load_panics;
         let receiving =
             destination::Options { channels: Some(CHANNELS), threads: attempt.receiving_threads, ..Default::default() };
         let (source, destination) = (Source::new(attempt.options), Destination::new(receiving));

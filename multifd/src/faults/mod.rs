@@ -6,6 +6,7 @@ mod cancelled;
 mod hostile_channels;
 mod hostile_main;
 mod injected;
+mod panics;
 mod set_up;
 mod silence;
 mod threads;

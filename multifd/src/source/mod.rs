@@ -38,7 +38,7 @@ use crate::{
     sections::Sections,
     stop::StopHandle,
     sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock},
-    threads::{Task, ThreadRole},
+    threads::{Task, ThreadRole, caught},
     transport::{Connect, ZeroCopyCounters},
     vm::{SourceVm, Throttled},
 };
@@ -77,7 +77,10 @@ impl Source {
     /// [`Error::Cancelled`].
     pub fn run(self, vm: &mut dyn SourceVm, to: &dyn Connect, observer: &mut dyn Observer) -> Result<Report, Error> {
         let mut run = Run::new(self, vm.ram().clone())?;
-        let outcome = run.phases(vm, to, observer);
+        let outcome = caught(|| run.phases(vm, to, observer)).map_err(|error| match error {
+            Error::Panicked { .. } if run.shared.stop.is_committed() => undecided(error),
+            error => error,
+        });
         run.finish(vm, outcome)
     }
 }
