@@ -134,7 +134,7 @@ pub struct Devices<'a> {
 impl<'a> Devices<'a> {
     /// The device state of `checkpoint`.
     pub fn of_checkpoint(checkpoint: &'a Checkpoint) -> Devices<'a> {
-        Devices::new(checkpoint.early(), checkpoint.sections(), checkpoint.vmdescription())
+        Devices::new(checkpoint.beside_ram().early(), checkpoint.sections(), checkpoint.vmdescription())
     }
 
     /// Sections `early` before the pages, those of `blob` behind them, and what describes them.

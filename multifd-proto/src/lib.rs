@@ -49,6 +49,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod bodies;
 pub mod command;
 pub mod commit;
 pub mod convergence;

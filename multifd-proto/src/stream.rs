@@ -1,7 +1,7 @@
 //! The main channel: what it is made of and which element may follow which.
 //!
 //! ```text
-//! "QEVM" 3 · configuration · commands · START ram { total, blocks, first sync point }
+//! "QEVM" 3 · configuration · commands · early devices · START ram { total, blocks, first sync point }
 //!          · early devices · PART ram { words } … · SWITCHOVER_START · END ram { words }
 //!          · FULL device … · end of state · vmdescription
 //! ```
@@ -360,7 +360,7 @@ impl MainDecoder {
         let byte = reader.u8()?;
         match byte {
             EOF if self.ram.phase != RamPhase::Ended => Err(unexpected("EOF", "before the END section of ram")),
-            EOF if !self.open.is_empty() => Err(unexpected("EOF", "before the END of every section")),
+            // A section other than ram that has nothing to say after its START has no END.
             EOF => Ok(Item::Eof),
             START | FULL => {
                 self.section_head(reader, if byte == START { SectionKind::Start } else { SectionKind::Full })
@@ -681,58 +681,6 @@ pub struct StreamError {
     pub source: ProtocolError,
 }
 
-/// Finds the end of an early section's body in a buffer that grows while it is received.
-///
-/// Devices whose state is needed before the pages are sent between the START of `ram` and its first PART. Nothing says how
-/// long they are before the vmdescription at the very end. What can be done is to look for the section's footer with the
-/// start of a possible next element behind it: a PART or END of `ram`, another FULL section with a small id, or a command.
-/// No byte is looked at twice, but for the few at the end of what was received.
-#[derive(Debug, Clone)]
-pub struct EarlyScanner {
-    /// The footer of the section.
-    footer: [u8; FOOTER_LEN],
-    ram_section: [u8; 4],
-    /// No end lies before it.
-    scanned: usize,
-}
-
-impl EarlyScanner {
-    /// A scanner for the body of the section with id `section`, where `ram` has the id `ram_section`.
-    pub fn new(section: u32, ram_section: u32) -> Self {
-        let mut footer = [FOOTER, 0, 0, 0, 0];
-        footer[1..].copy_from_slice(&section.to_be_bytes());
-        Self { footer, ram_section: ram_section.to_be_bytes(), scanned: 0 }
-    }
-
-    /// The length of the body with which `buf` begins; nothing while its end was not received. The same `buf` with more
-    /// behind it is to be passed next.
-    pub fn scan(&mut self, buf: &[u8]) -> Option<usize> {
-        while let Some(rest) = buf.get(self.scanned..) {
-            let Some(skip) = rest.iter().position(|byte| *byte == FOOTER) else {
-                self.scanned = buf.len();
-                return None;
-            };
-            self.scanned += skip;
-            let Some(behind) = rest[skip..].strip_prefix(&self.footer) else {
-                if rest.len() - skip < FOOTER_LEN && self.footer.starts_with(&rest[skip..]) {
-                    // The rest of it may still come.
-                    return None;
-                }
-                self.scanned += 1;
-                continue;
-            };
-            match behind {
-                [PART | END, id @ ..] if id.starts_with(&self.ram_section) => return Some(self.scanned),
-                [PART | END, id @ ..] if self.ram_section.starts_with(id) => return None,
-                [FULL, 0, 0, ..] | [COMMAND, 0, ..] => return Some(self.scanned),
-                [] | [FULL] | [FULL, 0] | [COMMAND] => return None,
-                _ => self.scanned += 1,
-            }
-        }
-        None
-    }
-}
-
 fn header(reader: &mut Reader<'_>) -> Result<Item, Stop> {
     let magic = reader.u32()?;
     if magic != MAGIC {
@@ -863,5 +811,3 @@ pub(crate) const CONFIGURATION: u8 = 0x07;
 pub(crate) const COMMAND: u8 = 0x08;
 /// The end of a section, before its id.
 pub const FOOTER: u8 = 0x7e;
-/// A footer with its id.
-const FOOTER_LEN: usize = 5;

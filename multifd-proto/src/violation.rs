@@ -12,6 +12,12 @@ use crate::wire::Short;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DecodeError {
+    /// A chunk of a dirty bitmap of an unknown kind, so that its length is not known.
+    #[error("dirty bitmap chunk with flags {flags:#04x} is not understood")]
+    UnknownChunk {
+        /// The byte that it begins with.
+        flags: u8,
+    },
     /// A buffer that must hold a whole structure is too small.
     #[error("{needed} more bytes are needed")]
     Truncated {
@@ -367,6 +373,14 @@ pub enum Violation {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Mismatch {
+    /// A section other than `ram` that comes in parts whose length nothing tells.
+    #[error("section \"{name}\" comes in parts of unknown length; {remedy}")]
+    SectionInParts {
+        /// The name, escaped.
+        name: String,
+        /// What to do on the source.
+        remedy: &'static str,
+    },
     /// The channels are compressed otherwise than this side was told.
     #[error("channels are configured for compression {expected}, the packet has {found}")]
     CompressionMismatch {

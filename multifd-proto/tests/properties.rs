@@ -1,5 +1,6 @@
 //! Round trips of everything that can be encoded, decoders that survive any bytes, and fast code beside naive code.
 
+use multifd_proto::bodies::BodyScanner;
 use multifd_proto::command::Command;
 use multifd_proto::encoder::MainEncoder;
 use multifd_proto::mapped_ram::{BlockHeader, is_set, set};
@@ -8,7 +9,7 @@ use multifd_proto::packet::{
 };
 use multifd_proto::ram::{BlockEntry, BlockLayout, RamWord};
 use multifd_proto::return_path::Message;
-use multifd_proto::stream::{EarlyScanner, Item, MainDecoder};
+use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind};
 use multifd_proto::vmdesc::{TailScanner, VmDescription, WholeScanner, cut, look_whole};
 use multifd_proto::wire::Step;
 use multifd_proto::{BlockName, ChannelId, xbzrle};
@@ -214,7 +215,7 @@ proptest! {
     fn early_sections_end_where_a_search_of_all_bytes_says(
         parts in vec(proptest::sample::select(vec![
             &b"\x7e\0\0\0\x08"[..], b"\x7e", b"\x7e\0\0", b"\x02\0\0\0\x02", b"\x03\0\0", b"\x02", b"\x04\0\0", b"\x04",
-            b"\x08\0", b"\x08", b"\0", b"state",
+            b"\x01\0\0", b"\x01\0", b"\x08\0", b"\x08", b"\0", b"state",
         ]), 0..12),
         pieces in vec(1usize..9, 1..4),
     ) {
@@ -222,18 +223,43 @@ proptest! {
         let naive = |buf: &[u8]| {
             (0..buf.len()).find(|&at| {
                 buf[at..].strip_prefix(b"\x7e\0\0\0\x08").is_some_and(|behind| {
-                    [&b"\x02\0\0\0\x02"[..], b"\x03\0\0\0\x02", b"\x04\0\0", b"\x08\0"].iter().any(|next| behind.starts_with(next))
+                    [&b"\x02\0\0\0\x02"[..], b"\x03\0\0\0\x02", b"\x01\0\0", b"\x04\0\0", b"\x08\0"].iter().any(|next| behind.starts_with(next))
                 })
             })
         };
-        let mut scanner = EarlyScanner::new(8, 2);
+        let section = Section { kind: SectionKind::Full, id: 8, name: "early".to_owned(), instance: 0, version: 1 };
+        let mut scanner = BodyScanner::new(&section, Some(2)).unwrap();
         let (mut end, mut pieces) = (0, pieces.iter().cycle());
         while end < buf.len() {
             end = buf.len().min(end + pieces.next().unwrap());
-            let found = scanner.scan(&buf[..end]);
+            let found = scanner.scan(&buf[..end]).unwrap();
             prop_assert_eq!(found, naive(&buf[..end]), "{:?}", &buf[..end]);
             if found.is_some() {
                 break;
+            }
+        }
+    }
+
+    /// Bodies of any bytes, in pieces: never a panic, and an end that more bytes do not move.
+    #[test]
+    fn the_end_of_a_body_lies_in_what_was_received(
+        bytes in vec(any::<u8>(), 0..400),
+        name in proptest::sample::select(vec!["x/virtio-mem-device-early", "dirty-bitmap", "early"]),
+        started in any::<bool>(),
+    ) {
+        let kind = if name == "dirty-bitmap" { SectionKind::Start } else { SectionKind::Full };
+        let section = Section { kind, id: 8, name: name.to_owned(), instance: 0, version: 1 };
+        let new = || BodyScanner::new(&section, started.then_some(2)).unwrap();
+        let mut scanner = new();
+        for received in 0..=bytes.len() {
+            match scanner.scan(&bytes[..received]) {
+                Ok(None) => {}
+                Ok(Some(len)) => {
+                    prop_assert!(len <= received);
+                    prop_assert_eq!(new().scan(&bytes), Ok(Some(len)));
+                    break;
+                }
+                Err(_) => break,
             }
         }
     }

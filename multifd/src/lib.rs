@@ -10,6 +10,7 @@ mod barrier;
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;
+pub mod beside_ram;
 #[cfg(any(test, feature = "broken-variants"))]
 pub mod broken;
 pub mod checkpoint;

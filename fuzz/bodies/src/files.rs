@@ -46,7 +46,9 @@ pub(crate) fn mapped_ram(input: &[u8]) {
             total += block.bytes;
         }
         assert!(total <= input.len() as u64, "blocks overlap");
-        assert!(checkpoint.sections().len() + checkpoint.early().len() <= input.len());
+        let beside_ram = checkpoint.beside_ram();
+        let kept = checkpoint.sections().len() + beside_ram.early().len() + beside_ram.in_parts().len();
+        assert!(kept <= input.len());
     });
 }
 

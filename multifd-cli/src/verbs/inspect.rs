@@ -150,7 +150,7 @@ fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Resul
         }
         None => None,
     };
-    let devices = Devices::new(&account.early, account.sections(), account.vmdescription());
+    let devices = Devices::new(account.beside_ram.early(), account.sections(), account.vmdescription());
     let mut report = Map::new();
     report.insert("kind".to_owned(), kind.into());
     report.insert("path".to_owned(), args.path.display().to_string().into());

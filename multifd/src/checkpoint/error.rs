@@ -125,12 +125,6 @@ pub enum CheckpointError {
         /// The limit.
         limit: usize,
     },
-    /// The state of a device before that of RAM: how long it is could not be told.
-    #[error("section {name:?} comes before the RAM blocks, which is not supported")]
-    SectionBeforeRam {
-        /// The device.
-        name: String,
-    },
 }
 
 impl CheckpointError {
@@ -147,7 +141,6 @@ impl CheckpointError {
                 | CheckpointError::TooMuchEarlyState { .. }
                 | CheckpointError::NotDescribed { .. }
                 | CheckpointError::BytesBehindTheEnd { .. }
-                | CheckpointError::SectionBeforeRam { .. }
         )
     }
 }

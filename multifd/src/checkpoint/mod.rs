@@ -1,7 +1,7 @@
 //! Checkpoints: a VM in one file, which is a mapped-ram migration stream as QEMU writes and reads it.
 //!
 //! ```text
-//! header, configuration { mapped-ram, uuid } · START ram { name, length, header | bitmap | pages; … } · early devices
+//! header, configuration { mapped-ram, uuid } · [early devices] · START ram { name, length, header | bitmap | pages; … } · early devices
 //!     · END ram · FULL device … · end of state · vmdescription
 //! ```
 //!
@@ -29,7 +29,7 @@ mod tests;
 pub(crate) use self::{
     directory::unnamed_file,
     pages::FilePages,
-    tail::{Tail, early_section},
+    tail::{Tail, section_beside_ram},
 };
 pub use self::{
     error::CheckpointError,

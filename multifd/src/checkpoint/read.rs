@@ -13,14 +13,15 @@ use std::{
 
 use multifd_proto::{
     BlockName, ProtocolError,
+    bodies::BodyScanner,
     encoder::MainEncoder,
     ram::BlockEntry,
-    stream::{EarlyScanner, Item, MainDecoder, Section, SectionKind, Step, StreamError, X_IGNORE_SHARED},
+    stream::{Item, MainDecoder, SectionKind, Step, StreamError, X_IGNORE_SHARED},
     violation,
 };
 
 use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, tail::check_early_state};
-use crate::{dirty_bitmap::DirtyBitmap, layout::Layout};
+use crate::{beside_ram::BesideRam, dirty_bitmap::DirtyBitmap, layout::Layout};
 
 /// A checkpoint that was opened and checked.
 pub struct Checkpoint {
@@ -128,9 +129,9 @@ impl Checkpoint {
         &self.present
     }
 
-    /// Device state that belongs in front of the pages, as it stands on the wire; mostly none.
-    pub fn early(&self) -> &[u8] {
-        &self.stream.early
+    /// Sections that belong before the devices' state; mostly none.
+    pub fn beside_ram(&self) -> &BesideRam {
+        &self.stream.beside_ram
     }
 
     /// Device state as it stands on the wire, up to the end of state.
@@ -239,7 +240,7 @@ struct Stream {
     ram_section: u32,
     /// Each with a mapped-ram header that was checked.
     blocks: Vec<BlockEntry>,
-    early: Vec<u8>,
+    beside_ram: BesideRam,
     tail: Tail,
 }
 
@@ -289,11 +290,7 @@ impl FileReader<'_> {
                     stream.ram_section = section_id;
                 }
                 Item::Block(entry) => stream.blocks.push(entry),
-                Item::Section(section) if section.kind != SectionKind::Full => {
-                    let (element, place) = ("section in parts", "besides ram");
-                    return Err(self.refused(begin, violation::Violation::UnexpectedElement { element, place }));
-                }
-                Item::Section(_) if decoder.ram_ended() => {
+                Item::Section(section) if section.kind == SectionKind::Full && decoder.ram_ended() => {
                     // Everything from its head on; nothing more is decoded.
                     self.at = begin;
                     self.buf.clear();
@@ -301,11 +298,14 @@ impl FileReader<'_> {
                     return Ok(stream);
                 }
                 Item::Section(section) => {
-                    let body = self.early_body(&section, stream.ram_section, stream.early.len())?;
+                    let ram_section = decoder.ram_section();
+                    let scanner = BodyScanner::new(&section, ram_section);
+                    let scanner = scanner.map_err(|error| self.refused(begin, error))?;
+                    let body = self.body(scanner, stream.beside_ram.bytes())?;
                     decoder.body_taken(body.len() as u64);
                     let mut out = MainEncoder::new();
                     out.section(&section).raw(&body).footer(section.id);
-                    stream.early.extend_from_slice(out.as_bytes());
+                    stream.beside_ram.push(&section, out.as_bytes(), ram_section.is_some());
                 }
                 // A VM without devices.
                 Item::Eof if self.at + self.buf.len() as u64 == self.len && self.buf.is_empty() => return Ok(stream),
@@ -325,11 +325,10 @@ impl FileReader<'_> {
         Tail::in_file(&self.buf).ok_or_else(|| self.truncated())
     }
 
-    /// The body of a device's section before the pages, with `before` bytes of others before it.
-    fn early_body(&mut self, section: &Section, ram_section: u32, before: usize) -> Result<Vec<u8>, CheckpointError> {
-        let mut scanner = EarlyScanner::new(section.id, ram_section);
+    /// The body of a section beside `ram`, whose end `scanner` finds, with `before` bytes of others before it.
+    fn body(&mut self, mut scanner: BodyScanner, before: usize) -> Result<Vec<u8>, CheckpointError> {
         let len = loop {
-            let found = scanner.scan(&self.buf);
+            let found = scanner.scan(&self.buf).map_err(|error| self.refused(self.at, error))?;
             check_early_state(before + found.unwrap_or(self.buf.len()))?;
             match found {
                 Some(len) => break len,

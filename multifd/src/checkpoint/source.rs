@@ -73,7 +73,7 @@ impl Checkpoint {
         options.machine = self.machine().to_owned();
         options.uuid = self.uuid().unwrap_or_default();
         options.validate_uuid = self.uuid().is_some();
-        options.replay = Replay { ram_section: self.ram_section(), early: self.early().to_vec() };
+        options.replay = Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone() };
         options.untouched = Untouched::Name;
         options.flush = Flush::Late;
     }

@@ -23,8 +23,9 @@
 use std::{io, time::Duration};
 
 use multifd_proto::{
+    bodies::BodyScanner,
     encoder::MainEncoder,
-    stream::{EOF, EarlyScanner, Section},
+    stream::{EOF, Section},
     vmdesc::{self, CutError, TailEnd, TailScanner, VmDescription, WholeScanner},
 };
 
@@ -224,17 +225,15 @@ fn fits(early: &[u8], bytes: &[u8], end: &TailEnd) -> Result<(), CutError> {
     vmdesc::cut_all(early, &bytes[..end.eof_at], &description).map(|_| ())
 }
 
-/// The section of a device that comes before the pages, whole: `main` goes on with its footer afterwards. All such sections
-/// before it have `before` bytes.
-pub(crate) fn early_section(section: &Section, main: &mut MainReader, before: usize) -> Result<Vec<u8>, Error> {
-    let Some(ram_section) = main.decoder().ram_section() else {
-        return Err(CheckpointError::SectionBeforeRam { name: section.name.clone() }.into());
-    };
+/// A section beside `ram`, whole: `main` goes on with its footer afterwards. All such sections before it have `before`
+/// bytes.
+pub(crate) fn section_beside_ram(section: &Section, main: &mut MainReader, before: usize) -> Result<Vec<u8>, Error> {
+    let at = main.place();
+    let mut scanner = BodyScanner::new(section, main.decoder().ram_section()).map_err(Error::protocol(at))?;
     let mut encoder = MainEncoder::new();
     let head = encoder.section(section).as_bytes().len();
-    let mut scanner = EarlyScanner::new(section.id, ram_section);
     let len = loop {
-        let found = scanner.scan(main.unread());
+        let found = scanner.scan(main.unread()).map_err(Error::protocol(at))?;
         check_early_state(before + head + found.unwrap_or(main.unread().len()))?;
         if let Some(len) = found {
             break len;

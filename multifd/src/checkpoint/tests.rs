@@ -9,6 +9,7 @@ use multifd_proto::{
     mapped_ram::BlockHeader,
     ram::BlockEntry,
     stream::{Section, SectionKind},
+    vmdesc::{OpaqueSection, VmDescription},
 };
 use test_support::TempDir;
 
@@ -410,4 +411,53 @@ fn a_long_run_of_content_is_told_in_parts() {
     }
     assert_eq!(runs, [1024, 1024, 952]);
     assert_eq!(contents(&checkpoint, 0), vec![1; 3000 * 4096]);
+}
+
+/// Sections before the RAM blocks were refused, and so was every section in parts.
+#[test]
+fn sections_beside_ram_keep_their_places() {
+    let section = |kind, id, name: &str| Section { kind, ..full(id, name) };
+    let encoded = |section: &Section, body: &[u8]| {
+        let mut out = MainEncoder::new();
+        out.section(section).raw(body).footer(section.id).as_bytes().to_vec()
+    };
+    let part = |kind, body: &[u8]| encoded(&section(kind, 4, "dirty-bitmap"), body);
+    let before = encoded(&full(2, "before"), b"needed before the RAM blocks");
+    let behind = encoded(&full(3, "behind"), b"needed before the pages");
+    let start = part(SectionKind::Start, b"\x1c\x04disk\x03bm0\0\x01\0\0\x01\x01");
+    let end = part(SectionKind::End, b"\x42\0\0\0\0\0\0\0\0\0\x02\0\0\x20\x01");
+    let device = encoded(&full(5, "device"), b"state");
+
+    let mut main = MainEncoder::new();
+    main.header().configuration("multifd").raw(&before).ram_start(1, 4096);
+    main.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1);
+    main.raw(&behind).raw(&start).ram_part(1, true).eos().footer(1).raw(&end).raw(&device).eof();
+    let described = [("before", 28), ("behind", 23), ("device", 5)].map(|(name, len)| OpaqueSection {
+        name,
+        instance: 0,
+        version: 1,
+        len,
+    });
+    main.vm_description(&VmDescription::opaque(4096, described).to_json());
+    for pieces in [main.as_bytes().len(), 1] {
+        let parts = main.as_bytes().chunks(pieces).map(<[u8]>::to_vec).collect();
+        let (dir, received) = receive_parts(parts);
+        received.unwrap();
+        let checkpoint = Checkpoint::open(&dir.join("checkpoint")).unwrap();
+        let kept = checkpoint.beside_ram();
+        assert_eq!((kept.before_ram(), kept.behind_ram_start()), (&before[..], &behind[..]));
+        assert_eq!(kept.in_parts(), [&start[..], &end].concat());
+        assert_eq!(checkpoint.sections(), device);
+    }
+}
+
+#[test]
+fn a_section_in_parts_of_unknown_length_is_refused_by_name() {
+    let block = Section { kind: SectionKind::Start, ..full(4, "block") };
+    let parts = vec![begun(&mut MainEncoder::new()).section(&block).as_bytes().to_vec()];
+    let (dir, received) = receive_parts(parts);
+    let error = received.unwrap_err();
+    assert!(error.is_peers_fault());
+    assert!(error.to_string().contains("switch the capability block off"), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }

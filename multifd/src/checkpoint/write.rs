@@ -21,6 +21,7 @@ use multifd_proto::{
 
 use super::{CheckpointError, FilePages, MAX_RAM, PAGE_SIZE, Tail, pending::PendingFile, tail};
 use crate::{
+    beside_ram::BesideRam,
     destination::{Body, Destination, MainReader, PageSink, Report, StreamHead, Target},
     error::Error,
     progress::Observer,
@@ -32,8 +33,7 @@ use crate::{
 pub struct Writer {
     file: PendingFile,
     ram: Option<ReceivedRam>,
-    /// Device state that came before the pages, as it stands on the wire.
-    early: Vec<u8>,
+    beside_ram: BesideRam,
     tail: Tail,
 }
 
@@ -54,7 +54,7 @@ impl Writer {
     /// The directory is not there or takes no files; something is in the way.
     pub fn create(path: &Path, replace: bool) -> Result<Writer, CheckpointError> {
         let file = PendingFile::create(path, replace)?;
-        Ok(Writer { file, ram: None, early: Vec::new(), tail: Tail::default() })
+        Ok(Writer { file, ram: None, beside_ram: BesideRam::default(), tail: Tail::default() })
     }
 
     /// Waits for a source at `from` and takes its VM into the file.
@@ -99,7 +99,7 @@ impl Writer {
         let Some(ram) = &self.ram else { return Ok(()) };
         let file: &File = self.file.file();
         let write = |bytes: &[u8], at| file.write_all_at(bytes, at).map_err(self.file.error("writing to it"));
-        let mut out = beginning(&ram.machine, uuid, ram.section, total(&ram.blocks));
+        let mut out = self.beginning(&ram.machine, uuid, ram.section, total(&ram.blocks));
         let mut at = 0;
         for (index, entry) in ram.blocks.iter().enumerate() {
             let placed = entry.mapped_ram.expect("placed when the block list came");
@@ -112,13 +112,31 @@ impl Writer {
             ram.pages.write_bitmap(index, bitmap_offset).map_err(self.file.error("writing to it"))?;
             at = placed.next_entry(entry.used_len);
         }
-        // Early state behind the block list is where QEMU has it, too.
-        out.eos().footer(ram.section).raw(&self.early);
+        out.eos().footer(ram.section).raw(self.beside_ram.behind_ram_start()).raw(self.beside_ram.in_parts());
         if sends_switchover_start(&ram.machine) == Some(true) {
             out.command(&Command::SwitchoverStart);
         }
         out.ram_part(ram.section, true).eos().footer(ram.section).raw(&self.tail.to_bytes());
         write(out.as_bytes(), at)
+    }
+}
+
+impl Writer {
+    /// Everything up to the block list.
+    fn beginning(&self, machine: &str, uuid: Option<[u8; 16]>, ram_section: u32, total: u64) -> MainEncoder {
+        let mut out = MainEncoder::new();
+        out.header().configuration(machine).config_capabilities(&[MAPPED_RAM]);
+        if let Some(uuid) = uuid {
+            out.config_uuid(&uuid);
+        }
+        out.raw(self.beside_ram.before_ram()).ram_start(ram_section, total);
+        out
+    }
+
+    fn keep_beside_ram(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error> {
+        let bytes = tail::section_beside_ram(section, main, self.beside_ram.bytes())?;
+        self.beside_ram.push(section, &bytes, self.ram.is_some());
+        Ok(())
     }
 }
 
@@ -135,7 +153,7 @@ impl Target for Writer {
             return Err(CheckpointError::TooMuchRam { bytes, limit: MAX_RAM }.into());
         }
         // Channels may tell the VM's uuid after this: there is room for it in front of the first block's pages.
-        let begin = beginning(&head.machine, Some([0; 16]), head.ram_section, bytes);
+        let begin = self.beginning(&head.machine, Some([0; 16]), head.ram_section, bytes);
         let mut at = begin.as_bytes().len() as u64;
         let mut blocks = Vec::new();
         for entry in &head.blocks {
@@ -155,11 +173,15 @@ impl Target for Writer {
 
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
         if ram_ended {
-            self.tail = Tail::receive(section, &self.early, main)?;
+            self.tail = Tail::receive(section, self.beside_ram.early(), main)?;
             return Ok(Body::RestOfStream);
         }
-        self.early.extend_from_slice(&tail::early_section(section, main, self.early.len())?);
+        self.keep_beside_ram(section, main)?;
         Ok(Body::Section)
+    }
+
+    fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error> {
+        self.keep_beside_ram(section, main)
     }
 
     fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error> {
@@ -193,22 +215,11 @@ impl Target for Writer {
         // Kept even if it is wrong: it is all that the source has sent.
         file.write_all_at(rest, len).map_err(self.file.error("writing to it"))?;
         self.file.sync()?;
-        self.tail = self.tail.extend(&self.early, rest)?;
+        self.tail = self.tail.extend(self.beside_ram.early(), rest)?;
         Ok(())
     }
 
     fn abandon(&mut self) {}
-}
-
-/// Everything up to the block list.
-fn beginning(machine: &str, uuid: Option<[u8; 16]>, ram_section: u32, total: u64) -> MainEncoder {
-    let mut out = MainEncoder::new();
-    out.header().configuration(machine).config_capabilities(&[MAPPED_RAM]);
-    if let Some(uuid) = uuid {
-        out.config_uuid(&uuid);
-    }
-    out.ram_start(ram_section, total);
-    out
 }
 
 /// Length of an entry of the block list with its header.

@@ -234,6 +234,11 @@ pub(super) struct SectionBody<'a> {
 }
 
 impl SectionBody<'_> {
+    /// Where the next byte comes from.
+    pub(super) fn place(&self) -> Place {
+        self.main.place()
+    }
+
     /// What its reader ran into, if it was the connection: a better reason than what the reader made of it.
     pub(super) fn into_failure(self) -> Option<Error> {
         self.failure

@@ -522,8 +522,7 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<Body, Error> {
         if section.kind != SectionKind::Full {
-            let name = section.name.clone();
-            return Err(Error::Mismatch(Mismatch::IterableSection { name }));
+            return target.section_part(section, self.main()).map(|()| Body::Section);
         }
         let ram_ended = self.main().decoder().ram_ended();
         if ram_ended && self.shared.progress.snapshot().phase != Some(Phase::Devices) {

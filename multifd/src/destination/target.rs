@@ -2,7 +2,12 @@
 
 use std::io::Read;
 
-use multifd_proto::{BlockName, ram::BlockEntry, stream::Section};
+use multifd_proto::{
+    BlockName,
+    bodies::{DIRTY_BITMAP, NO_BITMAPS},
+    ram::BlockEntry,
+    stream::Section,
+};
 
 use super::{FirstTouch, MainReader, PageSink, sink::MemorySink};
 use crate::{
@@ -41,6 +46,9 @@ pub(crate) trait Target {
     /// Takes the body of `section`, which `main` gives next, or also all that follows. All pages are in place if
     /// `ram_ended`.
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error>;
+
+    /// Takes the body of `section`, which comes in parts, as `ram` does. `main` gives it next.
+    fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error>;
 
     /// Everything has arrived: makes it last, up to what may still be taken back. `uuid` is that of the VM, if it has one.
     fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
@@ -92,6 +100,22 @@ impl Target for VmTarget<'_> {
         match self.vm.load(&id, &mut body as &mut dyn Read) {
             Ok(()) => Ok(Body::Section),
             Err(source) => Err(body.into_failure().unwrap_or(Error::Load { section: id, source })),
+        }
+    }
+
+    /// A VMM has no use for bitmaps of QEMU's disks, so there must be none.
+    fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error> {
+        let mut body = [0; NO_BITMAPS.len()];
+        if section.name == DIRTY_BITMAP && section.version == 1 {
+            let mut reader = main.body();
+            if let Err(source) = reader.read_exact(&mut body) {
+                let at = reader.place();
+                return Err(reader.into_failure().unwrap_or(Error::Io { at, source }));
+            }
+        }
+        match body == NO_BITMAPS {
+            true => Ok(()),
+            false => Err(Mismatch::IterableSection { name: section.name.clone() }.into()),
         }
     }
 

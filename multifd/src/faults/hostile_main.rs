@@ -234,6 +234,23 @@ fn elements_in_the_wrong_place_are_refused() {
     assert_eq!(error.to_string(), "section \"disk\" comes in parts; only ram may");
 }
 
+/// A VMM can do nothing with bitmaps of QEMU's disks. A source that has the capability and no bitmap says so.
+#[test]
+fn dirty_bitmaps_are_refused_unless_there_are_none() {
+    let start = Section { kind: SectionKind::Start, id: 5, name: "dirty-bitmap".to_owned(), instance: 0, version: 1 };
+    for (body, refused) in [(&b"\x01"[..], false), (b"\x1c\x02d0\x02bm\0\x01\0\0\x01\x01", true)] {
+        let main = Wire::main().then(encoded(|e| e.section(&start).raw(body).footer(5))).then(main_end().as_bytes());
+        let received = receive(&[main, Wire::channel(0).sync().sync()], Options::default());
+        match received.outcome {
+            Ok(_) => assert!(!refused),
+            Err(error) => {
+                assert!(refused, "{error}");
+                assert_eq!(error.to_string(), "section \"dirty-bitmap\" comes in parts; only ram may");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_vmdescription_beyond_the_limit_is_refused_before_it_is_read() {
     let mut end = MainEncoder::new();

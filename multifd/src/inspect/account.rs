@@ -9,6 +9,7 @@ use super::{
     contents::{self, Scratch},
 };
 use crate::{
+    beside_ram::BesideRam,
     checkpoint::Tail,
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
@@ -32,8 +33,8 @@ pub struct Account {
     pub repeated_in_round: u64,
     /// Pages sent again in a later round.
     pub sent_again: u64,
-    /// Device state before the pages, as it stands on the wire.
-    pub early: Vec<u8>,
+    /// Sections before the devices' state.
+    pub beside_ram: BesideRam,
     /// Device state, and what describes it.
     pub(crate) tail: Tail,
     /// Main came to its end.

@@ -8,7 +8,7 @@ use multifd_proto::{
 };
 
 use crate::{
-    checkpoint::{Tail, early_section},
+    checkpoint::{Tail, section_beside_ram},
     destination::{MainReader, more_bytes},
     error::{Connection, Error, Place},
     ram::GuestRange,
@@ -70,9 +70,9 @@ impl MainStream {
         Tail::receive(first, early, self.reader())
     }
 
-    /// The section of a device that comes before the pages, with `before` bytes of others before it.
-    pub(super) fn early_section(&mut self, section: &Section, before: usize) -> Result<Vec<u8>, Error> {
-        early_section(section, self.reader(), before)
+    /// A section beside `ram`, before the devices' state. All such sections before it have `before` bytes.
+    pub(super) fn section_beside_ram(&mut self, section: &Section, before: usize) -> Result<Vec<u8>, Error> {
+        section_beside_ram(section, self.reader(), before)
     }
 
     /// Checks that main has ended.

@@ -167,17 +167,14 @@ impl RecordedReader {
                         }
                     }
                 }
-                Item::Section(section) if section.kind != SectionKind::Full => {
-                    let name = section.name;
-                    return Err(crate::error::Mismatch::IterableSection { name }.into());
-                }
-                Item::Section(section) if self.main.decoder().ram_ended() => {
-                    self.account.tail = self.main.tail(&section, &self.account.early)?;
+                Item::Section(section) if section.kind == SectionKind::Full && self.main.decoder().ram_ended() => {
+                    self.account.tail = self.main.tail(&section, self.account.beside_ram.early())?;
                     break;
                 }
                 Item::Section(section) => {
-                    let early = self.main.early_section(&section, self.account.early.len())?;
-                    self.account.early.extend_from_slice(&early);
+                    let ram_started = self.main.decoder().ram_section().is_some();
+                    let bytes = self.main.section_beside_ram(&section, self.account.beside_ram.bytes())?;
+                    self.account.beside_ram.push(&section, &bytes, ram_started);
                 }
                 Item::VmDescription { len } => self.account.tail.vmdescription = self.main.payload(len)?,
                 Item::Header

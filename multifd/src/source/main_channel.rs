@@ -53,9 +53,11 @@ impl MainChannel {
         self.send()
     }
 
-    /// Lists the RAM blocks. A sync point and the end of the section follow.
+    /// Sends the device state that is needed before the RAM blocks, and lists these. A sync point and the end of the section
+    /// follow.
     pub(super) fn ram_start(&mut self) -> Result<(), Error> {
         let layout = self.shared.ram.layout();
+        self.encoder.raw(self.shared.options.replay.beside_ram.before_ram());
         self.encoder.ram_start(self.shared.options.replay.ram_section, layout.bytes());
         for block in layout.blocks() {
             self.encoder.block(&BlockEntry::new(block.name().clone(), block.bytes()));
@@ -63,10 +65,11 @@ impl MainChannel {
         self.send()
     }
 
-    /// Sends the device state that is needed before the pages.
-    pub(super) fn early_sections(&mut self) -> Result<(), Error> {
+    /// Sends the device state that is needed before the pages, and what an earlier stream had besides.
+    pub(super) fn sections_beside_ram(&mut self) -> Result<(), Error> {
         let shared = self.shared.clone();
-        self.encoder.raw(&shared.options.replay.early);
+        let beside_ram = &shared.options.replay.beside_ram;
+        self.encoder.raw(beside_ram.behind_ram_start()).raw(beside_ram.in_parts());
         self.send()
     }
 

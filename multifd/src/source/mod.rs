@@ -237,7 +237,7 @@ impl Run {
         self.main().open_return_path()?;
         self.main().ram_start()?;
         self.section(0)?;
-        self.main().early_sections()?;
+        self.main().sections_beside_ram()?;
         self.report.setup = self.now() - self.begun;
         Ok(())
     }

@@ -9,6 +9,7 @@ use multifd_proto::{
 };
 
 use crate::{
+    beside_ram::BesideRam,
     clock::Clock,
     sections::RAM_SECTION,
     sync::Arc,
@@ -92,17 +93,16 @@ impl Default for Options {
 /// What a stream keeps of an earlier one whose device state it carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replay {
-    /// The id of the `ram` section. Early sections carry ids of the earlier stream, which this one must not collide with.
+    /// The id of the `ram` section. Other sections carry ids of the earlier stream, which this one must not collide with.
     pub ram_section: u32,
-    /// Sections of devices that were sent behind the block list because they are needed before the pages, as they stand
-    /// on the wire. They are sent there again.
-    pub early: Vec<u8>,
+    /// Sections that the earlier stream had before the devices' state. They are sent in their places again.
+    pub beside_ram: BesideRam,
 }
 
 impl Default for Replay {
     /// Nothing.
     fn default() -> Replay {
-        Replay { ram_section: RAM_SECTION, early: Vec::new() }
+        Replay { ram_section: RAM_SECTION, beside_ram: BesideRam::default() }
     }
 }
 
