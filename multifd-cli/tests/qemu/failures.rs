@@ -43,8 +43,10 @@ fn assert_failed(source: &mut Qemu) {
 }
 
 fn each_source(test: &str, body: impl Fn(&Installed, &str)) {
-    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0")] {
-        let Some(installed) = Installed::require(version) else { return };
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0"), (Version::V11_1, "pc-q35-11.1")]
+    {
+        let Some(installed) = Installed::require(version) else { continue };
         time_limit(TEST_LIMIT, || body(&installed, machine));
         report(TABLE, &format!("{test:48} {:4} ok", version.name()));
     }

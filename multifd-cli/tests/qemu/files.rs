@@ -6,8 +6,8 @@ use qemu_peer::{Installed, Qemu, Status, Version};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, UUID, assert_goes_on, assert_same_memory, listen, migrate_away, receive_uri,
-    vm,
+    LIMIT, Multifd, Settings, TEST_LIMIT, UUID, assert_goes_on, assert_same_memory, listen, load_file, migrate_away,
+    receive_uri, vm,
 };
 
 const TABLE: &str = "migration files";
@@ -25,17 +25,11 @@ fn checkpoint(from: &Installed, machine: &str, settings: Settings, file: &Path, 
 
 /// Lets a QEMU of `installed` load the mapped-ram file.
 fn load(installed: &Installed, machine: &str, file: &Path, multifd: bool) -> Qemu {
-    let mut destination = vm(installed, machine).uuid(UUID).incoming().start().unwrap();
-    destination.qmp().set_capabilities(&[("mapped-ram", true)]).unwrap();
-    if multifd {
-        destination.qmp().set_multifd(2, "none").unwrap();
-    }
-    destination.qmp().migrate_incoming(&format!("file:{}", file.display())).unwrap();
-    destination
+    load_file(vm(installed, machine).uuid(UUID), file, &[("multifd", multifd)])
 }
 
-fn qemu_loads_our_checkpoint(from: Version, machine: &str, multifd: bool) {
-    let (Some(from), Some(new)) = (Installed::require(from), Installed::require(Version::V10_0)) else { return };
+fn qemu_loads_our_checkpoint(from: Version, to: Version, machine: &str, multifd: bool) {
+    let (Some(from), Some(new)) = (Installed::require(from), Installed::require(to)) else { return };
     time_limit(TEST_LIMIT, || {
         let dir = TempDir::new().unwrap();
         let file = dir.join("checkpoint");
@@ -45,28 +39,43 @@ fn qemu_loads_our_checkpoint(from: Version, machine: &str, multifd: bool) {
     });
     report(
         TABLE,
-        &format!("checkpoint of {:4} {machine} loaded by 10.0, multifd {multifd}: ok", from.version().name()),
+        &format!("checkpoint of {:4} {machine} loaded by {}, multifd {multifd}: ok", from.version().name(), to.name()),
     );
 }
 
 #[test]
 fn qemu_loads_a_checkpoint_of_10_0() {
-    qemu_loads_our_checkpoint(Version::V10_0, "pc-i440fx-10.0", false);
+    qemu_loads_our_checkpoint(Version::V10_0, Version::V10_0, "pc-i440fx-10.0", false);
 }
 
 #[test]
 fn qemu_loads_a_checkpoint_of_10_0_on_q35_with_its_own_channels() {
-    qemu_loads_our_checkpoint(Version::V10_0, "pc-q35-10.0", true);
+    qemu_loads_our_checkpoint(Version::V10_0, Version::V10_0, "pc-q35-10.0", true);
 }
 
 #[test]
 fn qemu_10_0_loads_a_checkpoint_of_7_2() {
-    qemu_loads_our_checkpoint(Version::V7_2, "pc-i440fx-7.2", true);
+    qemu_loads_our_checkpoint(Version::V7_2, Version::V10_0, "pc-i440fx-7.2", true);
 }
 
-/// A file that QEMU 10.0 wrote: described, sent, and equal to the memory of the source.
-fn we_send_qemus_file(to: Version, machine: &str, multifd: bool) {
-    let (Some(to), Some(new)) = (Installed::require(to), Installed::require(Version::V10_0)) else { return };
+#[test]
+fn qemu_11_1_loads_a_checkpoint_of_its_own() {
+    qemu_loads_our_checkpoint(Version::V11_1, Version::V11_1, "pc-q35-11.1", true);
+}
+
+#[test]
+fn qemu_11_1_loads_a_checkpoint_of_7_2() {
+    qemu_loads_our_checkpoint(Version::V7_2, Version::V11_1, "pc-q35-7.2", false);
+}
+
+#[test]
+fn qemu_10_0_loads_a_checkpoint_of_11_1() {
+    qemu_loads_our_checkpoint(Version::V11_1, Version::V10_0, "pc-i440fx-10.0", false);
+}
+
+/// A file that QEMU wrote: described, sent, and equal to the memory of the source.
+fn we_send_qemus_file(from: Version, to: Version, machine: &str, multifd: bool) {
+    let (Some(to), Some(new)) = (Installed::require(to), Installed::require(from)) else { return };
     time_limit(TEST_LIMIT, || {
         let dir = TempDir::new().unwrap();
         let file = dir.join("migration").display().to_string();
@@ -93,38 +102,50 @@ fn we_send_qemus_file(to: Version, machine: &str, multifd: bool) {
     });
     report(
         TABLE,
-        &format!("mapped-ram file of 10.0 {machine}, multifd {multifd}, sent to {}: ok", to.version().name()),
+        &format!(
+            "mapped-ram file of {} {machine}, multifd {multifd}, sent to {}: ok",
+            from.name(),
+            to.version().name()
+        ),
     );
 }
 
 #[test]
 fn we_send_a_file_of_qemu_to_10_0() {
-    we_send_qemus_file(Version::V10_0, "pc-i440fx-10.0", true);
+    we_send_qemus_file(Version::V10_0, Version::V10_0, "pc-i440fx-10.0", true);
 }
 
 #[test]
 fn we_send_a_file_of_qemu_10_0_to_7_2() {
-    we_send_qemus_file(Version::V7_2, "pc-i440fx-7.2", false);
+    we_send_qemus_file(Version::V10_0, Version::V7_2, "pc-i440fx-7.2", false);
+}
+
+#[test]
+fn we_send_a_file_of_qemu_11_1_to_11_1() {
+    we_send_qemus_file(Version::V11_1, Version::V11_1, "pc-i440fx-11.1", true);
 }
 
 #[test]
 fn a_plain_migration_file_of_qemu_is_inspected() {
-    let Some(new) = Installed::require(Version::V10_0) else { return };
-    time_limit(TEST_LIMIT, || {
-        let dir = TempDir::new().unwrap();
-        let file = dir.join("migration").display().to_string();
-        let mut source = vm(&new, "pc-i440fx-10.0").start().unwrap();
-        source.wait_passes(3, LIMIT).unwrap();
-        migrate_away(&mut source, &format!("file:{file}"));
-        let extracted = dir.join("ram");
-        let to = extracted.display().to_string();
-        let inspected = Multifd::start(["inspect", &file, "--digest", "--extract", "pc.ram", "--output", &to]).done();
-        assert_eq!(inspected["kind"], "stream");
-        assert!(inspected["main"]["page"].as_u64().unwrap() > 1000, "{}", inspected["main"]);
-        assert_same_memory(&mut source, &inspected);
-        assert_eq!(crate::harness::digest(&extracted), crate::harness::digest(&source.ram_file().unwrap()));
-    });
-    report(TABLE, "plain file: migration of 10.0 inspected: ok");
+    for (version, machine) in [(Version::V10_0, "pc-i440fx-10.0"), (Version::V11_1, "pc-q35-11.1")] {
+        let Some(new) = Installed::require(version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let file = dir.join("migration").display().to_string();
+            let mut source = vm(&new, machine).start().unwrap();
+            source.wait_passes(3, LIMIT).unwrap();
+            migrate_away(&mut source, &format!("file:{file}"));
+            let extracted = dir.join("ram");
+            let to = extracted.display().to_string();
+            let extract = ["inspect", &file, "--digest", "--extract", "pc.ram", "--output", &to];
+            let inspected = Multifd::start(extract).done();
+            assert_eq!(inspected["kind"], "stream");
+            assert!(inspected["main"]["page"].as_u64().unwrap() > 1000, "{}", inspected["main"]);
+            assert_same_memory(&mut source, &inspected);
+            assert_eq!(crate::harness::digest(&extracted), crate::harness::digest(&source.ram_file().unwrap()));
+        });
+        report(TABLE, &format!("plain file: migration of {} inspected: ok", version.name()));
+    }
 }
 
 /// The negative control: one bit of one page, and the guest sees it.

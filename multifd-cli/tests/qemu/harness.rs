@@ -87,6 +87,15 @@ pub fn listen(qemu: &mut Qemu, tcp: bool) -> String {
     uri
 }
 
+/// Lets a QEMU of this shape load the mapped-ram file by itself.
+pub fn load_file(shape: QemuBuilder, file: &Path, capabilities: &[(&str, bool)]) -> Qemu {
+    let mut destination = shape.incoming().start().unwrap();
+    destination.qmp().set_capabilities(&[("mapped-ram", true)]).unwrap();
+    destination.qmp().set_capabilities(capabilities).unwrap();
+    destination.qmp().migrate_incoming(&format!("file:{}", file.display())).unwrap();
+    destination
+}
+
 /// A URI for `multifd receive`.
 pub fn receive_uri(directory: &Path, tcp: bool) -> String {
     if tcp { "tcp:127.0.0.1:0".to_owned() } else { format!("unix:{}", directory.join("socket").display()) }

@@ -5,13 +5,13 @@ use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, listen, migrate_away, receive_uri,
-    vm,
+    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, listen, load_file, migrate_away,
+    receive_uri, vm,
 };
 
 const TABLE: &str = "other streams";
 
-/// Takes a guest of `installed`, prepared by `prepare`, into a checkpoint and sends it on to the same version.
+/// Takes a guest of `version`, prepared by `prepare`, into a checkpoint and sends it on to the same version.
 fn through_a_checkpoint(
     version: Version,
     machine: &str,
@@ -19,7 +19,18 @@ fn through_a_checkpoint(
     prepare: impl Fn(&mut Qemu),
     more: &[&str],
 ) -> Option<Value> {
-    let installed = Installed::require(version)?;
+    from_one_to_another([version, version], machine, shape, prepare, more)
+}
+
+/// The same from one version to another.
+fn from_one_to_another(
+    [from, to]: [Version; 2],
+    machine: &str,
+    shape: impl Fn(QemuBuilder) -> QemuBuilder,
+    prepare: impl Fn(&mut Qemu),
+    more: &[&str],
+) -> Option<Value> {
+    let (installed, to) = (Installed::require(from)?, Installed::require(to)?);
     let received = time_limit(TEST_LIMIT, || {
         let dir = TempDir::new().unwrap();
         let file = dir.join("checkpoint");
@@ -33,14 +44,23 @@ fn through_a_checkpoint(
         let received = receive.done();
         assert_same_memory(&mut source, &received);
 
-        let mut destination = shape(vm(&installed, machine)).incoming().start().unwrap();
+        let mut destination = shape(vm(&to, machine)).incoming().start().unwrap();
         Settings::default().apply(&mut destination);
         let uri = listen(&mut destination, false);
         Multifd::start(["send", &file.display().to_string(), &uri]).done();
         assert_goes_on(&source, &mut destination);
+        drop(destination);
+        if has_early_state(&received) {
+            assert_goes_on(&source, &mut load_file(shape(vm(&to, machine)), &file, &[]));
+        }
         received
     });
     Some(received)
+}
+
+/// Whether a device's state came before the pages.
+fn has_early_state(received: &Value) -> bool {
+    received["devices"].as_array().unwrap().iter().any(|device| device["early"] == true)
 }
 
 fn as_it_is(builder: QemuBuilder) -> QemuBuilder {
@@ -49,7 +69,9 @@ fn as_it_is(builder: QemuBuilder) -> QemuBuilder {
 
 #[test]
 fn a_plain_migration_has_its_pages_on_main() {
-    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0")] {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0"), (Version::V11_1, "pc-q35-11.1")]
+    {
         let Some(received) = through_a_checkpoint(version, machine, as_it_is, |_| {}, &[]) else { return };
         assert_eq!(received["channels"], 0);
         assert_eq!(received["ram"]["multifd-bytes"], 0);
@@ -59,7 +81,9 @@ fn a_plain_migration_has_its_pages_on_main() {
 
 #[test]
 fn xbzrle_differences_are_applied() {
-    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0")] {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0"), (Version::V11_1, "pc-i440fx-11.1")]
+    {
         let dir = TempDir::new().unwrap();
         let record = dir.join("recorded").display().to_string();
         let prepare = |source: &mut Qemu| {
@@ -88,8 +112,16 @@ fn pages_compressed_one_by_one_are_inflated() {
 
 #[test]
 fn postcopy_that_is_announced_and_not_begun_is_no_hindrance() {
-    let prepare = |source: &mut Qemu| source.qmp().set_capabilities(&[("postcopy-ram", true)]).unwrap();
-    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0")] {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0"), (Version::V11_1, "pc-i440fx-11.1")]
+    {
+        let prepare = |source: &mut Qemu| {
+            // Older versions refuse the two together.
+            if version == Version::V11_1 {
+                Settings::default().apply(source);
+            }
+            source.qmp().set_capabilities(&[("postcopy-ram", true)]).unwrap();
+        };
         let Some(_) = through_a_checkpoint(version, machine, as_it_is, prepare, &[]) else { return };
         report(TABLE, &format!("{:4} postcopy-ram, not begun: ok", version.name()));
     }
@@ -101,12 +133,47 @@ fn a_source_that_asks_for_permission_to_switch_over_gets_it() {
         Settings::default().apply(source);
         source.qmp().set_capabilities(&[("switchover-ack", true)]).unwrap();
     };
-    let Some(_) = through_a_checkpoint(Version::V10_0, "pc-i440fx-10.0", as_it_is, prepare, &[]) else { return };
-    report(TABLE, "10.0 switchover-ack: ok");
-    // The machine type does not tell that this one understands it.
-    let more = ["--return-path-ack", "always"];
-    let Some(_) = through_a_checkpoint(Version::V10_0, "pc-i440fx-7.2", as_it_is, prepare, &more) else { return };
-    report(TABLE, "10.0 switchover-ack with machine 7.2 and --return-path-ack always: ok");
+    // With the capability off, each is in the matrix.
+    for (version, machine, ack) in [
+        (Version::V10_0, "pc-i440fx-10.0", "auto"),
+        // The machine type does not tell that this source waits, and its guest leaves it no moment without a page to send.
+        (Version::V10_0, "pc-i440fx-7.2", "always"),
+        (Version::V11_1, "pc-i440fx-7.2", "always"),
+        (Version::V11_1, "pc-q35-10.0", "auto"),
+        (Version::V11_1, "pc-i440fx-11.0", "auto"),
+        // This one waits for nothing, and fails when it is told.
+        (Version::V11_1, "pc-i440fx-11.1", "auto"),
+    ] {
+        let more = ["--return-path-ack", ack];
+        if through_a_checkpoint(version, machine, as_it_is, prepare, &more).is_some() {
+            report(TABLE, &format!("{:4} switchover-ack, {machine}, --return-path-ack {ack}: ok", version.name()));
+        }
+    }
+}
+
+/// The machine type says nothing, so what the source does tells that it waits.
+#[test]
+fn an_old_machine_type_that_waits_to_switch_over_is_noticed() {
+    for version in [Version::V10_0, Version::V11_1] {
+        for channels in [0, 2] {
+            let Some(installed) = Installed::require(version) else { continue };
+            time_limit(TEST_LIMIT, || {
+                let dir = TempDir::new().unwrap();
+                let mut source = vm(&installed, "pc-i440fx-7.2").start().unwrap();
+                if channels > 0 {
+                    Settings { channels, ..Settings::default() }.apply(&mut source);
+                }
+                source.qmp().set_capabilities(&[("return-path", true), ("switchover-ack", true)]).unwrap();
+                source.qmp().set_parameters(&[("max-bandwidth", json!(10u64 << 30))]).unwrap();
+                source.wait_passes(1, LIMIT).unwrap();
+                source.qmp().stop().unwrap();
+                let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &[]);
+                migrate_away(&mut source, &uri);
+                receive.done();
+            });
+            report(TABLE, &format!("{:4} switchover-ack, pc-i440fx-7.2, {channels} channels: noticed", version.name()));
+        }
+    }
 }
 
 #[test]
@@ -138,20 +205,96 @@ fn state_that_is_needed_before_the_pages_is_kept_and_sent_there() {
         ])
     };
     let prepare = |source: &mut Qemu| Settings::default().apply(source);
-    let received = through_a_checkpoint(Version::V10_0, "pc-i440fx-10.0", with_virtio_mem, prepare, &[]);
-    let Some(received) = received else { return };
-    let early: Vec<&Value> =
-        received["devices"].as_array().unwrap().iter().filter(|device| device["early"] == true).collect();
-    assert_eq!(early.len(), 1, "{}", received["devices"]);
-    assert!(early[0]["name"].as_str().unwrap().ends_with("virtio-mem-device-early"), "{}", early[0]);
-    report(TABLE, "10.0 virtio-mem, early state: ok");
+    let (new, newest) = (Version::V10_0, Version::V11_1);
+    for (versions, machine) in [
+        ([new, new], "pc-i440fx-10.0"),
+        ([newest, newest], "pc-i440fx-11.1"),
+        ([new, newest], "pc-q35-10.0"),
+        ([newest, new], "pc-i440fx-10.0"),
+    ] {
+        let received = from_one_to_another(versions, machine, with_virtio_mem, prepare, &[]);
+        let Some(received) = received else { continue };
+        let early: Vec<&Value> =
+            received["devices"].as_array().unwrap().iter().filter(|device| device["early"] == true).collect();
+        assert_eq!(early.len(), 1, "{}", received["devices"]);
+        assert!(early[0]["name"].as_str().unwrap().ends_with("virtio-mem-device-early"), "{}", early[0]);
+        let names = versions.map(Version::name).join(" -> ");
+        report(TABLE, &format!("{names} virtio-mem, early state, {machine}: ok"));
+    }
+}
+
+/// Bitmaps of disks travel in a section of their own, in parts, whose lengths are not on the wire.
+#[test]
+fn dirty_bitmaps_are_kept_and_come_back() {
+    let with_disk = |builder: QemuBuilder| {
+        builder.arguments(&["-blockdev", "driver=null-co,size=67108864,read-zeroes=on,node-name=disk"])
+    };
+    let (old, new, newest) = (Version::V7_2, Version::V10_0, Version::V11_1);
+    for ([from, to], machine, written) in [
+        ([old, old], "pc-i440fx-7.2", Some("1M 2M")),
+        ([new, old], "pc-i440fx-7.2", Some("0 64M")),
+        ([new, new], "pc-i440fx-10.0", None),
+        ([newest, newest], "pc-i440fx-11.1", Some("5M 64k")),
+        ([old, newest], "pc-q35-7.2", Some("63M 1M")),
+    ] {
+        let (Some(installed), Some(loading)) = (Installed::require(from), Installed::require(to)) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let file = dir.join("checkpoint");
+            let with_capability = |qemu: &mut Qemu| {
+                Settings::default().apply(qemu);
+                qemu.qmp().set_capabilities(&[("dirty-bitmaps", true)]).unwrap();
+            };
+            let mut source = with_disk(vm(&installed, machine)).start().unwrap();
+            with_capability(&mut source);
+            if let Some(written) = written {
+                for (name, granularity) in [("coarse", 65536), ("fine", 512)] {
+                    let bitmap = json!({ "node": "disk", "name": name, "granularity": granularity });
+                    source.qmp().execute("block-dirty-bitmap-add", bitmap).unwrap();
+                }
+                let write = format!("qemu-io disk \"write {written}\"");
+                source.qmp().execute("human-monitor-command", json!({ "command-line": write })).unwrap();
+            }
+            let digests = |qemu: &mut Qemu| {
+                ["coarse", "fine"].map(|name| {
+                    let bitmap = json!({ "node": "disk", "name": name });
+                    qemu.qmp().execute("x-debug-block-dirty-bitmap-sha256", bitmap).ok()
+                })
+            };
+            let before = digests(&mut source);
+            assert_eq!(before[0].is_some(), written.is_some());
+            source.wait_passes(3, LIMIT).unwrap();
+            let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &[]);
+            migrate_away(&mut source, &uri);
+            let received = receive.done();
+            assert!(received["devices"].as_array().unwrap().len() > 10, "{received}");
+
+            let mut destination = with_disk(vm(&loading, machine)).incoming().start().unwrap();
+            with_capability(&mut destination);
+            let uri = listen(&mut destination, false);
+            Multifd::start(["send", &file.display().to_string(), &uri]).done();
+            assert_goes_on(&source, &mut destination);
+            assert_eq!(digests(&mut destination), before);
+            drop(destination);
+            if to != Version::V7_2 {
+                let capabilities = [("dirty-bitmaps", true)];
+                let mut destination = load_file(with_disk(vm(&loading, machine)), &file, &capabilities);
+                assert_goes_on(&source, &mut destination);
+                assert_eq!(digests(&mut destination), before);
+            }
+        });
+        let names = [from, to].map(Version::name).join(" -> ");
+        report(TABLE, &format!("{names} dirty-bitmaps, {} written: ok", written.unwrap_or("none, nothing")));
+    }
 }
 
 /// Found by a review: such a source says nothing behind the end of state and waits for SHUT, and the destination waited for
 /// a description.
 #[test]
 fn a_source_that_describes_nothing_and_waits_is_told() {
-    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0")] {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0"), (Version::V11_1, "pc-q35-11.1")]
+    {
         for return_path in [true, false] {
             let settings = Settings { return_path, ..Settings::default() };
             let machine = format!("{machine},suppress-vmdesc=on");
@@ -165,9 +308,11 @@ fn a_source_that_describes_nothing_and_waits_is_told() {
 
 #[test]
 fn a_recorded_migration_decodes_to_what_was_received() {
-    for (version, machine, compression) in
-        [(Version::V7_2, "pc-q35-7.2", "zstd"), (Version::V10_0, "pc-q35-10.0", "zlib")]
-    {
+    for (version, machine, compression) in [
+        (Version::V7_2, "pc-q35-7.2", "zstd"),
+        (Version::V10_0, "pc-q35-10.0", "zlib"),
+        (Version::V11_1, "pc-q35-11.1", "zstd"),
+    ] {
         let dir = TempDir::new().unwrap();
         let record = dir.join("recorded").display().to_string();
         let settings = Settings { compression, ..Settings::default() };
