@@ -166,8 +166,8 @@ pub struct ReceiveArgs {
     /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
     #[arg(long, value_name = "DIR")]
     pub record: Option<PathBuf>,
-    /// Tell the source that it may switch over, as QEMU's capability switchover-ack needs it. Fails QEMUs before 8.1,
-    /// so auto does it for machine types that those do not have.
+    /// Tell the source that it may switch over, as QEMU's capability switchover-ack needs it. Fails a QEMU before 8.1, and
+    /// machine types from 11.1 on unless a device asked for it. auto fails no source that does not wait for it.
     #[arg(long, value_enum, default_value_t = ReturnPathAck::Auto, value_name = "WHEN")]
     pub return_path_ack: ReturnPathAck,
     /// Number of connections for pages, 1 to 255 [default: as many as the source opens].
@@ -235,7 +235,7 @@ pub struct InspectArgs {
 /// Whether to tell the source that it may switch over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ReturnPathAck {
-    /// If the machine type says that it understands it.
+    /// If the machine type takes it in any case, or the source shows that it waits.
     Auto,
     /// Never.
     Never,
