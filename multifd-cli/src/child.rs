@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
-    cli::{TOKEN_VARIABLE, Token},
+    args::{TOKEN_VARIABLE, Token},
     exit::Exit,
     terminal,
 };

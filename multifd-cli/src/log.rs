@@ -8,7 +8,7 @@ use tracing_subscriber::{
     fmt::{MakeWriter, format},
 };
 
-use crate::{cli::OutputArgs, printable, terminal};
+use crate::{args::OutputArgs, printable, terminal};
 
 /// Sends the events of this process to stderr from now on.
 pub fn start(output: &OutputArgs) {

@@ -1,8 +1,8 @@
 //! The `multifd` command: reads the command line, runs the verb, prints its report.
 
 mod advice;
+mod args;
 mod child;
-mod cli;
 mod connect;
 mod control;
 mod describe;
@@ -24,10 +24,10 @@ use std::{
     time::Duration,
 };
 
-use self::{cli::Verb, exit::Exit, report::Outcome};
+use self::{args::Verb, exit::Exit, report::Outcome};
 
 fn main() -> ExitCode {
-    let cli = match cli::parse() {
+    let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) => return explain(&error),
     };
@@ -45,7 +45,7 @@ fn explain(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return if printed.is_ok() { Exit::Done.into() } else { Exit::Failed.into() };
     }
-    if cli::asks_for_json() {
+    if args::asks_for_json() {
         let message = error.to_string();
         let message = message.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
         let _ = Outcome::failed(Exit::Usage, message).print_json();

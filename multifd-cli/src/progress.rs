@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use multifd::progress::{Event, Observer, Phase, Progress, RoundStats, Snapshot};
 
 use crate::{
-    cli::{OutputArgs, ProgressMode},
+    args::{OutputArgs, ProgressMode},
     report::Round,
     table, terminal,
 };

@@ -17,7 +17,7 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, makedev};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{cli::OutputArgs, exit::Exit, printable, table, terminal};
+use crate::{args::OutputArgs, exit::Exit, printable, table, terminal};
 
 /// The end of a verb.
 #[derive(Clone, Debug)]

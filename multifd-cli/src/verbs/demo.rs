@@ -16,8 +16,8 @@ use serde_json::{Map, Value};
 use tempfile::TempDir;
 
 use crate::{
+    args::{DemoArgs, Token, Transport},
     child::{Ending, GuestProcess, Said},
-    cli::{DemoArgs, Token, Transport},
     control::{self, Command},
     exit::Exit,
     progress,

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::{GuestArgs, destination_uri},
+    args::{GuestArgs, destination_uri},
     connect::PatientConnector,
     control::{Command, Control, Request},
     exit::Exit,

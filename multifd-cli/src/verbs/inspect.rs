@@ -16,7 +16,7 @@ use multifd_proto::{command::Command, machine::ZeroPages};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::InspectArgs,
+    args::InspectArgs,
     describe::{self, Block, Devices, counted},
     exit::Exit,
     report::{Outcome, compression_name, dialect_name},

@@ -6,7 +6,7 @@ mod inspect;
 mod receive;
 mod send;
 
-use crate::{cli::Verb, report::Outcome};
+use crate::{args::Verb, report::Outcome};
 
 /// Does what `verb` says.
 pub fn run(verb: &Verb) -> Outcome {

@@ -18,7 +18,7 @@ use multifd::{
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::{Compression, ReceiveArgs, ReturnPathAck},
+    args::{Compression, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
     printable,

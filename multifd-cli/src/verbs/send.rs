@@ -11,7 +11,7 @@ use multifd_proto::machine::{Dialect, ZeroPages};
 
 use crate::{
     advice,
-    cli::SendArgs,
+    args::SendArgs,
     connect::PatientConnector,
     describe,
     exit::Exit,
@@ -60,6 +60,8 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> 
     checkpoint.apply_to(&mut options);
     if let Some(uuid) = args.uuid {
         options.uuid = uuid;
+        // All zero is a VM without one, which says nothing about it.
+        options.validate_uuid &= uuid != [0; 16];
     }
     Some(options)
 }

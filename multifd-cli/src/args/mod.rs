@@ -1,0 +1,120 @@
+//! The command line: the verbs and their options. What belongs together is in one file: options, their checks, and how a
+//! process of the demo is given the same ones.
+
+mod link;
+mod machine;
+mod output;
+mod transfer;
+mod values;
+mod verbs;
+
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+
+pub use self::{
+    link::{TOKEN_VARIABLE, Token},
+    output::{OutputArgs, ProgressMode},
+    transfer::Compression,
+    values::destination_uri,
+    verbs::{DemoArgs, GuestArgs, InspectArgs, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
+};
+
+/// Moves running virtual machines between processes and hosts, in QEMU's multifd format.
+#[derive(Debug, Parser)]
+#[command(name = "multifd", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Live-migrate a running, self-checking guest between two processes on this machine.
+    Demo(DemoArgs),
+    /// Run the built-in guest; it can be migrated away, or wait for an incoming migration.
+    Guest(GuestArgs),
+    /// Receive a VM from QEMU, or from multifd, into a checkpoint file.
+    Receive(ReceiveArgs),
+    /// Send the VM in a checkpoint file to QEMU, or to multifd.
+    Send(SendArgs),
+    /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
+    Inspect(InspectArgs),
+}
+
+impl Verb {
+    /// What to print.
+    pub fn output(&self) -> &OutputArgs {
+        match self {
+            Verb::Demo(args) => &args.output,
+            Verb::Guest(args) => &args.output,
+            Verb::Receive(args) => &args.output,
+            Verb::Send(args) => &args.output,
+            Verb::Inspect(args) => &args.output,
+        }
+    }
+}
+
+/// Reads the command line of this process.
+///
+/// # Errors
+/// It makes no sense, or asks for help: clap's error prints the right thing.
+pub fn parse() -> Result<Cli, clap::Error> {
+    let cli = Cli::try_parse()?;
+    let checked = match &cli.verb {
+        Verb::Demo(args) => args.machine.check().and_then(|()| args.transfer.check()),
+        Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
+        Verb::Send(args) => args.transfer.check(),
+        Verb::Receive(_) | Verb::Inspect(_) => Ok(()),
+    };
+    checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
+    Ok(cli)
+}
+
+/// Whether one JSON object is wanted of a command line that could not be read.
+pub fn asks_for_json() -> bool {
+    std::env::args_os().take_while(|arg| arg != "--").any(|arg| arg == "--json")
+}
+
+/// The heading of the options that say how to migrate.
+const MIGRATION: &str = "Migration";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The demo passes its options on to its processes.
+    #[test]
+    fn the_processes_of_the_demo_get_its_options() {
+        let read = |args: &[String]| {
+            let Cli { verb } = Cli::try_parse_from(args).unwrap();
+            let (Verb::Demo(DemoArgs { machine, transfer, .. }) | Verb::Guest(GuestArgs { machine, transfer, .. })) =
+                verb
+            else {
+                panic!("another verb");
+            };
+            format!("{machine:?} {transfer:?}")
+        };
+        for options in [
+            "",
+            "--max-bandwidth 0 --max-time 0 --connect-timeout 0 --downtime-limit 0",
+            "--max-bandwidth 10G --max-time 5m --connect-timeout 1.5s --compression zstd --compression-level 7",
+            "--pause-timeout 5s --stall-timeout 0",
+            "--channels 9 --zero-copy --zero-pages legacy --sync per-section --no-throttle --max-rounds 7 --write-rate 128M",
+        ] {
+            let demo: Vec<String> =
+                ["multifd", "demo"].into_iter().chain(options.split_whitespace()).map(str::to_owned).collect();
+            let Cli { verb: Verb::Demo(args) } = Cli::try_parse_from(&demo).unwrap() else { panic!("another verb") };
+            let head = ["multifd".to_owned(), "guest".to_owned()].into_iter();
+            // What is left to chance here is settled there.
+            let machine = |text: String| text.replace("working_set: None", "working_set: Some(67108864)");
+            let guest: Vec<String> = head.chain(args.machine.to_args()).chain(args.transfer.to_args()).collect();
+            assert_eq!(machine(read(&demo)), machine(read(&guest)), "{options}");
+        }
+    }
+
+    #[test]
+    fn the_definition_of_the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

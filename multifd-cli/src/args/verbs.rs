@@ -1,0 +1,202 @@
+//! The options of each verb.
+
+use std::{num::NonZeroU8, path::PathBuf, time::Duration};
+
+use clap::{Args, ValueEnum};
+use multifd::transport::uri::Uri;
+
+use super::{
+    MIGRATION,
+    link::LinkArgs,
+    machine::MachineArgs,
+    output::OutputArgs,
+    transfer::{Compression, TransferArgs},
+    values::{channels, destination_uri, host, unix_uri, uuid},
+};
+use crate::units;
+
+/// Options of `multifd demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// The guest that moves.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// What connects the two processes.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp, help_heading = MIGRATION)]
+    pub transport: Transport,
+    /// Address for tcp, IPv6 in brackets [default: 127.0.0.1].
+    #[arg(long, value_name = "HOST", value_parser = host, help_heading = MIGRATION)]
+    pub address: Option<String>,
+    /// Use IPv6: the same as `--address '[::1]'`.
+    #[arg(long, conflicts_with = "address", help_heading = MIGRATION)]
+    pub ipv6: bool,
+    /// How long the guest runs before it is migrated.
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = units::time, help_heading = MIGRATION)]
+    pub after: Duration,
+    /// Do not compare every page of both sides while the guest is paused.
+    #[arg(long, help_heading = MIGRATION)]
+    pub no_verify: bool,
+    /// Check at the destination that no page is written from an older round than it already holds; if one is, exit with
+    /// status 6.
+    #[arg(long, help_heading = MIGRATION)]
+    pub audit: bool,
+    /// How to migrate.
+    #[command(flatten)]
+    pub transfer: TransferArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `multifd guest`.
+#[derive(Debug, Args)]
+pub struct GuestArgs {
+    /// Wait for a guest at this address, and run it.
+    #[arg(long, value_name = "URI", conflicts_with_all = ["migrate_to", "after"], help_heading = MIGRATION)]
+    pub incoming: Option<Uri>,
+    /// Migrate the guest there; given several times, the next is tried when one fails.
+    #[arg(long, value_name = "URI", value_parser = destination_uri, help_heading = MIGRATION)]
+    pub migrate_to: Vec<Uri>,
+    /// How long the guest runs before it is migrated.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = MIGRATION)]
+    pub after: Duration,
+    /// How long the guest runs here after it has arrived, or could not be migrated [default: until interrupted after it
+    /// has arrived, 1s when it could not be migrated].
+    #[arg(long, value_name = "TIME", value_parser = units::time, help_heading = MIGRATION)]
+    pub run_for: Option<Duration>,
+    /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "resume", "quit".
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
+    pub control: Option<Uri>,
+    /// Check while the guest arrives that no page is written from an older round than it already holds; if one is, exit with
+    /// status 6.
+    #[arg(long, help_heading = MIGRATION)]
+    pub audit: bool,
+    /// Send digests of all pages while the guest is paused, for the destination to compare.
+    #[arg(long, help_heading = MIGRATION)]
+    pub verify: bool,
+    /// The guest.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// How to migrate.
+    #[command(flatten)]
+    pub transfer: TransferArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// Migrates the guest only after its first pass over its working set, and not before --after.
+    #[arg(long, hide = true)]
+    pub after_first_pass: bool,
+    /// Ends with the process of this id, which reports errors in its place.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub child_of: Option<i32>,
+}
+
+/// Options of `multifd receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    /// Where to wait for the source: tcp:HOST:PORT, unix:PATH, or fd:N for an inherited socket. Port 0 picks a free one. A
+    /// listening socket takes all connections; a connected one is one connection, so it takes only a migration without
+    /// multifd.
+    #[arg(value_name = "URI")]
+    pub uri: Uri,
+    /// The checkpoint, a mapped-ram migration file; it gets its name when it is complete and on disk.
+    #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE")]
+    pub file: PathBuf,
+    /// Replace FILE if it exists, when the new one is complete.
+    #[arg(long)]
+    pub force: bool,
+    /// Report the SHA-256 of each RAM block.
+    #[arg(long)]
+    pub digest: bool,
+    /// Check that no page is written from an older round than it already holds; if one is, exit with
+    /// status 6.
+    #[arg(long)]
+    pub audit: bool,
+    /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
+    #[arg(long, value_name = "DIR")]
+    pub record: Option<PathBuf>,
+    /// Tell the source that it may switch over, as QEMU's capability switchover-ack needs it. Fails a QEMU before 8.1, and
+    /// machine types from 11.1 on unless a device asked for it. auto fails no source that does not wait for it.
+    #[arg(long, value_enum, default_value_t = ReturnPathAck::Auto, value_name = "WHEN")]
+    pub return_path_ack: ReturnPathAck,
+    /// Number of connections for pages, 1 to 255 [default: as many as the source opens].
+    #[arg(long, value_name = "N", value_parser = channels)]
+    pub channels: Option<NonZeroU8>,
+    /// Compression that the source is expected to use [default: any].
+    #[arg(long, value_enum)]
+    pub compression: Option<Compression>,
+    /// UUID of the VM that is expected; a source with another one is refused [default: any].
+    #[arg(long, value_name = "UUID", value_parser = uuid)]
+    pub uuid: Option<[u8; 16]>,
+    /// The connections.
+    #[command(flatten)]
+    pub link: LinkArgs,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `multifd send`.
+#[derive(Debug, Args)]
+pub struct SendArgs {
+    /// The checkpoint: of multifd receive, or a mapped-ram migration file of QEMU.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Where the destination waits: tcp:HOST:PORT or unix:PATH.
+    #[arg(value_name = "URI", value_parser = destination_uri)]
+    pub uri: Uri,
+    /// How to send it. Pages of zeros go to the main connection by default, whatever the machine type, because a
+    /// QEMU does not write those that it finds in packets.
+    #[command(flatten)]
+    pub transfer: TransferArgs,
+    /// UUID of the VM, which a QEMU started with -uuid compares with its own. QEMU does not write it into its files
+    /// [default: the one in FILE, or none].
+    #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = MIGRATION)]
+    pub uuid: Option<[u8; 16]>,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `multifd inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint, a mapped-ram or other migration file of QEMU, or a directory with main.bin, ch0.bin, ... (also .xz).
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+    /// Show the fields of each device, decoded by the stream's own description.
+    #[arg(long)]
+    pub devices: bool,
+    /// Show the SHA-256 of each RAM block; of a stream: after everything in it was put into place.
+    #[arg(long)]
+    pub digest: bool,
+    /// Write the contents of this RAM block to the file that --output names.
+    #[arg(long, value_name = "BLOCK", requires = "file")]
+    pub extract: Option<String>,
+    /// The file to extract to; it must not exist.
+    #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE", requires = "extract")]
+    pub file: Option<PathBuf>,
+    /// What to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Whether to tell the source that it may switch over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReturnPathAck {
+    /// If the machine type takes it in any case, or the source shows that it waits.
+    Auto,
+    /// Never.
+    Never,
+    /// In any case.
+    Always,
+}
+
+/// What connects the processes of the demo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// TCP on this machine.
+    Tcp,
+    /// A unix socket in a private directory.
+    Unix,
+}
