@@ -39,9 +39,13 @@ impl PatientConnector {
     fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
         let (uri, (done, is_done)) = (self.uri.clone(), mpsc::channel());
         // A result that is not wanted any more is a connection that is closed again.
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("connect".to_owned())
-            .spawn(move || drop(done.send(uri.connector().and_then(|connector| connector.connect()))))?;
+            .spawn(move || drop(done.send(uri.connector().and_then(|connector| connector.connect()))));
+        if let Err(error) = thread {
+            tracing::debug!(%error, "no thread to connect in, a cancel has to wait");
+            return self.uri.connector()?.connect();
+        }
         loop {
             match is_done.recv_timeout(PAUSE) {
                 Ok(connected) => return connected,
