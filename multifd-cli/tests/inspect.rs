@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Read,
+    os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -208,5 +209,38 @@ fn what_is_not_there_is_named() {
     let (status, report) =
         inspect(&recording, &["--digest", "--extract", "pc.bios", "--output", out.to_str().unwrap()]);
     assert_eq!(status, 0, "{report}");
-    assert_eq!(fs::metadata(out).unwrap().len(), 256 << 10);
+    let extracted = fs::metadata(&out).unwrap();
+    assert_eq!((extracted.len(), extracted.permissions().mode() & 0o777), (256 << 10, 0o600));
+    let (status, report) = inspect(&recording, &["--extract", "pc.bios", "--output", out.to_str().unwrap()]);
+    assert_eq!(status, 1, "it must not be replaced: {report}");
+}
+
+/// A file of 8 KB that claims 16 TiB of guest memory ended the process with an abort.
+#[test]
+fn a_file_that_claims_more_memory_than_there_may_be_is_an_error() {
+    use multifd_proto::{BlockName, encoder::MainEncoder, mapped_ram::BlockHeader, ram::BlockEntry};
+    const CLAIMED: u64 = 15 << 40;
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("x");
+    let mut out = MainEncoder::new();
+    out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, CLAIMED);
+    let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), CLAIMED);
+    let header_end = (out.as_bytes().len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
+    let header = BlockHeader::place(header_end, CLAIMED, 4096);
+    entry.mapped_ram = Some(header);
+    out.block(&entry);
+    let file = fs::File::create(&path).unwrap();
+    file.write_all_at(out.as_bytes(), 0).unwrap();
+    // Not every file system has files that long.
+    let mut end = MainEncoder::new();
+    end.eos().footer(1).ram_part(1, true).eos().footer(1).eof();
+    if let Err(error) = file.write_all_at(end.as_bytes(), header.next_entry(CLAIMED)) {
+        test_support::skip(&format!("no sparse file of 15 TiB here: {error}"));
+        return;
+    }
+    let command = format!("ulimit -v 300000; exec '{}' inspect '{}'", env!("CARGO_BIN_EXE_multifd"), path.display());
+    let output = Command::new("sh").args(["-c", &command]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("no room for an array of"), "{stderr}");
 }

@@ -695,8 +695,11 @@ fn header(reader: &mut Reader<'_>) -> Result<Item, Stop> {
 
 fn configuration(reader: &mut Reader<'_>) -> Result<Item, Stop> {
     let byte = reader.u8()?;
+    if matches!(byte, START | FULL | COMMAND) {
+        // Their sections have no footers either.
+        return Err(Mismatch::NoConfiguration.into());
+    }
     if byte != CONFIGURATION {
-        // Only machine types before 2.4 have none, and their sections have no footers either.
         return Err(unexpected(element_name(byte)?, "instead of the configuration"));
     }
     let len = reader.u32()?;

@@ -395,6 +395,9 @@ pub enum Mismatch {
         /// The method.
         method: Method,
     },
+    /// Machine types before 2.4 send no configuration, and no footers.
+    #[error("the stream has no configuration: machine types before 2.4 (such as pc-i440fx-2.3) are not supported")]
+    NoConfiguration,
     /// The peer's page size is not ours.
     #[error("page size {theirs:#x} of the peer is not ours ({ours:#x})")]
     PageSize {

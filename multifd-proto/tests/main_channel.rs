@@ -253,7 +253,11 @@ fn header_rules() {
     let header = |out: &mut MainEncoder| {
         out.header();
     };
-    assert_eq!(refusal(header, b"\x01"), unexpected("SECTION_START", "instead of the configuration"));
+    // A command, or the first section.
+    for byte in [1, 4, 8] {
+        assert_eq!(refusal(header, &[byte]), Mismatch::NoConfiguration.into());
+    }
+    assert_eq!(refusal(header, b"\x7e"), unexpected("footer", "instead of the configuration"));
     assert_eq!(refusal(header, b"\x99"), DecodeError::UnknownElement { byte: 0x99 }.into());
     let what = "length of the machine type";
     let long = Violation::ConfigurationTooLong { what, len: 0xffff_ffff, limit: 255 };

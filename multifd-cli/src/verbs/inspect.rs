@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, BufReader, Read, Seek, SeekFrom, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -122,7 +123,11 @@ fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
     let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let file = BufReader::with_capacity(1 << 20, file);
     Ok(match path.extension() {
-        Some(extension) if extension == "xz" => Box::new(XzDecoder::new(file)),
+        Some(extension) if extension == "xz" => {
+            let decoder = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, liblzma::stream::CONCATENATED);
+            let decoder = decoder.map_err(|error| format!("{}: {error}", path.display()))?;
+            Box::new(XzDecoder::new_stream(file, decoder))
+        }
         _ => Box::new(file),
     })
 }
@@ -245,6 +250,8 @@ fn stream_json(account: &Account) -> Map<String, Value> {
         },
         "channels": channels,
         "rounds": rounds,
+        "rounds-left-out": account.rounds_left_out,
+        "commands-left-out": main.commands_left_out,
         "pages-repeated-in-round": account.repeated_in_round,
         "pages-sent-again": account.sent_again,
     });
@@ -398,16 +405,25 @@ fn wanted<'a>(
     }
 }
 
-/// Writes everything that `from` has to the new file `to`, with holes for zeros.
+/// Writes everything that `from` has to the new file `to`, with holes for zeros. Guest memory is its owner's: no other user
+/// may read the file. It has its name when it is complete.
 fn extract(from: &mut dyn Read, to: &Path) -> Result<String, String> {
     let mut write = || -> io::Result<u64> {
-        let mut file = File::options().write(true).create_new(true).open(to)?;
+        if to.symlink_metadata().is_ok() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        let builder = builder.prefix(".multifd-").permissions(PermissionsExt::from_mode(0o600));
+        let mut extracted = builder.tempfile_in(directory)?;
+        let file = extracted.as_file_mut();
         let mut buf = vec![0; 1 << 20];
         let mut total = 0;
         loop {
             let n = from.read(&mut buf)?;
             if n == 0 {
                 file.set_len(total)?;
+                extracted.persist_noclobber(to).map_err(|error| error.error)?;
                 return Ok(total);
             }
             for part in buf[..n].chunks(PAGE_SIZE as usize) {
@@ -424,5 +440,7 @@ fn extract(from: &mut dyn Read, to: &Path) -> Result<String, String> {
     Ok(format!("\n  {} written to {}\n", table::bytes(total), to.display()))
 }
 
+/// The most memory that unpacking may take: `xz -9` needs 65 MiB, and a file can ask for 4 GiB.
+const XZ_MEMORY: u64 = 128 << 20;
 /// The page size of everything that is inspected.
 const PAGE_SIZE: u64 = 4096;

@@ -68,6 +68,35 @@ pub enum CheckpointError {
         /// The file.
         path: PathBuf,
     },
+    /// What is there is no regular file, and cannot be read as a checkpoint.
+    #[error("{path:?} is {kind}")]
+    Special {
+        /// The name.
+        path: PathBuf,
+        /// What it is, and what would work.
+        kind: &'static str,
+    },
+    /// The file is something else.
+    #[error("{path:?} is {kind}")]
+    OtherKind {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what can be done with it.
+        kind: String,
+    },
+    /// The stream ends before the file does.
+    #[error(
+        "{path:?} holds a stream that ends at byte {end}, and {more} more bytes: if they are padding, `truncate -s {end}` \
+         removes them"
+    )]
+    Padded {
+        /// The file.
+        path: PathBuf,
+        /// Where the stream ends.
+        end: u64,
+        /// How many bytes follow.
+        more: u64,
+    },
     /// The file ends too early.
     #[error("{path:?} ends in the middle, at byte {len}")]
     Truncated {
@@ -134,6 +163,8 @@ impl CheckpointError {
             self,
             CheckpointError::Stream { .. }
                 | CheckpointError::NotMappedRam { .. }
+                | CheckpointError::OtherKind { .. }
+                | CheckpointError::Padded { .. }
                 | CheckpointError::Truncated { .. }
                 | CheckpointError::Ram { .. }
                 | CheckpointError::TooMuchRam { .. }

@@ -251,6 +251,6 @@ fn a_tail_is_its_bytes() {
     let (sections, vmdescription) = state(b"x");
     let described = Tail { sections: sections.clone(), vmdescription };
     for tail in [described, Tail { sections, vmdescription: Vec::new() }] {
-        assert_eq!(Tail::in_file(&tail.to_bytes()), Some(tail));
+        assert_eq!(Tail::in_file(&tail.to_bytes(), b""), Ok(tail));
     }
 }

@@ -14,6 +14,7 @@
 
 mod directory;
 mod error;
+mod kind;
 mod pages;
 mod pending;
 mod read;

@@ -4,10 +4,11 @@
 //! was read, and every page that a bitmap names exists.
 
 use std::{
+    cmp::Ordering,
     fs::File,
     io::{self, Read},
     ops::Range,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -20,7 +21,7 @@ use multifd_proto::{
     violation,
 };
 
-use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, tail::check_early_state};
+use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, kind, tail::check_early_state};
 use crate::{beside_ram::BesideRam, dirty_bitmap::DirtyBitmap, layout::Layout};
 
 /// A checkpoint that was opened and checked.
@@ -56,10 +57,11 @@ impl Checkpoint {
     /// [`CheckpointError::NotMappedRam`] for a migration stream of another kind; whatever else is wrong with it.
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
         let io = |doing| move |source| CheckpointError::Io { path: path.to_owned(), doing, source };
-        let file = File::open(path).map_err(io("opening it"))?;
+        // A FIFO would have us wait until it is written to.
+        let file = File::options().read(true).custom_flags(NONBLOCK).open(path).map_err(io("opening it"))?;
         let metadata = file.metadata().map_err(io("asking for its length"))?;
-        if !metadata.is_file() {
-            return Err(CheckpointError::NotAFile { path: path.to_owned() });
+        if let Some(kind) = kind::of_special(&metadata) {
+            return Err(CheckpointError::Special { path: path.to_owned(), kind });
         }
         let stamp = Stamp::of(&file).map_err(io("asking for its length"))?;
         let stream = FileReader { path, file: &file, len: metadata.len(), at: 0, buf: Vec::new() }.stream()?;
@@ -259,6 +261,10 @@ impl FileReader<'_> {
     fn stream(mut self) -> Result<Stream, CheckpointError> {
         let mut decoder = MainDecoder::for_file(PAGE_SIZE, self.len);
         let mut stream = Stream::default();
+        if self.len == 0 {
+            let kind = kind::describe(&[]).expect("an empty file can be told");
+            return Err(CheckpointError::OtherKind { path: self.path.to_owned(), kind });
+        }
         loop {
             let begin = self.at;
             let item = match decoder.step(&self.buf) {
@@ -270,7 +276,7 @@ impl FileReader<'_> {
                     self.need(total)?;
                     continue;
                 }
-                Err(StreamError { offset, source }) => return Err(self.refused(offset, source)),
+                Err(StreamError { offset, source }) => return Err(self.of_other_kind(offset, source)),
             };
             match item {
                 Item::Configuration { machine } => stream.machine = machine,
@@ -294,7 +300,7 @@ impl FileReader<'_> {
                     // Everything from its head on; nothing more is decoded.
                     self.at = begin;
                     self.buf.clear();
-                    stream.tail = self.tail()?;
+                    stream.tail = self.tail(stream.beside_ram.early())?;
                     return Ok(stream);
                 }
                 Item::Section(section) => {
@@ -309,20 +315,31 @@ impl FileReader<'_> {
                 }
                 // A VM without devices.
                 Item::Eof if self.at + self.buf.len() as u64 == self.len && self.buf.is_empty() => return Ok(stream),
-                Item::VmDescription { .. } => return Ok(stream),
+                // A VM without devices that are described.
+                Item::VmDescription { .. } => {
+                    return match self.at.cmp(&self.len) {
+                        Ordering::Less => Err(self.longer_than(self.at)),
+                        Ordering::Equal => Ok(stream),
+                        Ordering::Greater => Err(self.truncated()),
+                    };
+                }
                 _ => {}
             }
         }
     }
 
     /// Device state, which goes on to the end of the file.
-    fn tail(&mut self) -> Result<Tail, CheckpointError> {
+    fn tail(&mut self, early: &[u8]) -> Result<Tail, CheckpointError> {
         let len = self.len - self.at;
         if len > MAX_DEVICE_STATE as u64 {
             return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE });
         }
         self.need(len as usize)?;
-        Tail::in_file(&self.buf).ok_or_else(|| self.truncated())
+        match Tail::in_file(&self.buf, early) {
+            Ok(tail) => Ok(tail),
+            Err(Some(end)) => Err(self.longer_than(self.at + end as u64)),
+            Err(None) => Err(self.truncated()),
+        }
     }
 
     /// The body of a section beside `ram`, whose end `scanner` finds, with `before` bytes of others before it.
@@ -363,6 +380,22 @@ impl FileReader<'_> {
         self.at = self.at.saturating_add(bytes);
     }
 
+    /// What the file is, if it breaks a rule with its very first bytes.
+    fn of_other_kind(&self, offset: u64, source: ProtocolError) -> CheckpointError {
+        let mut beginning = vec![0; self.len.min(kind::LOOKED_AT as u64) as usize];
+        if offset == 0
+            && self.file.read_exact_at(&mut beginning, 0).is_ok()
+            && let Some(kind) = kind::describe(&beginning)
+        {
+            return CheckpointError::OtherKind { path: self.path.to_owned(), kind };
+        }
+        self.refused(offset, source)
+    }
+
+    fn longer_than(&self, end: u64) -> CheckpointError {
+        CheckpointError::Padded { path: self.path.to_owned(), end, more: self.len - end }
+    }
+
     fn truncated(&self) -> CheckpointError {
         CheckpointError::Truncated { path: self.path.to_owned(), len: self.len }
     }
@@ -394,5 +427,6 @@ fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitma
 
 /// The longest run of content that is told at once, in pages: 4 MiB.
 const RUN: u64 = 1024;
+const NONBLOCK: i32 = libc::O_NONBLOCK;
 /// Bytes read at once.
 const READ_SIZE: usize = 64 << 10;

@@ -68,11 +68,19 @@ impl Tail {
         }
     }
 
-    /// What `bytes`, everything behind RAM, consists of.
-    pub(super) fn in_file(bytes: &[u8]) -> Option<Tail> {
-        match vmdesc::find_end(bytes) {
-            Some(end) => Some(Tail::new(bytes, &end)),
-            None => Tail::without_description(bytes),
+    /// What `bytes`, everything behind RAM in a file, consists of. `early` are the sections before the pages.
+    ///
+    /// # Errors
+    /// Where an end lies that fits and has more behind it, if there is one.
+    pub(super) fn in_file(bytes: &[u8], early: &[u8]) -> Result<Tail, Option<usize>> {
+        let mut scanner = TailScanner::new();
+        if let Some(end) = scanner.scan(bytes) {
+            return Ok(Tail::new(bytes, &end));
+        }
+        let passed = scanner.passed(bytes).find(|end| fits(early, bytes, end).is_ok());
+        match passed {
+            Some(end) => Err(Some(end.json.end)),
+            None => Tail::without_description(bytes).ok_or(None),
         }
     }
 

@@ -230,7 +230,10 @@ fn what_is_no_checkpoint_is_named() {
     let dir = TempDir::new().unwrap();
     let path = dir.join("x");
     for (bytes, message) in [
-        (&b""[..], "ends in the middle, at byte 0"),
+        (&b""[..], "is empty"),
+        (b"QEVM\0\0", "ends in the middle, at byte 6"),
+        (b"\x1f\x8b\x08\0", "is compressed with gzip: `gunzip -c FILE` unpacks it"),
+        (b"QEVM\0\0\0\x03\x01", "machine types before 2.4 (such as pc-i440fx-2.3) are not supported"),
         (b"GET / HTTP/1.1\r\n", "at byte 0: magic 0x47455420 instead of 0x5145564d"),
         (
             b"QEVM\0\0\0\x03\x07\0\0\0\x01x\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x10\x04",
@@ -241,7 +244,8 @@ fn what_is_no_checkpoint_is_named() {
         let error = Checkpoint::open(&path).err().unwrap().to_string();
         assert!(error.ends_with(message), "{error}");
     }
-    assert!(matches!(Checkpoint::open(dir.path()), Err(CheckpointError::NotAFile { .. })));
+    let error = Checkpoint::open(dir.path()).err().unwrap().to_string();
+    assert!(error.ends_with("is a directory, where a file is expected"), "{error}");
 }
 
 #[test]
@@ -460,4 +464,37 @@ fn a_section_in_parts_of_unknown_length_is_refused_by_name() {
     assert!(error.is_peers_fault());
     assert!(error.to_string().contains("switch the capability block off"), "{error}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// Opening a FIFO waited for its other end.
+#[test]
+fn what_is_no_file_is_named_without_waiting_for_it() {
+    let dir = TempDir::new().unwrap();
+    let fifo = dir.join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).unwrap();
+    let socket = dir.join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let error = |path: std::path::PathBuf| {
+        test_support::time_limit(Duration::from_secs(20), move || Checkpoint::open(&path).err().unwrap())
+    };
+    let message = error(fifo).to_string();
+    assert!(message.contains("is a FIFO, and a checkpoint is read in several places: `cat FIFO > FILE`"), "{message}");
+    assert!(error("/dev/null".into()).to_string().contains("is a device"));
+    assert!(matches!(error(socket), CheckpointError::Io { doing: "opening it", .. }));
+}
+
+#[test]
+fn a_padded_checkpoint_is_described_as_one() {
+    let dir = TempDir::new().unwrap();
+    let path = written(&dir);
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let len = file.metadata().unwrap().len();
+    for more in [1, 512, 100_000] {
+        file.set_len(len + more).unwrap();
+        let error = Checkpoint::open(&path).err().unwrap().to_string();
+        let message = format!("a stream that ends at byte {len}, and {more} more bytes");
+        assert!(error.contains(&message), "{error}");
+    }
+    file.set_len(len).unwrap();
+    Checkpoint::open(&path).unwrap();
 }

@@ -45,7 +45,13 @@ fn a_configuration_that_does_not_fit_is_refused() {
     let head = Wire::from_encoder(MainEncoder::new().header().configuration("multifd"));
     let bare = Wire::from_encoder(MainEncoder::new().header());
     for (rule, good, bad, message) in [
-        ("no configuration", &bare, vec![1], "SECTION_START instead of the configuration"),
+        (
+            "no configuration",
+            &bare,
+            vec![1],
+            "the stream has no configuration: machine types before 2.4 (such as pc-i440fx-2.3) are not supported",
+        ),
+        ("no configuration but a footer", &bare, vec![0x7e], "footer instead of the configuration"),
         (
             "endless machine type",
             &bare,

@@ -25,8 +25,10 @@ pub struct Account {
     pub channels: Vec<ChannelAccount>,
     /// Where rounds end; nothing without channels.
     pub dialect: Option<Dialect>,
-    /// What lies between two sync points.
+    /// What lies between two sync points; of the first 65,536 rounds.
     pub rounds: Vec<RoundAccount>,
+    /// How many more rounds there are.
+    pub rounds_left_out: u64,
     /// RAM blocks: name, bytes, and how many of their pages were last sent with content.
     pub blocks: Vec<(BlockName, u64, u64)>,
     /// Pages sent again although nothing lay between that could have made it necessary: in the same round.
@@ -42,6 +44,10 @@ pub struct Account {
 }
 
 impl Account {
+    pub(super) fn add_round(&mut self, round: RoundAccount) {
+        if self.rounds.len() < MAX_ROUNDS { self.rounds.push(round) } else { self.rounds_left_out += 1 }
+    }
+
     /// Device state as it stands on the wire, up to the end of state.
     pub fn sections(&self) -> &[u8] {
         &self.tail.sections
@@ -64,8 +70,10 @@ pub struct MainAccount {
     pub capabilities: Vec<String>,
     /// The VM's UUID, where it is validated.
     pub uuid: Option<[u8; 16]>,
-    /// Commands, in their order.
+    /// Commands, in their order; the first 4096.
     pub commands: Vec<Command>,
+    /// How many more commands there are.
+    pub commands_left_out: u64,
     /// PART sections of `ram`.
     pub parts: u64,
     /// Pages of zeros.
@@ -135,6 +143,8 @@ pub(super) struct Pages {
     rounds: bool,
     /// Named in this round, named ever, and last named with content.
     in_round: DirtyBitmap,
+    /// The pages in `in_round`, as long as they are few: a round without pages must not cost a look at a large bitmap.
+    few: Vec<u64>,
     ever: DirtyBitmap,
     content: DirtyBitmap,
     round: RoundAccount,
@@ -153,7 +163,18 @@ impl Pages {
         let (in_round, ever, content) = (bitmap()?, bitmap()?, bitmap()?);
         let contents = scratch.map(|scratch| Contents::new(scratch, layout.clone())).transpose()?;
         let round = RoundAccount::default();
-        Ok(Pages { layout, rounds, in_round, ever, content, round, sent_again: 0, repeated: 0, contents })
+        Ok(Pages {
+            layout,
+            rounds,
+            in_round,
+            few: Vec::new(),
+            ever,
+            content,
+            round,
+            sent_again: 0,
+            repeated: 0,
+            contents,
+        })
     }
 
     pub(super) fn blocks(&self) -> Vec<(BlockName, u64, u64)> {
@@ -190,6 +211,9 @@ impl Pages {
                 self.sent_again += 1;
             }
             self.in_round.set(page);
+            if self.few.len() <= FEW {
+                self.few.push(page);
+            }
             self.ever.set(page);
             if content {
                 self.content.set(page);
@@ -208,7 +232,12 @@ impl Pages {
 
     /// Every connection has come to the end of the round.
     pub(super) fn end_round(&mut self, round: u64) -> RoundAccount {
-        self.in_round.clear();
+        if self.few.len() <= FEW {
+            self.few.iter().for_each(|&page| self.in_round.clear_range(page..page + 1));
+        } else {
+            self.in_round.clear();
+        }
+        self.few.clear();
         let stats = RoundAccount { round, ..std::mem::take(&mut self.round) };
         self.repeated += stats.repeated;
         stats
@@ -217,9 +246,9 @@ impl Pages {
     /// Puts the totals into `account`.
     pub(super) fn finish(mut self, account: &mut Account) -> Option<Contents> {
         // What came after the last sync point: all of it in a stream without channels.
-        let rest = self.end_round(account.rounds.len() as u64);
+        let rest = self.end_round(account.rounds.len() as u64 + account.rounds_left_out);
         if rest.normal + rest.zero > 0 {
-            account.rounds.push(rest);
+            account.add_round(rest);
         }
         account.repeated_in_round = self.repeated;
         account.sent_again = self.sent_again;
@@ -234,3 +263,16 @@ impl Pages {
         self.contents
     }
 }
+
+impl MainAccount {
+    pub(super) fn add_command(&mut self, command: Command) {
+        if self.commands.len() < MAX_COMMANDS { self.commands.push(command) } else { self.commands_left_out += 1 }
+    }
+}
+
+/// Rounds that are told one by one: a recording can have one for each eight of its bytes.
+const MAX_ROUNDS: usize = 1 << 16;
+/// Commands that are told one by one.
+const MAX_COMMANDS: usize = 4096;
+/// Pages of a round that are taken out of a bitmap one by one.
+const FEW: usize = 1 << 16;

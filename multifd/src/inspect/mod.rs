@@ -116,7 +116,7 @@ impl RecordedReader {
                 Item::Configuration { machine } => main.machine = machine,
                 Item::ConfigCapabilities(names) => main.capabilities = names,
                 Item::ConfigUuid(uuid) => main.uuid = Some(uuid),
-                Item::Command(command) => main.commands.push(command),
+                Item::Command(command) => main.add_command(command),
                 Item::BlocksEnd => {
                     let blocks = self.main.decoder().blocks().to_vec();
                     let pages = Pages::new(&blocks, !self.channels.is_empty(), self.scratch.take())?;
@@ -197,7 +197,7 @@ impl RecordedReader {
     /// The end of a round on main: every channel has to come to it.
     fn sync_point(&mut self) -> Result<(), Error> {
         self.account.main.sync_points += 1;
-        let round = self.account.rounds.len() as u64;
+        let round = self.account.rounds.len() as u64 + self.account.rounds_left_out;
         let pages = self.pages.as_mut().expect("sync points come behind the block list");
         let place = self.main.place();
         for channel in &mut self.channels {
@@ -207,7 +207,7 @@ impl RecordedReader {
             }
         }
         let stats = pages.end_round(round);
-        self.account.rounds.push(stats);
+        self.account.add_round(stats);
         Ok(())
     }
 
