@@ -57,7 +57,8 @@ fn main() {
     for protection in [Protection::Plain, Protection::Manual, Protection::ManualInitiallySet] {
         with_guest(|guest| {
             let mut vcpu = guest.vcpu();
-            let mut log = KvmDirtyLog::with_protection(guest.vm(), guest.slots.clone(), protection).unwrap();
+            // SAFETY: the slots of the test guest never change.
+            let mut log = unsafe { KvmDirtyLog::with_protection(guest.vm(), guest.slots.clone(), protection) }.unwrap();
             let ram = guest.ram.clone();
             measure(&format!("KVM dirty log, {protection:?}"), &ram, &mut log, |pages| {
                 let writes: Vec<(u64, u64)> = pages.iter().map(|&page| (page, 3)).collect();

@@ -118,7 +118,9 @@ impl KvmCpus {
                 Err(GuestError::Config { why })
             }
             (DirtyLogChoice::Auto | DirtyLogChoice::KvmDirtyLog | DirtyLogChoice::KvmDirtyRing, None) => {
-                let log = KvmDirtyLog::new(sys::borrowed(&self.vm), slots).map_err(GuestError::no_log)?;
+                // SAFETY: the slots are attached once, when the VM is made, and stay as they are.
+                #[allow(unsafe_code)]
+                let log = unsafe { KvmDirtyLog::new(sys::borrowed(&self.vm), slots) }.map_err(GuestError::no_log)?;
                 Ok(Chosen::new(log, DirtyLogChoice::KvmDirtyLog))
             }
         }
@@ -255,7 +257,9 @@ impl Cpu {
     fn new(vm: &VmFd, index: usize, reins: Arc<Reins>, ring: Option<KvmDirtyRing>) -> io::Result<Cpu> {
         let fd = vm.create_vcpu(index as u64)?;
         if let Some(ring) = &ring {
-            ring.add_vcpu(sys::borrowed(&fd))?;
+            // SAFETY: it was just made, of the VM that the ring is of.
+            #[allow(unsafe_code)]
+            unsafe { ring.add_vcpu(sys::borrowed(&fd)) }?;
         }
         // A second mapping of the page that the kernel shares with us, so that other threads can set `immediate_exit`.
         let run = Arc::new(Mapping::shared(fd.as_raw_fd(), PAGE_SIZE)?);

@@ -60,9 +60,24 @@ impl KvmDirtyLog {
     /// A log for `slots` of the VM behind `vm`, a KVM VM descriptor (it is duplicated), with the best protection that
     /// the kernel has.
     ///
+    /// ```compile_fail,E0133
+    /// # use std::os::fd::BorrowedFd;
+    /// use multifd::dirty::kvm_log::{KvmDirtyLog, KvmSlot};
+    ///
+    /// fn log(vm: BorrowedFd<'_>, slots: Vec<KvmSlot>) -> KvmDirtyLog {
+    ///     KvmDirtyLog::new(vm, slots).unwrap()
+    /// }
+    /// ```
+    ///
+    /// # Safety
+    /// From each [`start`](DirtyLog::start) until the following [`stop`](DirtyLog::stop), no slot of the VM that has the
+    /// number of one of `slots` is deleted, made anew, or resized. The kernel writes a bit for each page of the slot as
+    /// the VM has it then, and the log has room for as many as `slots` says.
+    ///
     /// # Errors
     /// The kernel's, e.g. if `vm` is no such descriptor.
-    pub fn new(vm: BorrowedFd<'_>, slots: Vec<KvmSlot>) -> io::Result<KvmDirtyLog> {
+    #[allow(unsafe_code)]
+    pub unsafe fn new(vm: BorrowedFd<'_>, slots: Vec<KvmSlot>) -> io::Result<KvmDirtyLog> {
         let manual = kvm::check_extension(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)?;
         let protection = if manual & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
             Protection::Plain
@@ -71,14 +86,23 @@ impl KvmDirtyLog {
         } else {
             Protection::ManualInitiallySet
         };
-        KvmDirtyLog::with_protection(vm, slots, protection)
+        // SAFETY: as the caller promises.
+        unsafe { KvmDirtyLog::with_protection(vm, slots, protection) }
     }
 
     /// The same with a protection of the caller's choice.
     ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    ///
     /// # Errors
     /// The kernel's, if `vm` cannot be duplicated. Whether it has this protection turns out at the start.
-    pub fn with_protection(vm: BorrowedFd<'_>, slots: Vec<KvmSlot>, protection: Protection) -> io::Result<KvmDirtyLog> {
+    #[allow(unsafe_code)]
+    pub unsafe fn with_protection(
+        vm: BorrowedFd<'_>,
+        slots: Vec<KvmSlot>,
+        protection: Protection,
+    ) -> io::Result<KvmDirtyLog> {
         let vm = vm.try_clone_to_owned()?;
         Ok(KvmDirtyLog { vm, slots, protection, tracked: Vec::new(), bitmap: Vec::new() })
     }

@@ -98,9 +98,14 @@ impl KvmDirtyRing {
 
     /// Maps the ring of a vCPU, before it runs.
     ///
+    /// # Safety
+    /// `vcpu` is a vCPU of this VM, and was not passed before: what is mapped is used as its ring, whose other user is the
+    /// kernel.
+    ///
     /// # Errors
-    /// The kernel's, e.g. if `vcpu` is no vCPU of this VM.
-    pub fn add_vcpu(&self, vcpu: BorrowedFd<'_>) -> io::Result<()> {
+    /// The kernel's.
+    #[allow(unsafe_code)]
+    pub unsafe fn add_vcpu(&self, vcpu: BorrowedFd<'_>) -> io::Result<()> {
         let ring = GfnRing::map(vcpu, self.inner.bytes)?;
         lock(&self.inner.state).rings.push(ring);
         Ok(())

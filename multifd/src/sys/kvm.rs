@@ -66,7 +66,8 @@ pub(crate) fn get_dirty_log(vm: BorrowedFd<'_>, slot: &TrackedSlot, bitmap: &mut
         __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap },
     };
     // SAFETY: the kernel writes a bit for each page of the slot, in whole words, for which there is room: KVM accepted
-    // this size of the slot when logging was switched on, and refuses to change the size of a slot that exists.
+    // this size of the slot when logging was switched on, refuses to change the size of a slot that exists, and the
+    // author of the VMM promised (`KvmDirtyLog::new`) that the slot is still the same one.
     check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_DIRTY_LOG, &raw const log) })
 }
 

@@ -58,11 +58,14 @@ impl Subject for Virtual {
 fn the_log_passes_the_conformance_suite_with_each_protection() {
     for protection in [Protection::Plain, Protection::Manual, Protection::ManualInitiallySet] {
         let Some(guest) = guest(None) else { return };
-        let best = KvmDirtyLog::new(guest.vm(), guest.slots.clone()).unwrap().protection();
+        // SAFETY: the slots of the test guest never change.
+        let best = unsafe { KvmDirtyLog::new(guest.vm(), guest.slots.clone()) }.unwrap().protection();
         if best != Protection::ManualInitiallySet && protection != Protection::Plain && best != protection {
             return skip("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is missing, or has not all flags");
         }
-        let log = Box::new(KvmDirtyLog::with_protection(guest.vm(), guest.slots.clone(), protection).unwrap());
+        // SAFETY: the slots of the test guest never change.
+        let log =
+            Box::new(unsafe { KvmDirtyLog::with_protection(guest.vm(), guest.slots.clone(), protection) }.unwrap());
         let report = conformance(&mut Virtual { guest, log }, Effort::SLOW_WRITER).unwrap();
         println!("{protection:?}: {report:?}");
         assert_eq!(report.clean_reported, 0, "{protection:?}");
@@ -114,7 +117,8 @@ fn a_ring_that_is_too_large_is_refused() {
 fn writes_by_the_host_are_seen_only_by_the_merged_log() {
     let Some(mut guest) = guest(None) else { return };
     let mut vcpu = guest.vcpu();
-    let mut cpus = KvmDirtyLog::new(guest.vm(), guest.slots.clone()).unwrap();
+    // SAFETY: the slots of the test guest never change.
+    let mut cpus = unsafe { KvmDirtyLog::new(guest.vm(), guest.slots.clone()) }.unwrap();
     cpus.start(&guest.ram).unwrap();
     // A device model writes page 7 and marks it; KVM does not notice.
     let devices = AtomicDirtyBitmap::new(guest.ram.layout());
@@ -134,10 +138,13 @@ fn writes_by_the_host_are_seen_only_by_the_merged_log() {
 fn plain_fetching_works_after_somebody_switched_manual_protection_on() {
     let Some(mut guest) = guest(None) else { return };
     let mut vcpu = guest.vcpu();
-    let mut manual = KvmDirtyLog::new(guest.vm(), guest.slots.clone()).unwrap();
+    // SAFETY: the slots of the test guest never change.
+    let mut manual = unsafe { KvmDirtyLog::new(guest.vm(), guest.slots.clone()) }.unwrap();
     manual.start(&guest.ram).unwrap();
     manual.stop().unwrap();
-    let mut plain = KvmDirtyLog::with_protection(guest.vm(), guest.slots.clone(), Protection::Plain).unwrap();
+    // SAFETY: the slots of the test guest never change.
+    let mut plain =
+        unsafe { KvmDirtyLog::with_protection(guest.vm(), guest.slots.clone(), Protection::Plain) }.unwrap();
     plain.start(&guest.ram).unwrap();
     for value in 1..4 {
         vcpu.write_all(&[(5, value)]);
@@ -150,6 +157,7 @@ fn a_slot_outside_the_ram_blocks_is_refused() {
     let Some(guest) = guest(None) else { return };
     let mut slots = guest.slots.clone();
     slots[0].host_address += 1 << 40;
-    let error = KvmDirtyLog::new(guest.vm(), slots).unwrap().start(&guest.ram).unwrap_err();
+    // SAFETY: the slots of the test guest never change.
+    let error = unsafe { KvmDirtyLog::new(guest.vm(), slots) }.unwrap().start(&guest.ram).unwrap_err();
     assert!(error.to_string().contains("does not lie in RAM blocks"), "{error}");
 }

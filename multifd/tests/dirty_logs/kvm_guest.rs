@@ -78,7 +78,9 @@ impl Guest {
         let vcpu = self.vm.create_vcpu(self.vcpus).unwrap();
         if let Some(ring) = &self.ring {
             // SAFETY: `vcpu` is open for longer than the borrow.
-            ring.add_vcpu(unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) }).unwrap();
+            let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+            // SAFETY: a new vCPU of this VM.
+            unsafe { ring.add_vcpu(fd) }.unwrap();
         }
         let mut sregs = vcpu.get_sregs().unwrap();
         let flat = |kind, selector| kvm_segment {
