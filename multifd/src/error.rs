@@ -242,6 +242,12 @@ pub enum Mismatch {
         /// The block.
         name: BlockName,
     },
+    /// A destination has a RAM block that can only be read.
+    #[error("RAM block {name:?} is read-only, and a destination writes to its memory")]
+    BlockReadOnly {
+        /// The block.
+        name: BlockName,
+    },
     /// Two RAM blocks have one name.
     #[error("RAM block {name:?} exists twice")]
     BlockTwice {

@@ -1,9 +1,17 @@
 //! Guest memory as the engine sees it: RAM blocks, and ranges of them that cannot be forged.
 //!
-//! A [`GuestRange`] lies within its block by construction, so whoever holds one may pass it to the kernel or copy from
-//! it without a further check. Guest memory is never a Rust slice: it changes under our hands.
+//! A [`GuestRange`] lies within its block by construction, so its holder may pass it to the kernel or copy from it without
+//! a further check. A block knows whether it may be written, and whether it is still as it was mapped. Guest memory is
+//! never a Rust slice: it changes under our hands.
 
-use std::{any::Any, fmt, io, marker::PhantomData, ptr::NonNull};
+use std::{
+    any::Any,
+    fmt,
+    io,
+    ptr::NonNull,
+    // Not from `crate::sync`: only main threads look at it, between migrations.
+    sync::atomic::{AtomicU8, Ordering::Relaxed},
+};
 
 use multifd_proto::BlockName;
 
@@ -67,6 +75,23 @@ impl Ram {
     }
 }
 
+impl Ram {
+    /// Declares that no byte of any block was written since it was mapped; see [`RamBlock::fresh`]. Of no effect on memory
+    /// that a migration has used.
+    #[must_use]
+    pub fn fresh(self) -> Ram {
+        self.inner.blocks.iter().for_each(RamBlock::declare_fresh);
+        self
+    }
+
+    /// The memory is in use: no block is fresh any more.
+    pub(crate) fn forget_fresh(&self) {
+        for block in &self.inner.blocks {
+            block.take_fresh();
+        }
+    }
+}
+
 impl fmt::Debug for Ram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ram").field("blocks", &self.inner.blocks).finish()
@@ -78,12 +103,23 @@ pub struct RamBlock {
     name: BlockName,
     base: NonNull<u8>,
     len: usize,
-    /// No byte of it was ever written, so all of it reads as zeros.
-    fresh: bool,
+    access: Access,
+    /// [`UNKNOWN`], [`FRESH`] or [`USED`]. Shared by all clones of a [`Ram`].
+    contents: AtomicU8,
     /// Where its contents are until they are needed, if not in memory.
     backing: Option<Arc<dyn Backing>>,
     /// Keeps the mapping alive for as long as anybody can reach the block.
     _owner: Box<dyn Any + Send + Sync>,
+}
+
+/// What may be done with the memory of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Access {
+    /// It can only be read: a source may send it, a destination refuses it.
+    ReadOnly,
+    /// It can be read and written.
+    ReadWrite,
 }
 
 /// Where the contents of a block are until a source sends them.
@@ -107,13 +143,16 @@ unsafe impl Send for RamBlock {}
 unsafe impl Sync for RamBlock {}
 
 impl RamBlock {
-    /// Describes `len` bytes of guest memory at `base`.
+    /// Describes `len` bytes of guest memory at `base`, which may be read and written.
     ///
     /// `owner` is whatever unmaps the memory when dropped; it lives for as long as the block.
     ///
     /// # Safety
-    /// `base` points to `len` bytes that stay mapped readable (on a destination also writable) until `owner` is dropped.
-    /// No Rust reference to any of these bytes exists during that time, other than to atomics.
+    /// - `base` points to `len` bytes that stay mapped readable and writable until `owner` is dropped, on a source, too. For
+    ///   memory that is mapped for reading there is [`read_only_from_raw`](Self::read_only_from_raw).
+    /// - A part of them that belongs to a file keeps that part of the file: where the file becomes shorter, an access ends
+    ///   the process.
+    /// - No Rust reference to any of these bytes exists during that time, other than to atomics.
     #[allow(unsafe_code)]
     pub unsafe fn from_raw(
         name: BlockName,
@@ -121,12 +160,35 @@ impl RamBlock {
         len: usize,
         owner: Box<dyn Any + Send + Sync>,
     ) -> RamBlock {
-        RamBlock { name, base, len, fresh: false, backing: None, _owner: owner }
+        let (access, contents) = (Access::ReadWrite, AtomicU8::new(UNKNOWN));
+        RamBlock { name, base, len, access, contents, backing: None, _owner: owner }
     }
 
-    /// The same block, whose contents come from `backing`.
+    /// Describes `len` bytes of guest memory at `base`, which are never written through the block.
+    ///
+    /// # Safety
+    /// As for [`from_raw`](Self::from_raw), but the bytes need not be writable.
+    #[allow(unsafe_code)]
+    pub unsafe fn read_only_from_raw(
+        name: BlockName,
+        base: NonNull<u8>,
+        len: usize,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> RamBlock {
+        // SAFETY: as the caller promises; that the bytes are writable is only relied on with `Access::ReadWrite`.
+        let block = unsafe { RamBlock::from_raw(name, base, len, owner) };
+        RamBlock { access: Access::ReadOnly, ..block }
+    }
+
+    /// The same block, whose contents come from `backing` and are not to be replaced.
     pub(crate) fn backed_by(self, backing: Arc<dyn Backing>) -> RamBlock {
-        RamBlock { backing: Some(backing), ..self }
+        RamBlock { access: Access::ReadOnly, backing: Some(backing), ..self }
+    }
+
+    /// The same block, which is only read from now on.
+    #[must_use]
+    pub fn read_only(self) -> RamBlock {
+        RamBlock { access: Access::ReadOnly, ..self }
     }
 
     /// Puts the contents of the pages at `offsets`, which are ascending, into memory, if they are elsewhere.
@@ -174,15 +236,33 @@ impl RamBlock {
     ///
     /// A destination then does not touch zero pages that it receives before any content for them, so that they cost
     /// no memory. Declared wrongly, such pages keep what they hold.
+    ///
+    /// This holds for one migration. The next one into the same memory, after a failed attempt, makes the pages zero that
+    /// the source does not name.
     #[must_use]
-    pub fn fresh(mut self) -> RamBlock {
-        self.fresh = true;
+    pub fn fresh(self) -> RamBlock {
+        self.declare_fresh();
         self
     }
 
-    /// Whether the block was declared [`fresh`](RamBlock::fresh).
+    /// Memory that a migration has used does not become fresh again by being declared so.
+    fn declare_fresh(&self) {
+        let _ = self.contents.compare_exchange(UNKNOWN, FRESH, Relaxed, Relaxed);
+    }
+
+    /// Whether the block was declared [`fresh`](RamBlock::fresh) and no migration has used it since.
     pub fn is_fresh(&self) -> bool {
-        self.fresh
+        self.contents.load(Relaxed) == FRESH
+    }
+
+    /// Whether the block was fresh until now. From here on it may be written.
+    pub(crate) fn take_fresh(&self) -> bool {
+        self.contents.swap(USED, Relaxed) == FRESH
+    }
+
+    /// What may be done with the memory.
+    pub fn access(&self) -> Access {
+        self.access
     }
 
     /// The name of the block.
@@ -209,9 +289,16 @@ impl RamBlock {
         }
         // In bounds, so the address cannot wrap; `wrapping_add` keeps this free of unsafe code.
         let base = NonNull::new(self.base.as_ptr().wrapping_add(offset))?;
-        Some(GuestRange { base, len, block: PhantomData })
+        Some(GuestRange { base, len, block: self })
     }
 }
+
+/// It is not known what the memory holds.
+const UNKNOWN: u8 = 0;
+/// No byte was ever written, so all of it reads as zeros.
+const FRESH: u8 = 1;
+/// A migration may have written to it, or a guest.
+const USED: u8 = 2;
 
 impl fmt::Debug for RamBlock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -231,7 +318,7 @@ impl BlockLayout {
 pub struct GuestRange<'a> {
     base: NonNull<u8>,
     len: usize,
-    block: PhantomData<&'a RamBlock>,
+    block: &'a RamBlock,
 }
 
 // SAFETY: as `RamBlock`, of which this is a part that cannot outlive it.
@@ -264,12 +351,12 @@ impl<'a> GuestRange<'a> {
             return None;
         }
         let base = NonNull::new(self.base.as_ptr().wrapping_add(offset))?;
-        Some(GuestRange { base, len, block: PhantomData })
+        Some(GuestRange { base, len, block: self.block })
     }
 
-    /// Whether `next` begins where this range ends.
+    /// Whether `next` begins where this range ends, in the same block. Two blocks may be mapped side by side.
     pub fn is_followed_by(&self, next: &GuestRange<'_>) -> bool {
-        self.base.as_ptr().wrapping_add(self.len) == next.base.as_ptr()
+        std::ptr::eq(self.block, next.block) && self.base.as_ptr().wrapping_add(self.len) == next.base.as_ptr()
     }
 
     /// Both ranges as one, where `next` begins where this one ends and both are of the same block.
@@ -290,16 +377,37 @@ impl<'a> GuestRange<'a> {
         guest_copy::read(*self, into);
     }
 
+    /// Whether the range may be written.
+    pub fn access(&self) -> Access {
+        self.block.access
+    }
+
+    /// Returns an error where the range may not be written: for what is about to have the kernel write it.
+    pub(crate) fn require_writable(&self) -> io::Result<()> {
+        match self.block.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => {
+                let message = format!("RAM block {:?} is read-only", self.block.name.as_str());
+                Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
+            }
+        }
+    }
+
     /// Copies `from`, which is as long as the range, into it.
     ///
     /// # Panics
-    /// If the lengths differ.
+    /// If the lengths differ, or the block is [read-only](Access::ReadOnly).
     pub fn write(&self, from: &[u8]) {
+        assert_eq!(self.block.access, Access::ReadWrite, "RAM block {:?}", self.block.name.as_str());
         guest_copy::write(*self, from);
     }
 
     /// Sets every byte to zero.
+    ///
+    /// # Panics
+    /// If the block is [read-only](Access::ReadOnly).
     pub fn clear(&self) {
+        assert_eq!(self.block.access, Access::ReadWrite, "RAM block {:?}", self.block.name.as_str());
         guest_copy::clear(*self);
     }
 }
@@ -327,9 +435,8 @@ impl Ram {
     /// The same memory, of which it is not known what it holds.
     #[cfg(not(any(loom, shuttle)))]
     pub(crate) fn not_fresh(self) -> Ram {
-        let mut inner = Arc::try_unwrap(self.inner).ok().expect("not cloned yet");
-        inner.blocks.iter_mut().for_each(|block| block.fresh = false);
-        Ram { inner: Arc::new(inner) }
+        self.forget_fresh();
+        self
     }
 
     /// How many handles on this memory there are, this one included: a thread that was not joined would hold one.
@@ -377,6 +484,63 @@ mod tests {
         assert!(ram.page(66).unwrap().is_zero());
         page.clear();
         assert!(page.is_zero());
+    }
+
+    /// Joined, they would be one vector entry, one copy by the kernel, or one range of the other block's pages.
+    #[test]
+    fn blocks_that_are_mapped_side_by_side_do_not_join() {
+        let memory = Arc::new(Mapping::anonymous(8192).unwrap());
+        let half = |name: &str, offset| {
+            let base = NonNull::new(memory.base().as_ptr().wrapping_add(offset)).unwrap();
+            // SAFETY: half of the mapping, which the owner keeps.
+            #[allow(unsafe_code)]
+            unsafe {
+                RamBlock::from_raw(BlockName::new(name).unwrap(), base, 4096, Box::new(memory.clone()))
+            }
+        };
+        let (low, high) = (half("low", 0), half("high", 4096));
+        let (first, second) = (low.range(0, 4096).unwrap(), high.range(0, 4096).unwrap());
+        assert_eq!(first.as_ptr().wrapping_add(4096), second.as_ptr());
+        assert!(!first.is_followed_by(&second) && first.joined(&second).is_none());
+    }
+
+    fn read_only() -> Ram {
+        let memory = Mapping::anonymous(4096).unwrap();
+        let (name, base) = (BlockName::new("rom").unwrap(), memory.base());
+        // SAFETY: the mapping is that long and ends with its owner.
+        #[allow(unsafe_code)]
+        let block = unsafe { RamBlock::read_only_from_raw(name, base, 4096, Box::new(memory)) };
+        Ram::new(4096, vec![block]).unwrap()
+    }
+
+    /// Safe code wrote through a mapping that the kernel had made for reading: SIGSEGV.
+    #[test]
+    fn a_read_only_block_is_not_written() {
+        let ram = read_only();
+        let page = ram.page(0).unwrap();
+        assert!(page.is_zero());
+        assert_eq!(page.require_writable().unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        for write in [|page: GuestRange<'_>| page.write(&[1; 4096]), |page: GuestRange<'_>| page.clear()] {
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| write(page))).is_err());
+        }
+        assert!(page.is_zero());
+    }
+
+    #[test]
+    #[cfg(not(any(loom, shuttle)))]
+    fn the_kernel_does_not_receive_into_a_read_only_block() {
+        use crate::transport::{Stream, socket::SocketStream};
+        use std::{
+            io::Write,
+            os::{fd::OwnedFd, unix::net::UnixStream},
+        };
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&[1; 4096]).unwrap();
+        let ram = read_only();
+        let mut stream = SocketStream::new(OwnedFd::from(ours)).unwrap();
+        let error = stream.read_pages(&[ram.page(0).unwrap()]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        assert!(ram.page(0).unwrap().is_zero());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::io;
 
 use crate::{
     ram::{GuestRange, Ram},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     sys::{advice, kvm::system_page_size, uffd::Userfaultfd},
 };
 
@@ -32,17 +33,17 @@ pub enum FirstTouch {
 /// A strategy, prepared for the memory of one VM.
 pub(crate) enum Filler {
     Direct,
-    Copy(Userfaultfd),
+    Copy {
+        uffd: Userfaultfd,
+        /// The kernel does not fill this memory by small pages, as it does not with huge ones.
+        refused: AtomicBool,
+    },
     Populate,
 }
 
 impl Filler {
     /// Prepares `ram` as `strategy` says. What the kernel refuses is logged and done without.
     pub(crate) fn new(strategy: FirstTouch, ram: &Ram) -> Filler {
-        // Nothing to gain for memory that was touched before, and nothing is known of it.
-        if !ram.blocks().iter().any(|block| block.is_fresh()) {
-            return Filler::Direct;
-        }
         match strategy {
             FirstTouch::Direct => Filler::Direct,
             FirstTouch::Populate => Filler::Populate,
@@ -54,7 +55,7 @@ impl Filler {
             _ if !(ram.layout().page_size() as u64).is_multiple_of(system_page_size()) => Filler::Direct,
             FirstTouch::Auto if has_huge_pages(ram) => Filler::Direct,
             FirstTouch::Auto | FirstTouch::Copy => match register(ram) {
-                Ok(uffd) => Filler::Copy(uffd),
+                Ok(uffd) => Filler::Copy { uffd, refused: AtomicBool::new(false) },
                 Err(error) => {
                     tracing::debug!(%error, "no userfaultfd; fresh memory is filled by page faults");
                     Filler::Direct
@@ -65,7 +66,7 @@ impl Filler {
 
     /// Whether content comes through private memory and [`fill`](Self::fill).
     pub(super) fn copies(&self) -> bool {
-        matches!(self, Filler::Copy(_))
+        matches!(self, Filler::Copy { refused, .. } if !refused.load(Relaxed))
     }
 
     /// Gets `range`, which was never touched, ready to be read into.
@@ -79,14 +80,29 @@ impl Filler {
 
     /// Puts `from` into `range`, which was never touched as far as is known.
     pub(crate) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
-        let Filler::Copy(uffd) = self else {
+        let Filler::Copy { uffd, refused } = self else {
             range.write(from);
             return Ok(());
         };
+        if refused.load(Relaxed) {
+            range.write(from);
+            return Ok(());
+        }
         let mut done = 0;
         while done < from.len() {
             let rest = range.slice(done, from.len() - done).expect("done < len, whole pages");
-            let filled = uffd.fill(rest, &from[done..])?;
+            let filled = match uffd.fill(rest, &from[done..]) {
+                Ok(filled) => filled,
+                // Huge pages that could not be told in time: without /proc there is nothing to read about a mapping.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    if !refused.swap(true, Relaxed) {
+                        tracing::debug!(%error, "the kernel does not fill this memory; it is filled by page faults");
+                    }
+                    rest.write(&from[done..]);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            };
             if filled == 0 {
                 // Somebody has touched the page since: another channel in the same round, or the VMM.
                 let page = rest.slice(0, page_size).expect("at least one page is left");
@@ -166,6 +182,28 @@ mod tests {
             assert_eq!(ram.page_bytes(2), vec![0; page_size], "pages of {page_size}");
             assert_eq!(ram.page_bytes(3), content, "pages of {page_size}");
         }
+    }
+
+    /// A jail without /proc and memory of huge pages: the migration failed at the first page.
+    #[test]
+    fn memory_that_the_kernel_does_not_fill_is_written() {
+        let page = system_page_size() as usize;
+        let block = RamBlock::anonymous(BlockName::new("ram").unwrap(), 4 * page).unwrap();
+        let ram = Ram::new(page, vec![block]).unwrap();
+        let filler = Filler::new(FirstTouch::Copy, &ram);
+        if !filler.copies() {
+            return test_support::skip("no userfaultfd");
+        }
+        let content = vec![7; page];
+        // The kernel answers a range that does not begin at a page of its own as it answers one within a huge page.
+        let askew = ram.blocks()[0].range(8, page).unwrap();
+        filler.fill(askew, &content, page).unwrap();
+        let mut found = vec![0; page];
+        askew.read(&mut found);
+        assert_eq!(found, content);
+        assert!(!filler.copies(), "it is not asked again");
+        filler.fill(ram.page(2).unwrap(), &content, page).unwrap();
+        assert_eq!(ram.page_bytes(2), content);
     }
 
     const SMAPS: &str = "\

@@ -50,6 +50,7 @@ use crate::{
     error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
+    ram::Access,
     stop::StopHandle,
     sync::{
         Arc, Condvar, Mutex,
@@ -99,6 +100,9 @@ impl Destination {
         observer: &mut dyn Observer,
     ) -> Result<Report, Error> {
         let page_size = vm.ram().layout().page_size();
+        if let Some(block) = vm.ram().blocks().iter().find(|block| block.access() != Access::ReadWrite) {
+            return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
+        }
         let first_touch = self.options.first_touch;
         self.receive(&mut VmTarget::new(vm, first_touch), page_size, from, observer)
     }

@@ -7,8 +7,10 @@ use std::io;
 
 use super::first_touch::{Filler, FirstTouch};
 use crate::{
+    dirty::untouched::untouched,
+    dirty_bitmap::DirtyBitmap,
     layout::Layout,
-    ram::{GuestRange, Ram},
+    ram::{GuestRange, Ram, RamBlock},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     sys::zeroed::zeroed_atomics,
     transport::Stream,
@@ -46,7 +48,7 @@ pub(crate) struct MemorySink {
     ram: Ram,
     /// Our position of each of the source's blocks.
     order: Vec<usize>,
-    /// One bit for each page that may hold something else than zeros. Set only when its content is in place, so that two
+    /// One bit for each page that may hold something else than zeros: neither in a fresh block nor absent. Set only when its content is in place, so that two
     /// threads that bring the same page both fill it.
     touched: PageBits,
     /// One bit for each page that was named; only where there is memory that is not known to be zeros.
@@ -58,14 +60,26 @@ pub(crate) struct MemorySink {
 impl MemorySink {
     pub(crate) fn new(ram: Ram, order: Vec<usize>, first_touch: FirstTouch) -> MemorySink {
         let touched = PageBits::new(ram.layout());
+        // From here on pages are written: the next migration into this memory finds nothing fresh.
+        let fresh: Vec<bool> = ram.blocks().iter().map(RamBlock::take_fresh).collect();
+        let mut absent = DirtyBitmap::new(ram.layout());
         let mut named = None;
-        for (block, layout) in ram.blocks().iter().zip(ram.layout().blocks()) {
-            if !block.is_fresh() {
-                layout.page_range().for_each(|page| touched.set(page));
-                named.get_or_insert_with(|| PageBits::new(ram.layout()));
+        if fresh.contains(&false) {
+            // While the source still runs, so that pages that are zeros anyway are not cleared when it is paused.
+            if let Err(error) = untouched(&ram, &[], &mut absent) {
+                tracing::debug!(%error, "it is not known which pages are absent");
             }
+            named = Some(PageBits::new(ram.layout()));
         }
-        let filler = Filler::new(first_touch, &ram);
+        for (layout, _) in ram.layout().blocks().iter().zip(&fresh).filter(|(_, fresh)| !**fresh) {
+            layout.page_range().filter(|&page| !absent.contains(page)).for_each(|page| touched.set(page));
+        }
+        let filler = if fresh.contains(&true) || absent.count() > 0 {
+            Filler::new(first_touch, &ram)
+        } else {
+            // Nothing to gain for memory that was touched before.
+            Filler::Direct
+        };
         MemorySink { ram, order, touched, named, filler }
     }
 
@@ -167,7 +181,8 @@ impl PageSink for MemorySink {
     fn ram_complete(&self) -> io::Result<()> {
         let Some(named) = &self.named else { return Ok(()) };
         for block in self.ram.layout().blocks() {
-            for page in block.page_range().filter(|&page| !named.contains(page)) {
+            // What was absent at the start and was not named is zeros still.
+            for page in block.page_range().filter(|&page| !named.contains(page) && self.touched.contains(page)) {
                 self.ram.page(page).expect("a page of the block").clear();
             }
         }

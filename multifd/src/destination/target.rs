@@ -13,6 +13,7 @@ use super::{FirstTouch, MainReader, PageSink, sink::MemorySink};
 use crate::{
     error::{Error, Mismatch},
     layout::Layout,
+    ram::Access,
     sync::Arc,
     vm::{DestinationVm, SectionId},
 };
@@ -84,6 +85,10 @@ impl<'a> VmTarget<'a> {
 impl Target for VmTarget<'_> {
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
         let ram = self.vm.ram();
+        // Once more: a VMM may have made its memory since the start.
+        if let Some(block) = ram.blocks().iter().find(|block| block.access() != Access::ReadWrite) {
+            return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
+        }
         let mut order = Vec::new();
         for entry in &head.blocks {
             order.push(matching_block(ram.layout(), &entry.name, entry.used_len)?);

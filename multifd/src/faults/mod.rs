@@ -7,6 +7,7 @@ mod hostile_channels;
 mod hostile_main;
 mod injected;
 mod panics;
+mod reused_memory;
 mod set_up;
 mod silence;
 mod threads;

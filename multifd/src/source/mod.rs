@@ -130,6 +130,8 @@ impl Run {
         if options.channels == 0 {
             return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
         }
+        // Its guest writes to it.
+        ram.forget_fresh();
         let page_size = ram.layout().page_size();
         let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size));
         let barrier = RoundBarrier::new(Some(usize::from(options.channels)));

@@ -63,6 +63,7 @@ impl Userfaultfd {
     /// anybody to these pages ever waits for us.
     pub(crate) fn fill(&self, to: GuestRange<'_>, from: &[u8]) -> io::Result<usize> {
         assert_eq!(to.len(), from.len());
+        to.require_writable()?;
         let mut copy =
             Copy { dst: to.as_ptr() as u64, src: from.as_ptr() as u64, len: from.len() as u64, mode: 0, copy: 0 };
         // SAFETY: the kernel reads `len` bytes at `src`, which are ours, and writes guest memory in bounds of `to`.

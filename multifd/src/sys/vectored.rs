@@ -21,6 +21,7 @@ pub(crate) fn send(socket: BorrowedFd<'_>, header: &[u8], pages: &[GuestRange<'_
 
 /// Fills `pages` from a socket.
 pub(crate) fn receive(socket: BorrowedFd<'_>, pages: &[GuestRange<'_>]) -> io::Result<()> {
+    pages.iter().try_for_each(GuestRange::require_writable)?;
     let mut left = IoVecs::new(&[], pages);
     while !left.is_empty() {
         left.receive_some(socket)?;
@@ -76,8 +77,8 @@ impl<'a> IoVecs<'a> {
     /// Fills at least one byte of what is left. All ranges must be guest memory.
     fn receive_some(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let mut message = self.message();
-        // SAFETY: `message` refers to at most IOV_MAX entries, each made of a `GuestRange` because the only caller
-        // passes no header, so each is mapped memory that lives as long as `self`. The kernel writes it; no Rust
+        // SAFETY: `message` refers to at most IOV_MAX entries, each made of a `GuestRange` that may be written because the
+        // only caller has checked that and passes no header, so each is mapped memory that lives as long as `self`. The kernel writes it; no Rust
         // reference to it exists.
         let received = retried(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, 0) })?;
         if received == 0 {

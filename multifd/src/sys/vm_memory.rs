@@ -13,6 +13,10 @@ pub(crate) fn block<B: Bitmap + Send + Sync + 'static>(
     mapping: Arc<MmapRegion<B>>,
 ) -> Option<RamBlock> {
     let (base, len) = (NonNull::new(mapping.as_ptr())?, mapping.size());
+    if mapping.prot() & libc::PROT_WRITE == 0 {
+        // SAFETY: as below, for memory that is mapped for reading.
+        return Some(unsafe { RamBlock::read_only_from_raw(name, base, len, Box::new(mapping)) });
+    }
     // SAFETY: a mapping of `vm-memory` is unmapped when the last clone of its `Arc` is dropped, and the block owns one.
     // The crate itself hands out no references to the bytes, only volatile and atomic access.
     Some(unsafe { RamBlock::from_raw(name, base, len, Box::new(mapping)) })

@@ -53,6 +53,7 @@ impl Stream for MemoryStream {
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        pages.iter().try_for_each(GuestRange::require_writable)?;
         let mut copy = Vec::new();
         for page in pages {
             copy.resize(page.len(), 0);

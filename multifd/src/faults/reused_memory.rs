@@ -1,0 +1,120 @@
+//! Migrations into memory that is not as the kernel gave it: of an earlier attempt, of unknown contents, read-only.
+
+use std::time::Duration;
+
+use multifd_proto::BlockName;
+use test_support::{skip, time_limit};
+
+use crate::{
+    destination::Destination,
+    dirty::untouched::untouched,
+    dirty_bitmap::DirtyBitmap,
+    error::{Error, Mismatch},
+    ram::{Ram, RamBlock},
+    source::{Options, Source, Untouched},
+    test_vm::{TestDestination, TestSource},
+    transport::memory,
+};
+
+const PAGES: usize = 150;
+
+fn name() -> BlockName {
+    BlockName::new("ram").unwrap()
+}
+
+fn of(block: RamBlock) -> Ram {
+    Ram::new(4096, vec![block]).unwrap()
+}
+
+/// Memory of each kind, as the crate makes it.
+fn each_kind() -> [(&'static str, Ram); 3] {
+    [
+        ("heap", Ram::for_test(&[("ram", PAGES)])),
+        ("anonymous", of(RamBlock::anonymous(name(), PAGES * 4096).unwrap())),
+        ("memory file", of(RamBlock::memory_file(name(), PAGES * 4096).unwrap())),
+    ]
+}
+
+/// Sends memory whose page `page` is filled with `value(page)`; zeros were never touched. Returns the source's memory and
+/// what became of the migration.
+fn send(to: &mut TestDestination, untouched: Untouched, value: impl Fn(u64) -> u64) -> (Ram, Result<(), Error>) {
+    time_limit(Duration::from_secs(60), || {
+        let mut vm = TestSource::new(Ram::for_test(&[("ram", PAGES)]));
+        for page in 0..PAGES as u64 {
+            match value(page) {
+                0 => vm.untouched.push(page),
+                value => assert!(vm.writer.write(page, value)),
+            }
+        }
+        let (listener, connector) = memory::listener(1 << 15);
+        let destination = Destination::new(Default::default());
+        let received = std::thread::scope(|scope| {
+            let receiving = scope.spawn(move || destination.run(to, Box::new(listener), &mut ()));
+            let options = Options { channels: 2, untouched, ..Default::default() };
+            let sent = Source::new(options).run(&mut vm, &connector, &mut ());
+            let received = receiving.join().unwrap();
+            assert_eq!(sent.is_ok(), received.is_ok(), "{:?}, {:?}", sent.err(), received.err());
+            received.map(drop)
+        });
+        (vm.writer_ram(), received)
+    })
+}
+
+/// The memory was declared fresh, so pages that the second source did not name kept what the first had sent.
+#[test]
+fn a_second_attempt_into_the_same_memory_leaves_nothing_of_the_first() {
+    for mode in [Untouched::Skip, Untouched::Name] {
+        for (kind, ram) in each_kind() {
+            assert!(ram.blocks()[0].is_fresh(), "{kind}");
+            let mut to = TestDestination::new(ram.clone());
+            to.fail = Some("load");
+            let (_, first) = send(&mut to, mode, |page| page + 1);
+            assert!(matches!(first, Err(Error::Load { .. })), "{kind}: {first:?}");
+            assert!(!ram.page(7).unwrap().is_zero(), "{kind}: the first attempt wrote");
+            assert!(!ram.clone().fresh().blocks()[0].is_fresh(), "{kind}: it does not become fresh by being called so");
+            to.fail = None;
+            let (from, second) = send(&mut to, mode, |page| if page % 3 == 0 { 1000 + page } else { 0 });
+            second.unwrap();
+            for page in 0..PAGES as u64 {
+                assert!(ram.page_bytes(page) == from.page_bytes(page), "{kind}, {mode:?}: page {page}");
+            }
+        }
+    }
+}
+
+/// Each page was cleared with the guest paused: seconds of downtime, and all of its memory allocated.
+#[test]
+fn absent_pages_of_memory_that_was_not_declared_fresh_are_not_written() {
+    let ram = of(RamBlock::anonymous(name(), PAGES * 4096).unwrap()).not_fresh();
+    let mut absent = DirtyBitmap::new(ram.layout());
+    if let Err(error) = untouched(&ram, &[], &mut absent) {
+        return skip(&format!("absent pages cannot be told here: {error}"));
+    }
+    assert_eq!(absent.count(), PAGES as u64);
+    // The VMM has written these two, and the source names neither.
+    for page in [4, 100] {
+        ram.page(page).unwrap().write(&[0xee; 4096]);
+    }
+    let mut to = TestDestination::new(ram.clone());
+    let value = |page| if page % 5 == 2 { page } else { 0 };
+    let (from, received) = send(&mut to, Untouched::Skip, value);
+    received.unwrap();
+    let mut absent = DirtyBitmap::new(ram.layout());
+    untouched(&ram, &[], &mut absent).unwrap();
+    for page in 0..PAGES as u64 {
+        let named_or_written = value(page) != 0 || page == 4 || page == 100;
+        assert_eq!(absent.contains(page), !named_or_written, "page {page}");
+    }
+    for page in 0..PAGES as u64 {
+        assert!(ram.page_bytes(page) == from.page_bytes(page), "page {page}");
+    }
+}
+
+#[test]
+fn a_destination_with_a_read_only_block_is_refused_before_it_waits_for_a_source() {
+    let memory = crate::sys::heap::zeroed_block(name(), PAGES * 4096);
+    let mut to = TestDestination::new(of(memory.read_only()));
+    let (listener, _connector) = memory::listener(1 << 15);
+    let error = Destination::new(Default::default()).run(&mut to, Box::new(listener), &mut ()).unwrap_err();
+    assert!(matches!(error, Error::Mismatch(Mismatch::BlockReadOnly { .. })), "{error}");
+}
