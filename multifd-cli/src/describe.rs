@@ -7,7 +7,10 @@ use multifd_proto::vmdesc::{self, DeviceSection, VmDescription};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::table::{self, grouped};
+use crate::{
+    printable,
+    table::{self, grouped},
+};
 
 /// One RAM block.
 pub struct Block {
@@ -100,14 +103,19 @@ pub fn blocks_json(blocks: &[Block]) -> Value {
 
 /// A table of the blocks.
 pub fn blocks_text(blocks: &[Block]) -> String {
-    let width = blocks.iter().map(|block| block.name.len()).max().unwrap_or_default().max("RAM block".len());
+    let width = blocks
+        .iter()
+        .map(|block| printable::line(&block.name).chars().count())
+        .max()
+        .unwrap_or_default()
+        .max("RAM block".len());
     let mut out =
         format!("\n  {:width$}  {:>11}  {:>13}  {:>13}\n", "RAM block", "size", "content pages", "zero pages");
     for block in blocks {
         let zero = block.size / block.page_size - block.normal;
         out.push_str(&format!(
             "  {:width$}  {:>11}  {:>13}  {:>13}\n",
-            block.name,
+            printable::line(&block.name),
             table::bytes(block.size),
             grouped(block.normal),
             grouped(zero)

@@ -79,6 +79,24 @@ fn a_compression_level_without_its_compression_or_out_of_its_range_is_a_usage_er
     }
 }
 
+/// An option that is silently ignored lets its user believe in something that is not so.
+#[test]
+fn an_option_that_would_have_no_effect_is_a_usage_error() {
+    for (args, option) in [
+        ("demo --transport unix --ipv6", "--ipv6"),
+        ("demo --transport unix --address localhost", "--address"),
+        ("guest --audit", "--incoming"),
+        ("guest --after 1s", "--migrate-to"),
+        ("guest --incoming tcp::0 --after 1s", "--after"),
+        ("inspect no-file --output no-other", "--extract"),
+    ] {
+        let output = time_limit(LIMIT, || run(args));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 2, "{args}: {message}");
+        assert!(message.contains(option), "{args}: {message}");
+    }
+}
+
 #[test]
 fn a_uuid_that_is_none_is_a_usage_error() {
     for verb in ["send no-file tcp:localhost:1", "receive tcp:localhost:0 -o no-file"] {

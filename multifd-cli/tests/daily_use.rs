@@ -237,7 +237,8 @@ fn names_of_a_peer_reach_the_terminal_as_text_and_json_exactly() {
         assert_eq!(report["machine"], hostile);
         assert!(fit(std::str::from_utf8(&output.stdout).unwrap()), "{output:?}");
         let output = common::run(&format!("inspect {}", dir.join("ckpt").display()));
-        assert!(fit(std::str::from_utf8(&output.stdout).unwrap()), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(fit(&text) && !text.contains("\nlistening"), "{text:?}");
 
         // In a message, too.
         let other = dir.join("other").display().to_string();

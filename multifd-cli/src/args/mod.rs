@@ -62,7 +62,7 @@ impl Verb {
 pub fn parse() -> Result<Cli, clap::Error> {
     let cli = Cli::try_parse()?;
     let checked = match &cli.verb {
-        Verb::Demo(args) => args.machine.check().and_then(|()| args.transfer.check()),
+        Verb::Demo(args) => args.check(),
         Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
         Verb::Send(args) => args.transfer.check(),
         Verb::Receive(_) | Verb::Inspect(_) => Ok(()),

@@ -48,6 +48,24 @@ pub struct DemoArgs {
     pub output: OutputArgs,
 }
 
+impl DemoArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.machine.check()?;
+        self.transfer.check()?;
+        match (self.transport, &self.address, self.ipv6) {
+            (Transport::Unix, Some(_), _) => Err(no_address("--address <HOST>")),
+            (Transport::Unix, None, true) => Err(no_address("--ipv6")),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn no_address(option: &str) -> String {
+    format!("the option '{option}' has no effect on unix sockets; expected '--transport tcp' with it")
+}
+
 /// Options of `multifd guest`.
 #[derive(Debug, Args)]
 pub struct GuestArgs {
@@ -58,7 +76,8 @@ pub struct GuestArgs {
     #[arg(long, value_name = "URI", value_parser = destination_uri, help_heading = MIGRATION)]
     pub migrate_to: Vec<Uri>,
     /// How long the guest runs before it is migrated.
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, help_heading = MIGRATION)]
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::time, requires = "migrate_to",
+        help_heading = MIGRATION)]
     pub after: Duration,
     /// How long the guest runs here after it has arrived, or could not be migrated [default: until interrupted after it
     /// has arrived, 1s when it could not be migrated].
@@ -69,7 +88,7 @@ pub struct GuestArgs {
     pub control: Option<Uri>,
     /// Check while the guest arrives that no page is written from an older round than it already holds; if one is, exit with
     /// status 6.
-    #[arg(long, help_heading = MIGRATION)]
+    #[arg(long, requires = "incoming", help_heading = MIGRATION)]
     pub audit: bool,
     /// Send digests of all pages while the guest is paused, for the destination to compare.
     #[arg(long, help_heading = MIGRATION)]

@@ -20,6 +20,7 @@ use crate::{
     args::InspectArgs,
     describe::{self, Block, Devices, counted},
     exit::Exit,
+    printable,
     report::{Outcome, compression_name, dialect_name},
     table::{self, grouped},
 };
@@ -87,7 +88,7 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Out
         args.path.display(),
         table::bytes(checkpoint.bytes()),
         table::bytes(disk),
-        checkpoint.machine(),
+        printable::line(checkpoint.machine()),
     );
     if let Some(uuid) = checkpoint.uuid() {
         text.push_str(&format!("  uuid {}\n", describe::uuid(&uuid)));
@@ -269,7 +270,7 @@ fn stream_text(args: &InspectArgs, account: &Account) -> String {
         channels => out.push_str(&format!(" with {}\n", counted(channels, "channel"))),
     }
     let machine = if main.machine.is_empty() { "unknown" } else { &main.machine };
-    out.push_str(&format!("  machine {machine}"));
+    out.push_str(&format!("  machine {}", printable::line(machine)));
     if let Some(dialect) = account.dialect {
         out.push_str(&format!(", sync {}", dialect_name(dialect)));
     }
@@ -283,7 +284,7 @@ fn stream_text(args: &InspectArgs, account: &Account) -> String {
         ("uuid", main.uuid.iter().map(describe::uuid).collect()),
     ] {
         if !list.is_empty() {
-            out.push_str(&format!("  {what} {}\n", list.join(", ")));
+            out.push_str(&format!("  {what} {}\n", printable::line(&list.join(", "))));
         }
     }
     out.push_str(&format!(
