@@ -12,6 +12,7 @@ mod log;
 mod printable;
 mod progress;
 mod report;
+mod rounds;
 mod signals;
 mod table;
 mod terminal;

@@ -11,11 +11,12 @@ use std::{
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use multifd::progress::{Event, Observer, Phase, Progress, RoundStats, Snapshot};
+use multifd::progress::{Event, Observer, Phase, Progress, Snapshot};
 
 use crate::{
     args::{OutputArgs, ProgressMode},
     report::Round,
+    rounds::Rounds,
     table, terminal,
 };
 
@@ -32,7 +33,7 @@ enum Style {
 /// Shows one migration and remembers its rounds. Ends the bar when dropped.
 pub struct Display {
     style: Style,
-    rounds: Arc<Mutex<Vec<RoundStats>>>,
+    rounds: Arc<Mutex<Rounds>>,
     header_shown: bool,
     /// Ends the thread that draws when dropped, and the other end of what the thread drops at its own end.
     ticker: Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
@@ -42,13 +43,13 @@ impl Display {
     /// Shows the migration that `progress` counts.
     pub fn new(output: &OutputArgs, progress: &Progress) -> Display {
         let style = Style::of(output, io::stderr().is_terminal());
-        let rounds = Arc::new(Mutex::new(Vec::new()));
+        let rounds: Arc<Mutex<Rounds>> = Arc::default();
         let ticker = (style == Style::Bar).then(|| draw(progress.clone(), rounds.clone())).flatten();
         Display { style, rounds, header_shown: false, ticker }
     }
 
-    /// All rounds that are over.
-    pub fn rounds(&self) -> Vec<RoundStats> {
+    /// The rounds that are over.
+    pub fn rounds(&self) -> Rounds {
         lock(&self.rounds).clone()
     }
 
@@ -124,7 +125,7 @@ pub fn above_the_bar(print: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
 
 /// Begins to draw. Ends the drawing when the sender is dropped; the receiver is disconnected when that is done. `None`
 /// where the process may not have one more thread.
-fn draw(progress: Progress, rounds: Arc<Mutex<Vec<RoundStats>>>) -> Option<(mpsc::Sender<()>, mpsc::Receiver<()>)> {
+fn draw(progress: Progress, rounds: Arc<Mutex<Rounds>>) -> Option<(mpsc::Sender<()>, mpsc::Receiver<()>)> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let (end, is_ended) = mpsc::channel();
     let (done, is_done) = mpsc::channel();
@@ -138,14 +139,14 @@ fn draw(progress: Progress, rounds: Arc<Mutex<Vec<RoundStats>>>) -> Option<(mpsc
     Some((end, is_done))
 }
 
-fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress, rounds: &Mutex<Vec<RoundStats>>) {
+fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress, rounds: &Mutex<Rounds>) {
     let mut rate = Rate::default();
     loop {
         let snapshot = progress.snapshot();
         let phase = snapshot.phase.map_or("", Phase::name);
         let rate = rate.at(Instant::now(), snapshot.bytes());
         let moved = table::bytes(snapshot.bytes());
-        let expected = lock(rounds).last().map_or(String::new(), |last| {
+        let expected = lock(rounds).latest().map_or(String::new(), |last| {
             let round = Round::from(last);
             let expected = round.expected_downtime.filter(|_| round.guest_running);
             expected.map_or(String::new(), |time| format!("  downtime {}", table::milliseconds(time)))

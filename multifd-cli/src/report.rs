@@ -17,7 +17,7 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, makedev};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{args::OutputArgs, exit::Exit, printable, table, terminal};
+use crate::{args::OutputArgs, exit::Exit, printable, rounds::Rounds, table, terminal};
 
 /// The end of a verb.
 #[derive(Clone, Debug)]
@@ -165,7 +165,7 @@ pub struct MigrationReport {
     /// What the audit found, where one was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<Audit>,
-    /// All rounds that are over.
+    /// The rounds that are over: the first and the last 500.
     pub rounds: Vec<Round>,
     /// Bytes on each channel.
     pub channel_bytes: Vec<u64>,
@@ -385,7 +385,7 @@ impl MigrationReport {
             devices: millis(downtime.devices.saturating_sub(verify_time)),
             confirm: millis(downtime.confirm),
         };
-        let rounds: Vec<Round> = report.rounds.iter().map(Round::from).collect();
+        let rounds: Rounds = report.rounds.iter().collect();
         MigrationReport {
             total_time: millis(report.total),
             downtime: Some(millis(downtime.total.saturating_sub(verify_time))),
@@ -401,8 +401,8 @@ impl MigrationReport {
                 skipped: report.skipped,
                 main_bytes: report.main_bytes,
                 multifd_bytes: report.channel_bytes.iter().sum(),
-                rounds: &rounds,
-                seconds: seconds(&rounds),
+                rounds: rounds.count(),
+                seconds: rounds.took().as_secs_f64(),
                 missed_zero_copy: report.zero_copy.as_ref().map(|zero_copy| zero_copy.syncs_with_copies),
             }),
             channels: report.channel_bytes.len(),
@@ -415,7 +415,7 @@ impl MigrationReport {
             dialect: Some(dialect_name(report.dialect).to_owned()),
             cpu_throttle_percentage: report.throttle,
             audit: None,
-            rounds,
+            rounds: rounds.iter().map(Round::from).collect(),
             channel_bytes: report.channel_bytes.clone(),
         }
     }
@@ -438,7 +438,7 @@ impl MigrationReport {
 
     /// A migration that the destination finished, in pages of `page_size`.
     pub fn received(report: &destination::Report, page_size: usize, verify_time: Duration) -> MigrationReport {
-        let rounds: Vec<Round> = report.rounds.iter().map(Round::from).collect();
+        let rounds: Rounds = report.rounds.iter().collect();
         MigrationReport {
             total_time: millis(report.total),
             downtime: None,
@@ -454,7 +454,7 @@ impl MigrationReport {
                 skipped: 0,
                 main_bytes: report.main_bytes,
                 multifd_bytes: report.channel_bytes.iter().sum(),
-                rounds: &rounds,
+                rounds: rounds.count(),
                 // The first of its rounds may have begun long before the first page came.
                 seconds: report.total.saturating_sub(verify_time).as_secs_f64(),
                 missed_zero_copy: None,
@@ -466,20 +466,14 @@ impl MigrationReport {
             dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
             cpu_throttle_percentage: 0,
             audit: report.audit.as_ref().map(Audit::from),
-            rounds,
+            rounds: rounds.iter().map(Round::from).collect(),
             channel_bytes: report.channel_bytes.clone(),
         }
     }
 
     /// A migration that failed: as far as it got, in pages of `page_size`, with `rounds` over after `total_time`.
-    pub fn partial(
-        progress: &Progress,
-        rounds: &[RoundStats],
-        page_size: usize,
-        total_time: Duration,
-    ) -> MigrationReport {
+    pub fn partial(progress: &Progress, rounds: &Rounds, page_size: usize, total_time: Duration) -> MigrationReport {
         let snapshot = progress.snapshot();
-        let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         let mut channel_bytes = progress.channel_bytes(MAX_CHANNELS);
         let channels = channel_bytes.iter().rposition(|&bytes| bytes > 0).map_or(0, |last| last + 1);
         channel_bytes.truncate(channels);
@@ -498,8 +492,8 @@ impl MigrationReport {
                 skipped: snapshot.skipped,
                 main_bytes: snapshot.main_bytes,
                 multifd_bytes: snapshot.channel_bytes,
-                rounds: &rounds,
-                seconds: seconds(&rounds),
+                rounds: rounds.count(),
+                seconds: rounds.took().as_secs_f64(),
                 missed_zero_copy: None,
             }),
             channels,
@@ -507,16 +501,16 @@ impl MigrationReport {
             auto_compression: Vec::new(),
             zero_copy: None,
             dialect: None,
-            cpu_throttle_percentage: rounds.last().map_or(0, |round| round.throttle),
+            cpu_throttle_percentage: rounds.latest().map_or(0, |round| round.throttle),
             audit: None,
-            rounds,
+            rounds: rounds.iter().map(Round::from).collect(),
             channel_bytes,
         }
     }
 }
 
 /// What [`RamReport`] is computed from.
-struct Totals<'a> {
+struct Totals {
     page_size: usize,
     total: u64,
     remaining: u64,
@@ -525,7 +519,7 @@ struct Totals<'a> {
     skipped: u64,
     main_bytes: u64,
     multifd_bytes: u64,
-    rounds: &'a [Round],
+    rounds: u64,
     /// How long memory was sent.
     seconds: f64,
     /// SYNCs before which something was copied; nothing where that was not to be avoided.
@@ -533,7 +527,7 @@ struct Totals<'a> {
 }
 
 impl RamReport {
-    fn new(totals: Totals<'_>) -> RamReport {
+    fn new(totals: Totals) -> RamReport {
         let per_second = |amount: u64| if totals.seconds > 0.0 { amount as f64 / totals.seconds } else { 0.0 };
         let transferred = totals.main_bytes + totals.multifd_bytes;
         RamReport {
@@ -544,7 +538,7 @@ impl RamReport {
             skipped: totals.skipped,
             normal: totals.normal,
             normal_bytes: totals.normal * totals.page_size as u64,
-            dirty_sync_count: totals.rounds.len() as u64,
+            dirty_sync_count: totals.rounds,
             page_size: totals.page_size,
             mbps: per_second(transferred) * 8.0 / 1e6,
             multifd_bytes: totals.multifd_bytes,
@@ -569,10 +563,6 @@ impl From<&RoundStats> for Round {
             throttle: stats.throttle,
         }
     }
-}
-
-fn seconds(rounds: &[Round]) -> f64 {
-    rounds.iter().map(|round| round.time).sum::<f64>() / 1e3
 }
 
 /// `time` in milliseconds, to the microsecond.

@@ -165,7 +165,7 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
             channels => format!(
                 "{}, {}",
                 describe::counted(channels, "channel"),
-                describe::counted(migration.rounds.len(), "sync point")
+                describe::counted(usize::try_from(ram.dirty_sync_count).unwrap_or(usize::MAX), "sync point")
             ),
         },
     )
