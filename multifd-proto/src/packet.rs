@@ -129,6 +129,12 @@ impl<'a> RamPacket<'a> {
         self.sync
     }
 
+    /// For how many offsets the sender made room. 0 in a SYNC packet without pages of QEMU 10.0 and newer, which QEMU 7.2 does
+    /// not send.
+    pub fn allocated(&self) -> u32 {
+        field(self.bytes, 12)
+    }
+
     /// How the payload is compressed; meaningful when [`normal`](Self::normal) is not 0.
     pub const fn compression(&self) -> Compression {
         self.compression

@@ -234,6 +234,30 @@ fn a_destination_with_another_uuid_refuses_the_checkpoint() {
     });
 }
 
+/// QEMU 10.0 and 11.1 say SHUT(1) and close main, 7.2 closes it. It is the same event.
+#[test]
+fn a_destination_that_cannot_load_the_devices_fails_send_in_one_way() {
+    each_source("destination without one of the devices", |installed, machine| {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let mut source = vm(installed, machine).arguments(&["-device", "piix3-usb-uhci"]).start().unwrap();
+        Settings::default().apply(&mut source);
+        source.wait_passes(3, LIMIT).unwrap();
+        let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &[]);
+        migrate_away(&mut source, &uri);
+        receive.done();
+
+        let mut destination = vm(installed, machine).incoming().start().unwrap();
+        Settings::default().apply(&mut destination);
+        let uri = listen(&mut destination, true);
+        let ended = Multifd::start(["send", &file.display().to_string(), &uri]).end();
+        assert_eq!(ended.status.code(), Some(1), "{} {}", ended.report, ended.log);
+        assert_eq!(ended.report["status"], "failed");
+        assert!(!destination.wait_exit(LIMIT).unwrap().success());
+        assert!(destination.log().contains("load of migration failed"), "{}", destination.log());
+    });
+}
+
 /// Packets of two methods on one channel: QEMU takes only its own.
 #[test]
 fn a_qemu_refuses_packets_of_another_compression_than_its_own() {

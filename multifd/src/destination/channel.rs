@@ -134,6 +134,9 @@ impl ReceiveChannel {
         let page_size = self.shared.page_size;
         let packet = RamPacket::decode(&self.header[..packet::header_len(page_size)], page_size);
         let packet = packet.map_err(Error::protocol(place))?;
+        if packet.sync() && packet.allocated() == 0 {
+            self.shared.newer_packets.store(true, Ordering::Relaxed);
+        }
         let (sync, payload_len) = (packet.sync(), packet.payload_len());
         if packet.normal() + packet.zero() == 0 {
             return Ok((sync, payload_len));

@@ -54,7 +54,7 @@ use crate::{
     stop::StopHandle,
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         lock, wait,
     },
     threads::caught,
@@ -138,6 +138,8 @@ pub(super) struct Shared {
     seen: Mutex<Seen>,
     /// Pages named on all channels. Main compares it with itself; nothing is ordered by it.
     channel_pages: AtomicU64,
+    /// A SYNC packet has come that QEMU 7.2 does not send.
+    newer_packets: AtomicBool,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
     streams: Mutex<Vec<std::sync::Arc<dyn Stopper>>>,
     #[cfg(any(test, feature = "broken-variants"))]
@@ -254,6 +256,7 @@ impl Run {
             pages: Mutex::new(None),
             seen: Mutex::new(Seen { ids: [false; 256], channels: None, uuid: None, compression: None }),
             channel_pages: AtomicU64::new(0),
+            newer_packets: AtomicBool::new(false),
             streams: Mutex::new(Vec::new()),
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
@@ -426,7 +429,8 @@ impl Run {
     fn ram_part(&mut self, end: bool, observer: &mut dyn Observer) -> Result<(), Error> {
         if !end && self.return_path {
             let pages = self.main_pages + self.shared.channel_pages.load(Ordering::Relaxed);
-            if self.ack_timing.due_in_part(&self.report.machine, pages) {
+            let newer_packets = self.shared.newer_packets.load(Ordering::Relaxed);
+            if self.ack_timing.due_in_part(&self.report.machine, pages, newer_packets) {
                 tracing::info!("the source goes on without a page left to send: it is told that it may switch over");
                 self.main().reply(&Message::SwitchoverAck)?;
             }
@@ -526,6 +530,7 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<Body, Error> {
         if section.kind != SectionKind::Full {
+            self.ack_timing.more_than_ram();
             return target.section_part(section, self.main()).map(|()| Body::Section);
         }
         let ram_ended = self.main().decoder().ram_ended();

@@ -1,18 +1,23 @@
 //! A source that may not switch over before it is told so.
 
-use multifd_proto::return_path::Message;
+use multifd_proto::{packet::PacketHeader, return_path::Message};
 
 use super::script::*;
 use crate::destination::{Options, SwitchoverAck};
 
 /// A source of a machine type that says nothing about the message, with `parts` sections in which main has no page.
 fn answers(parts: usize, machine: &str, switchover_ack: SwitchoverAck) -> Vec<Message> {
+    answers_to(parts, machine, switchover_ack, &Wire::channel(0).sync().sync())
+}
+
+/// The same, with `channel` beside main.
+fn answers_to(parts: usize, machine: &str, switchover_ack: SwitchoverAck, channel: &Wire) -> Vec<Message> {
     let mut main = Wire::from_encoder(main_start_of(machine).flush().eos().footer(1));
     for _ in 0..parts {
         let mut encoder = multifd_proto::encoder::MainEncoder::new();
         main = main.then(encoder.ram_part(1, false).eos().footer(1).as_bytes());
     }
-    let wires = [main.then(main_end().as_bytes()), Wire::channel(0).sync().sync()];
+    let wires = [main.then(main_end().as_bytes()), channel.clone()];
     let received = receive(&wires, Options { switchover_ack, ..Options::default() });
     received.outcome.unwrap();
     received.answers
@@ -32,4 +37,13 @@ fn a_source_that_does_not_wait_is_not_given_permission() {
     assert_eq!(answers(20, "pc-i440fx-7.2", SwitchoverAck::Auto), [Message::Shut(0)]);
     assert_eq!(answers(5000, "pc-i440fx-11.1", SwitchoverAck::Auto), [Message::Shut(0)]);
     assert_eq!(answers(5000, "pc-i440fx-7.2", SwitchoverAck::Never), [Message::Shut(0)]);
+}
+
+/// QEMU 7.2 makes room in its SYNC packets. It does not know the message and would fail.
+#[test]
+fn a_source_like_qemu_7_2_is_not_given_permission() {
+    let mut sync = packet(&PacketHeader::sync_packet(0));
+    sync[12..16].copy_from_slice(&128u32.to_be_bytes());
+    let channel = Wire::channel(0).then(&sync).then(&sync);
+    assert_eq!(answers_to(5000, "pc-i440fx-7.2", SwitchoverAck::Auto, &channel), [Message::Shut(0)]);
 }
