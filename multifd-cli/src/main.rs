@@ -28,6 +28,8 @@ use std::{
 use self::{args::Verb, exit::Exit, report::Outcome};
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has been opened yet, and descriptors are passed on as owned values only.
+    unsafe { multifd::transport::fd::claim_inherited() };
     let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) => return explain(&error),

@@ -26,6 +26,20 @@ use crate::{
     sys::inherited,
 };
 
+/// Lets [`Uri::Fd`], [`FdConnector::inherited`] and [`FdListener::inherited`] take the descriptors that this process was
+/// started with, each of them once. The first lines of `main` are the place for it; later calls change nothing.
+///
+/// A VMM that gets its sockets in another way makes [`FdConnector::new`] and [`FdListener::new`] of them instead.
+///
+/// # Safety
+/// No part of this process owns a descriptor that is open now without close-on-exec, other than 0, 1 and 2, and none will
+/// use or close one by its number.
+#[allow(unsafe_code)]
+pub unsafe fn claim_inherited() {
+    // SAFETY: as the caller promises.
+    unsafe { inherited::claim() }
+}
+
 /// Gives out one connection, once.
 pub struct FdConnector {
     stream: Mutex<Option<SocketStream>>,
@@ -43,7 +57,7 @@ impl FdConnector {
     /// The connection over descriptor `number`, which this process inherited and which now belongs to the connection.
     ///
     /// # Errors
-    /// As [`SocketStream::new`]; also where the descriptor was not inherited.
+    /// As [`SocketStream::new`]; also where the descriptor was not [claimed](claim_inherited), or was taken before.
     pub fn inherited(number: RawFd) -> io::Result<FdConnector> {
         let open = || Ok(SocketStream::new(inherited::take(number)?)?.with_peer(Uri::Fd(number).to_string()));
         let stream = open().map_err(context(Uri::Fd(number)))?;
@@ -98,7 +112,7 @@ impl FdListener {
     /// As [`new`](Self::new) for descriptor `number`, which this process inherited and which now belongs to the listener.
     ///
     /// # Errors
-    /// As [`new`](Self::new); also where the descriptor was not inherited.
+    /// As [`new`](Self::new); also where the descriptor was not [claimed](claim_inherited), or was taken before.
     pub fn inherited(number: RawFd) -> io::Result<FdListener> {
         let uri = Uri::Fd(number);
         inherited::take(number).and_then(|socket| FdListener::new(socket, uri.clone())).map_err(context(uri))

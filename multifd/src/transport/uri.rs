@@ -28,7 +28,7 @@ pub enum Uri {
     },
     /// The path of a unix socket.
     Unix(PathBuf),
-    /// The number of an inherited descriptor, a socket.
+    /// The number of an inherited descriptor, a socket, which the program has [claimed](super::fd::claim_inherited).
     Fd(RawFd),
     /// The path of a file. Files are not connections.
     File(PathBuf),
