@@ -52,7 +52,7 @@ impl From<&Error> for Exit {
             Error::Cancelled => Exit::Cancelled,
             Error::DoesNotConverge { .. } => Exit::DoesNotConverge,
             Error::NotResumed { first, .. } => Exit::from(&**first),
-            Error::Undecided { .. } => Exit::InDoubt,
+            Error::InDoubt { .. } => Exit::InDoubt,
             error if error.is_peers_fault() => Exit::Peer,
             _ => Exit::Failed,
         }
@@ -281,9 +281,9 @@ mod tests {
             (not_resumed, Exit::Cancelled),
             (no_convergence, Exit::DoesNotConverge),
             (Error::Mismatch(Mismatch::TooMuchRam), Exit::Peer),
-            (Error::Refused { status: 1 }, Exit::Failed),
+            (Error::Refused { status: 1, reason: None }, Exit::Failed),
             (Error::Unconfirmed, Exit::Failed),
-            (Error::Undecided { source: std::io::ErrorKind::TimedOut.into() }, Exit::InDoubt),
+            (Error::InDoubt { reason: Box::new(Error::Unconfirmed) }, Exit::InDoubt),
         ] {
             assert_eq!(Exit::from(&error), exit, "{error}");
         }

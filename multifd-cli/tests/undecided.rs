@@ -24,6 +24,10 @@ fn take_everything(listener: &TcpListener) -> (TcpStream, Vec<TcpStream>) {
     // A source connects main first.
     let (mut main, _) = listener.accept().unwrap();
     let mut connections = vec![main.try_clone().unwrap()];
+    // This destination knows of no extensions: it answers the first PING without having accepted any.
+    let mut answer = Vec::new();
+    Message::Pong(1).encode(&mut answer);
+    main.write_all(&answer).unwrap();
     for _ in 0..2 {
         let (mut channel, _) = listener.accept().unwrap();
         connections.push(channel.try_clone().unwrap());
@@ -84,7 +88,7 @@ fn a_guest_of_which_nobody_knows_where_it_is_stands_still_until_it_is_told_to_go
         let status = source.wait_for(|status| status["state"] != "outgoing");
         assert_eq!((&status["state"], &status["status"]), (&json!("paused"), &json!("failed")), "{status}");
         let error = status["error"].as_str().unwrap();
-        assert!(error.contains("it is not known whether the destination has the VM"), "{error}");
+        assert!(error.contains("it is not known whether the destination runs the VM"), "{error}");
         // Nothing but the word of somebody who knows lets it go on.
         for refused in [json!({ "migrate": "unix:nowhere" }), json!({ "finish": { "passes": 1, "within": 1.0 } })] {
             let answer = source.ask(&refused).unwrap();

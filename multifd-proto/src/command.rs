@@ -13,6 +13,7 @@
 //! |      9 | POSTCOPY_RESUME      | none                                                     |
 //! |     10 | RECV_BITMAP          | block name                                               |
 //! |     11 | SWITCHOVER_START     | none; from QEMU 10.0 on                                  |
+//! | 0x4d01 | GO                   | none; ours, the guest may start, see [`crate::commit`]   |
 //!
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
@@ -56,6 +57,8 @@ pub enum Command {
     },
     /// The guest has stopped; the last pages and the devices follow.
     SwitchoverStart,
+    /// The destination may start the guest: the answer to READY. Only between two ends of this implementation.
+    Go,
 }
 
 /// What a source that can do postcopy says about page sizes.
@@ -103,7 +106,7 @@ impl Command {
     /// Why this command ends a precopy migration, if it does.
     pub const fn refusal(&self) -> Option<Violation> {
         match self {
-            Self::OpenReturnPath | Self::Ping(_) | Self::PostcopyAdvise(_) | Self::SwitchoverStart => None,
+            Self::OpenReturnPath | Self::Ping(_) | Self::PostcopyAdvise(_) | Self::SwitchoverStart | Self::Go => None,
             Self::EnableColo => Some(Violation::ColoRefused),
             _ => Some(Violation::PostcopyRefused { command: self.name() }),
         }
@@ -111,7 +114,7 @@ impl Command {
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let number = reader.u16()?;
-        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) {
+        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && number != GO {
             return Err(DecodeError::UnknownCommand { number }.into());
         }
         let command = name(number);
@@ -165,6 +168,7 @@ impl Command {
             POSTCOPY_RESUME => Self::PostcopyResume,
             RECV_BITMAP => Self::RecvBitmap { block: BlockName::from_wire(payload.pstr()?)? },
             SWITCHOVER_START => Self::SwitchoverStart,
+            GO => Self::Go,
             _ => return Err(DecodeError::UnknownCommand { number }.into()),
         })
     }
@@ -182,6 +186,7 @@ impl Command {
             Self::PostcopyResume => POSTCOPY_RESUME,
             Self::RecvBitmap { .. } => RECV_BITMAP,
             Self::SwitchoverStart => SWITCHOVER_START,
+            Self::Go => GO,
         }
     }
 }
@@ -198,6 +203,7 @@ const fn name(number: u16) -> &'static str {
         ENABLE_COLO => "ENABLE_COLO",
         POSTCOPY_RESUME => "POSTCOPY_RESUME",
         RECV_BITMAP => "RECV_BITMAP",
+        GO => "GO",
         _ => "SWITCHOVER_START",
     }
 }
@@ -213,6 +219,8 @@ const ENABLE_COLO: u16 = 8;
 const POSTCOPY_RESUME: u16 = 9;
 const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
+/// Far from the numbers that QEMU uses.
+const GO: u16 = 0x4d01;
 
 #[cfg(test)]
 mod tests {
@@ -224,7 +232,7 @@ mod tests {
         out
     }
 
-    fn every_command() -> [Command; 12] {
+    fn every_command() -> [Command; 13] {
         let block = BlockName::new("pc.ram").unwrap();
         [
             Command::OpenReturnPath,
@@ -239,6 +247,7 @@ mod tests {
             Command::PostcopyResume,
             Command::RecvBitmap { block },
             Command::SwitchoverStart,
+            Command::Go,
         ]
     }
 

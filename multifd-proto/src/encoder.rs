@@ -5,6 +5,7 @@
 //! elements is the caller's; [`crate::stream`] has the picture.
 
 use crate::command::Command;
+use crate::extension::{self, Offer};
 use crate::ids::BlockName;
 use crate::ram::{BlockEntry, RamWord};
 use crate::stream::{self, RAM, RAM_VERSION, Section, SectionKind};
@@ -62,6 +63,14 @@ impl MainEncoder {
     /// Subsection of the configuration: the VM's uuid.
     pub fn config_uuid(&mut self, uuid: &[u8; 16]) -> &mut Self {
         self.subsection("configuration/uuid").write(|out| out.bytes(uuid))
+    }
+
+    /// Subsection of the configuration: what an end of this implementation offers to another.
+    pub fn config_offer(&mut self, offer: &Offer) -> &mut Self {
+        self.subsection(extension::SUBSECTION).write(|out| {
+            offer.write(out);
+            out
+        })
     }
 
     /// A command.

@@ -54,6 +54,7 @@ pub mod command;
 pub mod commit;
 pub mod convergence;
 pub mod encoder;
+pub mod extension;
 pub mod ids;
 pub mod machine;
 pub mod mapped_ram;

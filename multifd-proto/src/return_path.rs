@@ -9,11 +9,16 @@
 //! |    5 | RECV_BITMAP    | block name                                 |
 //! |    6 | RESUME_ACK     | 32-bit 1                                   |
 //! |    7 | SWITCHOVER_ACK | none                                       |
+//! | 4d01 | ACCEPTED       | 16-bit count, as many 16-bit extensions    |
+//! | 4d02 | READY          | none                                       |
+//! | 4d03 | REASON         | text, at most 512 bytes of UTF-8           |
 //!
 //! Each message is a 16-bit type, a 16-bit payload length and the payload. Nothing may be sent before the source opened the
-//! return path with a command. SHUT(0) is the moment from which the guest belongs to the destination: it is the last message,
-//! and a source that sees another status, or the end of the connection without it, runs the guest again.
+//! return path with a command. SHUT(0) says that the guest belongs to the destination, and is the last message. A source that sees another status
+//! runs the guest again. The last three messages (types in hexadecimal) are ours: a destination sends them only to a source
+//! that has made an [offer](crate::extension), which a QEMU never does.
 
+use crate::extension::Extensions;
 use crate::ids::BlockName;
 use crate::violation::{DecodeError, ProtocolError};
 use crate::wire::{Reader, Step, Stop, Writer, step};
@@ -51,6 +56,12 @@ pub enum Message {
     /// The destination's devices are ready for the switchover. A source before QEMU 8.1, or with a machine type of 11.1 or
     /// newer that does not wait for it, fails when it gets this; see [`crate::machine::takes_switchover_ack`].
     SwitchoverAck,
+    /// The extensions of the source's offer that the destination takes.
+    Accepted(Extensions),
+    /// Everything is loaded and durable; the guest starts when GO arrives, see [`crate::commit`].
+    Ready,
+    /// Why SHUT with a status other than 0 follows, for people.
+    Reason(String),
 }
 
 impl Message {
@@ -68,7 +79,12 @@ impl Message {
             Self::ReqPagesId { start, len, block } => writer.u64(*start).u32(*len).pstr(block.as_str().as_bytes()),
             Self::ReqPages { start, len } => writer.u64(*start).u32(*len),
             Self::RecvBitmap { block } => writer.pstr(block.as_str().as_bytes()),
-            Self::SwitchoverAck => &mut writer,
+            Self::SwitchoverAck | Self::Ready => &mut writer,
+            Self::Accepted(extensions) => {
+                extensions.write(&mut writer);
+                &mut writer
+            }
+            Self::Reason(text) => writer.bytes(&text.as_bytes()[..text.floor_char_boundary(MAX_PAYLOAD.into())]),
         };
         Writer::new(out).u16(self.kind()).u16(payload.len() as u16).bytes(&payload);
     }
@@ -80,7 +96,7 @@ impl Message {
 
     fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let kind = reader.u16()?;
-        if !(SHUT..=SWITCHOVER_ACK).contains(&kind) {
+        if !(SHUT..=SWITCHOVER_ACK).contains(&kind) && !(ACCEPTED..=REASON).contains(&kind) {
             return Err(DecodeError::UnknownMessage { kind }.into());
         }
         let len = reader.u16()?;
@@ -113,6 +129,13 @@ impl Message {
             RECV_BITMAP => Self::RecvBitmap { block: BlockName::from_wire(payload.pstr()?)? },
             RESUME_ACK => Self::ResumeAck(payload.u32()?),
             SWITCHOVER_ACK => Self::SwitchoverAck,
+            ACCEPTED => Self::Accepted(Extensions::read(payload)?),
+            READY => Self::Ready,
+            REASON => {
+                let text = payload.bytes(payload.remaining())?;
+                let text = String::from_utf8_lossy(text);
+                Self::Reason(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+            }
             _ => return Err(DecodeError::UnknownMessage { kind }.into()),
         })
     }
@@ -126,6 +149,9 @@ impl Message {
             Self::RecvBitmap { .. } => RECV_BITMAP,
             Self::ResumeAck(_) => RESUME_ACK,
             Self::SwitchoverAck => SWITCHOVER_ACK,
+            Self::Accepted(_) => ACCEPTED,
+            Self::Ready => READY,
+            Self::Reason(_) => REASON,
         }
     }
 }
@@ -138,6 +164,9 @@ const fn name(kind: u16) -> &'static str {
         REQ_PAGES => "REQ_PAGES",
         RECV_BITMAP => "RECV_BITMAP",
         RESUME_ACK => "RESUME_ACK",
+        ACCEPTED => "ACCEPTED",
+        READY => "READY",
+        REASON => "REASON",
         _ => "SWITCHOVER_ACK",
     }
 }
@@ -152,6 +181,10 @@ const REQ_PAGES: u16 = 4;
 const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
+/// Far from the types that QEMU uses.
+const ACCEPTED: u16 = 0x4d01;
+const READY: u16 = 0x4d02;
+const REASON: u16 = 0x4d03;
 
 #[cfg(test)]
 mod tests {
@@ -181,6 +214,9 @@ mod tests {
             Message::RecvBitmap { block },
             Message::ResumeAck(1),
             Message::SwitchoverAck,
+            Message::Accepted(Extensions::known()),
+            Message::Ready,
+            Message::Reason("no space left on device".to_owned()),
         ] {
             let bytes = encoded(&message);
             for len in 0..bytes.len() {

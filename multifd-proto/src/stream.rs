@@ -28,6 +28,7 @@
 use std::collections::HashMap;
 
 use crate::command::{Command, PostcopyAdvice};
+use crate::extension::{self, Extension, Offer};
 use crate::ids::{BlockName, escape, name_text};
 use crate::machine::Dialect;
 use crate::ram::{BlockEntry, BlockLayout, MAX_BLOCKS, RamWord};
@@ -64,6 +65,7 @@ struct Configuration {
     capabilities: Option<Vec<String>>,
     page_bits: Option<u32>,
     layout: BlockLayout,
+    offer: Option<Offer>,
 }
 
 /// The account of the `ram` section.
@@ -111,7 +113,10 @@ enum State {
     },
     /// Behind EOF.
     Tail,
+    /// Behind the vmdescription.
     Finished,
+    /// Behind GO.
+    Gone,
 }
 
 impl MainDecoder {
@@ -178,6 +183,16 @@ impl MainDecoder {
         self.configuration.uuid
     }
 
+    /// What the peer offers, if it is an end of this implementation; known once the configuration was read.
+    pub const fn offer(&self) -> Option<&Offer> {
+        self.configuration.offer.as_ref()
+    }
+
+    /// Whether header and configuration may still go on: the next item can be one of theirs.
+    pub const fn in_configuration(&self) -> bool {
+        matches!(self.state, State::Header | State::Configuration | State::Subsections)
+    }
+
     /// The block list as far as it was read. Items refer to blocks by their index in it.
     pub fn blocks(&self) -> &[BlockEntry] {
         &self.ram.blocks
@@ -215,12 +230,18 @@ impl MainDecoder {
 
     /// Whether the end of state was read; at most the vmdescription follows.
     pub fn state_ended(&self) -> bool {
-        matches!(self.state, State::Tail | State::Finished)
+        matches!(self.state, State::Tail | State::Finished | State::Gone)
     }
 
     /// Whether the vmdescription was read; nothing follows.
     pub fn finished(&self) -> bool {
-        self.state == State::Finished
+        matches!(self.state, State::Finished | State::Gone)
+    }
+
+    /// Whether the peer offered the commit of which GO is a part.
+    fn go_may_follow(&self) -> bool {
+        let offer = self.configuration.offer.as_ref();
+        offer.is_some_and(|offer| offer.extensions.contains(Extension::TwoStepCommit))
     }
 
     /// Reads one item and checks that it may stand here. Changes nothing, since bytes may be missing at the end of it.
@@ -234,8 +255,9 @@ impl MainDecoder {
             State::Blocks { total, listed } => self.block(reader, total, listed),
             State::Words => self.word(reader),
             State::Footer { section } => footer(reader, section),
+            State::Tail | State::Finished if self.go_may_follow() && reader.clone().u8()? == COMMAND => go(reader),
             State::Tail => tail(reader),
-            State::Finished => {
+            State::Finished | State::Gone => {
                 let byte = reader.u8()?;
                 Err(unexpected(element_name(byte)?, "after the end of the stream"))
             }
@@ -254,6 +276,10 @@ impl MainDecoder {
                 self.configuration.uuid = Some(*uuid);
                 State::Subsections
             }
+            Item::ConfigOffer(offer) => {
+                self.configuration.offer = Some(offer.clone());
+                State::Subsections
+            }
             Item::ConfigPageBits(bits) => {
                 self.configuration.page_bits = Some(*bits);
                 State::Subsections
@@ -264,6 +290,7 @@ impl MainDecoder {
                 self.configuration.capabilities = Some(names.clone());
                 State::Subsections
             }
+            Item::Command(Command::Go) => State::Gone,
             Item::Command(command) => {
                 self.accept_command(command);
                 State::Elements
@@ -348,6 +375,9 @@ impl MainDecoder {
                 (Item::ConfigCapabilities(capabilities(reader)?), known.capabilities.is_some())
             }
             b"configuration/uuid" if version == 1 => (Item::ConfigUuid(reader.array()?), known.uuid.is_some()),
+            name if name == extension::SUBSECTION.as_bytes() && version == 1 => {
+                (Item::ConfigOffer(Offer::read(reader)?), known.offer.is_some())
+            }
             _ => return Err(DecodeError::UnknownSubsection { name: escape(name), version }.into()),
         };
         if again {
@@ -424,6 +454,7 @@ impl MainDecoder {
             return Err(refusal.into());
         }
         match &command {
+            Command::Go => Err(unexpected("GO", "before the end of the stream")),
             Command::OpenReturnPath if self.return_path => Err(unexpected("OPEN_RETURN_PATH", "a second time")),
             Command::Ping(_) if !self.return_path => Err(unexpected("PING", "without an open return path")),
             Command::PostcopyAdvise(_) if self.advised => Err(unexpected("POSTCOPY_ADVISE", "a second time")),
@@ -555,6 +586,8 @@ pub enum Item {
     ConfigCapabilities(Vec<String>),
     /// Subsection of the configuration: the VM's uuid, with capability `validate-uuid`.
     ConfigUuid([u8; 16]),
+    /// Subsection of the configuration: what an end of this implementation offers.
+    ConfigOffer(Offer),
     /// A command that a precopy migration may contain.
     Command(Command),
     /// The START section of `ram` begins; the block list follows.
@@ -738,6 +771,15 @@ fn footer(reader: &mut Reader<'_>, section: u32) -> Result<Item, Stop> {
         return Err(Violation::BadFooter { expected: section, found }.into());
     }
     Ok(Item::Footer { section_id: section })
+}
+
+/// The answer to READY, behind the end of the stream.
+fn go(reader: &mut Reader<'_>) -> Result<Item, Stop> {
+    reader.u8()?;
+    match Command::read(reader)? {
+        Command::Go => Ok(Item::Command(Command::Go)),
+        other => Err(unexpected(other.name(), "after the end of the stream")),
+    }
 }
 
 fn tail(reader: &mut Reader<'_>) -> Result<Item, Stop> {

@@ -24,6 +24,12 @@ pub enum DecodeError {
         /// At least this many more.
         needed: usize,
     },
+    /// What the source offers makes no sense.
+    #[error("offer of extensions: {what}")]
+    BadOffer {
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// A connection, packet or file does not begin with its magic number.
     #[error("magic {found:#010x} instead of {expected:#010x}")]
     BadMagic {

@@ -171,6 +171,7 @@ fn main_encodes_back_to_the_recorded_bytes() {
                 Item::Section(section) => encoder.section(section),
                 Item::Eof => encoder.eof(),
                 Item::VmDescription { .. } => encoder.vm_description(description),
+                Item::ConfigOffer(offer) => encoder.config_offer(offer),
             };
             assert_eq!(back.len() as u64, at);
             back.extend_from_slice(encoder.as_bytes());

@@ -1,6 +1,6 @@
 //! What can end a migration: whose fault it was, and where in which connection.
 
-use std::{fmt, io};
+use std::{fmt, io, time::Duration};
 
 use multifd_proto::{BlockName, ChannelId, DecodeError, ProtocolError};
 
@@ -75,22 +75,36 @@ pub enum Error {
         downtime_limit_ms: f64,
     },
     /// The destination said that it could not take the VM over.
-    #[error("the destination ended the migration with status {status}")]
+    #[error("the destination ended the migration with status {status}{}", because(reason))]
     Refused {
         /// The status in its SHUT message.
         status: u32,
+        /// Why, in its own words; a QEMU says nothing.
+        reason: Option<String>,
     },
     /// The destination closed main before it confirmed that it has the VM.
     #[error("the destination closed the connection before it confirmed")]
     Unconfirmed,
-    /// The connection broke while the destination was taking over, in a way that does not tell whether it has.
+    /// The destination may run the VM: it was told that it may, and its answer did not arrive.
     ///
-    /// The VM stands still on the source and was not resumed, because it may run on the destination. Whoever knows that
-    /// it does not can let it go on.
-    #[error("it is not known whether the destination has the VM, so it stands still: {source}")]
-    Undecided {
-        /// The error of the connection.
-        source: io::Error,
+    /// The VM is paused on the source and was not resumed. An operator who knows that the destination does not run it can
+    /// resume it.
+    #[error("it is not known whether the destination runs the VM, so it stays paused here: {reason}")]
+    InDoubt {
+        /// What came in place of the answer.
+        reason: Box<Error>,
+    },
+    /// The guest was paused for longer than the options allow, and the destination had not been told to start it.
+    #[error("the guest was paused for {:.1} s, which is the limit of the pause", limit.as_secs_f64())]
+    PauseLimit {
+        /// The limit.
+        limit: Duration,
+    },
+    /// The peer did not send or take enough bytes.
+    #[error("the peer moved fewer than 4096 bytes within {:.1} s", limit.as_secs_f64())]
+    Stalled {
+        /// How long it was waited for.
+        limit: Duration,
     },
     /// Somebody said nothing for too long while connections were being set up.
     #[error("{what} within {seconds} s")]
@@ -321,6 +335,10 @@ pub enum Mismatch {
         /// By us.
         expected: usize,
     },
+}
+
+fn because(reason: &Option<String>) -> String {
+    reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"))
 }
 
 fn io_message(error: &io::Error) -> String {

@@ -31,6 +31,7 @@ mod limiter;
 #[cfg(all(test, loom))]
 mod loom_tests;
 pub mod progress;
+mod pulse;
 pub mod ram;
 mod scan;
 pub mod sections;
@@ -47,6 +48,7 @@ mod tests;
 pub mod threads;
 pub mod transport;
 pub mod vm;
+mod watchdog;
 
 pub use multifd_proto;
 

@@ -10,7 +10,8 @@ use crate::{
     transport::Stopper,
 };
 
-/// A limit on bytes per second that several threads share.
+/// A limit on bytes per second that several threads share. Clones are the same limit.
+#[derive(Clone)]
 pub(crate) struct Limiter {
     shared: Arc<Shared>,
 }
@@ -23,15 +24,21 @@ struct Shared {
 }
 
 struct State {
-    /// `None`: nobody waits, now and from now on.
+    /// `None`: no take waits.
     bucket: Option<Bucket>,
+    /// The limit was lifted for good.
+    released: bool,
 }
 
 impl Limiter {
     /// A limit of `bytes_per_second`; `None` for no limit. After a pause, at most 50 ms worth is sent at once.
     pub(crate) fn new(bytes_per_second: Option<u64>) -> Limiter {
         let bucket = bytes_per_second.map(Bucket::new);
-        let shared = Shared { state: Mutex::new(State { bucket }), released: Condvar::new(), epoch: Instant::now() };
+        let shared = Shared {
+            state: Mutex::new(State { bucket, released: false }),
+            released: Condvar::new(),
+            epoch: Instant::now(),
+        };
         Limiter { shared: Arc::new(shared) }
     }
 
@@ -41,6 +48,16 @@ impl Limiter {
     /// whether the limit holds the channels back: most of the bucket was taken already.
     pub(crate) fn take(&self, bytes: u64) -> bool {
         self.shared.take(bytes)
+    }
+
+    /// Changes the limit to `bytes_per_second`, unless it was lifted for good; `None` for no limit.
+    pub(crate) fn set(&self, bytes_per_second: Option<u64>) {
+        let mut state = lock(&self.shared.state);
+        if !state.released {
+            state.bucket = bytes_per_second.map(Bucket::new);
+            drop(state);
+            self.shared.released.notify_all();
+        }
     }
 
     /// Lifts the limit for good, also for those who wait: while the guest is paused, each byte held back is downtime.
@@ -83,7 +100,9 @@ impl Shared {
     }
 
     fn release(&self) {
-        lock(&self.state).bucket = None;
+        let mut state = lock(&self.state);
+        (state.bucket, state.released) = (None, true);
+        drop(state);
         self.released.notify_all();
     }
 }

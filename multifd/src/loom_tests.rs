@@ -295,7 +295,7 @@ fn what_is_registered_while_the_migration_stops_is_stopped_too() {
 }
 
 #[test]
-fn either_the_cancel_or_the_commit_comes_first() {
+fn a_cancel_comes_before_the_commit_or_ends_the_wait_after_it() {
     explore("StopHandle, cancel against commit", None, || {
         let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(Some(0)));
         stop.register(Box::new(barrier.clone()));
@@ -306,6 +306,23 @@ fn either_the_cancel_or_the_commit_comes_first() {
         let committed = stop.commit().is_ok();
         cancelling.join().unwrap();
         assert_eq!(committed, !stop.is_stopped());
-        assert_eq!(committed, barrier.meet(Party::Main, AT).is_ok());
+        assert!(barrier.meet(Party::Main, AT).is_err(), "the wait has ended in either case");
+        assert!(matches!(stop.take_first(), Some(Error::Cancelled)));
+    });
+}
+
+#[test]
+fn either_the_cancel_or_the_decision_comes_first() {
+    explore("StopHandle, cancel against commit", None, || {
+        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(Some(0)));
+        stop.register(Box::new(barrier.clone()));
+        let cancelling = {
+            let stop = stop.clone();
+            thread::spawn(move || stop.cancel())
+        };
+        let decided = stop.decide().is_ok();
+        cancelling.join().unwrap();
+        assert_eq!(decided, !stop.is_stopped());
+        assert_eq!(decided, barrier.meet(Party::Main, AT).is_ok());
     });
 }

@@ -72,6 +72,17 @@ pub struct RoundStats {
     pub throttle: u8,
 }
 
+impl RoundStats {
+    /// Adds the round to `rounds`, of which the first and the last 500 are kept: a migration may have any number of rounds,
+    /// and its account does not grow with them. [`round`](Self::round) stays the number of each.
+    pub fn keep_in(self, rounds: &mut Vec<RoundStats>) {
+        if rounds.len() == 2 * KEPT_ROUNDS {
+            rounds.remove(KEPT_ROUNDS);
+        }
+        rounds.push(self);
+    }
+}
+
 /// Something worth showing.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -219,12 +230,37 @@ impl Progress {
     }
 }
 
+/// Rounds at either end of a migration that are kept.
+const KEPT_ROUNDS: usize = 500;
+
 const PHASES: [Phase; 7] =
     [Phase::Connect, Phase::Setup, Phase::Rounds, Phase::Switchover, Phase::Devices, Phase::Confirm, Phase::Done];
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_many_rounds_the_first_and_the_last_are_kept() {
+        let mut rounds = Vec::new();
+        for round in 0..5000 {
+            let stats = RoundStats {
+                round,
+                dirty_pages: 0,
+                normal: 0,
+                zero: 0,
+                bytes: 0,
+                took: Duration::ZERO,
+                guest_running: true,
+                dirty_after: 0,
+                expected_downtime: Duration::ZERO,
+                throttle: 0,
+            };
+            stats.keep_in(&mut rounds);
+        }
+        let numbers: Vec<_> = rounds.iter().map(|stats| stats.round).collect();
+        assert_eq!(numbers, (0..500).chain(4500..5000).collect::<Vec<_>>());
+    }
 
     #[test]
     fn every_phase_is_read_back_as_it_was_set() {

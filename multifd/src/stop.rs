@@ -1,8 +1,9 @@
 //! Ends a migration: the first error or a cancel wins, and everything that blocks is released.
 //!
-//! Whatever can block (streams, the barrier, the page scan, the limiter) is registered here as a [`Stopper`]; whoever
-//! fails calls [`StopHandle::stop`]. Once [committed](StopHandle::commit) the migration can no longer be cancelled: the
-//! other side may already have answered.
+//! Each thing that can block (streams, the barrier, the page scan, the limiter) is registered here as a [`Stopper`]; the
+//! thread that fails calls [`StopHandle::stop`]. A source that is [committed](StopHandle::commit) may no longer resume its
+//! VM by itself: a cancel then only ends its wait for the answer. A destination that has [decided](StopHandle::decide)
+//! goes on to its end, within its own limits.
 
 use std::fmt;
 
@@ -19,19 +20,25 @@ pub struct StopHandle {
 }
 
 struct State {
-    /// Only `Running` leads to the others, so only one of them ever happens.
     phase: Phase,
-    /// The first error; the reason of `Stopped`.
+    /// The first error; the reason of `Stopped`, or of the interruption.
     first: Option<Error>,
-    /// Empty once stopped or committed.
+    /// Empty once stopped, interrupted or decided.
     stoppers: Vec<Box<dyn Stopper>>,
 }
 
+/// Phases follow each other in this order; `Running` leads to one of the next two only.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Running,
+    /// Ended by an error or a cancel.
     Stopped,
+    /// The other side may already act on what was said.
     Committed,
+    /// Committed, and the wait for the answer was ended.
+    Interrupted,
+    /// Nothing stops the migration any more, or it is over.
+    Decided,
 }
 
 impl StopHandle {
@@ -41,10 +48,25 @@ impl StopHandle {
         StopHandle { state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Cancels the migration: the source's VM runs on, `run` returns [`Error::Cancelled`] on both sides. Without effect
-    /// once the migration is committed or has ended.
+    /// Cancels the migration: the source's VM runs on, `run` returns [`Error::Cancelled`] on both sides.
+    ///
+    /// Between the source's commit and the destination's answer this ends the source's wait: `run` returns
+    /// [`Error::InDoubt`] there, and the VM stays paused. Without effect once the migration has ended.
     pub fn cancel(&self) {
-        self.stop(Error::Cancelled);
+        self.interrupt(Error::Cancelled);
+    }
+
+    /// Ends the migration with `error`, also the wait for an answer after the commit.
+    pub(crate) fn interrupt(&self, error: Error) {
+        self.end(
+            error,
+            || {},
+            |phase| match phase {
+                Phase::Running => Some(Phase::Stopped),
+                Phase::Committed => Some(Phase::Interrupted),
+                _ => None,
+            },
+        );
     }
 
     /// Ends the migration with `error`, unless it was stopped or committed before: then gives `error` back.
@@ -54,13 +76,17 @@ impl StopHandle {
 
     /// The same, with something to be done once `error` is known as the reason and before anything ends because of it.
     pub(crate) fn stop_after(&self, error: Error, last: impl FnOnce()) -> Option<Error> {
+        self.end(error, last, |phase| (phase == Phase::Running).then_some(Phase::Stopped))
+    }
+
+    fn end(&self, error: Error, last: impl FnOnce(), next: impl FnOnce(Phase) -> Option<Phase>) -> Option<Error> {
         let mut state = lock(&self.state);
-        if state.phase != Phase::Running {
+        let Some(next) = next(state.phase) else {
             drop(state);
             tracing::debug!(%error, "after the end");
             return Some(error);
-        }
-        state.phase = Phase::Stopped;
+        };
+        state.phase = next;
         state.first = Some(error);
         let stoppers = std::mem::take(&mut state.stoppers);
         drop(state);
@@ -71,37 +97,49 @@ impl StopHandle {
         None
     }
 
-    /// Has `stopper` stopped together with the migration; at once, if that has already happened; never, if it is committed.
+    /// Has `stopper` stopped together with the migration; at once, if that has already happened; never, if nothing stops
+    /// the migration any more.
     pub(crate) fn register(&self, stopper: Box<dyn Stopper>) {
         let mut state = lock(&self.state);
         match state.phase {
-            Phase::Running => state.stoppers.push(stopper),
-            Phase::Stopped => {
+            Phase::Running | Phase::Committed => state.stoppers.push(stopper),
+            Phase::Stopped | Phase::Interrupted => {
                 drop(state);
                 stopper.stop();
             }
-            Phase::Committed => {}
+            Phase::Decided => {}
         }
     }
 
-    /// From now on nothing stops the migration.
+    /// From now on errors of threads no longer stop the migration, and a cancel only ends the wait for the answer.
     ///
     /// # Errors
     /// [`Error::Stopped`] if it was stopped before.
     pub(crate) fn commit(&self) -> Result<(), Error> {
         let mut state = lock(&self.state);
         match state.phase {
-            Phase::Stopped => Err(Error::Stopped),
-            Phase::Running | Phase::Committed => {
-                state.phase = Phase::Committed;
-                // They have connections, and what the migration shares, which may have this handle: nobody would ever
-                // let go of either.
-                let stoppers = std::mem::take(&mut state.stoppers);
-                drop(state);
-                drop(stoppers);
-                Ok(())
-            }
+            Phase::Running => state.phase = Phase::Committed,
+            Phase::Stopped => return Err(Error::Stopped),
+            Phase::Committed | Phase::Interrupted | Phase::Decided => {}
         }
+        Ok(())
+    }
+
+    /// From now on nothing stops the migration: it was decided, or is over. Forgets what was registered.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] if it was stopped before.
+    pub(crate) fn decide(&self) -> Result<(), Error> {
+        let mut state = lock(&self.state);
+        let stopped = state.phase == Phase::Stopped;
+        if !stopped {
+            state.phase = Phase::Decided;
+        }
+        // They have connections, and what the migration shares, which may have this handle: none would ever be released.
+        let stoppers = std::mem::take(&mut state.stoppers);
+        drop(state);
+        drop(stoppers);
+        if stopped { Err(Error::Stopped) } else { Ok(()) }
     }
 
     /// Whether the migration was stopped.
@@ -109,12 +147,8 @@ impl StopHandle {
         lock(&self.state).phase == Phase::Stopped
     }
 
-    /// Whether nothing stops the migration any more.
-    pub(crate) fn is_committed(&self) -> bool {
-        lock(&self.state).phase == Phase::Committed
-    }
-
-    /// The error that stopped the migration, for the one who reports it. Everybody else gets [`Error::Stopped`].
+    /// The error that stopped the migration, or interrupted its end, for the thread that reports it. All others get
+    /// [`Error::Stopped`].
     pub(crate) fn take_first(&self) -> Option<Error> {
         lock(&self.state).first.take()
     }
@@ -186,15 +220,30 @@ mod tests {
     }
 
     #[test]
-    fn a_committed_migration_cannot_be_cancelled() {
+    fn an_error_after_the_commit_stops_nothing_and_a_cancel_ends_the_wait() {
         let (handle, count) = (StopHandle::new(), Arc::new(AtomicUsize::new(0)));
         handle.register(Box::new(Count(count.clone())));
         handle.commit().unwrap();
+        assert!(handle.stop(Error::Unconfirmed).is_some());
+        assert_eq!(count.load(Relaxed), 0);
+        handle.cancel();
+        assert_eq!(count.load(Relaxed), 1);
+        assert!(!handle.is_stopped(), "the VM may be the destination's");
+        assert!(matches!(handle.take_first(), Some(Error::Cancelled)));
+        handle.register(Box::new(Count(count.clone())));
+        assert_eq!(count.load(Relaxed), 2, "too late is stopped at once");
+    }
+
+    #[test]
+    fn nothing_stops_what_was_decided() {
+        let (handle, count) = (StopHandle::new(), Arc::new(AtomicUsize::new(0)));
+        handle.register(Box::new(Count(count.clone())));
+        handle.decide().unwrap();
         handle.cancel();
         assert_eq!(count.load(Relaxed), 0);
         assert!(!handle.is_stopped());
-        // Found by a leak checker: every destination that took a VM over kept its connections for ever.
+        // Found by a leak checker: every destination that took a VM over kept its connections forever.
         handle.register(Box::new(Count(count.clone())));
-        assert_eq!(Arc::strong_count(&count), 1, "nobody keeps what cannot be stopped any more");
+        assert_eq!(Arc::strong_count(&count), 1, "what cannot be stopped any more is not kept");
     }
 }

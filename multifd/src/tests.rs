@@ -182,7 +182,7 @@ fn a_failing_load_leaves_the_guest_running_on_the_source() {
     let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
     to.fail = Some("load");
     let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
-    assert!(matches!(sent, Err(Error::Refused { status: 1 })), "{sent:?}");
+    assert!(matches!(sent, Err(Error::Refused { status: 1, .. })), "{sent:?}");
     assert!(matches!(received, Err(Error::Load { .. })), "{received:?}");
     assert!(vm.writer.is_running());
     assert_eq!(to.calls(), ["load"]);

@@ -71,6 +71,8 @@ pub enum ThreadRole {
     SendChannel(ChannelId),
     /// Reads what the destination says on main, on the source.
     ReturnPath,
+    /// Ends waits that have a limit, on either side.
+    Watchdog,
     /// Accepts connections, on the destination.
     Accept,
     /// Serves one connection, on the destination; counted from 0 in the order of arrival.
@@ -83,6 +85,7 @@ impl ThreadRole {
         match self {
             ThreadRole::SendChannel(id) => format!("mfd send {id}"),
             ThreadRole::ReturnPath => "mfd return path".to_owned(),
+            ThreadRole::Watchdog => "mfd watchdog".to_owned(),
             ThreadRole::Accept => "mfd accept".to_owned(),
             ThreadRole::Connection(index) => format!("mfd conn {}", index % 1_000_000),
         }
@@ -94,6 +97,7 @@ impl fmt::Display for ThreadRole {
         match self {
             ThreadRole::SendChannel(id) => write!(f, "sends channel {id}"),
             ThreadRole::ReturnPath => f.write_str("reads the return path"),
+            ThreadRole::Watchdog => f.write_str("watches the limits"),
             ThreadRole::Accept => f.write_str("accepts connections"),
             ThreadRole::Connection(index) => write!(f, "serves connection {index}"),
         }

@@ -132,6 +132,7 @@ fn encode(items: &[(Item, &[u8])]) -> Vec<u8> {
             Item::ConfigPageBits(bits) => encoder.config_page_bits(*bits),
             Item::ConfigCapabilities(names) => encoder.config_capabilities(names),
             Item::ConfigUuid(uuid) => encoder.config_uuid(uuid),
+            Item::ConfigOffer(offer) => encoder.config_offer(offer),
             Item::Command(command) => encoder.command(command),
             Item::RamStart { section_id, total } => {
                 ram = *section_id;

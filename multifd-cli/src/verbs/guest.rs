@@ -588,7 +588,7 @@ impl Failed {
             exit: Exit::from(error),
             message: error.to_string(),
             report: fields(report),
-            stands_still: matches!(error, Error::Undecided { .. } | Error::NotResumed { .. }),
+            stands_still: matches!(error, Error::InDoubt { .. } | Error::NotResumed { .. }),
         }
     }
 

@@ -153,7 +153,7 @@ fn a_name_that_was_taken_meanwhile_fails_the_migration_and_the_guest_runs_on() {
     let theirs = path.clone();
     vm.at_drain = Box::new(move |_| fs::write(&theirs, "theirs").unwrap());
     let (sent, received) = receive(&mut vm, &path, Default::default());
-    assert!(matches!(sent, Err(Error::Refused { status: 1 })), "{sent:?}");
+    assert!(matches!(sent, Err(Error::Refused { status: 1, .. })), "{sent:?}");
     assert!(matches!(received, Err(Error::Checkpoint(CheckpointError::Exists { .. }))), "{received:?}");
     assert!(vm.writer.is_running());
     assert_eq!(fs::read(&path).unwrap(), b"theirs");

@@ -52,6 +52,7 @@ impl ReceiveChannel {
     /// A channel that has said hello.
     pub(super) fn new(id: ChannelId, stream: Box<dyn Stream>, shared: Arc<Shared>) -> ReceiveChannel {
         let received = packet::HELLO_LEN as u64;
+        shared.pulse.add(packet::HELLO_LEN);
         shared.progress.add_channel_bytes(id, received);
         ReceiveChannel {
             id,
@@ -109,6 +110,7 @@ impl ReceiveChannel {
         let (sync, payload_len) = self.pages(place)?;
         let total = (header_len + payload_len) as u64;
         self.received += total;
+        self.shared.pulse.add(header_len + payload_len);
         self.shared.progress.add_channel_bytes(self.id, total);
         if sync {
             // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they

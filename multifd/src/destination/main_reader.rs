@@ -7,6 +7,8 @@ use std::{
 
 use multifd_proto::{
     Violation,
+    command::Command,
+    encoder::MainEncoder,
     return_path::Message,
     stream::{self, Item, MainDecoder, Step, StreamError},
 };
@@ -14,6 +16,7 @@ use multifd_proto::{
 use crate::{
     error::{Connection, Error, Place},
     progress::Progress,
+    pulse::Pulse,
     transport::Stream,
 };
 
@@ -22,6 +25,7 @@ pub(crate) struct MainReader {
     stream: Box<dyn Stream>,
     decoder: MainDecoder,
     progress: Progress,
+    pulse: Pulse,
     buf: Vec<u8>,
     /// `start <= end <= buf.len()`; between them is what was received and not yet used.
     start: usize,
@@ -36,19 +40,19 @@ pub(crate) struct MainReader {
 
 impl MainReader {
     /// Reads from `stream`, of which the magic has been read: it told that this is main.
-    pub(crate) fn new(stream: Box<dyn Stream>, page_size: usize, progress: Progress) -> MainReader {
+    pub(crate) fn new(stream: Box<dyn Stream>, page_size: usize, progress: Progress, pulse: Pulse) -> MainReader {
         let decoder = MainDecoder::new(page_size);
         let magic = stream::MAGIC.to_be_bytes();
         let mut buf = vec![0; BUFFER];
         buf[..magic.len()].copy_from_slice(&magic);
         progress.add_main_bytes(magic.len() as u64);
         let end = magic.len();
-        MainReader { stream, decoder, progress, buf, start: 0, end, payload: 0, position: 0, recorded: false }
+        MainReader { stream, decoder, progress, pulse, buf, start: 0, end, payload: 0, position: 0, recorded: false }
     }
 
     /// The same for a recording: its source went on when it had its answer, and the recording ends where main did.
     pub(crate) fn of_recording(stream: Box<dyn Stream>, page_size: usize) -> MainReader {
-        MainReader { recorded: true, ..MainReader::new(stream, page_size, Progress::new()) }
+        MainReader { recorded: true, ..MainReader::new(stream, page_size, Progress::new(), Pulse::default()) }
     }
 
     /// What the stream has said so far.
@@ -170,6 +174,7 @@ impl MainReader {
         let at = Place { connection: Connection::Main, offset: self.position + self.end as u64 };
         let n = self.stream.read(&mut self.buf[self.end..]).map_err(Error::io(at))?;
         self.end += n;
+        self.pulse.add(n);
         self.progress.add_main_bytes(n as u64);
         Ok(n)
     }
@@ -197,6 +202,23 @@ impl MainReader {
         message.encode(&mut bytes);
         let at = Place { connection: Connection::ReturnPath, offset: 0 };
         self.stream.write(&bytes, &[]).map_err(Error::io(at))
+    }
+
+    /// Waits until the source says that the VM may start.
+    ///
+    /// # Errors
+    /// It says something else, or nothing any more: it does not know that the VM could run here.
+    pub(super) fn await_go(&mut self) -> Result<(), Error> {
+        let mut go = MainEncoder::new();
+        go.command(&Command::Go);
+        let place = self.place();
+        self.fill(go.as_bytes().len())?;
+        if self.unread() != go.as_bytes() {
+            let (element, at) = ("something other than GO", "after READY");
+            return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
+        }
+        self.consume(go.as_bytes().len());
+        Ok(())
     }
 
     /// Reads until the source closes main, or for `timeout` without a byte. What comes until then is put behind `rest`, up to

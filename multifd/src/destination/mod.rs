@@ -20,6 +20,8 @@ use std::time::Duration;
 use multifd_proto::{
     ChannelId, Violation,
     command::Command,
+    commit::{DestinationAction, DestinationCommit, DestinationEvent},
+    extension::{Extension, Extensions, Offer},
     machine::Dialect,
     packet::Compression,
     ram::BlockEntry,
@@ -50,6 +52,7 @@ use crate::{
     error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
+    pulse::Pulse,
     ram::Access,
     stop::StopHandle,
     sync::{
@@ -60,6 +63,7 @@ use crate::{
     threads::caught,
     transport::{Listen, Stopper, Stream},
     vm::DestinationVm,
+    watchdog::Watchdog,
 };
 
 /// Receives a VM from a source.
@@ -87,8 +91,9 @@ impl Destination {
 
     /// Waits for a source at `from`, receives its VM into `vm` and starts it.
     ///
-    /// On `Ok` the VM runs here. On `Err` it does not, and the source was not told that we have it, so that it runs on
-    /// there; the one exception is an error of [`DestinationVm::start`].
+    /// On `Ok` the VM runs here. On `Err` it does not and never will, and the source was not told that we have it, so that it
+    /// can run there. With a source that is not one of ours there is an exception: where [`DestinationVm::start`] fails, the
+    /// source was told before.
     ///
     /// # Errors
     /// The first thing that went wrong on any connection, with its place; [`Error::Mismatch`] where `vm` is not like the
@@ -128,6 +133,8 @@ pub(super) struct Shared {
     /// The memory of all decompressors.
     windows: Arc<Windows>,
     progress: Progress,
+    /// What all connections moved; by it the migration notices that the source is silent.
+    pulse: Pulse,
     stop: StopHandle,
     options: Options,
     /// Main, once a connection turned out to be it.
@@ -228,6 +235,15 @@ struct Run {
     ack_timing: AckTiming,
     /// Pages named on main.
     main_pages: u64,
+    /// What the source offered, and what both ends agreed on.
+    offer: Option<Offer>,
+    extensions: Extensions,
+    watchdog: Watchdog,
+    /// The phase entered last, and whether the guest is paused at the source.
+    phase: Option<Phase>,
+    paused: bool,
+    /// Sync points that main has passed.
+    rounds: u64,
     /// Whether the number of channels is known.
     channels_fixed: bool,
     sink: Option<Arc<dyn PageSink>>,
@@ -240,6 +256,7 @@ struct Run {
 impl Run {
     fn new(destination: Destination, page_size: usize, from: Box<dyn Listen>) -> Result<Run, Error> {
         let Destination { options, stop, progress } = destination;
+        let watchdog = Watchdog::start(&*options.threads, &stop)?;
         let begun = options.clock.now();
         let ack_timing = AckTiming::new(options.switchover_ack);
         let shared = Arc::new(Shared {
@@ -249,6 +266,7 @@ impl Run {
             #[cfg(any(test, feature = "broken-variants"))]
             loose: crate::broken::LooseBarrier::new(options.broken),
             progress,
+            pulse: Pulse::default(),
             stop,
             options,
             main: Mutex::new(MainSlot::default()),
@@ -276,6 +294,12 @@ impl Run {
             return_path: false,
             ack_timing,
             main_pages: 0,
+            offer: None,
+            extensions: Extensions::default(),
+            watchdog,
+            phase: None,
+            paused: false,
+            rounds: 0,
             channels_fixed: false,
             sink: None,
             audit: None,
@@ -293,7 +317,6 @@ impl Run {
         self.stream(target, observer)?;
         self.enter(Phase::Confirm, observer);
         self.confirm(target)?;
-        target.start()?;
         // The VM runs here. Nothing that goes wrong from now on may say that it does not.
         let told = caught(|| {
             self.enter(Phase::Done, observer);
@@ -310,6 +333,7 @@ impl Run {
 
     fn enter(&mut self, phase: Phase, observer: &mut dyn Observer) {
         tracing::debug!(phase = phase.name(), "enters");
+        self.phase = Some(phase);
         self.shared.progress.set_phase(phase);
         observer.event(&Event::Phase(phase));
     }
@@ -328,7 +352,10 @@ impl Run {
         };
         drop(slot);
         self.begun = self.shared.options.clock.now();
-        self.main = Some(MainReader::new(stream, self.shared.page_size, self.shared.progress.clone()));
+        let shared = &self.shared;
+        shared.pulse.watch(self.watchdog.timers(), shared.options.stall_limit, &shared.stop);
+        let main = MainReader::new(stream, shared.page_size, shared.progress.clone(), shared.pulse.clone());
+        self.main = Some(main);
         Ok(())
     }
 
@@ -343,6 +370,7 @@ impl Run {
                     refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
                 }
                 Item::ConfigUuid(uuid) => self.report.uuid = Some(uuid),
+                Item::ConfigOffer(offer) => self.offer = Some(offer),
                 Item::Command(command) => self.command(&command)?,
                 Item::RamStart { .. } => {}
                 Item::BlocksEnd => self.open_ram(target)?,
@@ -360,6 +388,10 @@ impl Run {
                     self.report.dialect = self.main().decoder().dialect();
                     if self.report.dialect == Some(Dialect::PerSection) {
                         self.sync_point(observer)?;
+                    }
+                    if self.main().decoder().ram_ended() {
+                        // Every page is in place, also in a VM without devices.
+                        self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
                     }
                 }
                 Item::Section(section) => {
@@ -394,6 +426,11 @@ impl Run {
         match command {
             Command::OpenReturnPath => {
                 self.return_path = true;
+                if let Some(offer) = &self.offer {
+                    self.extensions = offer.extensions.and(&self.shared.options.extensions);
+                    let accepted = Message::Accepted(self.extensions.clone());
+                    self.main().reply(&accepted)?;
+                }
                 if self.ack_timing.due_at_once(&self.report.machine) {
                     self.main().reply(&Message::SwitchoverAck)?;
                 }
@@ -435,11 +472,16 @@ impl Run {
                 self.main().reply(&Message::SwitchoverAck)?;
             }
         }
-        let phase = if end { Phase::Switchover } else { Phase::Rounds };
-        if self.shared.progress.snapshot().phase != Some(phase) {
+        self.paused = end;
+        self.enter_once(if end { Phase::Switchover } else { Phase::Rounds }, observer);
+        Ok(())
+    }
+
+    /// Enters `phase`, unless it was entered last.
+    fn enter_once(&mut self, phase: Phase, observer: &mut dyn Observer) {
+        if self.phase != Some(phase) {
             self.enter(phase, observer);
         }
-        Ok(())
     }
 
     fn page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
@@ -475,8 +517,7 @@ impl Run {
     fn wrote(&mut self, block: usize, offset: u64) {
         self.main_pages += 1;
         if let Some(audit) = &self.audit {
-            // As many rounds as main has passed sync points.
-            audit.wrote(block, &[offset], Party::Main, self.report.rounds.len() as u64);
+            audit.wrote(block, &[offset], Party::Main, self.rounds);
         }
     }
 
@@ -505,13 +546,13 @@ impl Run {
         let (normal, zero, bytes) = self.round_totals;
         self.round_totals = (snapshot.normal, snapshot.zero, snapshot.bytes());
         let stats = RoundStats {
-            round: self.report.rounds.len() as u64,
+            round: self.rounds,
             dirty_pages: snapshot.normal + snapshot.zero - normal - zero,
             normal: snapshot.normal - normal,
             zero: snapshot.zero - zero,
             bytes: snapshot.bytes() - bytes,
             took: now - self.round_begun,
-            guest_running: snapshot.phase != Some(Phase::Switchover),
+            guest_running: !self.paused,
             dirty_after: 0,
             expected_downtime: Duration::ZERO,
             throttle: 0,
@@ -519,7 +560,8 @@ impl Run {
         self.round_begun = now;
         self.shared.progress.open_round(stats.round + 1, 0);
         observer.event(&Event::Round(stats.clone()));
-        self.report.rounds.push(stats);
+        self.rounds += 1;
+        stats.keep_in(&mut self.report.rounds);
     }
 
     /// The state of one device.
@@ -534,14 +576,13 @@ impl Run {
             return target.section_part(section, self.main()).map(|()| Body::Section);
         }
         let ram_ended = self.main().decoder().ram_ended();
-        if ram_ended && self.shared.progress.snapshot().phase != Some(Phase::Devices) {
-            self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
-            self.enter(Phase::Devices, observer);
+        if ram_ended {
+            self.enter_once(Phase::Devices, observer);
         }
         target.section(section, ram_ended, self.main())
     }
 
-    /// Takes the VM over. Once the source may have been told, a cancel comes too late.
+    /// Takes the VM over, as [`DestinationCommit`] decides by the messages of the source.
     fn confirm(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         let place = self.main().place();
         if !self.main().decoder().ram_ended() {
@@ -553,16 +594,55 @@ impl Run {
         self.acceptor.nobody_else()?;
         // A source without uuid names one of zeros.
         let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
+        // What it takes to make everything durable is not the source's silence.
+        Pulse::rest(self.watchdog.timers());
         target.prepare(self.report.uuid.or(named))?;
-        // A cancel that comes while the target makes it last must not leave it both kept and cancelled.
-        self.shared.stop.commit()?;
-        let kept = target.commit();
-        if self.return_path {
-            let told = self.main().reply(&Message::Shut(u32::from(kept.is_err())));
-            // That it could not be kept matters more than that this could not be said.
-            return kept.and(told);
+        let two_step = self.extensions.contains(Extension::TwoStepCommit);
+        let mut commit = if two_step { DestinationCommit::two_step() } else { DestinationCommit::one_step() };
+        let mut action = commit.on(DestinationEvent::Loaded);
+        if action == DestinationAction::WriteReady {
+            self.shared.pulse.watch(self.watchdog.timers(), self.shared.options.stall_limit, &self.shared.stop);
+            self.main().reply(&Message::Ready)?;
+            self.main().await_go()?;
+            Pulse::rest(self.watchdog.timers());
+            action = commit.on(DestinationEvent::Go);
         }
-        kept
+        debug_assert_eq!(action, DestinationAction::Start);
+        // A cancel that came before wins. From here on nothing but its own limit ends what is left to do.
+        self.shared.stop.decide()?;
+        self.bound_the_end();
+        let mut kept = target.commit();
+        if two_step && kept.is_ok() {
+            kept = target.start();
+        }
+        let _ = commit.on(if kept.is_ok() { DestinationEvent::Started } else { DestinationEvent::StartFailed });
+        let told = match &kept {
+            Ok(()) if self.return_path => self.main().reply(&Message::Shut(0)),
+            Ok(()) => Ok(()),
+            Err(error) => {
+                refuse(self.main.as_mut(), self.return_path, two_step, error);
+                Ok(())
+            }
+        };
+        kept?;
+        if two_step {
+            // The VM runs here, and the source will not resume it, whether it heard of that or not.
+            if let Err(error) = told {
+                tracing::warn!(%error, "the VM runs here, and the source could not be told");
+            }
+            return Ok(());
+        }
+        told?;
+        target.start()
+    }
+
+    /// From now on the connections end when the limit has passed, whatever they wait for.
+    fn bound_the_end(&self) {
+        let shared = self.shared.clone();
+        self.watchdog.timers().set("end", self.shared.options.close_timeout, move || {
+            shared.end_streams();
+            None
+        });
     }
 
     /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
@@ -586,18 +666,22 @@ impl Run {
 
     /// Ends all threads.
     fn finish(mut self, target: &mut dyn Target, outcome: Result<(), Error>) -> Result<Report, Error> {
+        self.bound_the_end();
         let failure = outcome.err().map(|error| {
             let stop = self.shared.stop.clone();
-            stop.stop_after(error, || {
-                if self.return_path {
-                    // The source learns it sooner than by a closed connection; it is no matter if it does not.
-                    let _ = self.main().reply(&Message::Shut(1));
-                }
-            })
+            // The source learns it sooner than by a closed connection; it is no matter if it does not.
+            let reason = error.to_string();
+            let two_step = self.extensions.contains(Extension::TwoStepCommit);
+            stop.stop_after(error, || refuse(self.main.as_mut(), self.return_path, two_step, &reason))
         });
+        // Channels may wait at the end of a round that never comes.
+        self.shared.barrier.stop();
         let late = self.acceptor.finish();
         drop(self.main.take());
         *lock(&self.shared.pages) = None;
+        let first = self.shared.stop.take_first();
+        // What is still registered refers to what is about to go away.
+        let _ = self.shared.stop.decide();
         let Some(not_first) = failure else {
             self.report.audit = self.audit.map(|audit| audit.findings());
             self.report.compression = lock(&self.shared.seen).compression;
@@ -605,7 +689,16 @@ impl Run {
             return Ok(self.report);
         };
         target.abandon();
-        Err(self.shared.stop.take_first().or(not_first).or(late).unwrap_or(Error::Stopped))
+        Err(first.or(not_first).or(late).unwrap_or(Error::Stopped))
+    }
+}
+
+/// Tells the source that the VM does not run here and never will, if it listens; why, if it understands that.
+fn refuse(main: Option<&mut MainReader>, return_path: bool, ours: bool, reason: &dyn std::fmt::Display) {
+    let Some(main) = main.filter(|_| return_path) else { return };
+    let reason = ours.then(|| main.reply(&Message::Reason(reason.to_string())));
+    if let Err(error) = reason.unwrap_or(Ok(())).and_then(|()| main.reply(&Message::Shut(1))) {
+        tracing::debug!(%error, "the source could not be told that the VM does not run here");
     }
 }
 

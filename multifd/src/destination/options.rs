@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::packet::Compression;
+use multifd_proto::{extension::Extensions, packet::Compression};
 
 use super::FirstTouch;
 use crate::{
@@ -31,6 +31,10 @@ pub struct Options {
     pub switchover_ack: SwitchoverAck,
     /// How long a connection may take to say what it is, and the source to open the remaining ones.
     pub setup_timeout: Option<Duration>,
+    /// How long the source may send fewer than 4 KiB on all connections once it is there; `None` for no limit.
+    pub stall_limit: Option<Duration>,
+    /// What to agree on with a source of ours, of what it offers.
+    pub extensions: Extensions,
     /// How long the source may take to close main after it was told that the VM is ours.
     pub close_timeout: Duration,
     /// Remember the round of every page's last write and [report](super::Report::audit) writes from an older one: four
@@ -56,6 +60,8 @@ impl Default for Options {
             uuid: None,
             switchover_ack: SwitchoverAck::Auto,
             setup_timeout: Some(Duration::from_secs(30)),
+            stall_limit: Some(Duration::from_secs(120)),
+            extensions: Extensions::known(),
             close_timeout: Duration::from_secs(5),
             audit: false,
             clock: Clock::monotonic(),

@@ -179,6 +179,7 @@ impl RecordedReader {
                 Item::VmDescription { len } => self.account.tail.vmdescription = self.main.payload(len)?,
                 Item::Header
                 | Item::ConfigPageBits(_)
+                | Item::ConfigOffer(_)
                 | Item::RamStart { .. }
                 | Item::Block(_)
                 | Item::Footer { .. }

@@ -221,6 +221,7 @@ impl SendChannel {
 
     fn count(&mut self, bytes: u64) {
         self.sent += bytes;
+        self.shared.pulse.add(usize::try_from(bytes).unwrap_or(usize::MAX));
         self.shared.progress.add_channel_bytes(self.id, bytes);
     }
 }

@@ -44,6 +44,9 @@ impl MainChannel {
         if options.validate_uuid {
             self.encoder.config_uuid(&options.uuid);
         }
+        if let Some(offer) = options.offer() {
+            self.encoder.config_offer(&offer);
+        }
         self.send()
     }
 
@@ -141,6 +144,12 @@ impl MainChannel {
         self.send()
     }
 
+    /// Has the destination start the VM.
+    pub(super) fn go(&mut self) -> Result<(), Error> {
+        self.encoder.command(&Command::Go);
+        self.send()
+    }
+
     /// Where the next byte goes.
     pub(super) fn place(&self) -> Place {
         Place { connection: Connection::Main, offset: self.sent }
@@ -157,6 +166,7 @@ impl MainChannel {
                 .write(bytes, &[])
                 .map_err(Error::io(Place { connection: Connection::Main, offset: self.sent }))?;
             self.sent += bytes.len() as u64;
+            self.shared.pulse.add(bytes.len());
             self.shared.progress.add_main_bytes(bytes.len() as u64);
             self.encoder.clear();
         }

@@ -6,8 +6,10 @@
 
 mod auto_compression;
 mod channel;
+mod handle;
 mod main_channel;
 mod options;
+mod pause_limit;
 mod report;
 mod return_path;
 
@@ -15,7 +17,9 @@ use std::time::Duration;
 
 use multifd_proto::{
     ChannelId,
+    commit::{SourceAction, SourceCommit, SourceEvent},
     convergence::{Convergence, Decision, RoundReport},
+    extension::{Extension, Extensions},
     machine::{Dialect, ZeroPages},
     packet,
     rounds::Party,
@@ -23,16 +27,18 @@ use multifd_proto::{
 
 pub use self::{
     auto_compression::ChannelCompression,
-    options::{Flush, Options, Replay, Untouched},
+    handle::Handle,
+    options::{Flush, Options, Peer, Replay, Untouched},
     report::{Downtime, Report, ZeroCopy},
 };
-use self::{channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
+use self::{channel::SendChannel, main_channel::MainChannel, pause_limit::PauseLimit, return_path::ReturnPath};
 use crate::{
     barrier::RoundBarrier,
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Mismatch, Place},
     limiter::Limiter,
     progress::{Event, Observer, Phase, Progress, RoundStats},
+    pulse::Pulse,
     ram::Ram,
     scan::PageScan,
     sections::Sections,
@@ -41,36 +47,45 @@ use crate::{
     threads::{Task, ThreadRole, caught},
     transport::{Connect, ZeroCopyCounters},
     vm::{SourceVm, Throttled},
+    watchdog::Watchdog,
 };
 
 /// Sends a running VM to a destination.
 pub struct Source {
     options: Options,
-    stop: StopHandle,
-    progress: Progress,
+    handle: Handle,
 }
 
 impl Source {
     /// A migration that has not begun.
     pub fn new(options: Options) -> Source {
-        Source { options, stop: StopHandle::new(), progress: Progress::new() }
+        let stop = StopHandle::new();
+        let pause_limit = PauseLimit::new(options.pause_limit, stop.clone());
+        let limiter = Limiter::new(options.max_bandwidth);
+        Source { options, handle: Handle { stop, progress: Progress::new(), pause_limit, limiter } }
+    }
+
+    /// What watches and steers this migration from other threads.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// What cancels this migration from another thread.
     pub fn stop_handle(&self) -> StopHandle {
-        self.stop.clone()
+        self.handle.stop.clone()
     }
 
     /// The counters of this migration.
     pub fn progress(&self) -> Progress {
-        self.progress.clone()
+        self.handle.progress()
     }
 
     /// Sends `vm` over connections from `to` and returns when the destination has confirmed that it has it.
     ///
     /// On `Ok` the VM is paused and belongs to the destination. On `Err` it runs, as before, and another attempt may be
-    /// made; the exceptions are [`Error::NotResumed`], which says why it could not, and [`Error::Undecided`], where it must
-    /// not.
+    /// made. There are two exceptions, in which it stays paused: [`Error::NotResumed`], which says why it could not resume,
+    /// and [`Error::InDoubt`], where it must not, because the destination may run it. A VM that was paused before the
+    /// migration began is resumed on `Err`, too; a VMM that migrates paused VMs keeps that state and does not resume then.
     ///
     /// # Errors
     /// The first thing that went wrong on any connection, with its place; [`Error::DoesNotConverge`];
@@ -78,7 +93,7 @@ impl Source {
     pub fn run(self, vm: &mut dyn SourceVm, to: &dyn Connect, observer: &mut dyn Observer) -> Result<Report, Error> {
         let mut run = Run::new(self, vm.ram().clone())?;
         let outcome = caught(|| run.phases(vm, to, observer)).map_err(|error| match error {
-            Error::Panicked { .. } if run.shared.stop.is_committed() => undecided(error),
+            Error::Panicked { .. } if !run.commit.may_resume() => Error::InDoubt { reason: Box::new(error) },
             error => error,
         });
         run.finish(vm, outcome)
@@ -94,6 +109,8 @@ pub(super) struct Shared {
     barrier: RoundBarrier,
     limiter: Limiter,
     progress: Progress,
+    /// What all connections moved; by it the migration notices that the destination is silent.
+    pulse: Pulse,
     stop: StopHandle,
     options: Options,
     /// Zero pages that channels found and main has to name, in legacy mode.
@@ -110,12 +127,20 @@ struct Run {
     /// Channels that have ended; their connections stay open until the destination has confirmed.
     ended: Vec<SendChannel>,
     return_path: Option<ReturnPath>,
+    /// What both ends agreed on.
+    extensions: Extensions,
+    /// Who has the VM.
+    commit: SourceCommit,
+    watchdog: Watchdog,
+    pause_limit: PauseLimit,
     convergence: Convergence,
     report: Report,
     /// Of all channels.
     zero_copy: Arc<ZeroCopyCounters>,
     tracking: bool,
     paused: bool,
+    /// Rounds sent so far.
+    rounds: u64,
     /// When the migration, its first round and its pause began.
     begun: Duration,
     rounds_begun: Duration,
@@ -126,7 +151,7 @@ struct Run {
 
 impl Run {
     fn new(source: Source, ram: Ram) -> Result<Run, Error> {
-        let Source { options, stop, progress } = source;
+        let Source { options, handle: Handle { stop, progress, pause_limit, limiter } } = source;
         if options.channels == 0 {
             return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
         }
@@ -135,7 +160,6 @@ impl Run {
         let page_size = ram.layout().page_size();
         let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size));
         let barrier = RoundBarrier::new(Some(usize::from(options.channels)));
-        let limiter = Limiter::new(options.max_bandwidth);
         stop.register(Box::new(barrier.clone()));
         stop.register(limiter.stopper());
         progress.set_pages_total(ram.layout().pages());
@@ -144,6 +168,11 @@ impl Run {
         Ok(Run {
             convergence: Convergence::new(options.limits),
             report: Report::new(&options, ram.layout()),
+            watchdog: Watchdog::start(&*options.threads, &stop)?,
+            pause_limit,
+            extensions: Extensions::default(),
+            commit: SourceCommit::one_step(),
+            rounds: 0,
             shared: Arc::new(Shared {
                 zero_page: Ram::zeros(page_size)?,
                 ram,
@@ -151,6 +180,7 @@ impl Run {
                 barrier,
                 limiter,
                 progress,
+                pulse: Pulse::default(),
                 stop,
                 options,
                 legacy_zeros: Mutex::new(legacy_zeros),
@@ -173,6 +203,7 @@ impl Run {
     /// The migration from beginning to end.
     fn phases(&mut self, vm: &mut dyn SourceVm, to: &dyn Connect, observer: &mut dyn Observer) -> Result<(), Error> {
         self.enter(Phase::Connect, observer);
+        self.shared.pulse.watch(self.watchdog.timers(), self.shared.options.stall_limit, &self.shared.stop);
         self.connect(to)?;
         self.enter(Phase::Setup, observer);
         self.set_up()?;
@@ -216,7 +247,10 @@ impl Run {
         };
         let mut main = MainChannel::new(open(Connection::Main)?, shared);
         main.header()?;
-        self.return_path = Some(ReturnPath::listen(main.reader()?, &shared.stop, &*shared.options.threads)?);
+        let offered = shared.options.offer().map(|offer| offer.extensions);
+        let (pulse, threads) = (shared.pulse.clone(), &*shared.options.threads);
+        self.return_path = Some(ReturnPath::listen(main.reader()?, offered, pulse, &shared.stop, threads)?);
+        main.open_return_path()?;
         for id in 0..shared.options.channels {
             let mut stream = open(Connection::Channel(ChannelId(id)))?;
             if let Some(report) = self.report.zero_copy.as_mut().filter(|report| report.refused.is_none())
@@ -236,7 +270,9 @@ impl Run {
 
     /// Announces the RAM blocks and meets all channels for the first time.
     fn set_up(&mut self) -> Result<(), Error> {
-        self.main().open_return_path()?;
+        if self.shared.options.peer == Peer::Multifd {
+            self.extensions = self.return_path().wait_for_agreement()?;
+        }
         self.main().ram_start()?;
         self.section(0)?;
         self.main().sections_beside_ram()?;
@@ -286,7 +322,7 @@ impl Run {
         // Zeros known from the beginning say nothing about what was written since.
         self.shared.scan.set_zeros(None);
         stats.took = self.now() - begun;
-        if self.tracking_starts_late() && self.report.rounds.is_empty() {
+        if self.tracking_starts_late() && self.rounds == 0 {
             let ram = self.shared.ram.clone();
             vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
         }
@@ -337,7 +373,7 @@ impl Run {
     fn does_not_converge(&self, dirty: &DirtyBitmap) -> Error {
         let remaining = dirty.count() * self.shared.ram.layout().page_size() as u64;
         Error::DoesNotConverge {
-            rounds: self.report.rounds.len() as u64,
+            rounds: self.rounds,
             seconds: (self.now() - self.rounds_begun).as_secs_f64(),
             remaining,
             bytes_per_second: self.convergence.bytes_per_second(),
@@ -353,6 +389,9 @@ impl Run {
         }
         self.paused_at = self.now();
         self.paused = true;
+        // From here on the limit of the pause bounds every wait.
+        Pulse::rest(self.watchdog.timers());
+        self.pause_limit.begin(self.watchdog.timers());
         vm.pause().map_err(Error::vm("pause"))?;
         self.report.downtime.pause = self.now() - self.paused_at;
         Ok(())
@@ -404,13 +443,38 @@ impl Run {
         Ok(())
     }
 
-    /// Hands the VM over. Once the last bytes are on their way a cancel comes too late, as the destination may already
-    /// have answered: only it can still fail the migration, by its status or by closing main.
+    /// Hands the VM over: the messages of both sides, as [`SourceCommit`] decides by them.
     fn confirm(&mut self) -> Result<(), Error> {
         let begun = self.now();
-        self.shared.stop.commit()?;
-        self.main().end()?;
-        self.return_path.as_ref().expect("connected").wait_for_shut().map_err(undecided)?;
+        let two_step = self.extensions.contains(Extension::TwoStepCommit);
+        self.commit = if two_step { SourceCommit::two_step() } else { SourceCommit::one_step() };
+        if !two_step {
+            // The destination starts the VM by itself when it has the last byte.
+            self.shared.stop.commit()?;
+        }
+        let _ = self.commit.on(SourceEvent::EndBegins);
+        self.return_path().expect_answer();
+        let mut written = self.main().end();
+        if two_step && written.is_err() {
+            return written;
+        }
+        loop {
+            if written.is_err() {
+                // No answer may come any more; a refusal that came before may be the reason.
+                self.return_path().hang_up();
+            }
+            let (event, error) = self.return_path().next_answer();
+            // A cancel that came before READY wins.
+            let cancelled = event == SourceEvent::Ready && self.shared.stop.commit().is_err();
+            match self.commit.on(if cancelled { SourceEvent::Stopped } else { event }) {
+                SourceAction::WriteGo => written = self.main().go(),
+                SourceAction::Finish => break,
+                SourceAction::Resume => return Err(error),
+                SourceAction::StayPaused | SourceAction::Nothing => {
+                    return Err(Error::InDoubt { reason: Box::new(written.err().unwrap_or(error)) });
+                }
+            }
+        }
         let now = self.now();
         self.report.downtime.confirm = now - begun;
         self.report.downtime.total = now - self.paused_at;
@@ -470,7 +534,7 @@ impl Run {
     }
 
     fn open_round(&mut self, dirty: &mut DirtyBitmap, guest_running: bool) -> RoundStats {
-        let round = self.report.rounds.len() as u64;
+        let round = self.rounds;
         let dirty_pages = dirty.count();
         self.shared.progress.open_round(round, dirty_pages);
         self.shared.scan.load(dirty);
@@ -496,7 +560,8 @@ impl Run {
         stats.zero = now.zero - stats.zero;
         stats.bytes = now.bytes() - stats.bytes;
         tracing::debug!(?stats, "round");
-        self.report.rounds.push(stats);
+        self.rounds += 1;
+        stats.keep_in(&mut self.report.rounds);
     }
 
     fn now(&self) -> Duration {
@@ -507,13 +572,20 @@ impl Run {
         self.main.as_mut().expect("connected")
     }
 
+    fn return_path(&self) -> &ReturnPath {
+        self.return_path.as_ref().expect("connected")
+    }
+
     /// Ends all threads, and gives the VM back to whom it belongs to.
     fn finish(mut self, vm: &mut dyn SourceVm, outcome: Result<(), Error>) -> Result<Report, Error> {
         let failure = outcome.err().map(|error| self.fail(error));
+        // What is still registered refers to what is about to go away.
+        let _ = self.shared.stop.decide();
         // The connections close here; on success the destination has said that it needs them no longer.
         drop(self.main.take());
         self.report.auto_compression = self.ended.drain(..).filter_map(|channel| channel.compression()).collect();
         drop(self.return_path.take());
+        self.pause_limit.end();
         if self.tracking
             && let Err(error) = vm.dirty_log().stop()
         {
@@ -530,7 +602,7 @@ impl Run {
             return Ok(self.report);
         };
         if self.paused
-            && !matches!(error, Error::Undecided { .. })
+            && !matches!(error, Error::InDoubt { .. })
             && let Err(resume) = vm.resume()
         {
             return Err(Error::NotResumed { first: Box::new(error), resume });
@@ -546,30 +618,15 @@ impl Run {
             drop(join(channel));
         }
         let refused = self.return_path.take().and_then(ReturnPath::end);
-        let first = self.shared.stop.take_first().or(not_first).unwrap_or(Error::Unconfirmed);
-        match first {
+        let first = self.shared.stop.take_first();
+        match (not_first, first) {
+            // What interrupted the wait is the reason, and not the connection that ended with it.
+            (Some(Error::InDoubt { .. }), Some(interruption)) => Error::InDoubt { reason: Box::new(interruption) },
+            (Some(error @ (Error::InDoubt { .. } | Error::Refused { .. })), _) => error,
             // A connection that broke because the destination left: it may have said why.
-            Error::Io { .. } => refused.unwrap_or(first),
-            _ => first,
+            (_, Some(error @ Error::Io { .. })) => refused.unwrap_or(error),
+            (not_first, first) => first.or(not_first).unwrap_or(Error::Unconfirmed),
         }
-    }
-}
-
-/// What an error means that came in place of the destination's confirmation.
-///
-/// When its end of the connection is gone, it will not confirm any more: its kernel sends what it said before it says that
-/// it is gone. Anything else, such as a time limit or a lost route, may be this side's view only.
-fn undecided(error: Error) -> Error {
-    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
-    match error {
-        Error::Io { source, .. }
-            if !matches!(source.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof) =>
-        {
-            Error::Undecided { source }
-        }
-        // It may have read the confirmation before.
-        Error::Panicked { message } => Error::Undecided { source: std::io::Error::other(message) },
-        error => error,
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use multifd_proto::{
     convergence::Limits,
+    extension::{Extensions, Offer},
     machine::{Dialect, ZeroPages},
     packet::Compression,
 };
@@ -19,6 +20,8 @@ use crate::{
 /// How to migrate. The destination has to be configured for the same compression; all else it finds out.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// What is at the other end.
+    pub peer: Peer,
     /// Connections beside main, 1 to 255.
     pub channels: u8,
     /// Machine type in the configuration section; a QEMU destination refuses another than its own.
@@ -51,6 +54,12 @@ pub struct Options {
     pub max_bandwidth: Option<u64>,
     /// When to switch over, when to give up.
     pub limits: Limits,
+    /// The longest pause of the guest, from the call of [`SourceVm::pause`](crate::vm::SourceVm::pause) on; `None` for no
+    /// limit. When it has passed, the guest resumes, or, where the destination was told to start it and has not answered,
+    /// the outcome is in doubt.
+    pub pause_limit: Option<Duration>,
+    /// How long the destination may take fewer than 4 KiB on all connections while the guest runs; `None` for no limit.
+    pub stall_limit: Option<Duration>,
     /// What the stream keeps of an earlier one, if it is sent again from a checkpoint.
     pub replay: Replay,
     /// Where time comes from.
@@ -66,6 +75,7 @@ impl Default for Options {
     /// 4 channels, one sync point per round, zero pages in packets, no compression, no limit on bandwidth.
     fn default() -> Options {
         Options {
+            peer: Peer::Multifd,
             channels: 4,
             machine: "multifd".to_owned(),
             uuid: [0; 16],
@@ -81,6 +91,8 @@ impl Default for Options {
             zero_copy: false,
             max_bandwidth: None,
             limits: Limits::default(),
+            pause_limit: Some(Duration::from_secs(120)),
+            stall_limit: Some(Duration::from_secs(120)),
             replay: Replay::default(),
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
@@ -88,6 +100,28 @@ impl Default for Options {
             broken: None,
         }
     }
+}
+
+impl Options {
+    /// What this side offers to a destination of ours.
+    pub(super) fn offer(&self) -> Option<Offer> {
+        match self.peer {
+            Peer::Multifd => Some(Offer { channels: self.channels, token: None, extensions: Extensions::known() }),
+            Peer::Qemu => None,
+        }
+    }
+}
+
+/// What is at the other end of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Peer {
+    /// A destination of this implementation. The hand-over has two steps, so that a broken connection never leaves two VMs
+    /// running, and the destination knows how many channels there are.
+    Multifd,
+    /// A QEMU, or something else that speaks nothing but its format. It takes the VM over by itself: when the connection
+    /// breaks after the last byte and before its answer, the outcome is in doubt.
+    Qemu,
 }
 
 /// What a stream keeps of an earlier one whose device state it carries.

@@ -1,12 +1,20 @@
 //! Listens to what the destination says on main, while the main thread writes to it.
 //!
-//! The destination answers PING, and ends with SHUT: status 0 when it has the VM. If it says anything else, or closes
-//! main before that, the migration is stopped at once: the main thread may be waiting for something else.
+//! Each kind of message has its place in the [`Mail`], where the main thread waits for it: the extensions that the
+//! destination takes, READY, and the verdict. PONG and the rest are only logged. If the destination says something else, or
+//! closes main before the commit, the migration is stopped at once: the main thread may be waiting for something else.
 
-use multifd_proto::{Violation, return_path::Message, wire::Step};
+use multifd_proto::{
+    Violation,
+    commit::SourceEvent,
+    extension::Extensions,
+    return_path::{MAX_PAYLOAD, Message},
+    wire::Step,
+};
 
 use crate::{
     error::{Connection, Error, Place},
+    pulse::Pulse,
     stop::StopHandle,
     sync::{Arc, Condvar, Mutex, lock, wait},
     threads::{Task, ThreadRole, Threads},
@@ -15,60 +23,101 @@ use crate::{
 
 /// The reading half of main on the source. Dropping it ends its thread.
 pub(super) struct ReturnPath {
-    verdict: Arc<Verdict>,
+    mail: Mailbox,
     stopper: Option<Box<dyn Stopper>>,
     thread: Option<Task<()>>,
 }
 
+/// Where the thread puts what it read, and the main thread waits for it.
+#[derive(Clone, Default)]
+struct Mailbox {
+    shared: Arc<Shared>,
+}
+
 #[derive(Default)]
-struct Verdict {
-    state: Mutex<Option<Result<(), Error>>>,
+struct Shared {
+    mail: Mutex<Mail>,
     changed: Condvar,
 }
 
+#[derive(Default)]
+struct Mail {
+    /// What this side offered, if it did: only then the destination may accept.
+    offered: Option<Extensions>,
+    accepted: Option<Extensions>,
+    /// The end of the stream is on its way: only then the destination may be ready, or have the VM.
+    answer_is_due: bool,
+    ready: bool,
+    verdict: Option<Result<(), Error>>,
+    /// The thread has ended.
+    ended: bool,
+}
+
 impl ReturnPath {
-    /// Begins to read from `stream`.
+    /// Begins to read from `stream`. The destination may accept what is `offered`.
     ///
     /// # Errors
     /// [`Error::Thread`].
     pub(super) fn listen(
         mut stream: Box<dyn Stream>,
+        offered: Option<Extensions>,
+        pulse: Pulse,
         stop: &StopHandle,
         threads: &dyn Threads,
     ) -> Result<ReturnPath, Error> {
-        let verdict = Arc::new(Verdict { state: Mutex::new(None), changed: Condvar::new() });
+        let mail = Mailbox::default();
+        lock(&mail.shared.mail).offered = offered;
         let stopper = stream.stopper().ok();
-        let thread = {
-            let (verdict, stop_it) = (verdict.clone(), stop.clone());
-            Task::spawn(threads, ThreadRole::ReturnPath, stop, move || {
-                let mut end = End::new(verdict, stop_it);
-                end.outcome = read_until_shut(&mut *stream, &end.stop);
-            })?
-        };
-        Ok(ReturnPath { verdict, stopper, thread: Some(thread) })
+        let mut end = End::new(mail.clone(), stop.clone());
+        let thread = Task::spawn(threads, ThreadRole::ReturnPath, stop, move || {
+            let outcome = end.mail.read_until_shut(&mut *stream, &pulse);
+            end.outcome = outcome;
+            drop(end);
+        })?;
+        Ok(ReturnPath { mail, stopper, thread: Some(thread) })
     }
 
-    /// Waits until the destination has confirmed that it has the VM.
+    /// Waits for the extensions that the destination takes: none, if it does not know what was offered.
     ///
     /// # Errors
-    /// [`Error::Refused`] where it says that it has not; [`Error::Unconfirmed`] where it says nothing any more.
-    pub(super) fn wait_for_shut(&self) -> Result<(), Error> {
-        let mut state = lock(&self.verdict.state);
-        loop {
-            match state.take() {
-                Some(verdict) => return verdict,
-                None => state = wait(&self.verdict.changed, state),
+    /// [`Error::Stopped`]: the migration has ended.
+    pub(super) fn wait_for_agreement(&self) -> Result<Extensions, Error> {
+        self.mail.wait_for(|mail| mail.accepted.take())
+    }
+
+    /// The end of the stream is about to be sent: READY and the verdict may come from now on.
+    pub(super) fn expect_answer(&self) {
+        lock(&self.mail.shared.mail).answer_is_due = true;
+    }
+
+    /// Waits for what the destination says next, and what it means for the commit; with the error, if it is one.
+    pub(super) fn next_answer(&self) -> (SourceEvent, Error) {
+        let answer = self.mail.wait_for(|mail| match mail.verdict.take() {
+            // In the order in which they came.
+            verdict if std::mem::take(&mut mail.ready) => {
+                mail.verdict = verdict;
+                Some((SourceEvent::Ready, Error::Stopped))
             }
+            Some(Ok(())) => Some((SourceEvent::Running, Error::Unconfirmed)),
+            Some(Err(error @ Error::Refused { .. })) => Some((SourceEvent::Refused, error)),
+            Some(Err(error)) => Some((SourceEvent::Stopped, error)),
+            None => None,
+        });
+        answer.unwrap_or_else(|error| (SourceEvent::Stopped, error))
+    }
+
+    /// Ends the connection. What the destination said before can still be read.
+    pub(super) fn hang_up(&self) {
+        if let Some(stopper) = &self.stopper {
+            stopper.stop();
         }
     }
-}
 
-impl ReturnPath {
     /// Ends the thread, once it has read what the destination said before it left. Returns why the destination refused
     /// the VM, if it did: a better reason than the broken connections that follow.
     pub(super) fn end(mut self) -> Option<Error> {
         self.join();
-        match lock(&self.verdict.state).take() {
+        match lock(&self.mail.shared.mail).verdict.take() {
             Some(Err(error @ Error::Refused { .. })) => Some(error),
             _ => None,
         }
@@ -92,64 +141,122 @@ impl Drop for ReturnPath {
     }
 }
 
+impl Mailbox {
+    /// Waits until `take` finds what it looks for, or the thread has ended.
+    fn wait_for<T>(&self, mut take: impl FnMut(&mut Mail) -> Option<T>) -> Result<T, Error> {
+        let mut mail = lock(&self.shared.mail);
+        loop {
+            if let Some(found) = take(&mut mail) {
+                return Ok(found);
+            }
+            if mail.ended {
+                return Err(Error::Stopped);
+            }
+            mail = wait(&self.shared.changed, mail);
+        }
+    }
+
+    fn read_until_shut(&self, stream: &mut dyn Stream, pulse: &Pulse) -> Result<(), Error> {
+        let mut buf = [0; 4 + MAX_PAYLOAD as usize];
+        let mut filled = 0;
+        let mut position = 0;
+        let mut reason = None;
+        loop {
+            let place = Place { connection: Connection::ReturnPath, offset: position };
+            match Message::decode(&buf[..filled]).map_err(Error::protocol(place))? {
+                Step::Item { item, used } => {
+                    buf.copy_within(used..filled, 0);
+                    filled -= used;
+                    position += used as u64;
+                    match item {
+                        // Without GO that is a broken rule, and yet the VM may run there: the commit decides.
+                        Message::Shut(0) if lock(&self.shared.mail).answer_is_due => return Ok(()),
+                        Message::Shut(0) => {
+                            return Err(unexpected(place, "SHUT with status 0", "before the end of the stream"));
+                        }
+                        Message::Shut(status) => return Err(Error::Refused { status, reason }),
+                        Message::Reason(text) => reason = Some(text),
+                        Message::Accepted(extensions) => self.accepted(extensions, place)?,
+                        Message::Ready => self.ready(place)?,
+                        Message::Pong(_) => self.answers(),
+                        other => tracing::debug!(message = other.name(), "return path"),
+                    }
+                }
+                Step::Need(_) => match stream.read(&mut buf[filled..]) {
+                    Ok(0) => return Err(Error::Unconfirmed),
+                    Ok(n) => {
+                        filled += n;
+                        pulse.add(n);
+                    }
+                    Err(source) => return Err(Error::Io { at: place, source }),
+                },
+            }
+        }
+    }
+
+    fn accepted(&self, extensions: Extensions, place: Place) -> Result<(), Error> {
+        let mut mail = lock(&self.shared.mail);
+        match mail.offered.take() {
+            Some(offered) if extensions.is_subset(&offered) => {
+                mail.accepted = Some(extensions);
+                self.shared.changed.notify_all();
+                Ok(())
+            }
+            _ => Err(unexpected(place, "ACCEPTED", "of what was not offered, or a second time")),
+        }
+    }
+
+    /// The destination has answered the PING that followed the offer. One that knows the offer has answered that before.
+    fn answers(&self) {
+        let mut mail = lock(&self.shared.mail);
+        if mail.offered.take().is_some() {
+            mail.accepted = Some(Extensions::default());
+            self.shared.changed.notify_all();
+        }
+    }
+
+    fn ready(&self, place: Place) -> Result<(), Error> {
+        let mut mail = lock(&self.shared.mail);
+        if !mail.answer_is_due {
+            return Err(unexpected(place, "READY", "before the end of the stream"));
+        }
+        mail.ready = true;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+}
+
 /// Gives the verdict when the thread ends, also by a panic: the main thread may be waiting for it.
 struct End {
-    verdict: Arc<Verdict>,
+    mail: Mailbox,
     stop: StopHandle,
     outcome: Result<(), Error>,
 }
 
 impl End {
-    fn new(verdict: Arc<Verdict>, stop: StopHandle) -> End {
+    fn new(mail: Mailbox, stop: StopHandle) -> End {
         let message = format!("the thread of {}", Connection::ReturnPath);
-        End { verdict, stop, outcome: Err(Error::Panicked { message }) }
+        End { mail, stop, outcome: Err(Error::Panicked { message }) }
     }
 }
 
 impl Drop for End {
     fn drop(&mut self) {
-        let mut state = lock(&self.verdict.state);
-        *state = match std::mem::replace(&mut self.outcome, Ok(())) {
+        let mut mail = lock(&self.mail.shared.mail);
+        mail.verdict = match std::mem::replace(&mut self.outcome, Ok(())) {
             Ok(()) => Some(Ok(())),
             // Before the commit this stops the migration and is its first error; afterwards the main thread is waiting for
             // it.
             Err(error) => self.stop.stop(error).map(Err).or(Some(Err(Error::Stopped))),
         };
-        drop(state);
-        self.verdict.changed.notify_all();
+        mail.ended = true;
+        drop(mail);
+        self.mail.shared.changed.notify_all();
     }
 }
 
-fn read_until_shut(stream: &mut dyn Stream, stop: &StopHandle) -> Result<(), Error> {
-    let mut buf = [0; 4 + multifd_proto::return_path::MAX_PAYLOAD as usize];
-    let mut filled = 0;
-    let mut position = 0;
-    loop {
-        let place = Place { connection: Connection::ReturnPath, offset: position };
-        match Message::decode(&buf[..filled]).map_err(Error::protocol(place))? {
-            Step::Item { item, used } => {
-                buf.copy_within(used..filled, 0);
-                filled -= used;
-                position += used as u64;
-                match item {
-                    Message::Shut(0) if stop.is_committed() => return Ok(()),
-                    Message::Shut(0) => {
-                        return Err(Error::protocol(place)(Violation::UnexpectedElement {
-                            element: "SHUT with status 0",
-                            place: "before the end of the stream",
-                        }));
-                    }
-                    Message::Shut(status) => return Err(Error::Refused { status }),
-                    other => tracing::debug!(message = other.name(), "return path"),
-                }
-            }
-            Step::Need(_) => match stream.read(&mut buf[filled..]) {
-                Ok(0) => return Err(Error::Unconfirmed),
-                Ok(n) => filled += n,
-                Err(source) => return Err(Error::Io { at: place, source }),
-            },
-        }
-    }
+fn unexpected(place: Place, element: &'static str, at: &'static str) -> Error {
+    Error::protocol(place)(Violation::UnexpectedElement { element, place: at })
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]
@@ -194,10 +301,10 @@ mod tests {
         test_support::time_limit(std::time::Duration::from_secs(60), || {
             let stop = StopHandle::new();
             stop.commit().unwrap();
-            let path = ReturnPath::listen(Box::new(Defective), &stop, &StdThreads).unwrap();
-            let error = path.wait_for_shut().unwrap_err();
+            let path = ReturnPath::listen(Box::new(Defective), None, Pulse::default(), &stop, &StdThreads).unwrap();
+            let (event, error) = path.next_answer();
+            assert_eq!(event, SourceEvent::Stopped);
             assert_eq!(error.to_string(), "a thread panicked: the thread of return path");
-            assert!(matches!(super::super::undecided(error), Error::Undecided { .. }), "it may have read SHUT");
         });
     }
 
@@ -205,8 +312,8 @@ mod tests {
     fn a_panic_of_the_thread_before_the_commit_stops_the_migration() {
         test_support::time_limit(std::time::Duration::from_secs(60), || {
             let stop = StopHandle::new();
-            let path = ReturnPath::listen(Box::new(Defective), &stop, &StdThreads).unwrap();
-            assert!(matches!(path.wait_for_shut(), Err(Error::Stopped)));
+            let path = ReturnPath::listen(Box::new(Defective), None, Pulse::default(), &stop, &StdThreads).unwrap();
+            assert!(matches!(path.next_answer(), (SourceEvent::Stopped, Error::Stopped)));
             assert!(matches!(stop.take_first(), Some(Error::Panicked { .. })));
         });
     }

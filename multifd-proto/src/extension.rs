@@ -1,0 +1,158 @@
+//! What two ends of this implementation agree on at the start, beyond what a QEMU knows.
+//!
+//! The source offers: subsection `configuration/multifd`, version 1, behind the other subsections of the configuration.
+//!
+//! | bytes | field                                                        |
+//! |------:|--------------------------------------------------------------|
+//! |     1 | number of channels, at least 1                               |
+//! |    16 | token of the migration; all zero if it has none              |
+//! |     2 | number of extensions, at most 64                             |
+//! | 2 × n | their numbers                                                |
+//!
+//! The destination answers on the return path with [`Message::Accepted`](crate::return_path::Message::Accepted), the numbers
+//! that it takes. What it does not take is not used: a destination may know fewer extensions than the source. A source does
+//! not offer anything to a QEMU, which refuses subsections that it does not know.
+
+use crate::violation::{DecodeError, ProtocolError, Violation};
+use crate::wire::{Reader, Stop, Writer};
+
+/// One extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Extension {
+    /// READY from the destination and GO from the source come before the guest starts there, see [`crate::commit`].
+    TwoStepCommit,
+}
+
+impl Extension {
+    /// Every extension that this version knows.
+    pub const ALL: [Extension; 1] = [Extension::TwoStepCommit];
+
+    /// Its number on the wire.
+    pub const fn number(self) -> u16 {
+        match self {
+            Extension::TwoStepCommit => 1,
+        }
+    }
+}
+
+/// A set of extensions, by number: also of those that only the peer knows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Extensions {
+    numbers: Vec<u16>,
+}
+
+impl Extensions {
+    /// All extensions that this version knows.
+    pub fn known() -> Extensions {
+        Extensions { numbers: Extension::ALL.map(Extension::number).to_vec() }
+    }
+
+    /// Those that are in both sets.
+    #[must_use]
+    pub fn and(&self, other: &Extensions) -> Extensions {
+        Extensions { numbers: self.numbers.iter().copied().filter(|number| other.numbers.contains(number)).collect() }
+    }
+
+    /// Whether `extension` is in the set.
+    pub fn contains(&self, extension: Extension) -> bool {
+        self.numbers.contains(&extension.number())
+    }
+
+    /// Whether all of the set are in `other`.
+    pub fn is_subset(&self, other: &Extensions) -> bool {
+        self.numbers.iter().all(|number| other.numbers.contains(number))
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Extensions, Stop> {
+        let count = reader.u16()?;
+        if count > MAX_EXTENSIONS {
+            let (what, len, limit) = ("number of extensions", count.into(), MAX_EXTENSIONS.into());
+            return Err(Violation::ConfigurationTooLong { what, len, limit }.into());
+        }
+        let numbers = (0..count).map(|_| reader.u16()).collect::<Result<_, _>>()?;
+        Ok(Extensions { numbers })
+    }
+
+    pub(crate) fn write(&self, writer: &mut Writer<'_>) {
+        writer.u16(u16::try_from(self.numbers.len()).expect("at most MAX_EXTENSIONS are read, and fewer are known"));
+        for number in &self.numbers {
+            writer.u16(*number);
+        }
+    }
+}
+
+/// What a source offers in its configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// How many channels the migration has, at least 1.
+    pub channels: u8,
+    /// The secret that belongs to this migration, if it has one.
+    pub token: Option<[u8; 16]>,
+    /// What the source can do.
+    pub extensions: Extensions,
+}
+
+impl Offer {
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Offer, Stop> {
+        let channels = reader.u8()?;
+        if channels == 0 {
+            return Err(ProtocolError::from(DecodeError::BadOffer { what: "it has no channels" }).into());
+        }
+        let token: [u8; 16] = reader.array()?;
+        let token = Some(token).filter(|token| *token != [0; 16]);
+        Ok(Offer { channels, token, extensions: Extensions::read(reader)? })
+    }
+
+    pub(crate) fn write(&self, writer: &mut Writer<'_>) {
+        writer.u8(self.channels).bytes(&self.token.unwrap_or_default());
+        self.extensions.write(writer);
+    }
+}
+
+/// The most extensions that a peer may name.
+pub const MAX_EXTENSIONS: u16 = 64;
+
+/// The name of the subsection.
+pub(crate) const SUBSECTION: &str = "configuration/multifd";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Step, step};
+
+    fn decoded(bytes: &[u8]) -> Result<Step<Offer>, ProtocolError> {
+        step(bytes, Offer::read)
+    }
+
+    #[test]
+    fn an_offer_survives_the_wire_and_truncated_asks_for_more() {
+        for token in [None, Some([7; 16])] {
+            let offer = Offer { channels: 4, token, extensions: Extensions { numbers: vec![1, 0x7777] } };
+            let mut bytes = Vec::new();
+            offer.write(&mut Writer::new(&mut bytes));
+            assert_eq!(bytes.len(), 1 + 16 + 2 + 4);
+            for len in 0..bytes.len() {
+                assert!(matches!(decoded(&bytes[..len]), Ok(Step::Need(total)) if len < total));
+            }
+            assert_eq!(decoded(&bytes), Ok(Step::Item { item: offer, used: bytes.len() }));
+        }
+    }
+
+    #[test]
+    fn an_offer_without_channels_or_with_too_many_extensions_is_refused() {
+        assert!(decoded(&[0; 40]).is_err());
+        let mut bytes = vec![1; 17];
+        bytes.extend(65u16.to_be_bytes());
+        let (what, len, limit) = ("number of extensions", 65, 64);
+        assert_eq!(decoded(&bytes), Err(Violation::ConfigurationTooLong { what, len, limit }.into()));
+    }
+
+    #[test]
+    fn what_the_peer_does_not_know_is_not_agreed_on() {
+        let theirs = Extensions { numbers: vec![0x7777] };
+        assert!(!Extensions::known().and(&theirs).contains(Extension::TwoStepCommit));
+        assert!(Extensions::known().and(&Extensions::known()).contains(Extension::TwoStepCommit));
+        assert!(!theirs.is_subset(&Extensions::known()));
+    }
+}

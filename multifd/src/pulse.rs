@@ -1,0 +1,103 @@
+//! Notices that a peer has gone silent.
+//!
+//! Every connection of one side counts the bytes that it moved here. A peer that owes bytes and moves fewer than
+//! [`LEAST`] within the limit ends the migration, however it spreads them: a byte now and then does not help. The engine
+//! decides by this account and never by [`Progress`](crate::progress::Progress), which is for display.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
+
+use crate::{error::Error, stop::StopHandle, sync::Arc, watchdog::Timers};
+
+/// Bytes moved on all connections of one side, in either direction. Clones count together.
+#[derive(Clone, Default)]
+pub(crate) struct Pulse {
+    bytes: Arc<AtomicU64>,
+}
+
+impl Pulse {
+    /// Counts `bytes`.
+    pub(crate) fn add(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Stops the migration by `stop` if fewer than [`LEAST`] bytes are moved within `limit`, from now until
+    /// [`rest`](Self::rest). `None` for no limit.
+    pub(crate) fn watch(&self, timers: &Timers, limit: Option<Duration>, stop: &StopHandle) {
+        let Some(limit) = limit else { return };
+        let (pulse, stop) = (self.clone(), stop.clone());
+        let look = limit / LOOKS;
+        let (mut seen, mut quiet) = (self.bytes.load(Relaxed), 0);
+        timers.set(TIMER, look, move || {
+            let bytes = pulse.bytes.load(Relaxed);
+            quiet = if bytes - seen >= LEAST { 0 } else { quiet + 1 };
+            if quiet == 0 {
+                seen = bytes;
+            }
+            if quiet < LOOKS {
+                return Some(look);
+            }
+            stop.stop(Error::Stalled { limit });
+            None
+        });
+    }
+
+    /// Ends the watch: this side has something to do for which it needs no peer.
+    pub(crate) fn rest(timers: &Timers) {
+        timers.clear(TIMER);
+    }
+}
+
+/// Fewer bytes than these within the limit are silence. A SYNC packet of 4 KiB pages has 1344.
+pub(crate) const LEAST: u64 = 4096;
+/// How often the account is looked at within the limit.
+const LOOKS: u32 = 8;
+const TIMER: &str = "silence";
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use super::*;
+    use crate::{threads::StdThreads, transport::Stopper, watchdog::Watchdog};
+
+    struct Tell(mpsc::Sender<()>);
+
+    impl Stopper for Tell {
+        fn stop(&self) {
+            let _ = self.0.send(());
+        }
+    }
+
+    /// Ends when `pulse` has stopped the migration while `meanwhile` was called again and again.
+    fn stops(meanwhile: impl Fn(&Pulse)) -> bool {
+        let (stop, pulse) = (StopHandle::new(), Pulse::default());
+        let watchdog = Watchdog::start(&StdThreads, &stop).unwrap();
+        let (tell, stopped) = mpsc::channel();
+        stop.register(Box::new(Tell(tell)));
+        pulse.watch(watchdog.timers(), Some(Duration::from_millis(80)), &stop);
+        (0..100).any(|_| {
+            meanwhile(&pulse);
+            stopped.recv_timeout(Duration::from_millis(5)).is_ok()
+        })
+    }
+
+    #[test]
+    fn silence_and_a_byte_now_and_then_end_the_migration() {
+        assert!(stops(|_| {}));
+        assert!(stops(|pulse| pulse.add(1)));
+    }
+
+    #[test]
+    fn a_peer_that_moves_bytes_is_left_alone() {
+        let (stop, pulse) = (StopHandle::new(), Pulse::default());
+        let watchdog = Watchdog::start(&StdThreads, &stop).unwrap();
+        // However late this thread is, each look finds what it needs.
+        pulse.watch(watchdog.timers(), Some(Duration::from_secs(3600)), &stop);
+        pulse.add(1 << 20);
+        Pulse::rest(watchdog.timers());
+        assert!(!stop.is_stopped());
+    }
+}
