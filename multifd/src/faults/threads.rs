@@ -15,11 +15,11 @@ use crate::{
     },
 };
 
-/// The return path and the channels.
-const OF_THE_SOURCE: usize = CHANNELS as usize + 1;
+/// The watchdog, the return path and the channels.
+const OF_THE_SOURCE: usize = CHANNELS as usize + 2;
 
-/// The one that accepts, main and the channels.
-const OF_THE_DESTINATION: usize = CHANNELS as usize + 2;
+/// The watchdog, the one that accepts, main and the channels.
+const OF_THE_DESTINATION: usize = CHANNELS as usize + 3;
 
 fn fails_at(index: usize) -> Arc<dyn Threads> {
     Arc::new(FailsAt { index, spawned: AtomicUsize::new(0) })
@@ -65,7 +65,7 @@ fn the_guest_runs_on_when_any_thread_of_the_destination_cannot_be_created() {
         let outcome = attempt(&mut guest, Arc::new(StdThreads), fails_at(index));
         let failed = matches!(
             (index, role_of(&outcome.received)),
-            (0, Some(ThreadRole::Accept)) | (1.., Some(ThreadRole::Connection(_)))
+            (0, Some(ThreadRole::Watchdog)) | (1, Some(ThreadRole::Accept)) | (2.., Some(ThreadRole::Connection(_)))
         );
         assert!(failed, "thread {index}: {:?}", outcome.received);
         assert_eq!(settle(&mut guest, outcome, &format!("thread {index} of the destination")), Owner::Source);
