@@ -27,7 +27,7 @@ use crate::{
     source::{self, Source},
     sync::Arc,
     test_vm::{TestDestination, TestSource},
-    threads::{StdThreads, Threads},
+    threads::{StdThreads, ThreadRole, Threads},
     transport::{
         Connect, Listen, Stopper, Stream,
         faulty::{Fault, Faults},
@@ -185,12 +185,16 @@ pub(super) fn migrate(
         let (stop_source, stop_destination) = (source.stop_handle(), destination.stop_handle());
         let before = guest.vm.writer_ram().handles();
         let (sent, received) = std::thread::scope(|scope| {
+            let stop_waiting = stop_destination.clone();
             let meanwhile = scope.spawn(move || meanwhile(&stop_source, &stop_destination));
             let to = &mut to;
             let receiving = scope.spawn(move || destination.run(to, Box::new(listener), &mut ()));
             let sent = source.run(&mut guest.vm, &connector, &mut ());
-            // Without a source there is nobody whom the destination could wait for.
             drop(connector);
+            if matches!(sent, Err(Error::Thread { role: ThreadRole::Watchdog, .. })) {
+                // It has not connected, so the destination waits for a source as before.
+                stop_waiting.cancel();
+            }
             let received = receiving.join().unwrap();
             meanwhile.join().unwrap();
             (sent, received)

@@ -51,7 +51,9 @@ fn the_guest_runs_on_when_any_thread_of_the_source_cannot_be_created() {
         let outcome = attempt(&mut guest, fails_at(index), Arc::new(StdThreads));
         let failed = matches!(
             (index, role_of(&outcome.sent)),
-            (0, Some(ThreadRole::ReturnPath)) | (1.., Some(ThreadRole::SendChannel(_)))
+            (0, Some(ThreadRole::Watchdog))
+                | (1, Some(ThreadRole::ReturnPath))
+                | (2.., Some(ThreadRole::SendChannel(_)))
         );
         assert!(failed, "thread {index}: {:?}", outcome.sent);
         assert_eq!(settle(&mut guest, outcome, &format!("thread {index} of the source")), Owner::Source);
