@@ -88,7 +88,7 @@ fn a_guest_of_which_nobody_knows_where_it_is_stands_still_until_it_is_told_to_go
         let status = source.wait_for(|status| status["state"] != "outgoing");
         assert_eq!((&status["state"], &status["status"]), (&json!("paused"), &json!("failed")), "{status}");
         let error = status["error"].as_str().unwrap();
-        assert!(error.contains("it is not known whether the destination runs the VM"), "{error}");
+        assert!(error.contains("it is not known whether the other side runs the VM"), "{error}");
         // Nothing but the word of somebody who knows lets it go on.
         for refused in [json!({ "migrate": "unix:nowhere" }), json!({ "finish": { "passes": 1, "within": 1.0 } })] {
             let answer = source.ask(&refused).unwrap();

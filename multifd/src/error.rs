@@ -85,11 +85,12 @@ pub enum Error {
     /// The destination closed main before it confirmed that it has the VM.
     #[error("the destination closed the connection before it confirmed")]
     Unconfirmed,
-    /// The destination may run the VM: it was told that it may, and its answer did not arrive.
+    /// The other side may run the VM, and the VM is paused here.
     ///
-    /// The VM is paused on the source and was not resumed. An operator who knows that the destination does not run it can
-    /// resume it.
-    #[error("it is not known whether the destination runs the VM, so it stays paused here: {reason}")]
+    /// On the source: the destination was told that it may start, and its answer did not arrive. On a destination whose source
+    /// knows no GO: everything is here, and the source could not be told. An operator who knows that the VM does not run there
+    /// can resume it here.
+    #[error("it is not known whether the other side runs the VM, so it stays paused here: {reason}")]
     InDoubt {
         /// What came in place of the answer.
         reason: Box<Error>,

@@ -608,14 +608,15 @@ impl Run {
             action = commit.on(DestinationEvent::Go);
         }
         debug_assert_eq!(action, DestinationAction::Start);
-        // A cancel that came before wins. From here on nothing but its own limit ends what is left to do.
+        // A cancel that came before wins.
         self.shared.stop.decide()?;
-        self.bound_the_end();
         let mut kept = target.commit();
         if two_step && kept.is_ok() {
             kept = target.start();
         }
         let _ = commit.on(if kept.is_ok() { DestinationEvent::Started } else { DestinationEvent::StartFailed });
+        // What is left to do needs the source, and has a limit.
+        self.bound_the_end();
         let told = match &kept {
             Ok(()) if self.return_path => self.main().reply(&Message::Shut(0)),
             Ok(()) => Ok(()),
@@ -632,7 +633,8 @@ impl Run {
             }
             return Ok(());
         }
-        told?;
+        // Without GO the source may resume when it has not heard of it: then the VM must not start here.
+        told.map_err(|error| Error::InDoubt { reason: Box::new(error) })?;
         target.start()
     }
 

@@ -49,7 +49,7 @@ struct Mail {
     answer_is_due: bool,
     ready: bool,
     verdict: Option<Result<(), Error>>,
-    /// The thread has ended.
+    /// The thread has ended, or the migration has, before an answer was due.
     ended: bool,
 }
 
@@ -68,11 +68,13 @@ impl ReturnPath {
         let mail = Mailbox::default();
         lock(&mail.shared.mail).offered = offered;
         let stopper = stream.stopper().ok();
-        let mut end = End::new(mail.clone(), stop.clone());
+        // The thread may never begin.
+        stop.register(Box::new(mail.clone()));
+        let (mail_there, stop_there) = (mail.clone(), stop.clone());
         let thread = Task::spawn(threads, ThreadRole::ReturnPath, stop, move || {
+            let mut end = End::new(mail_there, stop_there);
             let outcome = end.mail.read_until_shut(&mut *stream, &pulse);
             end.outcome = outcome;
-            drop(end);
         })?;
         Ok(ReturnPath { mail, stopper, thread: Some(thread) })
     }
@@ -138,6 +140,17 @@ impl ReturnPath {
 impl Drop for ReturnPath {
     fn drop(&mut self) {
         self.join();
+    }
+}
+
+/// Before an answer is due nothing is worth waiting for once the migration has stopped. Afterwards the thread reads what the
+/// destination said before its connection ended.
+impl Stopper for Mailbox {
+    fn stop(&self) {
+        let mut mail = lock(&self.shared.mail);
+        mail.ended |= !mail.answer_is_due;
+        drop(mail);
+        self.shared.changed.notify_all();
     }
 }
 
@@ -242,13 +255,15 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        let mut mail = lock(&self.mail.shared.mail);
-        mail.verdict = match std::mem::replace(&mut self.outcome, Ok(())) {
+        // Not under the lock: to stop the migration is to wake those who wait for mail.
+        let verdict = match std::mem::replace(&mut self.outcome, Ok(())) {
             Ok(()) => Some(Ok(())),
             // Before the commit this stops the migration and is its first error; afterwards the main thread is waiting for
             // it.
             Err(error) => self.stop.stop(error).map(Err).or(Some(Err(Error::Stopped))),
         };
+        let mut mail = lock(&self.mail.shared.mail);
+        mail.verdict = verdict;
         mail.ended = true;
         drop(mail);
         self.mail.shared.changed.notify_all();
