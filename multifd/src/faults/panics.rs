@@ -102,7 +102,7 @@ fn one_side_has_the_guest_when_an_observer_of_the_source_panics_at_any_event() {
             return;
         }
         assert!(here != there, "event {index} of the source: {sent:?}, {received:?}");
-        assert_eq!(there, matches!(sent, Err(Error::Undecided { .. })), "event {index} of the source: {sent:?}");
+        assert_eq!(there, matches!(sent, Err(Error::InDoubt { .. })), "event {index} of the source: {sent:?}");
     }
     panic!("each event fails");
 }
