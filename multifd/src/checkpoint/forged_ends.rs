@@ -130,7 +130,7 @@ fn an_end_inside_a_device_is_none_wherever_the_stream_is_cut_and_however_long_it
         for (name, chosen) in forgeries() {
             let (sections, description) = state(&chosen);
             let stream =
-                [&beginning(b"")[..], &sections, &MainEncoder::new().eof().vm_description(&description).as_bytes()]
+                [&beginning(b"")[..], &sections, MainEncoder::new().eof().vm_description(&description).as_bytes()]
                     .concat();
             let forged = beginning(b"").len()
                 + sections.windows(chosen.len()).position(|part| part == chosen).unwrap()

@@ -26,6 +26,7 @@ use crate::{
     error::Error,
     progress::Observer,
     sync::Arc,
+    sys,
     transport::Listen,
 };
 
@@ -173,6 +174,10 @@ impl Target for Writer {
 
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
         if ram_ended {
+            // All pages are in the file: they can go to disk while the rest comes, and while we see that nothing follows it.
+            if let Err(error) = sys::writeback::begin(self.file.file()) {
+                tracing::debug!(%error, "pages are written to disk at the end only");
+            }
             self.tail = Tail::receive(section, self.beside_ram.early(), main)?;
             return Ok(Body::RestOfStream);
         }

@@ -19,5 +19,6 @@ pub(crate) mod uffd;
 pub(crate) mod vectored;
 #[cfg(feature = "vm-memory")]
 pub(crate) mod vm_memory;
+pub(crate) mod writeback;
 pub(crate) mod zerocopy;
 pub(crate) mod zeroed;
