@@ -1,10 +1,8 @@
 //! Fresh memory, mapped for RAM blocks.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
-    ptr::NonNull,
-};
+use std::{io, os::fd::AsRawFd, ptr::NonNull};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 /// A mapping that ends when it is dropped.
 pub(crate) struct Mapping {
@@ -25,18 +23,8 @@ impl Mapping {
 
     /// `len` bytes of a new memory file, which other processes can map too.
     pub(crate) fn memory_file(len: usize) -> io::Result<Mapping> {
-        // SAFETY: the name is a C string; the flags ask for nothing else.
-        let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let size = libc::off_t::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: takes a descriptor and a number.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC)?;
+        ftruncate(&fd, len as u64)?;
         Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd())
     }
 

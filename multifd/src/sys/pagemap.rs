@@ -2,12 +2,14 @@
 
 use std::{fs::File, io, ops::Range, os::fd::AsRawFd};
 
+use linux_raw_sys::general::{self, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, page_region, pm_scan_arg};
+
 /// `/proc/self/pagemap`, open.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
     /// Where the kernel puts what it found.
-    regions: Vec<Region>,
+    regions: Vec<page_region>,
 }
 
 /// Which pages to look for, and what to do with them.
@@ -28,7 +30,10 @@ pub(crate) struct Query {
 impl Pagemap {
     /// Opens the one of this process.
     pub(crate) fn open() -> io::Result<Pagemap> {
-        Ok(Pagemap { file: File::open("/proc/self/pagemap")?, regions: vec![Region::default(); REGIONS] })
+        Ok(Pagemap {
+            file: File::open("/proc/self/pagemap")?,
+            regions: vec![page_region { start: 0, end: 0, categories: 0 }; REGIONS],
+        })
     }
 
     /// Whether the kernel knows PAGEMAP_SCAN.
@@ -48,9 +53,9 @@ impl Pagemap {
     ) -> io::Result<()> {
         let mut from = within.start;
         loop {
-            let mut scan = Scan {
-                size: size_of::<Scan>() as u64,
-                flags: if query.protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
+            let mut scan = pm_scan_arg {
+                size: size_of::<pm_scan_arg>() as u64,
+                flags: if query.protect { u64::from(PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC) } else { 0 },
                 start: from,
                 end: within.end,
                 walk_end: 0,
@@ -78,47 +83,16 @@ impl Pagemap {
     }
 }
 
-/// `struct pm_scan_arg`
-#[repr(C)]
-struct Scan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region`
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-const _: () = assert!(size_of::<Scan>() == 96);
-const _: () = assert!(size_of::<Region>() == 24);
-
 /// PAGE_IS_WRITTEN: not protected by a userfaultfd; also set for a page that has no entry in the page table.
-pub(crate) const WRITTEN: u64 = 1 << 1;
+pub(crate) const WRITTEN: u64 = general::PAGE_IS_WRITTEN as u64;
 /// PAGE_IS_PRESENT
-pub(crate) const PRESENT: u64 = 1 << 3;
+pub(crate) const PRESENT: u64 = general::PAGE_IS_PRESENT as u64;
 /// PAGE_IS_SWAPPED: also set for a page that was never there and is protected.
-pub(crate) const SWAPPED: u64 = 1 << 4;
+pub(crate) const SWAPPED: u64 = general::PAGE_IS_SWAPPED as u64;
 /// PAGE_IS_PFNZERO: the kernel's shared page of zeros.
-pub(crate) const PFNZERO: u64 = 1 << 5;
+pub(crate) const PFNZERO: u64 = general::PAGE_IS_PFNZERO as u64;
 
-const WP_MATCHING: u64 = 1 << 0;
-const CHECK_WPASYNC: u64 = 1 << 1;
 /// The kernel itself works in portions of 512 regions; twice that keeps the calls few and the buffer (24 KiB) in cache.
 const REGIONS: usize = 1024;
-/// `_IOWR('f', 16, struct pm_scan_arg)`
+/// `_IOWR('f', 16, struct pm_scan_arg)`, which `linux-raw-sys` does not have.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;

@@ -9,6 +9,14 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
+use linux_raw_sys::{
+    general::{
+        UFFD_API, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
+        UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_copy, uffdio_range, uffdio_register,
+    },
+    ioctl,
+};
+
 use crate::ram::GuestRange;
 
 /// A userfaultfd with asynchronous write protection: a write to a protected page unprotects it, and nobody has to be
@@ -37,9 +45,9 @@ impl Userfaultfd {
         // protection never does that, and writes by the kernel are tracked all the same (a test says so).
         let fd =
             by_system_call().or_else(|error| by_device().map_err(|_| error)).map_err(|error| (Step::Open, error))?;
-        let mut api = Api { api: 0xaa, features: WP_ASYNC | WP_UNPOPULATED | WP_HUGETLBFS_SHMEM, ioctls: 0 };
+        let mut api = uffdio_api { api: u64::from(UFFD_API), features: FEATURES, ioctls: 0 };
         // SAFETY: the kernel reads and writes one struct `uffdio_api`, which `api` is.
-        let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), ioctl::UFFDIO_API as libc::Ioctl, &raw mut api) };
         if result < 0 {
             return Err((Step::Features, io::Error::last_os_error()));
         }
@@ -48,10 +56,12 @@ impl Userfaultfd {
 
     /// Registers the `len` bytes at `start` for write protection. Nothing is protected or populated by that.
     pub(crate) fn register(&self, start: u64, len: u64) -> io::Result<()> {
-        let mut register = Register { range: Range { start, len }, mode: MODE_WP, ioctls: 0 };
+        let mut register =
+            uffdio_register { range: uffdio_range { start, len }, mode: u64::from(UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
         // SAFETY: the kernel reads and writes one struct `uffdio_register`. It changes how faults in the range are
         // resolved, not what the memory holds; with WP_ASYNC no fault waits for an answer.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+        let result =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::UFFDIO_REGISTER as libc::Ioctl, &raw mut register) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
@@ -64,10 +74,15 @@ impl Userfaultfd {
     pub(crate) fn fill(&self, to: GuestRange<'_>, from: &[u8]) -> io::Result<usize> {
         assert_eq!(to.len(), from.len());
         to.require_writable()?;
-        let mut copy =
-            Copy { dst: to.as_ptr() as u64, src: from.as_ptr() as u64, len: from.len() as u64, mode: 0, copy: 0 };
+        let mut copy = uffdio_copy {
+            dst: to.as_ptr() as u64,
+            src: from.as_ptr() as u64,
+            len: from.len() as u64,
+            mode: 0,
+            copy: 0,
+        };
         // SAFETY: the kernel reads `len` bytes at `src`, which are ours, and writes guest memory in bounds of `to`.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) };
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::UFFDIO_COPY as libc::Ioctl, &raw mut copy) };
         if result == 0 || copy.copy > 0 {
             return Ok(usize::try_from(copy.copy).unwrap_or(0));
         }
@@ -80,7 +95,7 @@ impl Userfaultfd {
 
 fn by_system_call() -> io::Result<OwnedFd> {
     // SAFETY: takes flags only.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY) };
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, OPEN_FLAGS) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -91,9 +106,8 @@ fn by_system_call() -> io::Result<OwnedFd> {
 /// For sandboxes that forbid the system call and pass the device.
 fn by_device() -> io::Result<OwnedFd> {
     let device = File::open("/dev/userfaultfd")?;
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
     // SAFETY: takes flags by value.
-    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, OPEN_FLAGS) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -101,58 +115,8 @@ fn by_device() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `struct uffdio_api`
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-/// `struct uffdio_range`
-#[repr(C)]
-struct Range {
-    start: u64,
-    len: u64,
-}
-
-/// `struct uffdio_register`
-#[repr(C)]
-struct Register {
-    range: Range,
-    mode: u64,
-    ioctls: u64,
-}
-
-/// `struct uffdio_copy`
-#[repr(C)]
-struct Copy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    /// Bytes copied, or a negative error.
-    copy: i64,
-}
-
-const _: () = assert!(size_of::<Copy>() == 40);
-const _: () = assert!(size_of::<Api>() == 24);
-const _: () = assert!(size_of::<Register>() == 32);
-
-const USER_MODE_ONLY: i32 = 1;
-/// UFFD_FEATURE_WP_HUGETLBFS_SHMEM, Linux 5.19.
-const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-/// UFFD_FEATURE_WP_UNPOPULATED, Linux 6.4; WP_ASYNC implies it.
-const WP_UNPOPULATED: u64 = 1 << 13;
-/// UFFD_FEATURE_WP_ASYNC, Linux 6.7.
-const WP_ASYNC: u64 = 1 << 15;
-/// UFFDIO_REGISTER_MODE_WP
-const MODE_WP: u64 = 1 << 1;
-/// `_IO(0xaa, 0x00)`
+/// Linux 5.19, 6.4 and 6.7. The last implies the one before.
+const FEATURES: u64 = (UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC) as u64;
+const OPEN_FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY as i32;
+/// `_IO(0xaa, 0x00)`, which `linux-raw-sys` does not have.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
-/// `_IOWR(0xaa, 0x3f, struct uffdio_api)`
-const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
-/// `_IOWR(0xaa, 0x03, struct uffdio_copy)`
-const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03_u32 as libc::Ioctl;
-/// `_IOWR(0xaa, 0x00, struct uffdio_register)`
-const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
