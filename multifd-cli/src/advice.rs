@@ -40,10 +40,13 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
     )
 }
 
-/// Whether the destination ended the connection, or said something in answer that is no migration.
+/// Whether the destination ended the connection, does nothing, or said something in answer that is no migration.
 fn hung_up(error: &Error) -> bool {
     match error {
         Error::Io { .. } | Error::Unconfirmed | Error::Refused { .. } => true,
+        // One that waits for more channels than there are says nothing either.
+        Error::Stalled { .. } | Error::PauseLimit { .. } => true,
+        Error::InDoubt { reason } => hung_up(reason),
         Error::Protocol { at, .. } => at.connection == Connection::ReturnPath,
         _ => false,
     }

@@ -325,6 +325,28 @@ fn sending_to_a_descriptor_is_refused_with_what_works() {
     }
 }
 
+/// It was waited for without an end.
+#[test]
+fn a_destination_that_never_answers_is_given_up_and_the_guest_runs_on() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap());
+        thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                thread::spawn(move || io::copy(&mut &connection, &mut io::sink()));
+            }
+        });
+        let source = Guest::start(dir.path(), "source", &format!("{SMALL} --stall-timeout 300ms"));
+        source.wait_for(|status| status["state"] == "running");
+        source.ask(&json!({ "migrate": uri })).unwrap();
+        let status = source.wait_for(|status| status["state"] != "outgoing");
+        assert_eq!((&status["state"], &status["status"]), (&json!("running"), &json!("failed")), "{status}");
+        assert!(status["error"].as_str().unwrap().contains("within 0.3 s"), "{status}");
+        source.runs_on();
+    });
+}
+
 /// It was in the way of the next guest.
 #[test]
 fn the_control_socket_of_a_killed_guest_is_replaced() {

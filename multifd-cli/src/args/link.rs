@@ -21,7 +21,7 @@ use crate::units::{self, Limit};
 #[command(next_help_heading = MIGRATION)]
 pub struct LinkArgs {
     /// How long nothing may arrive before the peer is given up, while the guest runs; 0 for no limit.
-    #[arg(long, value_name = "TIME", default_value = "2min", value_parser = units::time_limit, hide = true)]
+    #[arg(long, value_name = "TIME", default_value = "2min", value_parser = units::time_limit)]
     pub stall_timeout: Limit<Duration>,
     /// Secret of this migration, 32 hexadecimal digits, the same on both sides; connections without it are dropped. Not
     /// with QEMU. In the environment other users do not see it.

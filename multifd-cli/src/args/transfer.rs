@@ -61,8 +61,8 @@ pub struct TransferArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time_limit)]
     pub connect_timeout: Limit<Duration>,
     /// Longest pause of the guest, until the destination has confirmed that it has it. Then the guest runs on here; where
-    /// the destination may have it already, it stays paused, in doubt (exit status 7). 0 for no limit.
-    #[arg(long, value_name = "TIME", value_parser = units::time_limit, hide = true)]
+    /// the destination may have it already, it stays paused, in doubt (exit status 7). 0 for no limit [default: 2min].
+    #[arg(long, value_name = "TIME", value_parser = units::time_limit)]
     pub pause_timeout: Option<Limit<Duration>>,
     /// Never slow the guest down, even if it writes faster than its memory can be sent.
     #[arg(long)]
@@ -78,6 +78,7 @@ impl TransferArgs {
         let dialect = self.sync.map(Dialect::from).or_else(|| Dialect::of_machine(machine));
         let zero_pages = self.zero_pages.map(machine::ZeroPages::from);
         let zero_pages = zero_pages.or_else(|| machine::ZeroPages::of_machine(machine));
+        let defaults = source::Options::default();
         source::Options {
             channels: self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get),
             machine: machine.to_owned(),
@@ -88,13 +89,15 @@ impl TransferArgs {
             compression_level: self.compression_level.unwrap_or(DEFAULT_LEVEL),
             zero_copy: self.zero_copy,
             max_bandwidth: self.max_bandwidth.and_then(|rate| rate.0),
+            pause_limit: self.pause_timeout.map_or(defaults.pause_limit, |time| time.0),
+            stall_limit: self.link.stall_timeout.0,
             limits: Limits {
                 downtime: self.downtime_limit,
                 rounds: Some(self.max_rounds),
                 time: self.max_time.and_then(|time| time.0),
                 throttle: !self.no_throttle,
             },
-            ..source::Options::default()
+            ..defaults
         }
     }
 
@@ -103,6 +106,7 @@ impl TransferArgs {
         destination::Options {
             channels: self.channels.map(NonZeroU8::get),
             compression: self.compression.and_then(Compression::required),
+            stall_limit: self.link.stall_timeout.0,
             ..destination::Options::default()
         }
     }

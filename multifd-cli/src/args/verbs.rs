@@ -3,7 +3,7 @@
 use std::{num::NonZeroU8, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
-use multifd::transport::uri::Uri;
+use multifd::{source, transport::uri::Uri};
 
 use super::{
     MIGRATION,
@@ -168,6 +168,9 @@ pub struct SendArgs {
     /// QEMU does not write those that it finds in packets.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// What waits there [default: multifd for the built-in guest, else qemu].
+    #[arg(long, value_enum, help_heading = MIGRATION)]
+    pub peer: Option<Peer>,
     /// UUID of the VM, which a QEMU started with -uuid compares with its own. QEMU does not write it into its files
     /// [default: the one in FILE, or none].
     #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = MIGRATION)]
@@ -209,6 +212,24 @@ pub enum ReturnPathAck {
     Never,
     /// In any case.
     Always,
+}
+
+/// What is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// multifd: the hand-over has two steps, so that a broken connection does not leave it in doubt who has the VM.
+    Multifd,
+    /// QEMU, or something else that knows only its format; multifd as well.
+    Qemu,
+}
+
+impl From<Peer> for source::Peer {
+    fn from(peer: Peer) -> source::Peer {
+        match peer {
+            Peer::Multifd => source::Peer::Multifd,
+            Peer::Qemu => source::Peer::Qemu,
+        }
+    }
 }
 
 /// What connects the processes of the demo.

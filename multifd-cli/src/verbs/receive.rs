@@ -78,6 +78,7 @@ fn options(args: &ReceiveArgs) -> destination::Options {
         channels: args.channels.map(Into::into),
         compression: args.compression.and_then(Compression::required),
         uuid: args.uuid,
+        stall_limit: args.link.stall_timeout.0,
         audit: args.audit,
         switchover_ack: match args.return_path_ack {
             ReturnPathAck::Auto => SwitchoverAck::Auto,

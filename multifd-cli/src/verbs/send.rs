@@ -58,6 +58,8 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> 
         options.zero_pages = ZeroPages::Legacy;
     }
     checkpoint.apply_to(&mut options);
+    let peer = args.peer.map(source::Peer::from);
+    options.peer = peer.unwrap_or(if ours { source::Peer::Multifd } else { source::Peer::Qemu });
     if let Some(uuid) = args.uuid {
         options.uuid = uuid;
         // All zero is a VM without one, which says nothing about it.
