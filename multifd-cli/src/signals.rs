@@ -1,5 +1,5 @@
 //! Interrupts: Ctrl-C and SIGTERM cancel what is under way. A terminal that goes away (SIGHUP) is an interrupt, too, but
-//! for a guest, which runs on.
+//! for a guest, which runs on. SIGUSR1 resumes a guest that is paused in doubt.
 //!
 //! A thread waits for the signals, so what they do is ordinary code. Other signals that would end the process because of
 //! something outside of it are errors of a system call instead: SIGXFSZ (a file above the limit of `ulimit -f`) here,
@@ -9,7 +9,7 @@ use std::{fs, io, thread};
 
 use multifd::stop::StopHandle;
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ},
+    consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ},
     iterator::Signals,
 };
 
@@ -38,6 +38,16 @@ pub fn on_interrupt(hangup: Hangup, mut interrupted: impl FnMut() + Send + 'stat
             }
         }
     })?;
+    Ok(())
+}
+
+/// Calls `resumed` at each SIGUSR1, from a thread of its own, until the process ends.
+///
+/// # Errors
+/// The kernel's.
+pub fn on_resume(mut resumed: impl FnMut() + Send + 'static) -> io::Result<()> {
+    let mut signals = Signals::new([SIGUSR1])?;
+    thread::Builder::new().name("resume".to_owned()).spawn(move || signals.forever().for_each(|_| resumed()))?;
     Ok(())
 }
 

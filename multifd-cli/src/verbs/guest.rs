@@ -55,6 +55,8 @@ pub fn run(args: &GuestArgs) -> Outcome {
 enum Event {
     /// Ctrl-C or SIGTERM.
     Interrupt,
+    /// SIGUSR1.
+    Resume,
     /// A command on the control socket.
     Request(Request),
     /// The migration is over.
@@ -158,6 +160,8 @@ impl<'a> Session<'a> {
         let interrupts = events.clone();
         signals::on_interrupt(Hangup::IsIgnored, move || drop(interrupts.send(Event::Interrupt)))
             .map_err(|error| failed(&error))?;
+        let resumes = events.clone();
+        signals::on_resume(move || drop(resumes.send(Event::Resume))).map_err(|error| failed(&error))?;
         let config = args.machine.config(args.verify);
         let guest = if args.incoming.is_some() { Guest::create_incoming(&config) } else { Guest::create(&config) };
         let guest = guest.map_err(|error| failed(&error))?;
@@ -227,6 +231,10 @@ impl<'a> Session<'a> {
                         }
                         break;
                     }
+                },
+                Event::Resume => match self.answer_resume() {
+                    Ok(_) => self.say("the guest runs on here"),
+                    Err(error) => self.say(&format!("SIGUSR1: {error}")),
                 },
                 Event::Request(request) => {
                     let (answer, end) = self.answer(&request.command);
@@ -375,9 +383,13 @@ impl<'a> Session<'a> {
                 if failed.stands_still {
                     // Another target would get a guest that may run already.
                     self.state = State::Paused;
-                    self.say(&failed.message);
+                    if self.args.child_of.is_none() {
+                        // Not even --quiet hides it: this process has what may be the only copy.
+                        terminal::say(&format!("{}\n{}", failed.message, what_now()));
+                    }
                     self.failure = Some((failed.exit, failed.message));
-                    return self.args.control.is_none();
+                    // The demo tells nobody what to do; it ends.
+                    return self.args.control.is_none() && self.args.child_of.is_some();
                 }
                 self.state = State::Running;
                 self.say(&format!("{}; the guest runs on here", failed.message));
@@ -485,6 +497,9 @@ impl<'a> Session<'a> {
         if let Some((exit, error)) = &self.failure {
             object.insert("status".to_owned(), exit.status().into());
             object.insert("error".to_owned(), error.clone().into());
+            if *exit == Exit::InDoubt {
+                object.insert("in-doubt".to_owned(), true.into());
+            }
         }
         Value::Object(object)
     }
@@ -603,6 +618,15 @@ impl Failed {
     fn by_io(error: &io::Error) -> Failed {
         Failed { exit: Exit::Failed, message: error.to_string(), report: Map::new(), stands_still: false }
     }
+}
+
+/// What an operator can do with a guest that is paused in doubt.
+fn what_now() -> String {
+    let pid = std::process::id();
+    format!(
+        "Look whether the guest runs at the destination. If it does not: \"resume\" on the control socket, or kill -USR1 {pid}, \
+         resumes it here. If it does: \"quit\", or kill {pid}, ends this process and its paused copy. Until then it waits."
+    )
 }
 
 /// The message about a thread that `what`s and cannot be created.

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod hosts;
+
 use std::{
     io::{BufRead, BufReader, Read},
     os::unix::net::UnixStream,
