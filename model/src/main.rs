@@ -9,7 +9,7 @@ use std::{
 
 use multifd_model::{
     commit::variants::{CommitVariant, CommitVerdict, commits, mutants},
-    variants::{Effort, Variant, Verdict, protocols, removals},
+    variants::{Effort, Variant, Verdict, late_channels, protocols, removals},
 };
 
 fn main() -> ExitCode {
@@ -27,7 +27,11 @@ fn main() -> ExitCode {
     }
     let begun = Instant::now();
     let (mut states, mut caught, mut wrong) = (0, 0, 0);
-    let (protocols, removals) = (protocols(), removals());
+    let (mut protocols, mut removals) = (protocols(), removals());
+    let (late, late_done_wrong) =
+        late_channels().into_iter().partition::<Vec<_>, _>(|variant| variant.expected.is_none());
+    protocols.extend(late);
+    removals.extend(late_done_wrong);
     println!("| protocol | verdict | states | steps | s |\n|---|---|---|---|---|");
     for variant in &protocols {
         let verdict = variant.verdict(effort);

@@ -6,13 +6,13 @@
 
 mod key;
 
-use std::fmt;
+use std::{fmt, num::NonZeroU8};
 
 pub use key::Key;
 
 use multifd_proto::{
-    ChannelId, Violation,
-    rounds::{Arrival, Party, Rounds},
+    ChannelId, ProtocolError,
+    rounds::{Arrival, Party, Rounds, Sync},
 };
 
 use crate::search::{Fingerprint, Model};
@@ -46,10 +46,23 @@ pub struct Config {
     pub symmetric: bool,
     /// Main opens a round when all pages are handed out; each channel begins it after its own SYNC.
     pub rounds_overlap: bool,
+    /// How the destination knows which channels there are.
+    pub membership: Membership,
     /// Waits that are missing.
     pub without: Vec<Wait>,
     /// Something else that is missing.
     pub defect: Option<Defect>,
+}
+
+/// How the destination knows which channels there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// It has known from the beginning, and all are there.
+    Known,
+    /// Each says with its first SYNC how many there are. Before that SYNC is read, the channel has not come.
+    Told,
+    /// The numbers of SYNC packets prove it. Not where SYNC packets carry pages.
+    Numbers,
 }
 
 /// Which interleavings are searched.
@@ -113,6 +126,10 @@ pub enum Defect {
     SyncPagesDropped,
     /// The destination takes the page of a SYNC packet behind the barrier.
     SyncBeforeItsPages,
+    /// The destination takes those channels for all that have come when main is at this sync point, and ignores the others.
+    GuessedAtSyncPoint(u8),
+    /// The first SYNC of a channel that comes late counts as its SYNC of the current round.
+    FirstSyncCounts,
 }
 
 /// What went wrong.
@@ -198,6 +215,8 @@ pub enum Event {
     Applies { by: Who, page: u8, version: u8, over: u8 },
     /// A receiver takes a SYNC.
     TakesSync { channel: usize, page: Option<(u8, u8)> },
+    /// A receiver takes the first SYNC of a channel that is taken for a stranger's, and nothing more.
+    IsIgnored { channel: usize },
     /// Destination main takes its sync point.
     TakesSyncPoint { eos: bool },
     /// Destination main passes over the end of a section, which means nothing in its dialect.
@@ -245,6 +264,8 @@ pub enum Why {
     WriteFailed(Who),
     /// End of a connection in the middle of the migration.
     Eof(Who),
+    /// It is not known whether all channels are there.
+    Incomplete,
     /// Everything is done.
     Done,
 }
@@ -259,6 +280,8 @@ pub struct State {
     section: u8,
     /// Pages not handed out.
     scan: u8,
+    /// The number of the next packet, where they are numbered.
+    number: u8,
     finished: bool,
     /// The version of each page on the source.
     versions: [u8; MAX_PAGES],
@@ -290,6 +313,7 @@ impl State {
     /// Nothing of it is looked at any more, so such states need not be told apart.
     fn forget_source(&mut self) {
         self.pc = 0;
+        self.number = 0;
         self.main_waits = Waiting::default();
         self.scan = 0;
         self.zeros = [0; MAX_PAGES];
@@ -330,6 +354,10 @@ struct Receiver {
     /// Applied when the wait is over.
     pending: u8,
     left: bool,
+    /// Its first SYNC was read, where that makes it a member.
+    joined: bool,
+    /// Packets with pages since the last SYNC, where packets are numbered.
+    packets: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -430,6 +458,10 @@ impl Protocol {
     /// The model of `config`.
     pub fn new(config: Config) -> Protocol {
         assert!(config.channels <= MAX_CHANNELS && config.pages <= MAX_PAGES && config.rounds <= 4);
+        assert!(
+            config.membership != Membership::Numbers || !config.sync_carries_pages,
+            "SYNC has room for one of both"
+        );
         let mut section = vec![Op::Open, Op::MeetOpen];
         let per_round = config.source == Dialect::PerRound;
         let early = config.flush == Flush::Early;
@@ -454,7 +486,7 @@ impl Protocol {
         {
             Account::Loose([0; MAX_CHANNELS + 1])
         } else {
-            Account::Real(Rounds::new(Some(channels)))
+            Account::Real(Rounds::new(channels))
         };
         let destination_meeting = if loose(&[
             Wait::DestinationMain,
@@ -464,14 +496,17 @@ impl Protocol {
         ]) {
             Account::Loose([0; MAX_CHANNELS + 1])
         } else {
-            // As in the engine, their number is known when main gets to its first sync point.
-            Account::Real(Rounds::new(None))
+            Account::Real(match self.config.membership {
+                Membership::Known => Rounds::new(channels),
+                Membership::Told | Membership::Numbers => Rounds::open(None),
+            })
         };
         State {
             pc: 0,
             main_waits: Waiting::default(),
             section: 0,
             scan: 0,
+            number: 0,
             finished: false,
             versions: [0; MAX_PAGES],
             zeros: [0; MAX_PAGES],
@@ -496,7 +531,7 @@ impl Protocol {
 
     /// Whether states that are alike are visited once.
     pub fn is_symmetric(&self) -> bool {
-        self.config.symmetric
+        self.config.symmetric && self.config.membership == Membership::Known
     }
 
     /// Whether both sides have ended.
@@ -577,7 +612,8 @@ impl Protocol {
                 }
             }
         }
-        if state.destination_end == End::Running && !self.config.faults {
+        // An arrival with which a channel joins does not commute with main's.
+        if state.destination_end == End::Running && !self.config.faults && self.config.membership == Membership::Known {
             let waits = |kind: u8, link: usize| unpack((state.links[link].0 & 0xff) as u8).0 == kind;
             if out.is_empty() && (waits(FLUSH, MAIN) || waits(EOS, MAIN)) {
                 self.destination_main(state, out);
@@ -768,6 +804,7 @@ impl Protocol {
                 holding.senders[channel].held = packet(PAGE, page, version);
                 out.push((Event::SendsPage { channel, page, version, held: true }, holding));
             }
+            taken.number += u8::from(self.config.membership == Membership::Numbers);
             let event = Event::SendsPage { channel, page, version, held: false };
             self.write(state, taken, Who::Channel(channel), packet(PAGE, page, version), event, out);
         }
@@ -798,9 +835,10 @@ impl Protocol {
         }
         let (_, page, version) = unpack(held);
         let (bytes, with) = match held {
-            0 => (packet(SYNC, 0, 0), None),
+            0 => (packet(SYNC, state.number >> 3, state.number & 7), None),
             _ => (packet(SYNC_WITH_PAGE, page, version), Some((page, version))),
         };
+        next.number += u8::from(self.config.membership == Membership::Numbers);
         let event = Event::SendsSync { channel, section, page: with };
         self.write(state, closes(next), Who::Channel(channel), bytes, event, out);
     }
@@ -855,10 +893,14 @@ impl Protocol {
                 if eos && self.config.destination == Dialect::PerRound {
                     return out.push((Event::IgnoresEos, next));
                 }
-                if let Account::Real(rounds) = &mut next.destination_meeting
-                    && rounds.channels().is_none()
-                {
-                    rounds.fix_channels(self.config.channels).expect("the source opened no more");
+                if let Account::Real(rounds) = &mut next.destination_meeting {
+                    let joined = rounds.members().joined();
+                    if self.config.defect == Some(Defect::GuessedAtSyncPoint(next.sync_points)) {
+                        // Without effect where the number is known.
+                        let _ = rounds.members_mut().tell(joined);
+                    } else if !eos {
+                        rounds.members_mut().expect_channels();
+                    }
                 }
                 next.sync_points += 1;
                 let missing = self.is_missing(Wait::DestinationMain)
@@ -873,6 +915,9 @@ impl Protocol {
                 }
             }
             (ZERO, page, version) => out.push(self.apply(next, Who::Main, page, version)),
+            (DEVICES, ..) if !is_complete(&mut next.destination_meeting) => {
+                out.push(self.destination_ends(state, Why::Incomplete));
+            }
             (DEVICES, ..) => {
                 next.started = true;
                 next.shut = state.gone >> MAIN & 1 == 0;
@@ -911,7 +956,13 @@ impl Protocol {
             return;
         };
         match unpack(packet) {
-            (PAGE, page, version) => out.push(self.apply(next, Who::Channel(channel), page, version)),
+            (PAGE, page, version) => {
+                next.receivers[channel].packets += u8::from(self.config.membership == Membership::Numbers);
+                out.push(self.apply(next, Who::Channel(channel), page, version));
+            }
+            (SYNC, high, low) if self.config.membership != Membership::Known => {
+                self.take_member_sync(state, next, channel, high << 3 | low, out);
+            }
             (SYNC, ..) => self.take_sync(state, next, channel, None, out),
             (SYNC_WITH_PAGE, page, version) => {
                 match self.config.defect {
@@ -944,6 +995,46 @@ impl Protocol {
             Ok(token) => {
                 next.receivers[channel].waits = Waiting { token, parties };
                 out.push((Event::TakesSync { channel, page }, next));
+            }
+            Err(_) => out.push(self.destination_ends(state, Why::Eof(Who::Channel(channel)))),
+        }
+    }
+
+    /// As [`take_sync`](Self::take_sync) where a channel joins with its first SYNC.
+    fn take_member_sync(
+        &self,
+        state: &State,
+        mut next: State,
+        channel: usize,
+        number: u8,
+        out: &mut Vec<(Event, State)>,
+    ) {
+        let Account::Real(rounds) = &mut next.destination_meeting else { unreachable!("all waits are there") };
+        let receiver = &mut next.receivers[channel];
+        let sync = Sync { number: number.into(), packets: std::mem::take(&mut receiver.packets).into() };
+        let round = rounds.round();
+        let arrival = if std::mem::replace(&mut receiver.joined, true) {
+            rounds.sync(id(channel), sync)
+        } else {
+            let channels = u8::try_from(self.config.channels).expect("few channels");
+            let told = NonZeroU8::new(channels).filter(|_| self.config.membership == Membership::Told);
+            if rounds.admit(id(channel), told).is_err() {
+                // Ignored from here on, as a stranger.
+                receiver.left = true;
+                return out.push((Event::IsIgnored { channel }, next));
+            }
+            match rounds.join(id(channel), told, sync) {
+                Ok(Arrival::Joins) if self.config.defect == Some(Defect::FirstSyncCounts) => {
+                    rounds.sync(id(channel), sync)
+                }
+                arrival => arrival,
+            }
+        };
+        match arrival {
+            Ok(arrival) => {
+                let parties = if arrival == Arrival::Joins { 0 } else { self.everybody() };
+                receiver.waits = Waiting { token: u8::try_from(round).expect("few rounds"), parties };
+                out.push((Event::TakesSync { channel, page: None }, next));
             }
             Err(_) => out.push(self.destination_ends(state, Why::Eof(Who::Channel(channel)))),
         }
@@ -1001,7 +1092,7 @@ impl Protocol {
         }
     }
 
-    fn arrive(&self, account: &mut Account, who: Who) -> Result<u8, Violation> {
+    fn arrive(&self, account: &mut Account, who: Who) -> Result<u8, ProtocolError> {
         match account {
             Account::Real(rounds) => {
                 let round = rounds.round();
@@ -1043,6 +1134,14 @@ impl Protocol {
 
     fn everybody(&self) -> u8 {
         ((1 << self.config.channels) - 1) | (1 << MAIN)
+    }
+}
+
+/// Whether the destination knows that all channels are there, and none goes on.
+fn is_complete(account: &mut Account) -> bool {
+    match account {
+        Account::Real(rounds) => rounds.members().is_complete() && rounds.close().is_ok(),
+        Account::Loose(_) => true,
     }
 }
 
@@ -1157,6 +1256,9 @@ impl fmt::Display for Event {
             Event::TakesSync { channel, page } => {
                 line(destination, Who::Channel(channel), format!("takes SYNC{}", with(page)))
             }
+            Event::IsIgnored { channel } => {
+                line(destination, Who::Channel(channel), "is taken for a stranger's connection".into())
+            }
             Event::TakesSyncPoint { eos } => {
                 line(destination, Who::Main, format!("takes {}", if eos { "the end of a section" } else { "FLUSH" }))
             }
@@ -1172,6 +1274,7 @@ impl fmt::Display for Event {
             Event::Ends { side, why } => match why {
                 Why::WriteFailed(who) => line(side, who, "cannot write: all threads of this side return".into()),
                 Why::Eof(who) => line(side, who, "sees the end of its connection".into()),
+                Why::Incomplete => line(side, Who::Main, "does not know whether all channels have come".into()),
                 Why::Done => line(side, Who::Main, "ends".into()),
             },
         }

@@ -58,6 +58,7 @@ pub mod extension;
 pub mod ids;
 pub mod machine;
 pub mod mapped_ram;
+pub mod membership;
 pub mod packet;
 pub mod ram;
 pub mod return_path;

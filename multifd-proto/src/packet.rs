@@ -23,7 +23,7 @@
 //! |     64 |  256 | block name           | NUL-terminated; stale in a SYNC packet of QEMU 7.2                      |
 //! |    320 | 8×n  | offsets in the block | normal pages in payload order, then zero pages, then unused (stale) slots |
 
-use std::fmt;
+use std::{fmt, num::NonZeroU8};
 
 use crate::ids::{BlockName, ChannelId, escape, name_text};
 use crate::ram::check_page;
@@ -140,7 +140,8 @@ impl<'a> RamPacket<'a> {
         self.compression
     }
 
-    /// The sender's number of the packet, for display: QEMU 7.2 repeats and skips numbers.
+    /// The sender's number of the packet. QEMU 7.2 repeats and skips numbers; what they prove all the same is in
+    /// [`membership`](crate::membership).
     pub fn packet_num(&self) -> u64 {
         u64::from_be_bytes(*self.bytes[24..].first_chunk().expect("a header is longer"))
     }
@@ -279,13 +280,19 @@ impl PacketHeader<'_> {
 /// |      4 |    4 | version, 1                              |
 /// |      8 |   16 | uuid of the VM; zeros when it has none  |
 /// |     24 |    1 | channel id                              |
-/// |     25 |   39 | zero                                    |
+/// |     25 |    1 | number of channels; zero when not told  |
+/// |     26 |   38 | zero                                    |
+///
+/// QEMU writes zeros behind the id and does not read them. Our own source tells there how many channels it has, so that a
+/// receiver knows which are still to come. Where both ends share a token of the migration, it stands in place of the uuid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hello {
     /// The VM's uuid, or zeros. A receiver with another one refuses the channel.
     pub uuid: [u8; 16],
     /// Which channel this is.
     pub channel: ChannelId,
+    /// How many channels the source has, if it tells.
+    pub channels: Option<NonZeroU8>,
 }
 
 impl Hello {
@@ -293,7 +300,7 @@ impl Hello {
     pub fn decode(bytes: &[u8; HELLO_LEN]) -> Result<Self, DecodeError> {
         magic_and_version(bytes, "hello")?;
         let uuid = *bytes[8..].first_chunk().expect("a hello is longer");
-        Ok(Self { uuid, channel: ChannelId(bytes[24]) })
+        Ok(Self { uuid, channel: ChannelId(bytes[24]), channels: NonZeroU8::new(bytes[25]) })
     }
 
     /// Refuses the channel of another VM than the one with this uuid (zeros: a VM without).
@@ -308,6 +315,7 @@ impl Hello {
         put(&mut bytes, 4, VERSION);
         bytes[8..24].copy_from_slice(&self.uuid);
         bytes[24] = self.channel.0;
+        bytes[25] = self.channels.map_or(0, NonZeroU8::get);
         bytes
     }
 }
@@ -547,16 +555,17 @@ mod tests {
 
     #[test]
     fn hello_survives_the_wire() {
-        let hello = Hello { uuid: *b"0123456789abcdef", channel: ChannelId(3) };
+        let hello = Hello { uuid: *b"0123456789abcdef", channel: ChannelId(3), channels: NonZeroU8::new(5) };
         let bytes = hello.encode();
         assert_eq!(Hello::decode(&bytes), Ok(hello));
         assert_eq!(bytes[24], 3);
-        assert!(bytes[25..].iter().all(|byte| *byte == 0));
+        assert_eq!(bytes[25], 5);
+        assert!(bytes[26..].iter().all(|byte| *byte == 0));
     }
 
     #[test]
     fn channel_of_another_vm_is_refused() {
-        let hello = Hello { uuid: [7; 16], channel: ChannelId(0) };
+        let hello = Hello { uuid: [7; 16], channel: ChannelId(0), channels: None };
         assert_eq!(hello.check_uuid([7; 16]), Ok(()));
         assert_eq!(hello.check_uuid([0; 16]), Err(Mismatch::Uuid { expected: [0; 16], found: [7; 16] }));
     }
@@ -574,7 +583,7 @@ mod tests {
 
     #[test]
     fn hello_of_another_protocol_is_refused() {
-        let mut bytes = Hello { uuid: [0; 16], channel: ChannelId(0) }.encode();
+        let mut bytes = Hello { uuid: [0; 16], channel: ChannelId(0), channels: None }.encode();
         bytes[7] = 2;
         assert_eq!(Hello::decode(&bytes), Err(DecodeError::BadVersion { what: "hello", expected: 1, found: 2 }));
         bytes[..4].copy_from_slice(b"GET ");

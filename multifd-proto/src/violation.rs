@@ -236,6 +236,26 @@ pub enum Violation {
     /// A page before the first sync point, which comes before any page.
     #[error("page before the first sync point")]
     PageBeforeFirstSync,
+    /// A channel reached the end of a round that main does not have.
+    #[error("channel {channel} has one SYNC packet more than main has sync points")]
+    SyncAfterLast {
+        /// The channel.
+        channel: ChannelId,
+    },
+    /// A page after the last sync point: nothing would say that the channel has sent all of them.
+    #[error("channel {channel} has pages after the last sync point")]
+    PageAfterLastSync {
+        /// The channel.
+        channel: ChannelId,
+    },
+    /// The numbers of the SYNC packets proved how many channels there are, and no longer do.
+    #[error("the packet numbers up to the end of round {round} are not those of {channels} channels")]
+    PacketNumbers {
+        /// The number of channels.
+        channels: usize,
+        /// The round.
+        round: u64,
+    },
     /// A block that is listed twice.
     #[error("block {name:?} is listed twice")]
     DuplicateBlock {
@@ -427,6 +447,23 @@ pub enum Mismatch {
     Capability {
         /// The name, escaped.
         name: String,
+    },
+    /// The source says another number of channels than is known.
+    #[error("the source has {told} channels, expected {known}")]
+    ChannelCount {
+        /// What it says.
+        told: usize,
+        /// What is known.
+        known: usize,
+    },
+    /// Nothing in the stream proves how many channels there are.
+    #[error(
+        "{joined} channels came, and the packet numbers of this source do not prove that these are all: \
+         give the number of channels"
+    )]
+    ChannelsUnproven {
+        /// How many have joined.
+        joined: usize,
     },
     /// The channel belongs to another VM.
     #[error("channel belongs to VM {found}, this is {expected}", expected = uuid_text(expected), found = uuid_text(found))]

@@ -59,8 +59,8 @@ proptest! {
     }
 
     #[test]
-    fn hello_survives_the_wire(uuid: [u8; 16], channel: u8) {
-        let hello = Hello { uuid, channel: ChannelId(channel) };
+    fn hello_survives_the_wire(uuid: [u8; 16], channel: u8, channels: u8) {
+        let hello = Hello { uuid, channel: ChannelId(channel), channels: std::num::NonZeroU8::new(channels) };
         prop_assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
     }
 

@@ -1,17 +1,20 @@
 //! Where main and all channels meet at the end of a round, on the source and on the destination.
 //!
-//! [`Rounds`] decides who has arrived; this adds the waiting. Nobody passes before all have arrived, and nobody waits for
-//! ever: a party that left, a broken rule or [`RoundBarrier::stop`] releases everyone. Who has something to do between
-//! arriving and passing does it without being woken twice.
+//! [`Rounds`] decides who has arrived; this adds the waiting. No party passes before all have arrived, and every wait ends:
+//! a party that left, a broken rule or [`RoundBarrier::stop`] releases all. A party that has something to do between
+//! arriving and passing does it without being woken twice. Main's wait for channels that have not come has a limit.
+
+use std::{num::NonZeroU8, time::Duration};
 
 use multifd_proto::{
-    ChannelId, Violation,
-    rounds::{Arrival, Party, Rounds},
+    ChannelId,
+    membership::{Membership, Stranger},
+    rounds::{Arrival, Party, Rounds, Sync},
 };
 
 use crate::{
     error::{Error, Place},
-    sync::{Arc, Condvar, Mutex, lock, wait},
+    sync::{Arc, Condvar, Deadline, Mutex, lock, wait, wait_for},
     transport::Stopper,
 };
 
@@ -23,7 +26,7 @@ pub(crate) struct RoundBarrier {
 
 struct Shared {
     state: Mutex<State>,
-    /// The round is over.
+    /// The round is over, or only channels that have not joined are missing.
     over: Condvar,
     /// Only main is missing.
     gathered: Condvar,
@@ -31,25 +34,95 @@ struct Shared {
 
 struct State {
     rounds: Rounds,
-    /// Everybody leaves, whoever has not arrived.
+    /// All parties leave, also those that wait.
     stopped: bool,
 }
 
+/// What a wait with a limit came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Passed {
+    /// The round is over.
+    Over,
+    /// All that have joined are at its end, and a channel is missing that did not come within the limit.
+    Missing,
+}
+
 impl RoundBarrier {
-    /// A barrier for main and `channels` channels; `None` where their number is not known yet.
-    pub(crate) fn new(channels: Option<usize>) -> RoundBarrier {
-        let state = State { rounds: Rounds::new(channels), stopped: false };
+    /// A barrier for main and `channels` channels, which are all here.
+    pub(crate) fn new(channels: usize) -> RoundBarrier {
+        RoundBarrier::with(Rounds::new(channels))
+    }
+
+    /// A barrier for main and the channels that will join: `required`, or as many as turn out.
+    pub(crate) fn open(required: Option<usize>) -> RoundBarrier {
+        RoundBarrier::with(Rounds::open(required))
+    }
+
+    fn with(rounds: Rounds) -> RoundBarrier {
+        let state = State { rounds, stopped: false };
         RoundBarrier {
             shared: Arc::new(Shared { state: Mutex::new(state), over: Condvar::new(), gathered: Condvar::new() }),
         }
     }
 
-    /// States that there are `channels` channels.
+    /// Looks at which channels take part, or adds what main says about it.
+    pub(crate) fn members<T>(&self, look: impl FnOnce(&mut Membership) -> T) -> T {
+        look(lock(&self.shared.state).rounds.members_mut())
+    }
+
+    /// Whether the channel that says `id` and `told` could join.
     ///
     /// # Errors
-    /// A channel with a higher id was here before.
-    pub(crate) fn fix_channels(&self, channels: usize) -> Result<(), Violation> {
-        lock(&self.shared.state).rounds.fix_channels(channels)
+    /// It is none of this migration, or comes too late.
+    pub(crate) fn admit(&self, id: ChannelId, told: Option<NonZeroU8>) -> Result<(), Stranger> {
+        lock(&self.shared.state).rounds.admit(id, told)
+    }
+
+    /// The channel that says `id` and `told` is at its first SYNC and joins. Returns the round to wait for, if there is one.
+    ///
+    /// # Errors
+    /// The outer one as [`sync`](Self::sync); the inner one as [`admit`](Self::admit).
+    pub(crate) fn join(
+        &self,
+        id: ChannelId,
+        told: Option<NonZeroU8>,
+        sync: Sync,
+        place: Place,
+    ) -> Result<Result<Option<u64>, Stranger>, Error> {
+        let mut state = lock(&self.shared.state);
+        if state.stopped {
+            return Err(Error::Stopped);
+        }
+        if let Err(stranger) = state.rounds.admit(id, told) {
+            return Ok(Err(stranger));
+        }
+        let round = state.rounds.round();
+        let arrival = state.rounds.join(id, told, sync).map_err(Error::protocol(place))?;
+        Ok(Ok(self.announce(&state.rounds, arrival).then_some(round)))
+    }
+
+    /// A channel is at a SYNC. Returns the number of the round, and does not wait.
+    ///
+    /// # Errors
+    /// As [`arrive`](Self::arrive).
+    pub(crate) fn sync(&self, id: ChannelId, sync: Sync, place: Place) -> Result<u64, Error> {
+        self.arrives(place, |rounds| rounds.sync(id, sync))
+    }
+
+    /// A channel has brought pages of the current round, which are not in place yet.
+    ///
+    /// # Errors
+    /// Main has passed its last sync point: a violation at `place`.
+    pub(crate) fn begin(&self, id: ChannelId, place: Place) -> Result<(), Error> {
+        lock(&self.shared.state).rounds.begin(id).map_err(Error::protocol(place))
+    }
+
+    /// Main has passed its last sync point.
+    ///
+    /// # Errors
+    /// A channel has gone on after it: a violation at `place`.
+    pub(crate) fn close(&self, place: Place) -> Result<(), Error> {
+        lock(&self.shared.state).rounds.close().map_err(Error::protocol(place))
     }
 
     /// Reaches the end of the round and waits for all others. Returns the number of the round that is over.
@@ -62,25 +135,37 @@ impl RoundBarrier {
         Ok(round)
     }
 
-    /// Reaches the end of the round, whose number it returns, and waits for nobody.
+    /// Reaches the end of the round, whose number it returns, and does not wait.
     ///
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop); a violation (at `place`) where the round can never be complete.
     pub(crate) fn arrive(&self, party: Party, place: Place) -> Result<u64, Error> {
+        self.arrives(place, |rounds| rounds.arrive(party))
+    }
+
+    fn arrives(
+        &self,
+        place: Place,
+        arrive: impl FnOnce(&mut Rounds) -> Result<Arrival, multifd_proto::ProtocolError>,
+    ) -> Result<u64, Error> {
         let mut state = lock(&self.shared.state);
         if state.stopped {
             return Err(Error::Stopped);
         }
         let round = state.rounds.round();
-        let arrival = state.rounds.arrive(party).map_err(Error::protocol(place))?;
-        let gathered = state.rounds.awaits_main_only();
-        drop(state);
-        if arrival == Arrival::Completes {
+        let arrival = arrive(&mut state.rounds).map_err(Error::protocol(place))?;
+        self.announce(&state.rounds, arrival);
+        Ok(round)
+    }
+
+    /// Wakes those for whom `arrival` makes a difference. Returns whether the one that arrives has something to wait for.
+    fn announce(&self, rounds: &Rounds, arrival: Arrival) -> bool {
+        if arrival == Arrival::Completes || rounds.awaits_strangers_only() {
             self.shared.over.notify_all();
-        } else if gathered {
+        } else if rounds.awaits_main_only() {
             self.shared.gathered.notify_one();
         }
-        Ok(round)
+        arrival != Arrival::Joins
     }
 
     /// Waits until `round`, at whose end the caller has arrived, is over.
@@ -96,6 +181,34 @@ impl RoundBarrier {
             state = wait(&self.shared.over, state);
         }
         Ok(())
+    }
+
+    /// As [`pass`](Self::pass) for main, which waits for channels that have not joined for at most `limit` (`None`: without
+    /// end), counted from when only they are missing.
+    ///
+    /// Where no channel comes and nothing says that there is one, the round ends without.
+    ///
+    /// # Errors
+    /// As [`pass`](Self::pass).
+    pub(crate) fn pass_within(&self, round: u64, limit: Option<Duration>) -> Result<Passed, Error> {
+        let mut state = lock(&self.shared.state);
+        let mut deadline = None;
+        while state.rounds.round() == round {
+            if state.stopped {
+                return Err(Error::Stopped);
+            }
+            if !state.rounds.awaits_strangers_only() {
+                state = wait(&self.shared.over, state);
+                continue;
+            }
+            let deadline: Deadline = *deadline.get_or_insert_with(|| Deadline::after(limit));
+            if !deadline.is_over() {
+                state = wait_for(&self.shared.over, state, deadline.left());
+            } else if !state.rounds.go_alone() {
+                return Ok(Passed::Missing);
+            }
+        }
+        Ok(Passed::Over)
     }
 
     /// Has main wait until all channels have arrived. They stay until main arrives, too.
@@ -116,12 +229,12 @@ impl RoundBarrier {
     /// `channel` has ended cleanly and comes to no later round.
     ///
     /// # Errors
-    /// Somebody waits at the end of a round that this channel has not reached: a violation at `place`.
+    /// Another party waits at the end of a round that this channel has not reached: a violation at `place`.
     pub(crate) fn leave(&self, channel: ChannelId, place: Place) -> Result<(), Error> {
         lock(&self.shared.state).rounds.leave(channel).map_err(Error::protocol(place))
     }
 
-    /// Releases everyone, now and from now on.
+    /// Releases all parties, now and from now on.
     pub(crate) fn stop(&self) {
         lock(&self.shared.state).stopped = true;
         self.shared.over.notify_all();
@@ -146,7 +259,7 @@ mod tests {
 
     #[test]
     fn all_leave_together_with_the_number_of_the_round() {
-        let barrier = RoundBarrier::new(Some(2));
+        let barrier = RoundBarrier::new(2);
         let channels: Vec<_> = (0..2)
             .map(|id| {
                 let barrier = barrier.clone();
@@ -162,7 +275,7 @@ mod tests {
 
     #[test]
     fn channels_that_main_has_gathered_stay_until_it_arrives() {
-        let barrier = RoundBarrier::new(Some(2));
+        let barrier = RoundBarrier::new(2);
         let passed = std::sync::Arc::new(AtomicUsize::new(0));
         let channels: Vec<_> = (0..2)
             .map(|id| {
@@ -183,7 +296,7 @@ mod tests {
 
     #[test]
     fn stop_releases_who_waits_and_who_comes_later() {
-        let barrier = RoundBarrier::new(Some(1));
+        let barrier = RoundBarrier::new(1);
         let wait: [fn(RoundBarrier) -> bool; 2] =
             [|barrier| barrier.meet(Party::Main, AT).is_err(), |barrier| barrier.gather().is_err()];
         let waiting = wait.map(|wait| {
@@ -193,5 +306,29 @@ mod tests {
         barrier.stop();
         assert!(waiting.map(|waiting| waiting.join().unwrap()).iter().all(|&stopped| stopped));
         assert!(matches!(barrier.meet(Party::Channel(ChannelId(0)), AT), Err(Error::Stopped)));
+    }
+
+    const SYNC: Sync = Sync { number: 0, packets: 0 };
+
+    #[test]
+    fn main_waits_for_a_channel_that_is_told_of_and_not_longer_than_the_limit() {
+        let barrier = RoundBarrier::open(Some(1));
+        let round = barrier.arrive(Party::Main, AT).unwrap();
+        assert_eq!(barrier.pass_within(round, Some(Duration::from_millis(20))).unwrap(), Passed::Missing);
+        let late = barrier.clone();
+        let late = std::thread::spawn(move || late.join(ChannelId(0), None, SYNC, AT).unwrap().unwrap());
+        assert_eq!(barrier.pass_within(round, None).unwrap(), Passed::Over);
+        assert_eq!(late.join().unwrap(), Some(round));
+    }
+
+    #[test]
+    fn main_goes_on_without_channels_where_nothing_says_that_there_are_any() {
+        let barrier = RoundBarrier::open(None);
+        for limit in [None, Some(Duration::from_millis(20)), None] {
+            let round = barrier.arrive(Party::Main, AT).unwrap();
+            assert_eq!(barrier.pass_within(round, limit).unwrap(), Passed::Over);
+        }
+        let late = barrier.join(ChannelId(0), None, SYNC, AT).unwrap();
+        assert_eq!(late, Err(Stranger::TooLate { id: ChannelId(0) }));
     }
 }

@@ -19,7 +19,7 @@ pub struct Barrier(RoundBarrier);
 impl Barrier {
     /// A barrier for main and `channels` channels.
     pub fn new(channels: u8) -> Barrier {
-        Barrier(RoundBarrier::new(Some(usize::from(channels))))
+        Barrier(RoundBarrier::new(usize::from(channels)))
     }
 
     /// Arrives as main and waits for all channels.

@@ -49,6 +49,12 @@ impl LooseBarrier {
 
     pub(crate) fn fix_channels(&self, channels: usize) {
         lock(&self.shared.0).parties = channels + 1;
+        self.shared.1.notify_all();
+    }
+
+    /// Whether it is used at all.
+    pub(crate) fn is_active(&self) -> bool {
+        self.broken.is_some()
     }
 
     /// `None` where the real barrier is to be used: always if nothing is broken, and at the first sync point, where
@@ -74,7 +80,8 @@ impl LooseBarrier {
             let here = state.arrived[..state.parties].iter().filter(|&&arrived| arrived >= ours).count();
             let goes_on = match broken {
                 Broken::NoBarrier => party != Party::Main || here == state.parties,
-                _ => here + 1 >= state.parties,
+                // Their number may be on its way: the first to arrive waits for it.
+                _ => state.parties > 0 && here + 1 >= state.parties,
             };
             if goes_on {
                 return Some(Ok(()));

@@ -320,14 +320,23 @@ pub enum Mismatch {
         /// Its name.
         name: String,
     },
-    /// Somebody connected who is not part of the migration, or the number of channels is wrong.
-    #[error("unexpected connection from {peer}, beside main and {channels} channels")]
-    UnexpectedConnection {
+    /// A channel came when rounds were over without it.
+    #[error(
+        "channel {id} from {peer} comes too late: rounds were over without any channel; give the number of channels, or \
+         more time for them to come"
+    )]
+    ChannelTooLate {
+        /// The channel.
+        id: ChannelId,
         /// The other end.
         peer: String,
-        /// How many there are.
-        channels: usize,
     },
+    /// The end of the stream was reached, and nothing shows that all pages have come.
+    #[error(
+        "no channel came, and main has not named every page: nothing shows that the memory is complete; give the number \
+         of channels"
+    )]
+    ChannelsUnknown,
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {

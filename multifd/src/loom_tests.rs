@@ -55,7 +55,7 @@ fn party(index: usize) -> Party {
 /// What each party does before it arrives is seen by everybody who has passed, round after round.
 fn rounds(parties: usize, rounds: usize) -> impl Fn() + Send + Sync {
     move || {
-        let barrier = RoundBarrier::new(Some(parties - 1));
+        let barrier = RoundBarrier::new(parties - 1);
         let done: Arc<Vec<AtomicU64>> = Arc::new((0..parties * rounds).map(|_| AtomicU64::new(0)).collect());
         let run = move |me: usize, barrier: RoundBarrier, done: Arc<Vec<AtomicU64>>| {
             for round in 0..rounds {
@@ -97,7 +97,7 @@ fn three_parties_keep_the_round_law_for_two_rounds() {
 fn who_arrives_first_and_passes_later_keeps_the_round_law() {
     explore("RoundBarrier, arrive, then pass; gather, 3 parties × 2 rounds", Some(3), || {
         const ROUNDS: usize = 2;
-        let barrier = RoundBarrier::new(Some(2));
+        let barrier = RoundBarrier::new(2);
         let done: Arc<Vec<AtomicU64>> = Arc::new((0..ROUNDS * 2).map(|_| AtomicU64::new(0)).collect());
         let over: Arc<Vec<AtomicU64>> = Arc::new((0..ROUNDS).map(|_| AtomicU64::new(0)).collect());
         let channels: Vec<_> = (0..2)
@@ -223,7 +223,7 @@ fn a_round_that_opens_while_a_channel_asks_is_handed_out_once() {
 #[test]
 fn a_round_is_sent_completely_when_main_has_gathered_the_channels() {
     explore("RoundBarrier + PageScan, 1 channel × 2 rounds", Some(3), || {
-        let (scan, barrier) = (PageScan::new(three_pages(), 128), RoundBarrier::new(Some(1)));
+        let (scan, barrier) = (PageScan::new(three_pages(), 128), RoundBarrier::new(1));
         let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
         let packets = Arc::new(AtomicU64::new(0));
         let channel = {
@@ -254,7 +254,7 @@ fn a_round_is_sent_completely_when_main_has_gathered_the_channels() {
 #[test]
 fn stop_releases_everybody_and_the_first_error_wins() {
     explore("StopHandle + RoundBarrier, 2 wait, 2 stop", Some(3), || {
-        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(Some(2)));
+        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(2));
         stop.register(Box::new(barrier.clone()));
         let waiting = {
             let barrier = barrier.clone();
@@ -281,7 +281,7 @@ fn stop_releases_everybody_and_the_first_error_wins() {
 #[test]
 fn what_is_registered_while_the_migration_stops_is_stopped_too() {
     explore("StopHandle, register against stop", None, || {
-        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(Some(1)));
+        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(1));
         let registering = {
             let (stop, barrier) = (stop.clone(), barrier.clone());
             thread::spawn(move || {
@@ -297,7 +297,7 @@ fn what_is_registered_while_the_migration_stops_is_stopped_too() {
 #[test]
 fn a_cancel_comes_before_the_commit_or_ends_the_wait_after_it() {
     explore("StopHandle, cancel against commit", None, || {
-        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(Some(0)));
+        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(0));
         stop.register(Box::new(barrier.clone()));
         let cancelling = {
             let stop = stop.clone();

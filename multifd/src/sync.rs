@@ -35,3 +35,48 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condvar.wait(guard).unwrap_or_else(|poisoned| poisoned.into_inner())
 }
+
+/// As [`wait`], for at most `left`, where there is a clock: model checkers have none, and wait until they are woken.
+#[cfg(not(any(loom, shuttle)))]
+pub(crate) fn wait_for<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    left: Option<std::time::Duration>,
+) -> MutexGuard<'a, T> {
+    match left {
+        None => wait(condvar, guard),
+        Some(left) => condvar.wait_timeout(guard, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0,
+    }
+}
+
+/// As [`wait`].
+#[cfg(any(loom, shuttle))]
+pub(crate) fn wait_for<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    _left: Option<std::time::Duration>,
+) -> MutexGuard<'a, T> {
+    wait(condvar, guard)
+}
+
+/// The moment at which a peer has been waited for long enough. It never comes under model checkers.
+#[derive(Clone, Copy)]
+pub(crate) struct Deadline(Option<std::time::Instant>);
+
+impl Deadline {
+    /// `limit` from now on; `None` for never.
+    pub(crate) fn after(limit: Option<std::time::Duration>) -> Deadline {
+        let limit = limit.filter(|_| cfg!(not(any(loom, shuttle))));
+        Deadline(limit.and_then(|limit| std::time::Instant::now().checked_add(limit)))
+    }
+
+    /// How much time is left, 0 where it is over; `None` for any.
+    pub(crate) fn left(self) -> Option<std::time::Duration> {
+        self.0.map(|at| at.saturating_duration_since(std::time::Instant::now()))
+    }
+
+    /// Whether it has passed.
+    pub(crate) fn is_over(self) -> bool {
+        self.left().is_some_and(|left| left.is_zero())
+    }
+}

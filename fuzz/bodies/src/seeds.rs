@@ -243,7 +243,7 @@ fn main(per_round: bool, words: Words) -> Vec<u8> {
 
 /// Channel `id` of the same migration.
 fn channel(id: u8, per_round: bool, method: Compression) -> Vec<u8> {
-    let mut bytes = Hello { uuid: [0; 16], channel: ChannelId(id) }.encode().to_vec();
+    let mut bytes = Hello { uuid: [0; 16], channel: ChannelId(id), channels: None }.encode().to_vec();
     let mut put = |header: PacketHeader<'_>, payload: &[u8]| {
         let mut head = vec![0; packet::header_len(4096)];
         header.encode_into(&mut head, 4096);

@@ -77,7 +77,8 @@ fn beginning(early: &[u8]) -> Vec<u8> {
     let mut out = MainEncoder::new();
     out.header().configuration("multifd").command(&Command::OpenReturnPath).ram_start(1, 4096);
     out.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1);
-    out.raw(early).ram_part(1, true).eos().footer(1);
+    // A page with content, as only a source without channels has it on main.
+    out.raw(early).ram_part(1, true).page(&BlockName::new("ram").unwrap(), 0).raw(&[1; 4096]).eos().footer(1);
     out.as_bytes().to_vec()
 }
 

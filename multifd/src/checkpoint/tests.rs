@@ -435,7 +435,17 @@ fn sections_beside_ram_keep_their_places() {
     let mut main = MainEncoder::new();
     main.header().configuration("multifd").raw(&before).ram_start(1, 4096);
     main.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1);
-    main.raw(&behind).raw(&start).ram_part(1, true).eos().footer(1).raw(&end).raw(&device).eof();
+    let page = BlockName::new("ram").unwrap();
+    main.raw(&behind)
+        .raw(&start)
+        .ram_part(1, true)
+        .page(&page, 0)
+        .raw(&[1; 4096])
+        .eos()
+        .footer(1)
+        .raw(&end)
+        .raw(&device)
+        .eof();
     let described = [("before", 28), ("behind", 23), ("device", 5)].map(|(name, len)| OpaqueSection {
         name,
         instance: 0,

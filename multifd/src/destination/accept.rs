@@ -1,19 +1,17 @@
-//! Accepts connections, and knows when there are no more to come.
+//! Accepts connections until all channels are here, and is not disturbed by those of strangers.
 //!
 //! A connection says what it is with its first bytes, and those of channels may arrive before those of main: a thread of
-//! its own waits for them. How many channels there are is not in the stream. The source opens all of them before its first sync point,
-//! so when main gets there, every channel has been accepted or is waiting to be.
+//! its own waits for them, see [`greeting`](super::greeting). The listener closes when it is known that all channels have come.
 
 use std::{io, time::Duration};
 
-use multifd_proto::packet::{self, HELLO_LEN, Hello};
-use multifd_proto::{Violation, stream, violation};
+use rustix::io::Errno;
 
-use super::{Shared, channel::ReceiveChannel};
+use super::{MainSlotStopper, Shared, greeting};
 use crate::{
-    error::{Connection, Error, Mismatch, Place},
+    error::{Connection, Error, Place},
     stop::PanicGuard,
-    sync::{Arc, lock},
+    sync::Arc,
     threads::{Task, ThreadRole},
     transport::{Listen, Stopper, Stream},
 };
@@ -22,15 +20,12 @@ use crate::{
 pub(super) struct Acceptor {
     shared: Arc<Shared>,
     interrupt: Box<dyn Stopper>,
-    thread: Option<Task<Accepted>>,
-    listener: Option<Box<dyn Listen>>,
-    connections: Vec<Task<()>>,
+    thread: Option<Task<Serving>>,
+    connections: Serving,
 }
 
-struct Accepted {
-    listener: Box<dyn Listen>,
-    connections: Vec<Task<()>>,
-}
+/// The thread of each connection, by its number.
+type Serving = Vec<(usize, Task<()>)>;
 
 impl Acceptor {
     /// Begins to accept from `listener`.
@@ -44,62 +39,38 @@ impl Acceptor {
             Task::spawn(&*threads, ThreadRole::Accept, &stop, move || {
                 // Main may still be waiting for the connection that is main.
                 let guard = PanicGuard::new(&shared.stop, "the listener");
-                let mut connections = Vec::new();
+                let mut connections = Serving::new();
                 if let Err(error) = accept_all(&mut *listener, &shared, &mut connections) {
                     shared.stop.stop(error);
                 }
                 guard.disarm();
-                Accepted { listener, connections }
+                // Closes the listener.
+                drop(listener);
+                connections
             })?
         };
-        Ok(Acceptor {
-            shared: shared.clone(),
-            interrupt,
-            thread: Some(thread),
-            listener: None,
-            connections: Vec::new(),
-        })
+        Ok(Acceptor { shared: shared.clone(), interrupt, thread: Some(thread), connections: Serving::new() })
     }
 
-    /// How many channels there are. Called once, when main has reached its first sync point.
-    ///
-    /// # Errors
-    /// Not as many as the options require; [`Error::Stopped`].
-    pub(super) fn channels(&mut self) -> Result<usize, Error> {
-        if self.shared.options.channels.is_none() {
-            self.interrupt.stop();
-        }
+    /// All channels are here: closes the listener and ends the connections of strangers.
+    pub(super) fn close(&mut self) {
+        self.interrupt.stop();
+        self.shared.connections.complete();
         self.join();
-        if self.shared.stop.is_stopped() {
-            return Err(Error::Stopped);
-        }
-        Ok(self.connections.len() - 1)
-    }
-
-    /// Looks for connections that nobody expects.
-    ///
-    /// # Errors
-    /// There is one: whatever it is, the number of channels was wrong, or it is not part of the migration.
-    pub(super) fn nobody_else(&mut self) -> Result<(), Error> {
-        let Some(listener) = &mut self.listener else { return Ok(()) };
-        let at = Place { connection: Connection::Unknown(self.connections.len()), offset: 0 };
-        match listener.try_accept().map_err(Error::io(at))? {
-            None => Ok(()),
-            Some(stream) => {
-                let (peer, channels) = (stream.peer(), self.connections.len() - 1);
-                Err(Mismatch::UnexpectedConnection { peer, channels }.into())
-            }
-        }
     }
 
     /// Ends and joins all threads. The migration is over.
     pub(super) fn finish(&mut self) -> Option<Error> {
         self.interrupt.stop();
+        // No thread may wait for a peer, or for another thread that has ended: the migration is over.
+        MainSlotStopper(self.shared.clone()).stop();
+        self.shared.barrier.stop();
+        #[cfg(any(test, feature = "broken-variants"))]
+        self.shared.loose.stop();
+        self.shared.connections.stop();
         self.join();
-        // Nobody may wait for a peer that does not close: the migration is over.
-        self.shared.end_streams();
         let mut panicked = None;
-        for connection in self.connections.drain(..) {
+        for (_, connection) in self.connections.drain(..) {
             if let Err(error) = connection.join() {
                 panicked.get_or_insert(error);
             }
@@ -110,10 +81,7 @@ impl Acceptor {
     fn join(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         match thread.join() {
-            Ok(accepted) => {
-                self.listener = Some(accepted.listener);
-                self.connections = accepted.connections;
-            }
+            Ok(connections) => self.connections = connections,
             Err(error) => {
                 self.shared.stop.stop(error);
             }
@@ -121,25 +89,24 @@ impl Acceptor {
     }
 }
 
-/// Accepts until all have come, or until it is interrupted and nobody waits any more.
-fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut Vec<Task<()>>) -> Result<(), Error> {
-    let expected = shared.options.channels.map(|channels| usize::from(channels) + 1);
-    while expected.is_none_or(|expected| connections.len() < expected) && connections.len() < MAX_CONNECTIONS {
-        // The first may take for ever to come; from then on the source is there.
-        let timeout =
-            if connections.is_empty() { None } else { shared.options.setup_timeout.filter(|_| expected.is_some()) };
-        match listener.accept(timeout) {
-            Ok(stream) => greet(stream, shared, connections)?,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                while let Some(stream) = accept_waiting(listener, connections.len())? {
-                    greet(stream, shared, connections)?;
-                }
-                return Ok(());
+/// Accepts until it is interrupted.
+fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut Serving) -> Result<(), Error> {
+    let mut failing = false;
+    loop {
+        match listener.accept(None) {
+            Ok(stream) => {
+                failing = false;
+                reap(shared, connections);
+                greet(stream, shared, connections)?;
             }
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                let (have, want) = (connections.len(), expected.unwrap_or_default());
-                let seconds = timeout.unwrap_or_default().as_secs();
-                return Err(Error::SetupTimeout { what: format!("{have} of {want} connections came"), seconds });
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) if passes(&error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "a connection cannot be accepted now, tries again");
+                }
+                if shared.pause(ACCEPT_PAUSE) {
+                    return Ok(());
+                }
             }
             Err(source) => {
                 let at = Place { connection: Connection::Unknown(connections.len()), offset: 0 };
@@ -147,111 +114,66 @@ fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut
             }
         }
     }
-    Ok(())
 }
 
-fn accept_waiting(listener: &mut dyn Listen, index: usize) -> Result<Option<Box<dyn Stream>>, Error> {
-    listener.try_accept().map_err(Error::io(Place { connection: Connection::Unknown(index), offset: 0 }))
+/// Whether the listener may work again later: the process or the system is short of something, or the error is one of a
+/// connection that was gone before it was accepted.
+fn passes(error: &io::Error) -> bool {
+    use Errno as E;
+    let of_this_moment = [
+        E::MFILE,
+        E::NFILE,
+        E::NOBUFS,
+        E::NOMEM,
+        E::CONNABORTED,
+        E::PROTO,
+        E::NETDOWN,
+        E::NETUNREACH,
+        E::HOSTDOWN,
+        E::HOSTUNREACH,
+        E::NONET,
+        E::PERM,
+    ];
+    Errno::from_io_error(error).is_some_and(|error| of_this_moment.contains(&error))
+}
+
+/// Joins the threads of connections that have ended: there may be any number of strangers, one after the other.
+fn reap(shared: &Shared, connections: &mut Serving) {
+    for number in shared.connections.ended() {
+        if let Some(index) = connections.iter().position(|(other, _)| *other == number) {
+            // A panic has stopped the migration, by the guard of its thread.
+            let _ = connections.swap_remove(index).1.join();
+        }
+    }
 }
 
 /// Gives `stream` a thread that finds out what it is.
-fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Vec<Task<()>>) -> Result<(), Error> {
-    let connection = Connection::Unknown(connections.len());
-    let at = Place { connection, offset: 0 };
-    if connections.len() == MAX_CONNECTIONS {
-        return Err(Mismatch::UnexpectedConnection { peer: stream.peer(), channels: MAX_CONNECTIONS - 1 }.into());
-    }
-    shared.register_stream(stream.stopper().map_err(Error::io(at))?);
+///
+/// # Errors
+/// [`Error::Thread`]: it may be a connection of ours, which would be waited for.
+fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Serving) -> Result<(), Error> {
+    let stopper = match stream.stopper() {
+        Ok(stopper) => stopper,
+        Err(error) => {
+            shared.drop_stranger(&stream.peer(), &format!("cannot be ended: {error}"));
+            return Ok(());
+        }
+    };
+    let number = shared.connections.add(stopper);
     let (threads, stop) = (shared.options.threads.clone(), shared.stop.clone());
     let shared = shared.clone();
-    connections.push(Task::spawn(&*threads, ThreadRole::Connection(connections.len()), &stop, move || {
-        let guard = PanicGuard::new(&shared.stop, connection);
-        if let Err(error) = serve(stream, connection, &shared) {
-            shared.stop.stop(error);
-        }
+    let thread = Task::spawn(&*threads, ThreadRole::Connection(number), &stop, move || {
+        let guard = PanicGuard::new(&shared.stop, Connection::Unknown(number));
+        let lives_on = greeting::serve(stream, number, &shared);
+        shared.connections.remove(number, lives_on);
         guard.disarm();
-    })?);
+    })?;
+    connections.push((number, thread));
     Ok(())
 }
 
-/// Finds out what `stream` is and treats it so.
-fn serve(mut stream: Box<dyn Stream>, connection: Connection, shared: &Arc<Shared>) -> Result<(), Error> {
-    let at = Place { connection, offset: 0 };
-    let timeout = shared.options.setup_timeout;
-    stream.set_read_timeout(timeout).map_err(Error::io(at))?;
-    let mut first = [0; 4];
-    say(&mut *stream, &mut first, at, timeout)?;
-    match u32::from_be_bytes(first) {
-        stream::MAGIC => {
-            stream.set_read_timeout(None).map_err(Error::io(at))?;
-            let mut slot = lock(&shared.main);
-            if slot.taken {
-                return Err(Error::protocol(at)(Violation::UnexpectedElement {
-                    element: "main connection",
-                    place: "a second time",
-                }));
-            }
-            slot.taken = true;
-            slot.stream = Some(stream);
-            drop(slot);
-            shared.main_changed.notify_all();
-            Ok(())
-        }
-        packet::MAGIC => {
-            let mut hello = [0; HELLO_LEN];
-            hello[..4].copy_from_slice(&first);
-            say(&mut *stream, &mut hello[4..], at, timeout)?;
-            stream.set_read_timeout(None).map_err(Error::io(at))?;
-            let hello = Hello::decode(&hello).map_err(Error::protocol(at))?;
-            enrol(&hello, at, shared)?;
-            ReceiveChannel::new(hello.channel, stream, shared.clone()).run()
-        }
-        found => Err(Error::protocol(at)(violation::DecodeError::BadMagic { expected: stream::MAGIC, found })),
-    }
-}
-
-/// Reads the first bytes of a connection, which may not keep us waiting.
-fn say(stream: &mut dyn Stream, into: &mut [u8], at: Place, timeout: Option<Duration>) -> Result<(), Error> {
-    stream.read_exact(into).map_err(|source| match source.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Error::SetupTimeout {
-            what: format!("{} from {} did not say what it is", at.connection, stream.peer()),
-            seconds: timeout.unwrap_or_default().as_secs(),
-        },
-        _ => Error::Io { at, source },
-    })
-}
-
-/// Checks that the channel is one of this migration and has not come before.
-fn enrol(hello: &Hello, at: Place, shared: &Shared) -> Result<(), Error> {
-    let id = hello.channel;
-    let mut seen = lock(&shared.seen);
-    if let Some(channels) = seen.channels.or(shared.options.channels.map(usize::from))
-        && id.index() >= channels
-    {
-        return Err(Error::protocol(at)(Violation::ChannelIdOutOfRange { id, channels }));
-    }
-    if std::mem::replace(&mut seen.ids[id.index()], true) {
-        return Err(Error::protocol(at)(Violation::ChannelIdTwice { id }));
-    }
-    let expected = *seen.uuid.get_or_insert(shared.options.uuid.unwrap_or(hello.uuid));
-    if expected != hello.uuid {
-        return Err(Error::protocol(at)(violation::Mismatch::Uuid { expected, found: hello.uuid }));
-    }
-    Ok(())
-}
-
-/// Releases the main thread while it waits for main.
-pub(super) struct MainSlotStopper(pub(super) Arc<Shared>);
-
-impl Stopper for MainSlotStopper {
-    fn stop(&self) {
-        lock(&self.0.main).stopped = true;
-        self.0.main_changed.notify_all();
-    }
-}
-
-/// Main and 255 channels, the most that QEMU knows.
-const MAX_CONNECTIONS: usize = 256;
+/// How long to wait before accepting again where it failed for now.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
@@ -289,6 +211,55 @@ mod tests {
             let received = Destination::new(Default::default()).run(&mut vm, Box::new(Defective), &mut ());
             let error = received.err().map(|error| error.to_string());
             assert_eq!(error.as_deref(), Some("a thread panicked: the thread of the listener"));
+        });
+    }
+
+    /// A listener in a process without free descriptors, until the test says otherwise.
+    struct OutOfDescriptors {
+        failures: usize,
+        then: crate::transport::memory::MemoryListener,
+    }
+
+    impl Listen for OutOfDescriptors {
+        fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+            match self.failures.checked_sub(1) {
+                Some(left) => {
+                    self.failures = left;
+                    Err(Errno::MFILE.into())
+                }
+                None => self.then.accept(timeout),
+            }
+        }
+
+        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+            self.then.try_accept()
+        }
+
+        fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+            self.then.stopper()
+        }
+    }
+
+    /// The migration ended with the first connection that found no free descriptor.
+    #[test]
+    fn a_listener_without_free_descriptors_tries_again_and_can_be_stopped() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            for failures in [2, usize::MAX] {
+                let (then, connector) = crate::transport::memory::listener(1 << 16);
+                let destination = Destination::new(Default::default());
+                let stop = destination.stop_handle();
+                let mut main = crate::transport::Connect::connect(&connector).unwrap();
+                main.write(b"QEVM\0\0\0\x02", &[]).unwrap();
+                let mut vm = TestDestination::new(Ram::for_test(&[("ram", 2)]));
+                if failures > 2 {
+                    stop.cancel();
+                }
+                let error =
+                    destination.run(&mut vm, Box::new(OutOfDescriptors { failures, then }), &mut ()).unwrap_err();
+                let expected =
+                    if failures > 2 { "cancelled" } else { "main, at byte 0: stream version 2 instead of 3" };
+                assert_eq!(error.to_string(), expected);
+            }
         });
     }
 }

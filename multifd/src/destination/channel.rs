@@ -7,12 +7,12 @@ use std::io;
 
 use multifd_proto::{
     BlockName, ChannelId, ProtocolError, Violation,
-    packet::{self, Compression, DeviceStatePacket, PREFIX_LEN, Prefix, RamPacket},
-    rounds::Party,
+    packet::{self, Compression, DeviceStatePacket, Hello, PREFIX_LEN, Prefix, RamPacket},
+    rounds::{Party, Sync},
     violation,
 };
 
-use super::{PageSink, Pages, Scratch, Shared};
+use super::{PageSink, Pages, Scratch, Shared, connections::Stage, greeting::Refused};
 use crate::{
     compress::Decompressor,
     error::{Connection, Error, Place},
@@ -24,6 +24,9 @@ use crate::{
 /// A channel's thread and all that it owns.
 pub(super) struct ReceiveChannel {
     id: ChannelId,
+    hello: Hello,
+    /// Which connection it is.
+    number: usize,
     stream: Box<dyn Stream>,
     shared: Arc<Shared>,
     /// The header of the current packet.
@@ -40,6 +43,8 @@ pub(super) struct ReceiveChannel {
     received: u64,
     /// SYNCs taken: this channel's own count of rounds.
     rounds: u64,
+    /// Packets with pages since the last SYNC.
+    packets: u64,
     /// The round at whose end the channel has arrived, and which it has not seen to be over.
     arrived: Option<u64>,
     /// Set behind the first sync point.
@@ -50,12 +55,12 @@ pub(super) struct ReceiveChannel {
 
 impl ReceiveChannel {
     /// A channel that has said hello.
-    pub(super) fn new(id: ChannelId, stream: Box<dyn Stream>, shared: Arc<Shared>) -> ReceiveChannel {
-        let received = packet::HELLO_LEN as u64;
+    pub(super) fn new(hello: Hello, number: usize, stream: Box<dyn Stream>, shared: Arc<Shared>) -> ReceiveChannel {
         shared.pulse.add(packet::HELLO_LEN);
-        shared.progress.add_channel_bytes(id, received);
         ReceiveChannel {
-            id,
+            id: hello.channel,
+            hello,
+            number,
             stream,
             header: vec![0; packet::header_len(shared.page_size).max(packet::DEVICE_STATE_LEN)].into(),
             shared,
@@ -65,8 +70,9 @@ impl ReceiveChannel {
             decompressors: Vec::new(),
             normal: Vec::new(),
             zero: Vec::new(),
-            received,
+            received: packet::HELLO_LEN as u64,
             rounds: 0,
+            packets: 0,
             arrived: None,
             pages: None,
             block: None,
@@ -76,21 +82,64 @@ impl ReceiveChannel {
     /// Takes packets until the source ends the channel.
     ///
     /// # Errors
-    /// The first packet that breaks a rule, with its place; the connection's; [`Error::Stopped`].
-    pub(super) fn run(mut self) -> Result<(), Error> {
+    /// The channel is a stranger's. The first packet that breaks a rule, with its place; the connection's;
+    /// [`Error::Stopped`].
+    pub(super) fn run(mut self) -> Result<(), Refused> {
+        while !self.join()? {}
         while self.packet()? {}
         self.pass()?;
-        self.shared.barrier.leave(self.id, self.place())
+        Ok(self.shared.barrier.leave(self.id, self.place())?)
     }
 
-    /// Takes one packet; `false` at the end of the channel.
-    fn packet(&mut self) -> Result<bool, Error> {
+    /// Takes one packet before the channel has joined: it joins with its first SYNC, which comes before any page. Returns
+    /// whether it has.
+    fn join(&mut self) -> Result<bool, Refused> {
+        let place = self.place();
+        let header = match self.header() {
+            Ok(None) => return Err(self.stranger("ends before its first packet")),
+            Err(Error::Io { source, .. }) => return Err(self.stranger(format!("breaks: {source}"))),
+            other => other.map(Option::unwrap_or_default),
+        };
+        // Whose migration it is is known when main has said so.
+        self.shared.await_identified()?;
+        let peer = self.stream.peer();
+        self.shared.judge(&self.hello, &peer)?;
+        let header_len = header?;
+        let page_size = self.shared.page_size;
+        let packet = RamPacket::decode(&self.header[..header_len], page_size).map_err(Error::protocol(place))?;
+        if !packet.is_empty() {
+            return Err(Error::protocol(place)(Violation::PageBeforeFirstSync).into());
+        }
+        let (sync, number) = (packet.sync(), packet.packet_num());
+        self.received += header_len as u64;
+        if !sync {
+            return Ok(false);
+        }
+        let sync = Sync { number, packets: 0 };
+        // First, because this may be the last channel: all connections that are not members are ended then.
+        self.shared.connections.advance(self.number, Stage::Member);
+        match self.shared.join(&self.hello, sync, self.place())? {
+            Ok(round) => self.arrived = round,
+            Err(why) => return Err(self.shared.refusal(why, &self.hello, &peer)),
+        }
+        self.shared.welcome(&self.hello);
+        self.shared.progress.add_channel_bytes(self.id, self.received);
+        self.rounds = 1;
+        Ok(true)
+    }
+
+    fn stranger(&self, what: impl std::fmt::Display) -> Refused {
+        Refused::Stranger(format!("says hello as channel {} and {what}", self.id))
+    }
+
+    /// Reads the header of the next packet; `None` at the end of the channel. Returns its length.
+    fn header(&mut self) -> Result<Option<usize>, Error> {
         let place = self.place();
         let len = packet::header_len(self.shared.page_size);
         let mut filled = 0;
         while filled < PREFIX_LEN {
             match self.stream.read(&mut self.header[filled..len]).map_err(Error::io(place))? {
-                0 if filled == 0 => return Ok(false),
+                0 if filled == 0 => return Ok(None),
                 0 => return Err(Error::Io { at: self.place_at(filled), source: io::ErrorKind::UnexpectedEof.into() }),
                 n => filled += n,
             }
@@ -106,16 +155,24 @@ impl ReceiveChannel {
             let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(place))?;
             return Err(Error::protocol(place)(packet.refusal()));
         }
+        Ok(Some(header_len))
+    }
+
+    /// Takes one packet; `false` at the end of the channel.
+    fn packet(&mut self) -> Result<bool, Error> {
+        let place = self.place();
+        let Some(header_len) = self.header()? else { return Ok(false) };
         self.pass()?;
         let (sync, payload_len) = self.pages(place)?;
         let total = (header_len + payload_len) as u64;
         self.received += total;
         self.shared.pulse.add(header_len + payload_len);
         self.shared.progress.add_channel_bytes(self.id, total);
-        if sync {
+        if let Some(number) = sync {
             // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they
             // were applied above.
-            self.arrived = self.shared.arrive(Party::Channel(self.id), self.place())?;
+            let sync = Sync { number, packets: std::mem::take(&mut self.packets) };
+            self.arrived = self.shared.sync(self.id, sync, self.place())?;
             self.rounds += 1;
         }
         Ok(true)
@@ -130,19 +187,23 @@ impl ReceiveChannel {
         Ok(())
     }
 
-    /// Checks the header at `place` and puts the packet's pages into place. Returns whether it ends the round, and the
-    /// length of its payload.
-    fn pages(&mut self, place: Place) -> Result<(bool, usize), Error> {
+    /// Checks the header at `place` and puts the packet's pages into place. Returns the packet's number if it ends the round,
+    /// and the length of its payload.
+    fn pages(&mut self, place: Place) -> Result<(Option<u64>, usize), Error> {
         let page_size = self.shared.page_size;
         let packet = RamPacket::decode(&self.header[..packet::header_len(page_size)], page_size);
         let packet = packet.map_err(Error::protocol(place))?;
         if packet.sync() && packet.allocated() == 0 {
             self.shared.newer_packets.store(true, Ordering::Relaxed);
         }
-        let (sync, payload_len) = (packet.sync(), packet.payload_len());
-        if packet.normal() + packet.zero() == 0 {
+        let (sync, payload_len) = (packet.sync().then(|| packet.packet_num()), packet.payload_len());
+        if packet.is_empty() {
             return Ok((sync, payload_len));
         }
+        if self.packets == 0 {
+            self.shared.begin(self.id, place)?;
+        }
+        self.packets += 1;
         let Some(Pages { layout, sink, audit }) = self.pages.clone() else {
             return Err(Error::protocol(place)(Violation::PageBeforeFirstSync));
         };
@@ -171,7 +232,7 @@ impl ReceiveChannel {
             return Err(Error::protocol(place)(mismatch));
         }
         #[cfg(any(test, feature = "broken-variants"))]
-        if sync && self.shared.options.broken == Some(crate::broken::Broken::SyncPagesDropped) {
+        if sync.is_some() && self.shared.options.broken == Some(crate::broken::Broken::SyncPagesDropped) {
             let mut payload = vec![0; payload_len];
             self.stream.read_exact(&mut payload).map_err(Error::io(at))?;
             return Ok((sync, payload_len));

@@ -1,13 +1,16 @@
 //! The receiving side of a migration: [`Destination::run`] is the list of its phases.
 //!
 //! The thread that calls it is the main thread: it reads main and owns the VM. One thread accepts connections; each
-//! connection has a thread of its own from its first byte, which finds out whether it is main or a channel. Pages go from
-//! a channel's socket to guest memory without passing through here. All meet at the round barrier.
+//! connection has a thread of its own from its first byte, which finds out whether it is main, a channel or a stranger's.
+//! Pages go from a channel's socket to guest memory without passing through here. All meet at the round barrier, where no
+//! round with pages ends before it is known that all channels have come.
 
 mod accept;
 mod audit;
 mod channel;
+mod connections;
 mod first_touch;
+mod greeting;
 mod main_reader;
 mod options;
 mod report;
@@ -23,17 +26,18 @@ use multifd_proto::{
     commit::{DestinationAction, DestinationCommit, DestinationEvent},
     extension::{Extension, Extensions, Offer},
     machine::Dialect,
-    packet::Compression,
+    membership::Stranger,
+    packet::{Compression, Hello},
     ram::BlockEntry,
     return_path::Message,
-    rounds::Party,
+    rounds::{Party, Sync},
     stream::{Item, Section, SectionKind},
     violation, xbzrle,
 };
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
-use self::{accept::Acceptor, audit::Audit, switchover_ack::AckTiming, target::VmTarget};
+use self::{accept::Acceptor, audit::Audit, connections::Connections, switchover_ack::AckTiming, target::VmTarget};
 pub use self::{
     audit::{Findings, StaleWrite},
     first_touch::FirstTouch,
@@ -46,9 +50,10 @@ pub(crate) use self::{
     target::{Body, StreamHead, Target},
 };
 use crate::{
-    barrier::RoundBarrier,
+    barrier::{Passed, RoundBarrier},
     checkpoint::MAX_DEVICE_STATE,
     compress::Windows,
+    dirty_bitmap::DirtyBitmap,
     error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
@@ -56,9 +61,9 @@ use crate::{
     ram::Access,
     stop::StopHandle,
     sync::{
-        Arc, Condvar, Mutex,
+        Arc, Condvar, Deadline, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
-        lock, wait,
+        lock, wait, wait_for,
     },
     threads::caught,
     transport::{Listen, Stopper, Stream},
@@ -148,7 +153,7 @@ pub(super) struct Shared {
     /// A SYNC packet has come that QEMU 7.2 does not send.
     newer_packets: AtomicBool,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
-    streams: Mutex<Vec<std::sync::Arc<dyn Stopper>>>,
+    connections: Arc<Connections>,
     #[cfg(any(test, feature = "broken-variants"))]
     loose: crate::broken::LooseBarrier,
 }
@@ -161,42 +166,22 @@ pub(super) struct Pages {
     audit: Option<Arc<Audit>>,
 }
 
-/// What the channels have said so far.
+/// What the connections have said so far.
+#[derive(Default)]
 pub(super) struct Seen {
-    ids: [bool; 256],
-    /// How many channels there are, once main knows.
-    channels: Option<usize>,
-    /// The same on every channel.
+    /// In the configuration of main.
+    main_uuid: Option<[u8; 16]>,
+    /// Of the first channel that has joined. It is the same on all.
     uuid: Option<[u8; 16]>,
     /// Of the first payload, on any channel.
     compression: Option<Compression>,
-}
-
-impl Seen {
-    /// States that there are `channels` channels.
-    ///
-    /// # Errors
-    /// A channel with a higher id was here before: main would wait for one that cannot come.
-    fn fix_channels(&mut self, channels: usize) -> Result<(), Violation> {
-        self.channels = Some(channels);
-        match self.ids.iter().rposition(|&seen| seen) {
-            Some(id) if id >= channels => {
-                let id = ChannelId(u8::try_from(id).expect("ids are bytes"));
-                Err(Violation::ChannelIdOutOfRange { id, channels })
-            }
-            _ => Ok(()),
-        }
-    }
+    /// Connections that were dropped.
+    strangers: u64,
+    /// Who the last of them was, and what it did.
+    last_stranger: Option<String>,
 }
 
 impl Shared {
-    /// Has `stopper` end its connection when the migration fails or is over.
-    fn register_stream(&self, stopper: Box<dyn Stopper>) {
-        let stopper: std::sync::Arc<dyn Stopper> = stopper.into();
-        lock(&self.streams).push(stopper.clone());
-        self.stop.register(Box::new(stopper));
-    }
-
     /// Reaches the end of the round, whose number it returns; `None` where there is nothing to wait for.
     fn arrive(&self, party: Party, place: Place) -> Result<Option<u64>, Error> {
         #[cfg(any(test, feature = "broken-variants"))]
@@ -206,15 +191,100 @@ impl Shared {
         self.barrier.arrive(party, place).map(Some)
     }
 
+    /// The channel that said `hello` is at its first SYNC and joins. Returns the round to wait for, if there is one.
+    fn join(&self, hello: &Hello, sync: Sync, place: Place) -> Result<Result<Option<u64>, Stranger>, Error> {
+        let joined = self.barrier.join(hello.channel, hello.channels, sync, place)?;
+        #[cfg(any(test, feature = "broken-variants"))]
+        if joined.is_ok() {
+            // The first time it only counts.
+            let _ = self.loose.arrive(Party::Channel(hello.channel));
+        }
+        Ok(joined)
+    }
+
+    /// A channel is at a SYNC. Returns the number of the round; `None` where there is nothing to wait for.
+    fn sync(&self, id: ChannelId, sync: Sync, place: Place) -> Result<Option<u64>, Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if let Some(passed) = self.loose.arrive(Party::Channel(id)) {
+            return passed.map(|()| None);
+        }
+        self.barrier.sync(id, sync, place).map(Some)
+    }
+
+    /// A channel has brought the first pages of a round.
+    fn begin(&self, id: ChannelId, place: Place) -> Result<(), Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if self.loose.is_active() {
+            return Ok(());
+        }
+        self.barrier.begin(id, place)
+    }
+
     /// Waits for all others at the end of `round`.
     fn pass(&self, round: Option<u64>) -> Result<(), Error> {
         round.map_or(Ok(()), |round| self.barrier.pass(round))
     }
 
-    fn end_streams(&self) {
-        for stopper in lock(&self.streams).drain(..) {
-            stopper.stop();
+    /// Main has said whose migration it is: channels can be told from strangers.
+    fn identified(&self) {
+        lock(&self.main).identified = true;
+        self.main_changed.notify_all();
+    }
+
+    fn is_identified(&self) -> bool {
+        lock(&self.main).identified
+    }
+
+    /// Waits until main has said whose migration it is.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`], also when the migration is over.
+    fn await_identified(&self) -> Result<(), Error> {
+        let mut slot = lock(&self.main);
+        while !slot.identified {
+            if slot.stopped {
+                return Err(Error::Stopped);
+            }
+            slot = wait(&self.main_changed, slot);
         }
+        Ok(())
+    }
+
+    /// Lets `time` pass, or less if the migration ends. Returns whether it has.
+    fn pause(&self, time: Duration) -> bool {
+        let deadline = Deadline::after(Some(time));
+        let mut slot = lock(&self.main);
+        while !slot.stopped && !deadline.is_over() {
+            slot = wait_for(&self.main_changed, slot, deadline.left());
+        }
+        slot.stopped
+    }
+
+    /// The channels that are missing did not come in time.
+    fn channels_missing(&self) -> Error {
+        let (joined, known) = self.barrier.members(|members| (members.joined(), members.channels()));
+        let mut what = match (joined, known) {
+            (joined, Some(channels)) => format!("{joined} of {channels} channels came"),
+            (0, None) => "no channel came".to_owned(),
+            (joined, None) => format!(
+                "{joined} channels came, and the numbers of their packets show that there are more (if there are not, \
+                 give the number of channels): these did not come"
+            ),
+        };
+        if let Some(stranger) = &lock(&self.seen).last_stranger {
+            what = format!("a connection was dropped ({stranger}), and {what}");
+        }
+        Error::SetupTimeout { what, seconds: self.options.setup_timeout.unwrap_or_default().as_secs() }
+    }
+}
+
+/// Releases the threads that wait for main, or for what it says.
+pub(super) struct MainSlotStopper(pub(super) Arc<Shared>);
+
+impl Stopper for MainSlotStopper {
+    fn stop(&self) {
+        lock(&self.0.main).stopped = true;
+        self.0.main_changed.notify_all();
     }
 }
 
@@ -222,6 +292,8 @@ impl Shared {
 struct MainSlot {
     stream: Option<Box<dyn Stream>>,
     taken: bool,
+    /// Main has said whose migration it is.
+    identified: bool,
     stopped: bool,
 }
 
@@ -244,8 +316,12 @@ struct Run {
     paused: bool,
     /// Sync points that main has passed.
     rounds: u64,
-    /// Whether the number of channels is known.
-    channels_fixed: bool,
+    /// Whether main has said whose migration it is.
+    identified: bool,
+    /// Whether all channels are here, and known to be all.
+    complete: bool,
+    /// Pages that main has named as zeros, as long as there may be no channels.
+    named: Option<DirtyBitmap>,
     sink: Option<Arc<dyn PageSink>>,
     audit: Option<Arc<Audit>>,
     begun: Duration,
@@ -261,7 +337,7 @@ impl Run {
         let ack_timing = AckTiming::new(options.switchover_ack);
         let shared = Arc::new(Shared {
             page_size,
-            barrier: RoundBarrier::new(None),
+            barrier: RoundBarrier::open(options.channels.map(usize::from)),
             windows: Arc::default(),
             #[cfg(any(test, feature = "broken-variants"))]
             loose: crate::broken::LooseBarrier::new(options.broken),
@@ -272,15 +348,16 @@ impl Run {
             main: Mutex::new(MainSlot::default()),
             main_changed: Condvar::new(),
             pages: Mutex::new(None),
-            seen: Mutex::new(Seen { ids: [false; 256], channels: None, uuid: None, compression: None }),
+            seen: Mutex::default(),
             channel_pages: AtomicU64::new(0),
             newer_packets: AtomicBool::new(false),
-            streams: Mutex::new(Vec::new()),
+            connections: Arc::new(Connections::new()),
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
         #[cfg(any(test, feature = "broken-variants"))]
         shared.stop.register(Box::new(shared.loose.clone()));
-        shared.stop.register(Box::new(accept::MainSlotStopper(shared.clone())));
+        shared.stop.register(Box::new(MainSlotStopper(shared.clone())));
+        shared.stop.register(Box::new(ConnectionsStopper(shared.connections.clone())));
         let acceptor = Acceptor::spawn(from, &shared).map_err(|error| {
             // Ends what has been registered, which has `shared` in turn.
             let not_first = shared.stop.stop(error);
@@ -300,7 +377,9 @@ impl Run {
             phase: None,
             paused: false,
             rounds: 0,
-            channels_fixed: false,
+            identified: false,
+            complete: false,
+            named: None,
             sink: None,
             audit: None,
             begun,
@@ -363,14 +442,29 @@ impl Run {
     fn stream(&mut self, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
         loop {
             let item = self.main().next_item()?;
+            if !self.identified && !is_configuration(&item) {
+                self.identified = true;
+                self.shared.identified();
+            }
             match item {
                 Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
                 Item::Configuration { machine } => self.configuration(machine)?,
                 Item::ConfigCapabilities(names) => {
                     refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
                 }
-                Item::ConfigUuid(uuid) => self.report.uuid = Some(uuid),
-                Item::ConfigOffer(offer) => self.offer = Some(offer),
+                Item::ConfigUuid(uuid) => {
+                    lock(&self.shared.seen).main_uuid = Some(uuid);
+                    self.report.uuid = Some(uuid);
+                }
+                Item::ConfigOffer(offer) => {
+                    let (opened, barrier) = (usize::from(offer.channels), &self.shared.barrier);
+                    if let (Err(_), Some(expected)) =
+                        barrier.members(|members| (members.tell(opened), members.channels()))
+                    {
+                        return Err(Mismatch::Channels { opened, expected }.into());
+                    }
+                    self.offer = Some(offer);
+                }
                 Item::Command(command) => self.command(&command)?,
                 Item::RamStart { .. } => {}
                 Item::BlocksEnd => self.open_ram(target)?,
@@ -379,11 +473,15 @@ impl Run {
                     self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
                     self.wrote(block, offset);
                     self.shared.progress.add_pages(0, 1);
+                    self.name(block, offset);
                 }
                 Item::Page { block, offset, len } => self.page(block, offset, len)?,
                 Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
                 Item::CompressPage { block, offset, len } => self.compressed_page(block, offset, len)?,
-                Item::Flush => self.sync_point(observer)?,
+                Item::Flush => {
+                    self.shared.barrier.members(|members| members.expect_channels());
+                    self.sync_point(observer)?;
+                }
                 Item::Eos => {
                     self.report.dialect = self.main().decoder().dialect();
                     if self.report.dialect == Some(Dialect::PerSection) {
@@ -510,7 +608,22 @@ impl Run {
         self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
         self.wrote(block, offset);
         self.shared.progress.add_pages(1, 0);
+        if !self.complete {
+            self.shared.barrier.members(|members| members.plain_page());
+            self.look_at_members();
+        }
         Ok(())
+    }
+
+    /// Main has named a page as zeros.
+    fn name(&mut self, block: usize, offset: u64) {
+        if self.complete {
+            return;
+        }
+        if let Some(Pages { layout, .. }) = &*lock(&self.shared.pages) {
+            let named = self.named.get_or_insert_with(|| DirtyBitmap::new(layout));
+            named.set(layout.blocks()[block].page_at(offset));
+        }
     }
 
     /// Main has written a page.
@@ -524,20 +637,55 @@ impl Run {
     /// The end of a round, or of a section in the dialect that ends each of them.
     fn sync_point(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
         let place = self.main().place();
-        if !self.channels_fixed {
-            self.channels_fixed = true;
-            let channels = self.acceptor.channels()?;
-            lock(&self.shared.seen).fix_channels(channels).map_err(Error::protocol(place))?;
-            self.shared.barrier.fix_channels(channels).map_err(Error::protocol(place))?;
-            #[cfg(any(test, feature = "broken-variants"))]
-            self.shared.loose.fix_channels(channels);
-            self.report.channels = channels;
-        }
-        self.acceptor.nobody_else()?;
         let round = self.shared.arrive(Party::Main, place)?;
-        self.shared.pass(round)?;
+        if let Some(round) = round
+            && self.shared.barrier.pass_within(round, self.shared.options.setup_timeout)? == Passed::Missing
+        {
+            return Err(self.shared.channels_missing());
+        }
+        #[cfg(any(test, feature = "broken-variants"))]
+        self.shared.loose.fix_channels(self.shared.barrier.members(|members| members.joined()));
+        self.look_at_members();
         self.count_round(observer);
         Ok(())
+    }
+
+    /// Finds out whether all channels are here. Then no further connection is needed.
+    fn look_at_members(&mut self) {
+        if self.complete {
+            return;
+        }
+        let (complete, joined, evidence) =
+            self.shared.barrier.members(|members| (members.is_complete(), members.joined(), members.evidence()));
+        self.report.channels = joined;
+        if complete {
+            tracing::debug!(channels = joined, ?evidence, "all channels are here");
+            self.complete = true;
+            self.named = None;
+            self.acceptor.close();
+        }
+    }
+
+    /// All that carries pages is over: verifies that no page can be missing or still come.
+    ///
+    /// # Errors
+    /// A channel goes on behind the last sync point, or nothing shows that all channels have come.
+    fn nothing_is_missing(&mut self) -> Result<(), Error> {
+        let place = self.main().place();
+        self.shared.barrier.close(place)?;
+        self.look_at_members();
+        if self.complete {
+            return Ok(());
+        }
+        if let (opened, Some(expected)) = self.shared.barrier.members(|members| (members.joined(), members.channels()))
+        {
+            return Err(Mismatch::Channels { opened, expected }.into());
+        }
+        let named = self.named.as_ref().map_or(0, DirtyBitmap::count);
+        match lock(&self.shared.pages).as_ref().is_some_and(|pages| pages.layout.pages() == named) {
+            true => Ok(()),
+            false => Err(Mismatch::ChannelsUnknown.into()),
+        }
     }
 
     fn count_round(&mut self, observer: &mut dyn Observer) {
@@ -591,7 +739,7 @@ impl Run {
                 place: "before the END section of ram",
             }));
         }
-        self.acceptor.nobody_else()?;
+        self.nothing_is_missing()?;
         // A source without uuid names one of zeros.
         let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
         // What it takes to make everything durable is not the source's silence.
@@ -642,7 +790,7 @@ impl Run {
     fn bound_the_end(&self) {
         let shared = self.shared.clone();
         self.watchdog.timers().set("end", self.shared.options.close_timeout, move || {
-            shared.end_streams();
+            shared.connections.stop();
             None
         });
     }
@@ -702,6 +850,28 @@ fn refuse(main: Option<&mut MainReader>, return_path: bool, ours: bool, reason: 
     if let Err(error) = reason.unwrap_or(Ok(())).and_then(|()| main.reply(&Message::Shut(1))) {
         tracing::debug!(%error, "the source could not be told that the VM does not run here");
     }
+}
+
+/// Ends all connections when the migration is stopped.
+struct ConnectionsStopper(Arc<Connections>);
+
+impl Stopper for ConnectionsStopper {
+    fn stop(&self) {
+        self.0.stop();
+    }
+}
+
+/// Whether `item` comes before it is known whose migration it is.
+fn is_configuration(item: &Item) -> bool {
+    matches!(
+        item,
+        Item::Header
+            | Item::Configuration { .. }
+            | Item::ConfigPageBits(_)
+            | Item::ConfigCapabilities(_)
+            | Item::ConfigUuid(_)
+            | Item::ConfigOffer(_)
+    )
 }
 
 /// Refuses streams that leave out a part of the VM, or put it elsewhere.

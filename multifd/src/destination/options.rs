@@ -14,10 +14,8 @@ use crate::{
 /// How to receive. Everything that the stream tells is found out unless it is required here.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How many channels there have to be; `None` for as many as the source opened before its first sync point.
-    ///
-    /// Discovery relies on connections arriving in the order in which they were opened; where the network may reorder
-    /// them, give the number.
+    /// How many channels there have to be; `None` for as many as the source has. That is what it says, or what the numbers
+    /// of its packets prove; a source of which neither is true needs the number here, and fails without it.
     pub channels: Option<u8>,
     /// How page contents have to be compressed; `None` for whatever each packet says.
     pub compression: Option<Compression>,
@@ -27,9 +25,12 @@ pub struct Options {
     pub machine: Option<String>,
     /// The UUID that the source's channels have to name; `None` for any, the same on all channels.
     pub uuid: Option<[u8; 16]>,
+    /// A secret of this migration that the source's channels have to name in place of the UUID: a connection without it is a
+    /// stranger's. The source is given the same one. Not with a QEMU, which does not know of it.
+    pub token: Option<[u8; 16]>,
     /// Whether to tell the source that it may switch over whenever it likes.
     pub switchover_ack: SwitchoverAck,
-    /// How long a connection may take to say what it is, and the source to open the remaining ones.
+    /// How long a connection may take to say what it is, and main waits at a sync point for channels that have not come.
     pub setup_timeout: Option<Duration>,
     /// How long the source may send fewer than 4 KiB on all connections once it is there; `None` for no limit.
     pub stall_limit: Option<Duration>,
@@ -58,6 +59,7 @@ impl Default for Options {
             first_touch: FirstTouch::Auto,
             machine: None,
             uuid: None,
+            token: None,
             switchover_ack: SwitchoverAck::Auto,
             setup_timeout: Some(Duration::from_secs(30)),
             stall_limit: Some(Duration::from_secs(120)),

@@ -2,8 +2,7 @@
 //! written outside of a block.
 
 use multifd_proto::{
-    ChannelId,
-    packet::{self, Compression, Hello, PacketHeader},
+    packet::{self, Compression, PacketHeader},
     return_path::Message,
 };
 
@@ -122,8 +121,6 @@ fn a_page_before_the_first_sync_point_is_refused() {
     let message = "page before the first sync point";
     let received = refused("early page", &wires, Options::default(), channel_at(0, 64), message);
     assert!(untouched(&received.ram));
-    // Also before there is a main at all.
-    refused("lonely page", &wires[1..], Options::default(), channel_at(0, 64), message);
 }
 
 #[test]
@@ -149,15 +146,6 @@ fn an_end_inside_a_packet_is_an_error_and_between_two_it_is_missed_by_main() {
     let error = receive(&wires, Options::default()).outcome.unwrap_err();
     assert!(error.to_string().ends_with(missing), "{error}");
     assert!(error.is_peers_fault());
-}
-
-#[test]
-fn an_end_inside_the_hello_is_an_error() {
-    for len in [0, 3, 4, 63] {
-        let wires = [Wire::main(), Wire::raw(&Wire::channel(0).bytes[..len]).ends()];
-        let message = "the connection ended in the middle";
-        refused("short hello", &wires, Options::default(), connection_at(1, 0), message);
-    }
 }
 
 #[test]
@@ -213,50 +201,6 @@ fn another_compression_than_required_is_refused() {
     let options = Options { compression: Some(Compression::Zstd), ..Options::default() };
     let message = "channels are configured for compression zstd, the packet has none";
     refused("compression", &behind_first_sync(pages(&[0])), options, channel_at(0, SECOND), message);
-}
-
-#[test]
-fn channel_ids_out_of_range_or_twice_are_refused() {
-    let hello = |id| Wire::channel(id);
-    // With the number of channels required, at once; otherwise when main says how many there are.
-    let fixed = Options { channels: Some(2), ..Options::default() };
-    refused(
-        "id beyond the required number",
-        &[Wire::main(), hello(0), hello(2)],
-        fixed,
-        connection_at(2, 0),
-        "channel id 2 with 2 channels",
-    );
-    for sync in [false, true] {
-        let odd = if sync { hello(200).sync() } else { hello(200) };
-        let received = receive(&[Wire::main(), hello(0).sync(), odd], Options::default());
-        let error = received.outcome.unwrap_err();
-        assert!(error.to_string().ends_with(": channel id 200 with 2 channels"), "{error}");
-        assert!(error.is_peers_fault());
-    }
-    let error = receive(&[Wire::main(), hello(0), hello(0)], Options::default()).outcome.unwrap_err();
-    // Whichever of the two says hello second.
-    assert!(error.to_string().ends_with(": channel id 0 came twice"), "{error}");
-    assert!(error.is_peers_fault());
-}
-
-#[test]
-fn hellos_that_do_not_fit_are_refused() {
-    let mut version = Wire::channel(0);
-    version.bytes[7] = 2;
-    let at = connection_at(1, 0);
-    refused("version", &[Wire::main(), version], Options::default(), at, "hello version 2 instead of 1");
-    let ours = Options { uuid: Some([1; 16]), ..Options::default() };
-    let message =
-        "channel belongs to VM 00000000-0000-0000-0000-000000000000, this is 01010101-0101-0101-0101-010101010101";
-    refused("other VM", &[Wire::main(), Wire::channel(0)], ours, at, message);
-    let other = Wire::raw(Hello { uuid: [2; 16], channel: ChannelId(1) }.encode());
-    let error = receive(&[Wire::main(), Wire::channel(0), other], Options::default()).outcome.unwrap_err();
-    // Each has a thread, so either may say hello first.
-    let [zero, two] = ["00000000-0000-0000-0000-000000000000", "02020202-0202-0202-0202-020202020202"];
-    let either = [(zero, two), (two, zero)].map(|(it, this)| format!(": channel belongs to VM {it}, this is {this}"));
-    assert!(either.iter().any(|message| error.to_string().ends_with(message)), "{error}");
-    assert!(error.is_peers_fault());
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::{
         Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use multifd_proto::{
@@ -23,11 +23,12 @@ use test_support::{report, time_limit};
 use crate::{
     destination::{self, Destination},
     error::Error,
+    progress::Phase,
     ram::Ram,
     source::{self, Source},
     sync::Arc,
     test_vm::{TestDestination, TestSource},
-    threads::{StdThreads, ThreadRole, Threads},
+    threads::{StdThreads, Threads},
     transport::{
         Connect, Listen, Stopper, Stream,
         faulty::{Fault, Faults},
@@ -179,21 +180,33 @@ pub(super) fn migrate(
         let mut to = TestDestination::new(ram.clone());
         to.fail_at = attempt.load_fails_at;
         to.panics = attempt.load_panics;
-        let receiving =
-            destination::Options { channels: Some(CHANNELS), threads: attempt.receiving_threads, ..Default::default() };
+        let receiving = destination::Options {
+            channels: Some(CHANNELS),
+            threads: attempt.receiving_threads,
+            // Channels that broke before they joined are waited for.
+            setup_timeout: Some(Duration::from_secs(3)),
+            ..Default::default()
+        };
         let (source, destination) = (Source::new(attempt.options), Destination::new(receiving));
         let (stop_source, stop_destination) = (source.stop_handle(), destination.stop_handle());
+        let (waiting, progress) = (destination.stop_handle(), destination.progress());
         let before = guest.vm.writer_ram().handles();
         let (sent, received) = std::thread::scope(|scope| {
-            let stop_waiting = stop_destination.clone();
             let meanwhile = scope.spawn(move || meanwhile(&stop_source, &stop_destination));
             let to = &mut to;
             let receiving = scope.spawn(move || destination.run(to, Box::new(listener), &mut ()));
             let sent = source.run(&mut guest.vm, &connector, &mut ());
             drop(connector);
-            if matches!(sent, Err(Error::Thread { role: ThreadRole::Watchdog, .. })) {
-                // It has not connected, so the destination waits for a source as before.
-                stop_waiting.cancel();
+            // A source that has ended before it said that it is one leaves the destination waiting for one. Any other is
+            // noticed, in its own time.
+            let still_waits =
+                || matches!(progress.snapshot().phase, None | Some(Phase::Connect)) && !receiving.is_finished();
+            let begin = Instant::now();
+            while sent.is_err() && still_waits() {
+                if begin.elapsed() > Duration::from_millis(500) {
+                    waiting.cancel();
+                }
+                std::thread::sleep(Duration::from_millis(1));
             }
             let received = receiving.join().unwrap();
             meanwhile.join().unwrap();

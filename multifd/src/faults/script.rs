@@ -5,7 +5,7 @@ use std::time::Duration;
 use multifd_proto::{
     BlockName, ChannelId,
     encoder::MainEncoder,
-    packet::{Hello, PacketHeader, header_len},
+    packet::{self, HELLO_LEN, Hello, PacketHeader, header_len},
     ram::BlockEntry,
     return_path::Message,
     wire::Step,
@@ -41,7 +41,7 @@ impl Wire {
 
     /// A channel that has said hello.
     pub(super) fn channel(id: u8) -> Wire {
-        Wire::raw(Hello { uuid: [0; 16], channel: ChannelId(id) }.encode())
+        Wire::raw(Hello { uuid: [0; 16], channel: ChannelId(id), channels: None }.encode())
     }
 
     /// Main up to the end of the START section, with the first sync point in it.
@@ -101,6 +101,11 @@ pub(super) fn main_end() -> MainEncoder {
     encoder
 }
 
+/// What a channel of a source says that tells how many it has.
+pub(super) fn told_hello(id: u8, channels: u8) -> Hello {
+    Hello { uuid: [0; 16], channel: ChannelId(id), channels: std::num::NonZeroU8::new(channels) }
+}
+
 pub(super) fn block(name: &str) -> BlockName {
     BlockName::new(name).unwrap()
 }
@@ -141,8 +146,17 @@ pub(super) fn guarded_ram() -> Ram {
         .unwrap()
 }
 
-/// Lets a destination hear `wires`, which connect in this order, and waits until it has ended.
+/// Lets a destination hear `wires`, which connect in this order, and waits until it has ended. It is told how many channels
+/// there are, as the packets of a script are not numbered.
 pub(super) fn receive(wires: &[Wire], options: Options) -> Received {
+    let hello = packet::MAGIC.to_be_bytes();
+    let channels = wires.iter().filter(|wire| wire.bytes.len() >= HELLO_LEN && wire.bytes.starts_with(&hello)).count();
+    let channels = options.channels.or(Some(u8::try_from(channels).unwrap()));
+    receive_untold(wires, Options { channels, ..options })
+}
+
+/// The same for a destination that has to find out how many channels there are.
+pub(super) fn receive_untold(wires: &[Wire], options: Options) -> Received {
     test_support::time_limit(Duration::from_secs(60), || {
         // Everything fits, so the peer never waits and can be gone before the destination listens.
         let (listener, connector) = memory::listener(1 << 24);
@@ -168,7 +182,7 @@ pub(super) fn receive(wires: &[Wire], options: Options) -> Received {
 }
 
 /// What the destination says on `stream`, up to SHUT or the end. Then the peer closes the connection.
-fn answers_on(mut stream: Box<dyn Stream>) -> Vec<Message> {
+pub(super) fn answers_on(mut stream: Box<dyn Stream>) -> Vec<Message> {
     let (mut answers, mut bytes, mut part) = (Vec::new(), Vec::new(), [0; 512]);
     while let Ok(n @ 1..) = stream.read(&mut part) {
         bytes.extend_from_slice(&part[..n]);
@@ -199,8 +213,4 @@ pub(super) fn main_at(offset: u64) -> Place {
 
 pub(super) fn channel_at(id: u8, offset: usize) -> Place {
     Place { connection: Connection::Channel(ChannelId(id)), offset: offset as u64 }
-}
-
-pub(super) fn connection_at(index: usize, offset: usize) -> Place {
-    Place { connection: Connection::Unknown(index), offset: offset as u64 }
 }

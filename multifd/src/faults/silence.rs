@@ -50,6 +50,11 @@ struct Heard {
     outcome: Result<(), Error>,
 }
 
+/// The packets of a script are not numbered.
+fn one_channel() -> Options {
+    Options { channels: Some(1), ..Options::default() }
+}
+
 /// Lets `receiver` hear `main` and then nothing, until it answers or `patience` is over.
 fn hear(receiver: Receiver, main: &Wire, patience: Duration, dir: &TempDir) -> Heard {
     let socket = dir.join("socket");
@@ -57,7 +62,7 @@ fn hear(receiver: Receiver, main: &Wire, patience: Duration, dir: &TempDir) -> H
     let listener = Box::new(uri.listener().unwrap());
     thread::scope(|scope| {
         let destination = scope.spawn(|| {
-            let destination = Destination::new(Options::default());
+            let destination = Destination::new(one_channel());
             match receiver {
                 Receiver::Vm => {
                     let mut vm = TestDestination::new(guarded_ram());
@@ -187,7 +192,7 @@ fn bytes_behind_the_description_are_refused_by_a_checkpoint() {
                     stream.write(&wire.bytes, &[]).unwrap();
                     (!wire.ends).then_some(stream)
                 });
-                let received = writer.receive(Destination::new(Options::default()), Box::new(listener), &mut ());
+                let received = writer.receive(Destination::new(one_channel()), Box::new(listener), &mut ());
                 drop(streams);
                 received.unwrap_err()
             });

@@ -45,7 +45,7 @@ impl Channel {
         let mut bytes = BufReader::with_capacity(READ_SIZE, stream);
         let mut hello = [0; HELLO_LEN];
         bytes.read_exact(&mut hello).map_err(Error::io(at))?;
-        let Hello { uuid, channel: id } = Hello::decode(&hello).map_err(Error::protocol(at))?;
+        let Hello { uuid, channel: id, .. } = Hello::decode(&hello).map_err(Error::protocol(at))?;
         Ok(Channel {
             bytes,
             account: ChannelAccount {

@@ -96,7 +96,7 @@ impl RecordedReader {
             if self.channels.iter().any(|known| known.id() == id) {
                 return Err(Error::protocol(at)(Violation::ChannelIdTwice { id }));
             }
-            let hello = Hello { uuid: channel.account.uuid, channel: id };
+            let hello = Hello { uuid: channel.account.uuid, channel: id, channels: None };
             let expected = first.get_or_insert(hello).uuid;
             if expected != hello.uuid {
                 let found = hello.uuid;

@@ -1,6 +1,6 @@
 //! One sending channel: pulls batches from the page scan and sends each as one packet.
 
-use std::time::Duration;
+use std::{num::NonZeroU8, time::Duration};
 
 use multifd_proto::{
     ChannelId,
@@ -61,7 +61,10 @@ impl SendChannel {
 
     /// Says which channel this is.
     pub(super) fn hello(&mut self) -> Result<(), Error> {
-        let hello = Hello { uuid: self.shared.options.uuid, channel: self.id }.encode();
+        let options = &self.shared.options;
+        let uuid = options.token.unwrap_or(options.uuid);
+        // QEMU ignores the number of channels; a destination of ours waits for all of them.
+        let hello = Hello { uuid, channel: self.id, channels: NonZeroU8::new(options.channels) }.encode();
         self.stream.write(&hello, &[]).map_err(Error::io(self.place()))?;
         self.count(hello.len() as u64);
         Ok(())

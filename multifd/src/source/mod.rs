@@ -159,7 +159,7 @@ impl Run {
         ram.forget_fresh();
         let page_size = ram.layout().page_size();
         let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size));
-        let barrier = RoundBarrier::new(Some(usize::from(options.channels)));
+        let barrier = RoundBarrier::new(usize::from(options.channels));
         stop.register(Box::new(barrier.clone()));
         stop.register(limiter.stopper());
         progress.set_pages_total(ram.layout().pages());

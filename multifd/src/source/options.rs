@@ -28,6 +28,9 @@ pub struct Options {
     pub machine: String,
     /// UUID of the VM, in the first packet of every channel; all zero where it has none.
     pub uuid: [u8; 16],
+    /// A secret of this migration that the channels name in place of the UUID. The destination is given the same one, and
+    /// takes no connection without it. Not for a QEMU destination, which compares these bytes with its UUID.
+    pub token: Option<[u8; 16]>,
     /// Put the UUID into the configuration section too, for the destination to compare.
     pub validate_uuid: bool,
     /// Where rounds end on main.
@@ -79,6 +82,7 @@ impl Default for Options {
             channels: 4,
             machine: "multifd".to_owned(),
             uuid: [0; 16],
+            token: None,
             validate_uuid: false,
             dialect: Dialect::PerRound,
             flush: Flush::Early,

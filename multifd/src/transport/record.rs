@@ -227,7 +227,7 @@ mod tests {
     use crate::{ram::Ram, transport::memory};
 
     fn hello(channel: u8) -> [u8; packet::HELLO_LEN] {
-        packet::Hello { uuid: [0; 16], channel: ChannelId(channel) }.encode()
+        packet::Hello { uuid: [0; 16], channel: ChannelId(channel), channels: None }.encode()
     }
 
     /// Sends `sent` over a connection of its own and receives it through `recording`, the last page into guest memory.

@@ -199,7 +199,14 @@ impl Listen for SocketListener {
         loop {
             match accept_with(&self.socket, SocketFlags::CLOEXEC) {
                 Ok(socket) => {
-                    let stream = SocketStream::new(socket)?;
+                    // It may be gone already, which is no error of the listener.
+                    let stream = match SocketStream::new(socket) {
+                        Ok(stream) => stream,
+                        Err(error) => {
+                            tracing::debug!(%error, "a connection ended before it was accepted");
+                            continue;
+                        }
+                    };
                     return Ok(Some(match self.uri {
                         Uri::Unix(_) => Box::new(stream.with_peer(self.uri.to_string())),
                         _ => Box::new(stream),

@@ -1,0 +1,190 @@
+//! All connections of one destination, so that each can be ended, and so that those of strangers stay few.
+//!
+//! A connection is a stranger's until it has said that it is main, or a channel and has joined. Of those that have not said
+//! what they are, and of those that wait to be judged, there is a bounded number: the oldest makes room for the newest.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    sync::{Mutex, lock},
+    transport::Stopper,
+};
+
+/// Every connection that is open.
+pub(super) struct Connections {
+    state: Mutex<State>,
+}
+
+struct State {
+    /// By number, in the order of their arrival.
+    open: BTreeMap<usize, Entry>,
+    /// The number of the next one.
+    next: usize,
+    /// Those whose threads have ended since [`Connections::ended`] was asked.
+    ended: Vec<usize>,
+    /// Only members are left in peace.
+    complete: bool,
+    /// None is left in peace.
+    stopped: bool,
+}
+
+struct Entry {
+    stage: Stage,
+    stopper: Box<dyn Stopper>,
+}
+
+/// What is known about a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// It has not said what it is.
+    Silent,
+    /// It says that it is a channel.
+    Candidate,
+    /// It is main, or a channel that has joined.
+    Member,
+}
+
+impl Stage {
+    /// How many there may be.
+    const fn limit(self) -> usize {
+        match self {
+            Stage::Silent => MAX_SILENT,
+            Stage::Candidate => MAX_CANDIDATES,
+            Stage::Member => usize::MAX,
+        }
+    }
+}
+
+impl Connections {
+    pub(super) fn new() -> Connections {
+        let state = State { open: BTreeMap::new(), next: 0, ended: Vec::new(), complete: false, stopped: false };
+        Connections { state: Mutex::new(state) }
+    }
+
+    /// A connection has come, which `stopper` ends. Returns its number.
+    pub(super) fn add(&self, stopper: Box<dyn Stopper>) -> usize {
+        let mut state = lock(&self.state);
+        let number = state.next;
+        state.next += 1;
+        if state.stopped || state.complete {
+            stopper.stop();
+        }
+        state.open.insert(number, Entry { stage: Stage::Silent, stopper });
+        state.make_room(Stage::Silent);
+        number
+    }
+
+    /// More is known about a connection. Returns whether it may go on.
+    pub(super) fn advance(&self, number: usize, stage: Stage) -> bool {
+        let mut state = lock(&self.state);
+        let goes_on = !state.stopped && (!state.complete || stage == Stage::Member);
+        if let Some(entry) = state.open.get_mut(&number) {
+            entry.stage = stage;
+        }
+        state.make_room(stage);
+        goes_on
+    }
+
+    /// A connection's thread ends. Its connection may live on: main has been handed over.
+    pub(super) fn remove(&self, number: usize, lives_on: bool) {
+        let mut state = lock(&self.state);
+        if !lives_on {
+            state.open.remove(&number);
+        }
+        state.ended.push(number);
+    }
+
+    /// The numbers of connections whose threads have ended, each once.
+    pub(super) fn ended(&self) -> Vec<usize> {
+        std::mem::take(&mut lock(&self.state).ended)
+    }
+
+    /// All members are here: ends all others, now and from now on.
+    pub(super) fn complete(&self) {
+        let mut state = lock(&self.state);
+        state.complete = true;
+        state.open.values().filter(|entry| entry.stage != Stage::Member).for_each(|entry| entry.stopper.stop());
+    }
+
+    /// Whether strangers are ended.
+    pub(super) fn are_complete(&self) -> bool {
+        let state = lock(&self.state);
+        state.complete || state.stopped
+    }
+}
+
+impl Stopper for Connections {
+    /// Ends all, now and from now on.
+    fn stop(&self) {
+        let mut state = lock(&self.state);
+        state.stopped = true;
+        state.open.values().for_each(|entry| entry.stopper.stop());
+    }
+}
+
+impl State {
+    /// Ends the oldest at `stage` if there are too many. Its thread notices.
+    fn make_room(&self, stage: Stage) {
+        let mut alike = self.open.values().filter(|entry| entry.stage == stage);
+        let too_many = alike.clone().count().saturating_sub(stage.limit());
+        for entry in alike.by_ref().take(too_many) {
+            tracing::warn!(limit = stage.limit(), "too many connections of strangers: the oldest are dropped");
+            entry.stopper.stop();
+        }
+    }
+}
+
+/// Connections that have not said what they are.
+pub(super) const MAX_SILENT: usize = 64;
+
+/// Connections that say they are channels and are not judged yet: all that there can be of one migration, and some more.
+const MAX_CANDIDATES: usize = 320;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    };
+
+    use super::*;
+
+    struct Count(Arc<AtomicUsize>);
+
+    impl Stopper for Count {
+        fn stop(&self) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn counted(connections: &Connections) -> (usize, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        (connections.add(Box::new(Count(count.clone()))), count)
+    }
+
+    #[test]
+    fn the_oldest_silent_connection_makes_room_and_others_stay() {
+        let connections = Connections::new();
+        let (main, main_stopped) = counted(&connections);
+        assert!(connections.advance(main, Stage::Member));
+        let all: Vec<_> = (0..=MAX_SILENT).map(|_| counted(&connections)).collect();
+        let stopped: Vec<usize> = all.iter().map(|(_, stopped)| stopped.load(Relaxed)).collect();
+        assert_eq!((stopped[0], stopped[1..].iter().sum::<usize>()), (1, 0));
+        assert_eq!(main_stopped.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn when_all_are_here_only_members_stay() {
+        let connections = Connections::new();
+        let [(main, main_stopped), (_, silent), (channel, candidate)] = [(); 3].map(|()| counted(&connections));
+        connections.advance(main, Stage::Member);
+        connections.advance(channel, Stage::Candidate);
+        connections.complete();
+        assert_eq!([main_stopped, silent, candidate].map(|stopped| stopped.load(Relaxed)), [0, 1, 1]);
+        let (late, late_stopped) = counted(&connections);
+        assert_eq!(late_stopped.load(Relaxed), 1);
+        assert!(!connections.advance(late, Stage::Candidate));
+        connections.remove(late, false);
+        assert_eq!((connections.ended(), connections.ended()), (vec![late], vec![]));
+    }
+}

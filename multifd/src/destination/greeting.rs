@@ -1,0 +1,199 @@
+//! What a new connection says with its first bytes, and whether that makes it a part of the migration.
+//!
+//! Main is the first connection with the magic number of main. A channel says hello and becomes a part of the migration with
+//! its first SYNC, once main has said whose migration it is. Every other connection is a stranger's: it is logged and dropped, and
+//! neither ends the migration nor holds it up. So is one that says all this too slowly.
+
+use std::{fmt, io, time::Duration};
+
+use multifd_proto::{
+    Mismatch as ProtoMismatch,
+    membership::{Evidence, Stranger},
+    packet::{self, HELLO_LEN, Hello},
+    stream,
+};
+
+use super::{Shared, channel::ReceiveChannel, connections::Stage};
+use crate::{
+    error::{Error, Mismatch},
+    sync::{Arc, Deadline, lock},
+    transport::Stream,
+};
+
+/// Why a connection goes no further.
+pub(super) enum Refused {
+    /// It is none of this migration; this is what it did.
+    Stranger(String),
+    /// It is one of this migration, which ends because of it.
+    Error(Error),
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Refused {
+        Refused::Error(error)
+    }
+}
+
+/// Finds out what `stream` is and treats it so, until it ends. Returns whether it is main, which lives on in another thread.
+pub(super) fn serve(stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> bool {
+    let peer = stream.peer();
+    match greet(stream, number, shared) {
+        Ok(is_main) => return is_main,
+        Err(Refused::Stranger(what)) => shared.drop_stranger(&peer, &what),
+        Err(Refused::Error(error)) => {
+            shared.stop.stop(error);
+        }
+    }
+    false
+}
+
+fn greet(mut stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> Result<bool, Refused> {
+    let deadline = Deadline::after(shared.options.setup_timeout);
+    let mut hello = [0; HELLO_LEN];
+    let (first, rest) = hello.split_at_mut(4);
+    hear(&mut *stream, first, deadline)?;
+    match u32::from_be_bytes(*first.first_chunk().expect("four bytes")) {
+        stream::MAGIC => shared.take_main(stream, number).map(|()| true),
+        packet::MAGIC => {
+            hear(&mut *stream, rest, deadline)?;
+            unlimited(&mut *stream)?;
+            let hello = Hello::decode(&hello).map_err(|error| stranger(format!("says hello wrongly: {error}")))?;
+            if !shared.connections.advance(number, Stage::Candidate) {
+                return Err(stranger("comes when the channels are complete"));
+            }
+            match shared.is_identified() {
+                true => shared.judge(&hello, &stream.peer())?,
+                false => shared.recognize(&hello)?,
+            }
+            ReceiveChannel::new(hello, number, stream, shared.clone()).run().map(|()| false)
+        }
+        _ => Err(stranger(language(first))),
+    }
+}
+
+/// Fills `into` before `deadline`.
+fn hear(stream: &mut dyn Stream, mut into: &mut [u8], deadline: Deadline) -> Result<(), Refused> {
+    while !into.is_empty() {
+        if deadline.is_over() {
+            return Err(stranger("does not say in time what it is"));
+        }
+        // A timeout of 0 is none.
+        let left = deadline.left().map(|left| left.max(Duration::from_millis(1)));
+        stream.set_read_timeout(left).map_err(|error| stranger(format!("breaks: {error}")))?;
+        match stream.read(into) {
+            Ok(0) => return Err(stranger("ends before it has said what it is")),
+            Ok(n) => into = &mut into[n..],
+            Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {}
+            Err(error) => return Err(stranger(format!("breaks before it has said what it is: {error}"))),
+        }
+    }
+    Ok(())
+}
+
+fn unlimited(stream: &mut dyn Stream) -> Result<(), Refused> {
+    stream.set_read_timeout(None).map_err(|error| stranger(format!("breaks: {error}")))
+}
+
+/// What a connection speaks that begins with `first`.
+fn language(first: &[u8]) -> String {
+    let name = match first {
+        [0x16, 0x03, ..] => "TLS; a source with TLS needs a destination with TLS",
+        b"GET " | b"POST" | b"HEAD" | b"PUT " | b"OPTI" | b"CONN" => "HTTP",
+        b"SSH-" => "SSH",
+        _ => return format!("begins with {:?}, not with QEVM or a hello", first.escape_ascii().to_string()),
+    };
+    format!("speaks {name}")
+}
+
+fn stranger(what: impl fmt::Display) -> Refused {
+    Refused::Stranger(what.to_string())
+}
+
+impl Shared {
+    /// `stream` says that it is main.
+    fn take_main(&self, mut stream: Box<dyn Stream>, number: usize) -> Result<(), Refused> {
+        unlimited(&mut *stream)?;
+        let mut slot = lock(&self.main);
+        if slot.taken {
+            return Err(stranger("says it is main, which is here already: a second source?"));
+        }
+        if !self.connections.advance(number, Stage::Member) {
+            return Err(stranger("comes when the migration is over"));
+        }
+        slot.taken = true;
+        slot.stream = Some(stream);
+        drop(slot);
+        self.main_changed.notify_all();
+        Ok(())
+    }
+
+    /// Whether the channel that said `hello` is one of this migration and may join now.
+    pub(super) fn judge(&self, hello: &Hello, peer: &str) -> Result<(), Refused> {
+        self.recognize(hello)?;
+        self.barrier.admit(hello.channel, hello.channels).map_err(|why| self.refusal(why, hello, peer))
+    }
+
+    /// Compares the token or the uuid of `hello` with what is known.
+    fn recognize(&self, hello: &Hello) -> Result<(), Refused> {
+        if let Some(token) = &self.options.token {
+            return match equal_in_constant_time(token, &hello.uuid) {
+                true => Ok(()),
+                false => Err(stranger("says hello with another token than this migration's")),
+            };
+        }
+        let seen = lock(&self.seen);
+        match self.options.uuid.or(seen.main_uuid).or(seen.uuid) {
+            Some(expected) if expected != hello.uuid => {
+                Err(stranger(format!("says hello: {}", ProtoMismatch::Uuid { expected, found: hello.uuid })))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What follows from `why` for the channel that said `hello`.
+    pub(super) fn refusal(&self, why: Stranger, hello: &Hello, peer: &str) -> Refused {
+        let (joined, evidence) = self.barrier.members(|members| (members.joined(), members.evidence()));
+        match why {
+            // Its pages belong to rounds that are over: only this can be right.
+            Stranger::TooLate { id } => Error::from(Mismatch::ChannelTooLate { id, peer: peer.to_owned() }).into(),
+            // The first to come says so, and none of its own can follow.
+            Stranger::OtherCount { told, channels, .. } if joined == 0 && evidence == Some(Evidence::Required) => {
+                Error::from(Mismatch::Channels { opened: told, expected: channels }).into()
+            }
+            why => stranger(format!("says hello as channel {}: {why}", hello.channel)),
+        }
+    }
+
+    /// A channel has joined.
+    pub(super) fn welcome(&self, hello: &Hello) {
+        // With a token these bytes are not a uuid.
+        if self.options.token.is_none() {
+            lock(&self.seen).uuid.get_or_insert(hello.uuid);
+        }
+    }
+
+    /// Logs that a connection is dropped, and why.
+    pub(super) fn drop_stranger(&self, peer: &str, what: &str) {
+        if self.connections.are_complete() {
+            return tracing::debug!(peer, what, "drops a connection, the channels are complete");
+        }
+        let mut seen = lock(&self.seen);
+        seen.strangers += 1;
+        seen.last_stranger = Some(format!("{peer} {what}"));
+        // One that comes again and again must not fill the log.
+        if seen.strangers <= LOGGED_STRANGERS {
+            tracing::warn!(peer, what, "drops a connection that is none of this migration");
+        } else {
+            tracing::debug!(peer, what, count = seen.strangers, "drops a connection that is none of this migration");
+        }
+    }
+}
+
+/// A stranger learns nothing about `token` from how long this takes.
+fn equal_in_constant_time(token: &[u8; 16], other: &[u8; 16]) -> bool {
+    let [token, other] = [token, other].map(|bytes| std::hint::black_box(u128::from_ne_bytes(*bytes)));
+    token ^ other == 0
+}
+
+/// Strangers of one migration that are logged as warnings.
+const LOGGED_STRANGERS: u64 = 100;

@@ -1,0 +1,256 @@
+//! Connections of strangers, of every kind and at every moment: none ends a migration or holds it up.
+
+use std::{
+    io::Write,
+    os::unix::net::UnixStream,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd_proto::packet::Hello;
+use test_support::{TempDir, time_limit};
+
+use super::script::*;
+use crate::{
+    destination::{Destination, Options},
+    error::Error,
+    source::{self, Source},
+    test_vm::{TestDestination, TestSource},
+    transport::{Connect, Stream, memory, uri::Uri},
+};
+
+/// Every kind of stranger that knows no token, uuid or secret, with what it says. They stay open unless they end.
+fn strangers() -> Vec<(&'static str, Wire)> {
+    let other = Hello { uuid: [2; 16], ..told_hello(1, 2) };
+    let mut version = Wire::channel(1);
+    version.bytes[7] = 2;
+    vec![
+        ("comes and goes", Wire::default().ends()),
+        ("is silent", Wire::default()),
+        ("HTTP", Wire::raw(*b"GET / HTTP/1.1\r\n\r\n")),
+        ("TLS", Wire::raw(*b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")),
+        ("SSH", Wire::raw(*b"SSH-2.0-scanner\r\n")),
+        ("noise", Wire::raw([0xff; 200])),
+        ("one byte", Wire::raw(*b"Q").ends()),
+        ("part of a main", Wire::raw(*b"QEV").ends()),
+        ("part of a hello", Wire::raw(&Wire::channel(0).bytes[..63]).ends()),
+        ("part of a hello, open", Wire::raw(&Wire::channel(0).bytes[..20])),
+        ("hello of another version", version),
+        ("hello and gone", Wire::channel(1).ends()),
+        ("hello and a part of a packet", Wire::channel(1).then([0x11, 0x22, 0x33]).ends()),
+        ("an id that does not exist", Wire::channel(200)),
+        ("the same, with SYNC", Wire::channel(200).sync()),
+        ("another VM", Wire::raw(other.encode()).sync()),
+        ("another number of channels", Wire::raw(told_hello(1, 7).encode()).sync()),
+    ]
+}
+
+/// A whole migration with two channels, of a source that says so.
+fn migration() -> [Wire; 3] {
+    let channel = |id| Wire::raw(told_hello(id, 2).encode()).sync().then(pages(&[0x1000 * (1 + u64::from(id))])).sync();
+    [Wire::main().then(main_end().as_bytes()), channel(0), channel(1)]
+}
+
+/// Whether the pages of [`migration`] are in place and no others.
+fn arrived(ram: &crate::ram::Ram) -> bool {
+    (0..8).all(|page| ram.page_bytes(page) == [if page == 1 || page == 2 { 0x5a } else { 0 }; PAGE])
+}
+
+/// How far a migration is when the stranger comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    BeforeMain,
+    AfterMain,
+    AfterTheFirstChannel,
+}
+
+/// Whether `kind` is known for a stranger only when a channel has joined: main says nothing about uuid and number of
+/// channels, so the first channel decides. See docs/security.md.
+fn needs_a_channel(kind: &str) -> bool {
+    ["the same, with SYNC", "another VM", "another number of channels"].contains(&kind)
+}
+
+/// Whether the destination drops `kind` without waiting for anything.
+fn is_dropped_at_once(kind: &str, moment: Moment) -> bool {
+    !["is silent", "part of a hello, open", "an id that does not exist"].contains(&kind)
+        || kind == "an id that does not exist" && moment == Moment::AfterTheFirstChannel
+}
+
+fn open(connector: &memory::MemoryConnector, wire: &Wire) -> Option<Box<dyn Stream>> {
+    let mut stream = connector.connect().unwrap();
+    // A stranger may be dropped while it speaks.
+    let _ = stream.write(&wire.bytes, &[]);
+    (!wire.ends).then_some(stream)
+}
+
+/// A migration beside which `stranger` connects at `moment`; it is seen to be dropped, if it is, before the next comes.
+fn beside(kind: &str, stranger: &Wire, moment: Moment) -> Received {
+    time_limit(Duration::from_secs(60), || {
+        let (listener, connector) = memory::listener(1 << 24);
+        let destination = Destination::new(Options::default());
+        let progress = destination.progress();
+        let ram = guarded_ram();
+        let mut vm = TestDestination::new(ram.clone());
+        let receiver = thread::spawn(move || {
+            let outcome = destination.run(&mut vm, Box::new(listener), &mut ());
+            (outcome, vm.calls())
+        });
+        let [main, first, second] = migration();
+        let mut streams = Vec::new();
+        let meet_stranger = |streams: &mut Vec<_>| {
+            let Some(mut stream) = open(&connector, stranger) else { return };
+            if is_dropped_at_once(kind, moment) {
+                assert_eq!(stream.read(&mut [0]).unwrap(), 0, "{kind}");
+            }
+            streams.push(Some(stream));
+        };
+        if moment == Moment::BeforeMain {
+            meet_stranger(&mut streams);
+        }
+        streams.push(open(&connector, &main));
+        if moment == Moment::AfterMain {
+            meet_stranger(&mut streams);
+        }
+        streams.push(open(&connector, &first));
+        if moment == Moment::AfterTheFirstChannel {
+            while progress.channel_bytes(1)[0] == 0 {
+                thread::yield_now();
+            }
+            meet_stranger(&mut streams);
+        }
+        streams.push(open(&connector, &second));
+        while progress.channel_bytes(2)[1] == 0 && !receiver.is_finished() {
+            thread::yield_now();
+        }
+        // The destination waits for the end of main.
+        let main = streams.remove(usize::from(moment == Moment::BeforeMain && !stranger.ends));
+        let answers = answers_on(main.expect("it stays open"));
+        let (outcome, calls) = receiver.join().unwrap();
+        Received { outcome, calls, ram, answers }
+    })
+}
+
+#[test]
+fn strangers_of_every_kind_do_not_disturb_a_migration() {
+    let mut tried = 0;
+    for (kind, stranger) in strangers() {
+        for moment in [Moment::BeforeMain, Moment::AfterMain, Moment::AfterTheFirstChannel] {
+            if needs_a_channel(kind) && moment != Moment::AfterTheFirstChannel {
+                continue;
+            }
+            if moment == Moment::BeforeMain && kind.starts_with("hello and") {
+                // Ends by itself.
+                assert!(stranger.ends);
+            }
+            let received = beside(kind, &stranger, moment);
+            let report = received.outcome.unwrap_or_else(|error| panic!("{kind}, {moment:?}: {error}"));
+            assert_eq!(report.channels, 2, "{kind}, {moment:?}");
+            assert!(arrived(&received.ram), "{kind}, {moment:?}");
+            assert!(received.calls.contains(&"start"), "{kind}, {moment:?}");
+            tried += 1;
+        }
+    }
+    test_support::report("hostile bytes", &format!("strangers beside a migration: {tried}"));
+}
+
+/// A second source, and one more channel with an id that is here: both came beside a migration and ended it.
+#[test]
+fn a_second_source_and_a_taken_id_are_dropped() {
+    for (kind, stranger) in [
+        ("a second main", Wire::main()),
+        ("a taken id", Wire::raw(told_hello(0, 2).encode()).sync()),
+        ("a taken id with pages", Wire::raw(told_hello(0, 2).encode()).then(pages(&[0x3000]))),
+    ] {
+        let received = beside(kind, &stranger, Moment::AfterTheFirstChannel);
+        let report = received.outcome.unwrap_or_else(|error| panic!("{kind}: {error}"));
+        assert_eq!(report.channels, 2, "{kind}");
+        assert!(arrived(&received.ram), "{kind}");
+    }
+}
+
+/// Without it any peer that knows the protocol could write pages.
+#[test]
+fn a_token_excludes_who_does_not_have_it() {
+    let token = [0xa5; 16];
+    let channel = |id: u8, token: [u8; 16]| {
+        let hello = Hello { uuid: token, ..told_hello(id, 2) };
+        Wire::raw(hello.encode()).sync().then(pages(&[0x1000 * (1 + u64::from(id))])).sync()
+    };
+    let wrong = Wire::raw(Hello { uuid: [0xa4; 16], ..told_hello(0, 1) }.encode()).sync().then(pages(&[0x7000]));
+    let none = Wire::channel(1).sync().then(pages(&[0x6000]));
+    let main = Wire::main().then(main_end().as_bytes());
+    let wires = [wrong, none, main, channel(0, token), channel(1, token)];
+    let received = receive_untold(&wires, Options { token: Some(token), ..Options::default() });
+    assert_eq!(received.outcome.unwrap().channels, 2);
+    assert!(arrived(&received.ram));
+}
+
+#[test]
+fn both_ends_with_one_token_migrate_and_with_two_do_not() {
+    time_limit(Duration::from_secs(60), || {
+        for (theirs, works) in [(Some([7; 16]), true), (Some([8; 16]), false), (None, false)] {
+            let (listener, connector) = memory::listener(1 << 20);
+            let options =
+                Options { token: Some([7; 16]), setup_timeout: Some(Duration::from_millis(200)), ..Options::default() };
+            let mut vm = TestDestination::new(guarded_ram());
+            let receiver = thread::spawn(move || Destination::new(options).run(&mut vm, Box::new(listener), &mut ()));
+            let mut source = TestSource::new(guarded_ram());
+            let options = source::Options { token: theirs, uuid: [3; 16], channels: 2, ..source::Options::default() };
+            let sent = Source::new(options).run(&mut source, &connector, &mut ());
+            let received = receiver.join().unwrap();
+            assert_eq!((sent.is_ok(), received.is_ok()), (works, works), "{theirs:?}");
+            // The source sees that its channels are dropped, and may close main before the deadline.
+            if let Err(error) = received
+                && matches!(error, Error::SetupTimeout { .. })
+            {
+                let text = error.to_string();
+                assert!(text.contains("another token") && text.ends_with("0 of 2 channels came within 0 s"), "{text}");
+            }
+        }
+    });
+}
+
+/// One byte each time is no reason to wait longer.
+#[test]
+fn a_connection_that_says_what_it_is_byte_by_byte_is_dropped_in_time() {
+    time_limit(Duration::from_secs(60), || {
+        let directory = TempDir::new().unwrap();
+        let uri: Uri = format!("unix:{}", directory.join("s").display()).parse().unwrap();
+        let listener = Box::new(uri.listener().unwrap());
+        let options = Options { setup_timeout: Some(Duration::from_millis(500)), ..Options::default() };
+        let destination = Destination::new(options);
+        let stop = destination.stop_handle();
+        let receiver = thread::spawn(move || {
+            destination.run(&mut TestDestination::new(guarded_ram()), listener, &mut ()).map(drop)
+        });
+        let mut slow = UnixStream::connect(directory.join("s")).unwrap();
+        let begin = Instant::now();
+        let (done, dropped) = mpsc::channel();
+        thread::spawn(move || {
+            for byte in Wire::channel(0).bytes.iter().cycle() {
+                if slow.write_all(&[*byte]).is_err() {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(50));
+            }
+            done.send(()).unwrap();
+        });
+        dropped.recv().unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+        stop.cancel();
+        assert!(matches!(receiver.join().unwrap(), Err(Error::Cancelled)));
+    });
+}
+
+/// Before main has come a receiver waits for any time, and strangers do not use it up.
+#[test]
+fn any_number_of_silent_connections_leaves_room_for_the_source() {
+    time_limit(Duration::from_secs(60), || {
+        let mut wires = vec![Wire::default(); 200];
+        wires.extend(migration());
+        let received = receive_untold(&wires, Options { setup_timeout: None, ..Options::default() });
+        assert_eq!(received.outcome.unwrap().channels, 2);
+        assert!(arrived(&received.ram));
+    });
+}
