@@ -79,24 +79,42 @@ fn a_guest_runs_on_one_host_whenever_the_network_between_them_is_cut() {
         }
         let mut random = Random(seed | 1);
         let mut owners = BTreeMap::new();
-        // How long an undisturbed migration takes here: cuts fall before its end, and a little after.
-        let mut took = Duration::from_millis(800);
+        // How long an undisturbed migration takes here: cuts fall before its end.
+        let took = undisturbed(&left, &right);
         for round in 0..wanted {
-            let owner = partition(&left, &right, &mut random, &mut took, round);
+            let owner = partition(&left, &right, &mut random, took, round);
             *owners.entry(owner).or_insert(0) += 1;
         }
         report("partitions", &format!("cuts {wanted} (seed {seed}), guests lost 0, doubled 0; {owners:?}"));
     });
 }
 
-fn partition(left: &Host, right: &Host, random: &mut Random, took: &mut Duration, round: u32) -> Owner {
-    let dir = TempDir::new().unwrap();
+/// A guest on the left, and a process that waits for it on the right, at an address.
+fn guests(left: &Host, right: &Host, dir: &TempDir) -> (Guest, Guest, String) {
     let source = left.guest(dir.path(), "source", OPTIONS);
     let destination = right.guest(dir.path(), "destination", &format!("{OPTIONS} --incoming tcp:{}:0", RIGHT.0));
     let uri = destination.listening();
     source.wait_for(|status| status["state"] == "running");
+    (source, destination, uri)
+}
+
+fn undisturbed(left: &Host, right: &Host) -> Duration {
+    let dir = TempDir::new().unwrap();
+    let (source, destination, uri) = guests(left, right, &dir);
+    let begun = Instant::now();
+    source.ask(&json!({ "migrate": uri })).unwrap();
+    while !runs(&state(&destination)) {
+        assert!(begun.elapsed() < LIMIT);
+        thread::sleep(Duration::from_millis(1));
+    }
+    begun.elapsed()
+}
+
+fn partition(left: &Host, right: &Host, random: &mut Random, took: Duration, round: u32) -> Owner {
+    let dir = TempDir::new().unwrap();
+    let (source, destination, uri) = guests(left, right, &dir);
     let cut = [Cut::There, Cut::Back, Cut::Both][random.below(3) as usize];
-    let wait = Duration::from_micros(random.below(took.as_micros() as u64 * 5 / 4));
+    let wait = Duration::from_micros(random.below(took.as_micros() as u64));
     // Shorter than every limit, between them, or longer than all.
     let hold = Duration::from_millis([100, 1200, 4000][random.below(3) as usize]);
     let context = format!("round {round}: {cut:?} after {wait:?} for {hold:?}");
@@ -130,9 +148,6 @@ fn partition(left: &Host, right: &Host, random: &mut Random, took: &mut Duration
         assert!(Instant::now() < deadline, "{context}: {here:?}, {there:?}");
         thread::sleep(Duration::from_millis(5));
     };
-    if hold == Duration::from_millis(100) && runs(&there) {
-        *took = (*took + begun.elapsed().min(Duration::from_secs(3))) / 2;
-    }
     let owner = match (&here, &there) {
         (None, Some(_)) => Owner::Destination,
         (Some(here), _) if here["state"] == "running" => Owner::Source,
