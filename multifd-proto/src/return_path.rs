@@ -84,7 +84,7 @@ impl Message {
                 extensions.write(&mut writer);
                 &mut writer
             }
-            Self::Reason(text) => writer.bytes(&text.as_bytes()[..text.floor_char_boundary(MAX_PAYLOAD.into())]),
+            Self::Reason(text) => writer.bytes(beginning(text).as_bytes()),
         };
         Writer::new(out).u16(self.kind()).u16(payload.len() as u16).bytes(&payload);
     }
@@ -156,6 +156,14 @@ impl Message {
     }
 }
 
+/// As much of `text` as one message takes, cut between two characters.
+fn beginning(text: &str) -> &str {
+    let limit = text.len().min(MAX_PAYLOAD.into());
+    // The start of the text is a boundary, so there is one.
+    let end = (0..=limit).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    &text[..end]
+}
+
 const fn name(kind: u16) -> &'static str {
     match kind {
         SHUT => "SHUT",
@@ -225,6 +233,17 @@ mod tests {
             }
             let used = bytes.len();
             assert_eq!(Message::decode(&bytes), Ok(Step::Item { item: message, used }));
+        }
+    }
+
+    #[test]
+    fn a_reason_that_is_too_long_is_cut_between_characters() {
+        for (reason, kept) in [("é".repeat(400), 512), (format!("x{}", "é".repeat(400)), 511), ("x".repeat(512), 512)]
+        {
+            let bytes = encoded(&Message::Reason(reason.clone()));
+            let used = bytes.len();
+            let item = Message::Reason(reason[..kept].to_owned());
+            assert_eq!(Message::decode(&bytes), Ok(Step::Item { item, used }));
         }
     }
 

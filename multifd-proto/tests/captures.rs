@@ -437,7 +437,7 @@ impl Channel {
     }
 
     fn peek(&self) -> RamPacket<'static> {
-        let prefix = Prefix::decode(self.bytes[self.at..self.at + PREFIX_LEN].as_array().unwrap()).unwrap();
+        let prefix = Prefix::decode(self.bytes[self.at..self.at + PREFIX_LEN].first_chunk().unwrap()).unwrap();
         RamPacket::decode(&self.bytes[self.at..self.at + prefix.header_len(PAGE)], PAGE).unwrap()
     }
 

@@ -110,7 +110,7 @@ impl Installed {
         let locked = || -> io::Result<File> {
             fs::create_dir_all(&root)?;
             let file = File::create(root.join("lock"))?;
-            file.lock()?;
+            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
             Ok(file)
         };
         // Released when it is dropped, and by the kernel if this process is killed.
