@@ -1,6 +1,8 @@
 //! Developer tasks, one verb per file: `cargo xtask VERB`.
 
 mod bench;
+#[cfg(test)]
+mod documents;
 mod fuzz;
 mod proof;
 mod sanitize;
