@@ -915,7 +915,9 @@ impl Protocol {
                 }
             }
             (ZERO, page, version) => out.push(self.apply(next, Who::Main, page, version)),
-            (DEVICES, ..) if !is_complete(&mut next.destination_meeting) => {
+            (DEVICES, ..)
+                if self.config.membership != Membership::Known && !is_complete(&mut next.destination_meeting) =>
+            {
                 out.push(self.destination_ends(state, Why::Incomplete));
             }
             (DEVICES, ..) => {
