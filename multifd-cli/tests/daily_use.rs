@@ -11,7 +11,7 @@ use std::{
     thread,
 };
 
-use common::{Guest, LIMIT, exit_code, json, multifd};
+use common::{Guest, LIMIT, exit_code, json, multifd, run};
 use multifd::{
     source::{self, Source},
     transport::uri::Uri,
@@ -402,5 +402,33 @@ fn a_qemu_that_hangs_up_leads_to_what_was_sent_and_where_it_says_why() {
         let output = common::run(&format!("send {} {uri} --connect-timeout 1ms --json", dir.join("ckpt").display()));
         let report = json(&output.stdout);
         assert!(!report["error"].as_str().unwrap().contains("multifd-channels"), "{report}");
+    });
+}
+
+/// A stranger that knew the protocol could write guest memory, and take main's place.
+#[test]
+fn a_token_keeps_a_source_without_it_away_and_lets_the_right_one_in() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let token = "00112233445566778899aabbccddeeff";
+        let with = format!("{SMALL} --token {token}");
+        let (destination, uri) = Guest::incoming(dir.path(), "destination", &with);
+        for (name, other) in [("none", ""), ("wrong", "--token ffeeddccbbaa99887766554433221100")] {
+            let source = Guest::start(dir.path(), name, &format!("{SMALL} {other}"));
+            source.wait_for(|status| status["state"] == "running");
+            source.ask(&serde_json::json!({ "migrate": uri })).unwrap();
+            source.wait_for(|status| status["state"] == "running" && status["error"].is_string());
+            source.runs_on();
+            source.kill();
+            destination.wait_for(|status| status["state"] == "incoming");
+        }
+        let source = Guest::start(dir.path(), "right", &with);
+        source.wait_for(|status| status["state"] == "running");
+        source.ask(&serde_json::json!({ "migrate": uri })).unwrap();
+        assert_eq!(source.end().0, 0);
+        destination.runs_on();
+        destination.kill();
+        let refused = run(&format!("send nowhere unix:nowhere --peer qemu --token {token}"));
+        assert_eq!(exit_code(&refused), 2, "{}", String::from_utf8_lossy(&refused.stderr));
     });
 }

@@ -25,7 +25,7 @@ pub struct LinkArgs {
     pub stall_timeout: Limit<Duration>,
     /// Secret of this migration, 32 hexadecimal digits, the same on both sides; connections without it are dropped. Not
     /// with QEMU. In the environment other users do not see it.
-    #[arg(long, value_name = "HEX32", env = TOKEN_VARIABLE, hide_env_values = true, value_parser = Token::from_str, hide = true)]
+    #[arg(long, value_name = "HEX32", env = TOKEN_VARIABLE, hide_env_values = true, value_parser = Token::from_str)]
     pub token: Option<Token>,
 }
 

@@ -64,7 +64,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
     let checked = match &cli.verb {
         Verb::Demo(args) => args.check(),
         Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
-        Verb::Send(args) => args.transfer.check(),
+        Verb::Send(args) => args.check(),
         Verb::Receive(_) | Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;

@@ -91,6 +91,7 @@ impl TransferArgs {
             max_bandwidth: self.max_bandwidth.and_then(|rate| rate.0),
             pause_limit: self.pause_timeout.map_or(defaults.pause_limit, |time| time.0),
             stall_limit: self.link.stall_timeout.0,
+            token: self.link.token.map(|token| token.0),
             limits: Limits {
                 downtime: self.downtime_limit,
                 rounds: Some(self.max_rounds),
@@ -107,6 +108,7 @@ impl TransferArgs {
             channels: self.channels.map(NonZeroU8::get),
             compression: self.compression.and_then(Compression::required),
             stall_limit: self.link.stall_timeout.0,
+            token: self.link.token.map(|token| token.0),
             ..destination::Options::default()
         }
     }

@@ -168,7 +168,7 @@ pub struct SendArgs {
     /// QEMU does not write those that it finds in packets.
     #[command(flatten)]
     pub transfer: TransferArgs,
-    /// What waits there [default: multifd for the built-in guest, else qemu].
+    /// What waits there [default: multifd for the built-in guest or with --token, else qemu].
     #[arg(long, value_enum, help_heading = MIGRATION)]
     pub peer: Option<Peer>,
     /// UUID of the VM, which a QEMU started with -uuid compares with its own. QEMU does not write it into its files
@@ -178,6 +178,20 @@ pub struct SendArgs {
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+impl SendArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.transfer.check()?;
+        match (self.peer, self.transfer.link.token) {
+            (Some(Peer::Qemu), Some(_)) => {
+                Err("a QEMU knows no token; expected '--peer multifd' with '--token', or none".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Options of `multifd inspect`.

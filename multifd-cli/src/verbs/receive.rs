@@ -79,6 +79,7 @@ fn options(args: &ReceiveArgs) -> destination::Options {
         compression: args.compression.and_then(Compression::required),
         uuid: args.uuid,
         stall_limit: args.link.stall_timeout.0,
+        token: args.link.token.map(|token| token.0),
         audit: args.audit,
         switchover_ack: match args.return_path_ack {
             ReturnPathAck::Auto => SwitchoverAck::Auto,

@@ -44,7 +44,7 @@ pub fn run(args: &SendArgs) -> Outcome {
     }
 }
 
-/// How to send it; nothing where that cannot be known.
+/// How to send it; nothing where that cannot be known. A token is for another multifd.
 fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {
     let machine = checkpoint.machine();
     let ours = machine.starts_with("multifd");
@@ -59,6 +59,8 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> 
     }
     checkpoint.apply_to(&mut options);
     let peer = args.peer.map(source::Peer::from);
+    // A QEMU knows no token.
+    let ours = ours || options.token.is_some();
     options.peer = peer.unwrap_or(if ours { source::Peer::Multifd } else { source::Peer::Qemu });
     if let Some(uuid) = args.uuid {
         options.uuid = uuid;

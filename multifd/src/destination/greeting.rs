@@ -10,7 +10,7 @@ use multifd_proto::{
     Mismatch as ProtoMismatch,
     membership::{Evidence, Stranger},
     packet::{self, HELLO_LEN, Hello},
-    stream,
+    stream::{self, Item, MainDecoder, Step},
 };
 
 use super::{Shared, channel::ReceiveChannel, connections::Stage};
@@ -53,7 +53,13 @@ fn greet(mut stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> Re
     let (first, rest) = hello.split_at_mut(4);
     hear(&mut *stream, first, deadline)?;
     match u32::from_be_bytes(*first.first_chunk().expect("four bytes")) {
-        stream::MAGIC => shared.take_main(stream, number).map(|()| true),
+        stream::MAGIC => {
+            let mut heard = first.to_vec();
+            if let Some(token) = &shared.options.token {
+                hear_token(&mut *stream, &mut heard, shared.page_size, token, deadline)?;
+            }
+            shared.take_main(stream, heard, number).map(|()| true)
+        }
         packet::MAGIC => {
             hear(&mut *stream, rest, deadline)?;
             unlimited(&mut *stream)?;
@@ -68,6 +74,36 @@ fn greet(mut stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> Re
             ReceiveChannel::new(hello, number, stream, shared.clone()).run().map(|()| false)
         }
         _ => Err(stranger(language(first))),
+    }
+}
+
+/// Reads the configuration of main, of which `heard` has been read, and puts its bytes behind it. Its source has to offer
+/// `token`: only then its main takes the place of main.
+fn hear_token(
+    stream: &mut dyn Stream,
+    heard: &mut Vec<u8>,
+    page_size: usize,
+    token: &[u8; 16],
+    deadline: Deadline,
+) -> Result<(), Refused> {
+    let mut decoder = MainDecoder::new(page_size);
+    let mut used = 0;
+    loop {
+        match decoder.step(&heard[used..]).map_err(|error| stranger(format!("says it is main, and {error}")))? {
+            Step::Item { item: Item::ConfigOffer(offer), .. } => {
+                return match offer.token {
+                    Some(theirs) if equal_in_constant_time(token, &theirs) => Ok(()),
+                    _ => Err(stranger("says it is main, without the token of this migration")),
+                };
+            }
+            Step::Item { used: more, .. } if decoder.in_configuration() => used += more,
+            Step::Item { .. } => return Err(stranger("says it is main, without the token of this migration")),
+            Step::Need(total) => {
+                let from = heard.len();
+                heard.resize(used + total, 0);
+                hear(stream, &mut heard[from..], deadline)?;
+            }
+        }
     }
 }
 
@@ -111,7 +147,7 @@ fn stranger(what: impl fmt::Display) -> Refused {
 
 impl Shared {
     /// `stream` says that it is main.
-    fn take_main(&self, mut stream: Box<dyn Stream>, number: usize) -> Result<(), Refused> {
+    fn take_main(&self, mut stream: Box<dyn Stream>, heard: Vec<u8>, number: usize) -> Result<(), Refused> {
         unlimited(&mut *stream)?;
         let mut slot = lock(&self.main);
         if slot.taken {
@@ -121,7 +157,7 @@ impl Shared {
             return Err(stranger("comes when the migration is over"));
         }
         slot.taken = true;
-        slot.stream = Some(stream);
+        slot.stream = Some((stream, heard));
         drop(slot);
         self.main_changed.notify_all();
         Ok(())

@@ -39,20 +39,27 @@ pub(crate) struct MainReader {
 }
 
 impl MainReader {
-    /// Reads from `stream`, of which the magic has been read: it told that this is main.
-    pub(crate) fn new(stream: Box<dyn Stream>, page_size: usize, progress: Progress, pulse: Pulse) -> MainReader {
+    /// Reads from `stream`, whose first bytes are `heard`: they told that this is main. At most [`BUFFER`] of them.
+    pub(crate) fn new(
+        stream: Box<dyn Stream>,
+        heard: &[u8],
+        page_size: usize,
+        progress: Progress,
+        pulse: Pulse,
+    ) -> MainReader {
         let decoder = MainDecoder::new(page_size);
-        let magic = stream::MAGIC.to_be_bytes();
         let mut buf = vec![0; BUFFER];
-        buf[..magic.len()].copy_from_slice(&magic);
-        progress.add_main_bytes(magic.len() as u64);
-        let end = magic.len();
+        buf[..heard.len()].copy_from_slice(heard);
+        progress.add_main_bytes(heard.len() as u64);
+        let end = heard.len();
         MainReader { stream, decoder, progress, pulse, buf, start: 0, end, payload: 0, position: 0, recorded: false }
     }
 
-    /// The same for a recording: its source went on when it had its answer, and the recording ends where main did.
+    /// The same for a recording, of which the magic has been read. Its source went on when it had its answer, and the
+    /// recording ends where main did.
     pub(crate) fn of_recording(stream: Box<dyn Stream>, page_size: usize) -> MainReader {
-        MainReader { recorded: true, ..MainReader::new(stream, page_size, Progress::new(), Pulse::default()) }
+        let magic = stream::MAGIC.to_be_bytes();
+        MainReader { recorded: true, ..MainReader::new(stream, &magic, page_size, Progress::new(), Pulse::default()) }
     }
 
     /// What the stream has said so far.

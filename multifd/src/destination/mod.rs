@@ -290,7 +290,8 @@ impl Stopper for MainSlotStopper {
 
 #[derive(Default)]
 struct MainSlot {
-    stream: Option<Box<dyn Stream>>,
+    /// With the bytes that were read from it.
+    stream: Option<(Box<dyn Stream>, Vec<u8>)>,
     taken: bool,
     /// Main has said whose migration it is.
     identified: bool,
@@ -420,9 +421,9 @@ impl Run {
     /// Waits until a connection says that it is main.
     fn await_main(&mut self) -> Result<(), Error> {
         let mut slot = lock(&self.shared.main);
-        let stream = loop {
-            if let Some(stream) = slot.stream.take() {
-                break stream;
+        let (stream, heard) = loop {
+            if let Some(main) = slot.stream.take() {
+                break main;
             }
             if slot.stopped {
                 return Err(Error::Stopped);
@@ -433,7 +434,7 @@ impl Run {
         self.begun = self.shared.options.clock.now();
         let shared = &self.shared;
         shared.pulse.watch(self.watchdog.timers(), shared.options.stall_limit, &shared.stop);
-        let main = MainReader::new(stream, shared.page_size, shared.progress.clone(), shared.pulse.clone());
+        let main = MainReader::new(stream, &heard, shared.page_size, shared.progress.clone(), shared.pulse.clone());
         self.main = Some(main);
         Ok(())
     }

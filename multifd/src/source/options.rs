@@ -110,7 +110,9 @@ impl Options {
     /// What this side offers to a destination of ours.
     pub(super) fn offer(&self) -> Option<Offer> {
         match self.peer {
-            Peer::Multifd => Some(Offer { channels: self.channels, token: None, extensions: Extensions::known() }),
+            Peer::Multifd => {
+                Some(Offer { channels: self.channels, token: self.token, extensions: Extensions::known() })
+            }
             Peer::Qemu => None,
         }
     }
