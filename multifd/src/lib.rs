@@ -15,6 +15,8 @@ pub mod beside_ram;
 pub mod broken;
 pub mod checkpoint;
 pub mod clock;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod close_order;
 mod compress;
 pub mod destination;
 pub mod dirty;

@@ -163,8 +163,12 @@ fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Servin
     let (threads, stop) = (shared.options.threads.clone(), shared.stop.clone());
     let shared = shared.clone();
     let thread = Task::spawn(&*threads, ThreadRole::Connection(number), &stop, move || {
+        // Outlives the guard: an error or a panic is known as the reason before the source sees the connection close.
+        let mut connection = Some(stream);
         let guard = PanicGuard::new(&shared.stop, Connection::Unknown(number));
-        let lives_on = greeting::serve(stream, number, &shared);
+        greeting::serve(&mut connection, number, &shared);
+        let lives_on = connection.is_none();
+        drop(connection.take());
         shared.connections.remove(number, lives_on);
         guard.disarm();
     })?;

@@ -21,13 +21,14 @@ use crate::{
     transport::Stream,
 };
 
-/// A channel's thread and all that it owns.
-pub(super) struct ReceiveChannel {
+/// What a channel's thread works with. The connection outlives it: that closes only when the thread's error is known as the
+/// reason, because the source may act on the closed connection sooner than this thread.
+pub(super) struct ReceiveChannel<'a> {
     id: ChannelId,
     hello: Hello,
     /// Which connection it is.
     number: usize,
-    stream: Box<dyn Stream>,
+    stream: &'a mut dyn Stream,
     shared: Arc<Shared>,
     /// The header of the current packet.
     header: Box<[u8]>,
@@ -53,9 +54,14 @@ pub(super) struct ReceiveChannel {
     block: Option<(String, usize)>,
 }
 
-impl ReceiveChannel {
+impl<'a> ReceiveChannel<'a> {
     /// A channel that has said hello.
-    pub(super) fn new(hello: Hello, number: usize, stream: Box<dyn Stream>, shared: Arc<Shared>) -> ReceiveChannel {
+    pub(super) fn new(
+        hello: Hello,
+        number: usize,
+        stream: &'a mut dyn Stream,
+        shared: Arc<Shared>,
+    ) -> ReceiveChannel<'a> {
         shared.pulse.add(packet::HELLO_LEN);
         ReceiveChannel {
             id: hello.channel,
@@ -243,7 +249,7 @@ impl ReceiveChannel {
         if !self.normal.is_empty() {
             match method {
                 Compression::None => {
-                    sink.receive(&mut *self.stream, block, &self.normal, &mut self.scratch).map_err(Error::io(at))?
+                    sink.receive(self.stream, block, &self.normal, &mut self.scratch).map_err(Error::io(at))?
                 }
                 method => self.compressed(&*sink, method, block, payload_len, at)?,
             }

@@ -34,35 +34,41 @@ impl From<Error> for Refused {
     }
 }
 
-/// Finds out what `stream` is and treats it so, until it ends. Returns whether it is main, which lives on in another thread.
-pub(super) fn serve(stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> bool {
-    let peer = stream.peer();
-    match greet(stream, number, shared) {
-        Ok(is_main) => return is_main,
-        Err(Refused::Stranger(what)) => shared.drop_stranger(&peer, &what),
+/// Finds out what `connection` is and treats it so, until it ends. Takes it if it is main, which lives on in another thread.
+///
+/// Else the caller closes it, and an error is known as the reason before: the source sees the closed connection, ends main,
+/// and main's thread would take that for the reason.
+pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) {
+    match greet(connection, number, shared) {
+        Ok(()) => {}
+        Err(Refused::Stranger(what)) => {
+            let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
+            shared.drop_stranger(&peer, &what);
+        }
         Err(Refused::Error(error)) => {
             shared.stop.stop(error);
         }
     }
-    false
 }
 
-fn greet(mut stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> Result<bool, Refused> {
+fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) -> Result<(), Refused> {
+    let Some(stream) = connection.as_deref_mut() else { return Ok(()) };
     let deadline = Deadline::after(shared.options.setup_timeout);
     let mut hello = [0; HELLO_LEN];
     let (first, rest) = hello.split_at_mut(4);
-    hear(&mut *stream, first, deadline)?;
+    hear(stream, first, deadline)?;
     match u32::from_be_bytes(*first.first_chunk().expect("four bytes")) {
         stream::MAGIC => {
             let mut heard = first.to_vec();
             if let Some(token) = &shared.options.token {
-                hear_token(&mut *stream, &mut heard, shared.page_size, token, deadline)?;
+                hear_token(stream, &mut heard, shared.page_size, token, deadline)?;
             }
-            shared.take_main(stream, heard, number).map(|()| true)
+            unlimited(stream)?;
+            shared.take_main(connection, heard, number)
         }
         packet::MAGIC => {
-            hear(&mut *stream, rest, deadline)?;
-            unlimited(&mut *stream)?;
+            hear(stream, rest, deadline)?;
+            unlimited(stream)?;
             let hello = Hello::decode(&hello).map_err(|error| stranger(format!("says hello wrongly: {error}")))?;
             if !shared.connections.advance(number, Stage::Candidate) {
                 return Err(stranger("comes when the channels are complete"));
@@ -71,7 +77,7 @@ fn greet(mut stream: Box<dyn Stream>, number: usize, shared: &Arc<Shared>) -> Re
                 true => shared.judge(&hello, &stream.peer())?,
                 false => shared.recognize(&hello)?,
             }
-            ReceiveChannel::new(hello, number, stream, shared.clone()).run().map(|()| false)
+            ReceiveChannel::new(hello, number, stream, shared.clone()).run()
         }
         _ => Err(stranger(language(first))),
     }
@@ -146,9 +152,13 @@ fn stranger(what: impl fmt::Display) -> Refused {
 }
 
 impl Shared {
-    /// `stream` says that it is main.
-    fn take_main(&self, mut stream: Box<dyn Stream>, heard: Vec<u8>, number: usize) -> Result<(), Refused> {
-        unlimited(&mut *stream)?;
+    /// `connection` says that it is main, with the bytes `heard`: takes it, if it can be.
+    fn take_main(
+        &self,
+        connection: &mut Option<Box<dyn Stream>>,
+        heard: Vec<u8>,
+        number: usize,
+    ) -> Result<(), Refused> {
         let mut slot = lock(&self.main);
         if slot.taken {
             return Err(stranger("says it is main, which is here already: a second source?"));
@@ -157,7 +167,7 @@ impl Shared {
             return Err(stranger("comes when the migration is over"));
         }
         slot.taken = true;
-        slot.stream = Some((stream, heard));
+        slot.stream = connection.take().map(|stream| (stream, heard));
         drop(slot);
         self.main_changed.notify_all();
         Ok(())

@@ -79,18 +79,21 @@ impl SendChannel {
     ///
     /// # Errors
     /// [`Error::Stopped`]: the migration has ended, with this channel's error if it came first.
-    pub(super) fn run(self) -> Result<SendChannel, Error> {
+    pub(super) fn run(mut self) -> Result<SendChannel, Error> {
         let stop = self.shared.stop.clone();
         let guard = PanicGuard::new(&stop, Connection::Channel(self.id));
         let outcome = self.sections();
         guard.disarm();
-        outcome.map_err(|error| {
+        if let Err(error) = outcome {
+            // Before the connection closes: the destination sees that, ends main, and main's thread would take that for
+            // the reason.
             stop.stop(error);
-            Error::Stopped
-        })
+            return Err(Error::Stopped);
+        }
+        Ok(self)
     }
 
-    fn sections(mut self) -> Result<SendChannel, Error> {
+    fn sections(&mut self) -> Result<(), Error> {
         let shared = self.shared.clone();
         let mut batch = Batch::default();
         let mut ranges = Vec::new();
@@ -98,7 +101,7 @@ impl SendChannel {
             shared.barrier.meet(Party::Channel(self.id), self.place())?;
             // Pairs with the store before main arrives; the barrier orders the two.
             if shared.finished.load(Ordering::Acquire) {
-                return Ok(self);
+                return Ok(());
             }
             while shared.scan.next(&mut batch) {
                 self.send(&shared, &mut batch, &mut ranges)?;

@@ -1,0 +1,192 @@
+//! When a channel's connection closes because its thread failed: after the error is known as the reason of the end.
+//!
+//! The other side may see the closed connection at once, end main because of it, and main's thread would then be the first
+//! to report anything.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use test_support::time_limit;
+
+use crate::{
+    destination::Destination,
+    error::Error,
+    ram::{GuestRange, Ram},
+    source::Source,
+    stop::StopHandle,
+    test_vm::{TestDestination, TestSource},
+    transport::{Connect, Listen, Stopper, Stream, memory},
+};
+
+/// How the first transfer of pages on a channel fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    Error,
+    Panic,
+}
+
+/// Closed connections of failed channels: after the migration was stopped, and before.
+#[derive(Clone, Default)]
+struct Closed {
+    after: Arc<AtomicUsize>,
+    before: Arc<AtomicUsize>,
+}
+
+impl Closed {
+    #[track_caller]
+    fn assert_order(&self, failure: Failure) {
+        assert!(self.after.load(Relaxed) > 0, "{failure:?}: no channel has failed");
+        assert_eq!(self.before.load(Relaxed), 0, "{failure:?}: a connection closed before its error was known");
+    }
+}
+
+/// A connection on which pages fail to move.
+struct Breaking {
+    stream: Box<dyn Stream>,
+    plan: Plan,
+    failed: bool,
+}
+
+#[derive(Clone)]
+struct Plan {
+    failure: Failure,
+    stop: StopHandle,
+    closed: Closed,
+}
+
+impl Plan {
+    fn stream(&self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
+        Box::new(Breaking { stream, plan: self.clone(), failed: false })
+    }
+}
+
+impl Breaking {
+    fn fail(&mut self) -> io::Error {
+        self.failed = true;
+        match self.plan.failure {
+            Failure::Error => io::ErrorKind::StorageFull.into(),
+            Failure::Panic => panic!("a planned defect"),
+        }
+    }
+}
+
+impl Stream for Breaking {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        if pages.is_empty() { self.stream.write(header, pages) } else { Err(self.fail()) }
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buf)
+    }
+
+    fn read_pages(&mut self, _pages: &[GuestRange<'_>]) -> io::Result<()> {
+        Err(self.fail())
+    }
+
+    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+        self.stream.try_clone()
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.stream.stopper()
+    }
+
+    fn peer(&self) -> String {
+        self.stream.peer()
+    }
+}
+
+impl Drop for Breaking {
+    fn drop(&mut self) {
+        if self.failed {
+            let closed = &self.plan.closed;
+            let count = if self.plan.stop.is_stopped() { &closed.after } else { &closed.before };
+            count.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+struct BreakingListener(memory::MemoryListener, Plan);
+
+impl Listen for BreakingListener {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        Ok(self.1.stream(self.0.accept(timeout)?))
+    }
+
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        Ok(self.0.try_accept()?.map(|stream| self.1.stream(stream)))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.0.stopper()
+    }
+}
+
+struct BreakingConnector(memory::MemoryConnector, Plan);
+
+impl Connect for BreakingConnector {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(self.1.stream(self.0.connect()?))
+    }
+}
+
+fn ram() -> Ram {
+    let ram = Ram::for_test(&[("ram", 300)]);
+    for page in 0..300 {
+        ram.page(page).unwrap().write(&(page + 1).to_ne_bytes().repeat(512));
+    }
+    ram
+}
+
+#[track_caller]
+fn assert_reason(failure: Failure, error: &Error) {
+    match (failure, error) {
+        (Failure::Error, Error::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {}
+        (Failure::Panic, Error::Panicked { .. }) => {}
+        _ => panic!("{failure:?} is reported as: {error}"),
+    }
+}
+
+#[test]
+fn a_receiving_channel_closes_after_its_error_is_known() {
+    for failure in [Failure::Error, Failure::Panic] {
+        time_limit(Duration::from_secs(60), move || {
+            let (listener, connector) = memory::listener(1 << 20);
+            let destination = Destination::new(Default::default());
+            let plan = Plan { failure, stop: destination.stop_handle(), closed: Closed::default() };
+            let source = std::thread::spawn(move || {
+                Source::new(Default::default()).run(&mut TestSource::new(ram()), &connector, &mut ())
+            });
+            let mut vm = TestDestination::new(Ram::for_test(&[("ram", 300)]));
+            let from = Box::new(BreakingListener(listener, plan.clone()));
+            assert_reason(failure, &destination.run(&mut vm, from, &mut ()).unwrap_err());
+            source.join().unwrap().unwrap_err();
+            plan.closed.assert_order(failure);
+        });
+    }
+}
+
+#[test]
+fn a_sending_channel_closes_after_its_error_is_known() {
+    for failure in [Failure::Error, Failure::Panic] {
+        time_limit(Duration::from_secs(60), move || {
+            let (listener, connector) = memory::listener(1 << 20);
+            let source = Source::new(Default::default());
+            let plan = Plan { failure, stop: source.stop_handle(), closed: Closed::default() };
+            let destination = std::thread::spawn(move || {
+                let mut vm = TestDestination::new(Ram::for_test(&[("ram", 300)]));
+                Destination::new(Default::default()).run(&mut vm, Box::new(listener), &mut ())
+            });
+            let to = BreakingConnector(connector, plan.clone());
+            assert_reason(failure, &source.run(&mut TestSource::new(ram()), &to, &mut ()).unwrap_err());
+            destination.join().unwrap().unwrap_err();
+            plan.closed.assert_order(failure);
+        });
+    }
+}
