@@ -12,7 +12,10 @@ use multifd_proto::{
 };
 use test_support::TempDir;
 
-use super::{Checkpoint, CheckpointError, Tail, Writer, tail::QUIET};
+use super::{
+    Checkpoint, CheckpointError, Tail, Writer,
+    tail::{QUIET, QUIET_UNDESCRIBED},
+};
 use crate::{
     destination::{Destination, Options},
     error::Error,
@@ -136,7 +139,7 @@ fn an_end_inside_a_device_is_none_wherever_the_stream_is_cut_and_however_long_it
             let forged = beginning(b"").len()
                 + sections.windows(chosen.len()).position(|part| part == chosen).unwrap()
                 + chosen.len();
-            let pauses = [Duration::from_millis(100), Duration::from_millis(400), QUIET + Duration::from_millis(500)];
+            let pauses = [QUIET / 5, QUIET * 3 / 5, QUIET * 2, QUIET_UNDESCRIBED + Duration::from_millis(500)];
             for pause in pauses {
                 for cut in [forged - 1, forged, forged + 1] {
                     let parts = vec![(Duration::ZERO, stream[..cut].to_vec()), (pause, stream[cut..].to_vec())];
@@ -177,7 +180,7 @@ fn a_footer_inside_a_device_ends_no_state_that_is_not_described() {
     let stream = [&beginning(b"")[..], &sections, b"\0"].concat();
     let cut = beginning(b"").len() + sections.windows(6).position(|part| part == chosen).unwrap() + 6;
     thread::scope(|scope| {
-        for pause in [Duration::from_millis(300), QUIET + Duration::from_millis(500)] {
+        for pause in [QUIET_UNDESCRIBED * 3 / 10, QUIET_UNDESCRIBED + Duration::from_millis(500)] {
             let parts = vec![(Duration::ZERO, stream[..cut].to_vec()), (pause, stream[cut..].to_vec())];
             let sections = &sections;
             scope.spawn(move || {

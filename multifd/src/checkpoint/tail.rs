@@ -15,7 +15,7 @@
 //!    holds for the whole ([`Tail::extend`]).
 //!
 //! Where the description is suppressed, the end of state is the last byte: behind the footer of the last of several sections
-//! that follow one another without a gap. The same rules hold, with this shape instead of 1.
+//! that follow one another without a gap. The same rules hold, with this shape instead of 1. and [`QUIET_UNDESCRIBED`] in 2.
 //!
 //! Every byte is looked at a bounded number of times: beginnings of an end are found once, a description is parsed when it
 //! is complete, and no byte belongs to more than three.
@@ -177,7 +177,8 @@ impl Search<'_> {
     /// How long to wait for the next byte before it matters that there is none.
     fn patience(&self) -> Option<Duration> {
         match self.ahead {
-            Ahead::End(_) | Ahead::EndOfState => Some(QUIET),
+            Ahead::End(_) => Some(QUIET),
+            Ahead::EndOfState => Some(QUIET_UNDESCRIBED),
             Ahead::Unfit(..) => Some(PATIENCE),
             Ahead::Nothing => self.passed.map(|_| PATIENCE),
         }
@@ -264,8 +265,13 @@ pub(super) fn check_early_state(bytes: usize) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// How long the source must say nothing behind an end for it to count. A source that has more to send does so at once, so
-/// all that can come between is the network and the scheduler: this is enough for a lost segment to be sent again twice.
-pub(crate) const QUIET: Duration = Duration::from_secs(1);
+/// How long the source must say nothing behind an end for it to count. Every migration with the return path waits this long
+/// at its end, with its guest paused. A source that has more to send does so at once, so all that can come between is the
+/// network and the scheduler: this is more than the 200 ms after which Linux sends a lost segment again at the earliest. What
+/// stalls for longer, at a byte that the guest chose, is repaired by rule 3.
+pub(crate) const QUIET: Duration = Duration::from_millis(250);
+/// The same where the source has described nothing so far: most often its description is still to come, and else a guest can
+/// write the shape of an end without knowing the other devices. This is enough for a lost segment to be sent again twice.
+pub(crate) const QUIET_UNDESCRIBED: Duration = Duration::from_secs(1);
 /// How long the source may say nothing where the stream looks ended and is not what it says.
 const PATIENCE: Duration = Duration::from_secs(5);
