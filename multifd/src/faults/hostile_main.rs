@@ -7,7 +7,12 @@ use multifd_proto::{
 };
 
 use super::script::*;
-use crate::destination::Options;
+use crate::{
+    destination::{Destination, Options},
+    ram::Ram,
+    test_vm::TestDestination,
+    transport::{Connect, Stream, memory},
+};
 
 /// Main whose `bad` part begins behind `good`, beside a channel that has reached the first sync point.
 fn check(rule: &str, good: &Wire, bad: impl AsRef<[u8]>, message: &str) -> Received {
@@ -24,6 +29,34 @@ fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8>
 
 fn command(number: u16, payload: &[u8]) -> Vec<u8> {
     [&[COMMAND][..], &number.to_be_bytes(), &(payload.len() as u16).to_be_bytes(), payload].concat()
+}
+
+/// A display counter decided that RAM was complete, at the first device: a VM without devices started with whatever its
+/// memory held before.
+#[test]
+fn a_vm_without_devices_starts_with_zeros_where_no_page_was_sent() {
+    test_support::time_limit(std::time::Duration::from_secs(60), || {
+        let ram = Ram::for_test(&BLOCKS).not_fresh();
+        let stale = ram.blocks()[0].range(5 * PAGE as u64, PAGE).unwrap();
+        stale.write(&[0x77; PAGE]);
+        let (listener, connector) = memory::listener(1 << 20);
+        let wires = [Wire::main().then(main_end().as_bytes()), Wire::channel(0).sync().sync()];
+        let streams: Vec<_> = wires
+            .iter()
+            .map(|wire| {
+                let mut stream = connector.connect().unwrap();
+                stream.write(&wire.bytes, &[]).unwrap();
+                stream
+            })
+            .collect();
+        let mut vm = TestDestination::new(ram.clone());
+        let close_timeout = std::time::Duration::from_millis(100);
+        let options = Options { channels: Some(1), close_timeout, ..Options::default() };
+        Destination::new(options).run(&mut vm, Box::new(listener), &mut ()).unwrap();
+        drop(streams);
+        assert_eq!(vm.calls(), ["start"]);
+        assert!(ram.page_bytes(5) == [0; PAGE]);
+    });
 }
 
 #[test]

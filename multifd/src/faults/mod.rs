@@ -8,6 +8,7 @@ mod hostile_main;
 mod injected;
 mod late;
 mod panics;
+mod pause;
 mod reused_memory;
 mod set_up;
 mod silence;

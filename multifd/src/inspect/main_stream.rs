@@ -1,8 +1,17 @@
 //! Main of a recorded migration.
 
-use std::io::{self, Read};
+use std::{
+    io::{self, Read},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 
 use multifd_proto::{
+    command::Command,
+    encoder::MainEncoder,
+    extension::Extension,
     stream::{self, Item, MainDecoder, Section},
     violation::DecodeError,
 };
@@ -23,11 +32,13 @@ pub(super) struct MainStream {
     bytes: Option<Box<dyn Read + Send>>,
     reader: Option<MainReader>,
     finished: bool,
+    /// The source offered the commit in which GO follows the end of the stream.
+    go_follows: Arc<AtomicBool>,
 }
 
 impl MainStream {
     pub(super) fn new(bytes: Box<dyn Read + Send>) -> MainStream {
-        MainStream { bytes: Some(bytes), reader: None, finished: false }
+        MainStream { bytes: Some(bytes), reader: None, finished: false, go_follows: Arc::default() }
     }
 
     /// Checks that this is main.
@@ -40,7 +51,8 @@ impl MainStream {
         if expected != found {
             return Err(Error::protocol(at)(DecodeError::BadMagic { expected, found }));
         }
-        self.reader = Some(MainReader::of_recording(Box::new(Recording(bytes)), PAGE_SIZE));
+        let recording = Recording { bytes, held: Vec::new(), go_follows: self.go_follows.clone() };
+        self.reader = Some(MainReader::of_recording(Box::new(recording), PAGE_SIZE));
         Ok(())
     }
 
@@ -55,6 +67,9 @@ impl MainStream {
         }
         let item = self.reader().next_item()?;
         self.finished = matches!(item, Item::VmDescription { .. });
+        if let Item::ConfigOffer(offer) = &item {
+            self.go_follows.store(offer.extensions.contains(Extension::TwoStepCommit), Relaxed);
+        }
         Ok(Some(item))
     }
 
@@ -105,8 +120,13 @@ impl MainStream {
     }
 }
 
-/// A recording as a connection on which nobody listens.
-struct Recording(Box<dyn Read + Send>);
+/// A recording as a connection on which no peer listens. It ends with the end of the stream: a GO behind that is left out.
+struct Recording {
+    bytes: Box<dyn Read + Send>,
+    /// The last bytes read: they may be GO.
+    held: Vec<u8>,
+    go_follows: Arc<AtomicBool>,
+}
 
 impl Stream for Recording {
     fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
@@ -114,7 +134,28 @@ impl Stream for Recording {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buf)
+        let mut go = MainEncoder::new();
+        go.command(&Command::Go);
+        let go = go.as_bytes();
+        let mut more = [0; 4096];
+        while self.held.len() <= go.len() {
+            match self.bytes.read(&mut more)? {
+                0 => {
+                    if self.go_follows.load(Relaxed) && self.held == go {
+                        self.held.clear();
+                    }
+                    let n = self.held.len().min(buf.len());
+                    buf[..n].copy_from_slice(&self.held[..n]);
+                    self.held.drain(..n);
+                    return Ok(n);
+                }
+                n => self.held.extend_from_slice(&more[..n]),
+            }
+        }
+        let n = (self.held.len() - go.len()).min(buf.len());
+        buf[..n].copy_from_slice(&self.held[..n]);
+        self.held.drain(..n);
+        Ok(n)
     }
 
     fn read_pages(&mut self, _pages: &[GuestRange<'_>]) -> io::Result<()> {
