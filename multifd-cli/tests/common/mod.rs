@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod hosts;
+pub mod proxy;
 
 use std::{
     io::{BufRead, BufReader, Read},
