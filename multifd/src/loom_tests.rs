@@ -314,7 +314,7 @@ fn a_cancel_comes_before_the_commit_or_ends_the_wait_after_it() {
 #[test]
 fn either_the_cancel_or_the_decision_comes_first() {
     explore("StopHandle, cancel against commit", None, || {
-        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(Some(0)));
+        let (stop, barrier) = (StopHandle::new(), RoundBarrier::new(0));
         stop.register(Box::new(barrier.clone()));
         let cancelling = {
             let stop = stop.clone();
