@@ -345,6 +345,19 @@ pub enum Mismatch {
         /// By us.
         expected: usize,
     },
+    /// A connection said that it is a channel which there cannot be with the number of channels that was required. It was
+    /// dropped, and the source ended or went silent then: most likely it has more channels.
+    #[error(
+        "a connection said it is channel {id}, {expected} channels were expected; it was dropped, and then: {then}"
+    )]
+    ChannelBeyond {
+        /// What it said.
+        id: ChannelId,
+        /// How many were required.
+        expected: usize,
+        /// What ended the migration.
+        then: String,
+    },
 }
 
 fn because(reason: &Option<String>) -> String {

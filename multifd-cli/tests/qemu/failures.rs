@@ -126,9 +126,14 @@ fn another_number_of_channels_than_required_is_refused() {
         let dir = TempDir::new().unwrap();
         let mut source = source(installed, machine, Settings { channels: 4, ..Settings::default() }, false);
         let (receive, uri) =
-            Multifd::receive(&receive_uri(dir.path(), true), &dir.join("checkpoint"), &["--channels=2"]);
+            // QEMU 7.2, of which two channels are closed, says nothing any more, and keeps main open.
+            Multifd::receive(
+                &receive_uri(dir.path(), true),
+                &dir.join("checkpoint"),
+                &["--channels=2", "--stall-timeout=10s"],
+            );
         source.qmp().migrate(&uri).unwrap();
-        receive.end().failed(4, "channel");
+        receive.end().failed(4, "2 channels were expected");
         assert_failed(&mut source);
         assert_eq!(entries(dir.path()), [""; 0]);
     });
@@ -234,9 +239,11 @@ fn a_destination_with_another_uuid_refuses_the_checkpoint() {
     });
 }
 
-/// QEMU 10.0 and 11.1 say SHUT(1) and close main, 7.2 closes it. It is the same event.
+/// QEMU 10.0 and 11.1 say SHUT(1) and close main: it is known that they do not run the VM. 7.2 says nothing and closes main,
+/// which it would do as well where it ends after it has started the VM: that is in doubt. So it is with the others if the
+/// reset of the connection overtakes what they say.
 #[test]
-fn a_destination_that_cannot_load_the_devices_fails_send_in_one_way() {
+fn a_destination_that_cannot_load_the_devices_is_reported_as_far_as_it_is_known() {
     each_source("destination without one of the devices", |installed, machine| {
         let dir = TempDir::new().unwrap();
         let file = dir.join("checkpoint");
@@ -251,7 +258,15 @@ fn a_destination_that_cannot_load_the_devices_fails_send_in_one_way() {
         Settings::default().apply(&mut destination);
         let uri = listen(&mut destination, true);
         let ended = Multifd::start(["send", &file.display().to_string(), &uri]).end();
-        assert_eq!(ended.status.code(), Some(1), "{} {}", ended.report, ended.log);
+        let in_doubt = ended.status.code() == Some(7);
+        assert!(in_doubt || ended.status.code() == Some(1), "{} {}", ended.report, ended.log);
+        assert!(in_doubt || installed.version() != Version::V7_2, "{}", ended.report);
+        assert_eq!(ended.report["in-doubt"] == true, in_doubt, "{}", ended.report);
+        assert_eq!(ended.log.contains("it is not known whether the other side runs the VM"), in_doubt, "{}", ended.log);
+        report(
+            TABLE,
+            &format!("{:4} cannot load the devices: exit status {:?}", installed.version().name(), ended.status.code()),
+        );
         assert_eq!(ended.report["status"], "failed");
         assert!(!destination.wait_exit(LIMIT).unwrap().success());
         assert!(destination.log().contains("load of migration failed"), "{}", destination.log());

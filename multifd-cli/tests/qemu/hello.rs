@@ -11,9 +11,9 @@ use std::{
 
 use multifd::multifd_proto::packet::{HELLO_LEN, MAGIC};
 use qemu_peer::{Installed, Qemu, Version};
-use test_support::{report, time_limit};
+use test_support::{TempDir, report, time_limit};
 
-use crate::harness::{LIMIT, Settings, TEST_LIMIT, assert_goes_on, listen, migrate_away, vm};
+use crate::harness::{LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, listen, migrate_away, receive_uri, vm};
 
 /// The first byte behind the channel's id.
 const UNUSED: usize = 25;
@@ -47,6 +47,41 @@ fn qemu_ignores_and_does_not_fill_the_unused_bytes_of_a_hello() {
             assert!(hellos.iter().all(|hello| hello[UNUSED..] == [0; HELLO_LEN - UNUSED]), "{hellos:02x?}");
         });
         report("hello", &format!("{:4} ignores bytes {UNUSED} to {} of a hello: ok", version.name(), HELLO_LEN - 1));
+    }
+}
+
+/// Our source always says the number of its channels, also to a QEMU, which goes on.
+#[test]
+fn qemu_takes_a_hello_of_ours_with_the_number_of_channels() {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-i440fx-10.0"), (Version::V11_1, "pc-q35-11.1")]
+    {
+        let Some(installed) = Installed::require(version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let settings = Settings { channels: CHANNELS, ..Settings::default() };
+            let mut source = vm(&installed, machine).start().unwrap();
+            settings.apply(&mut source);
+            source.wait_passes(3, LIMIT).unwrap();
+            let file = dir.join("checkpoint");
+            let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &[]);
+            migrate_away(&mut source, &uri);
+            receive.done();
+
+            let mut destination = vm(&installed, machine).incoming().start().unwrap();
+            settings.apply(&mut destination);
+            let uri = listen(&mut destination, false);
+            let path = dir.join("proxy");
+            let hellos = proxy(&path, uri.strip_prefix("unix:").unwrap().into());
+            let [channels, compression] = settings.args();
+            let (file, uri) = (file.display().to_string(), format!("unix:{}", path.display()));
+            Multifd::start(["send", &file, &uri, &channels, &compression]).done();
+            assert_goes_on(&source, &mut destination);
+            let hellos: Vec<_> = hellos.try_iter().collect();
+            assert_eq!(hellos.len(), usize::from(CHANNELS));
+            assert!(hellos.iter().all(|hello| hello[UNUSED] == CHANNELS), "{hellos:02x?}");
+        });
+        report("hello", &format!("{:4} takes a hello with the number of channels: ok", version.name()));
     }
 }
 

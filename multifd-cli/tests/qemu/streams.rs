@@ -1,12 +1,12 @@
 //! Sources whose streams are unlike those of the matrix.
 
-use qemu_peer::{Installed, Qemu, QemuBuilder, Version};
+use qemu_peer::{BootGuest, Installed, Qemu, QemuBuilder, Version};
 use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, listen, load_file, migrate_away,
-    receive_uri, vm,
+    LIMIT, MIB, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, listen, load_file,
+    migrate_away, receive_uri, vm,
 };
 
 const TABLE: &str = "other streams";
@@ -124,6 +124,41 @@ fn postcopy_that_is_announced_and_not_begun_is_no_hindrance() {
         };
         let Some(_) = through_a_checkpoint(version, machine, as_it_is, prepare, &[]) else { return };
         report(TABLE, &format!("{:4} postcopy-ram, not begun: ok", version.name()));
+    }
+}
+
+/// A QEMU does not say how many channels it has; the numbers of its packets prove it at the end of each round. If they ever
+/// do not, the migration ends without success here.
+#[test]
+fn the_numbers_of_packets_prove_the_channels_of_a_guest_that_writes_without_pause() {
+    for (version, machine, channels, postcopy) in [
+        (Version::V7_2, "pc-i440fx-7.2", 4, false),
+        (Version::V7_2, "pc-q35-7.2", 13, false),
+        (Version::V10_0, "pc-i440fx-10.0", 5, false),
+        (Version::V10_0, "pc-i440fx-7.2", 8, false),
+        (Version::V11_1, "pc-q35-11.1", 4, false),
+        (Version::V11_1, "pc-i440fx-11.1", 16, true),
+        (Version::V11_1, "pc-i440fx-7.2", 6, true),
+    ] {
+        let Some(installed) = Installed::require(version) else { continue };
+        let rounds = time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let mut source = vm(&installed, machine).guest(BootGuest::filling(MIB)).start().unwrap();
+            Settings { channels, ..Settings::default() }.apply(&mut source);
+            source.qmp().set_capabilities(&[("postcopy-ram", postcopy)]).unwrap();
+            source.wait_passes(3, LIMIT).unwrap();
+            let more = ["--digest"];
+            let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &more);
+            migrate_away(&mut source, &uri);
+            let received = receive.done();
+            assert_eq!(received["channels"], channels, "{received}");
+            assert_same_memory(&mut source, &received);
+            let rounds = received["ram"]["dirty-sync-count"].as_u64().unwrap_or_default();
+            assert!(rounds >= 3, "{received}");
+            rounds
+        });
+        let with = if postcopy { ", postcopy-ram" } else { "" };
+        report(TABLE, &format!("{:4} {machine}, {channels} channels{with}: proved in {rounds} rounds", version.name()));
     }
 }
 

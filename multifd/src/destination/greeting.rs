@@ -206,7 +206,12 @@ impl Shared {
             Stranger::OtherCount { told, channels, .. } if joined == 0 && evidence == Some(Evidence::Required) => {
                 Error::from(Mismatch::Channels { opened: told, expected: channels }).into()
             }
-            why => stranger(format!("says hello as channel {}: {why}", hello.channel)),
+            why => {
+                if let (Stranger::OutOfRange { id, channels }, Some(Evidence::Required)) = (why, evidence) {
+                    lock(&self.seen).beyond = Some((id, channels));
+                }
+                stranger(format!("says hello as channel {}: {why}", hello.channel))
+            }
         }
     }
 

@@ -179,6 +179,8 @@ pub(super) struct Seen {
     strangers: u64,
     /// Who the last of them was, and what it did.
     last_stranger: Option<String>,
+    /// The last that said it is a channel which there cannot be with the number that was required, and that number.
+    beyond: Option<(ChannelId, usize)>,
 }
 
 impl Shared {
@@ -275,6 +277,23 @@ impl Shared {
             what = format!("a connection was dropped ({stranger}), and {what}");
         }
         Error::SetupTimeout { what, seconds: self.options.setup_timeout.unwrap_or_default().as_secs() }
+    }
+
+    /// What is behind `error` where a channel of the source's may have been dropped: a QEMU whose channel is closed ends all
+    /// connections, or says nothing any more.
+    fn explained(&self, error: Error) -> Error {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        let is_the_sources_end = match &error {
+            Error::Io { source, .. } => {
+                matches!(source.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe)
+            }
+            Error::Stalled { .. } => true,
+            _ => false,
+        };
+        match lock(&self.seen).beyond.filter(|_| is_the_sources_end) {
+            Some((id, expected)) => Mismatch::ChannelBeyond { id, expected, then: error.to_string() }.into(),
+            None => error,
+        }
     }
 }
 
@@ -840,7 +859,7 @@ impl Run {
             return Ok(self.report);
         };
         target.abandon();
-        Err(first.or(not_first).or(late).unwrap_or(Error::Stopped))
+        Err(self.shared.explained(first.or(not_first).or(late).unwrap_or(Error::Stopped)))
     }
 }
 
