@@ -11,7 +11,7 @@ use crate::{
     destination::{Destination, Options},
     ram::Ram,
     test_vm::TestDestination,
-    transport::{Connect, Stream, memory},
+    transport::{Connect, memory},
 };
 
 /// Main whose `bad` part begins behind `good`, beside a channel that has reached the first sync point.
