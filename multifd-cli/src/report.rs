@@ -131,13 +131,13 @@ pub fn fields(value: &impl Serialize) -> Map<String, Value> {
 pub struct MigrationReport {
     /// From the first connect to the confirmation.
     pub total_time: f64,
-    /// How long the guest stood still, without `verify-time`.
+    /// How long the guest was paused, without `verify-time`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<f64>,
     /// Its parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_parts: Option<DowntimeParts>,
-    /// How long comparing all pages took, in which the guest stood still as well.
+    /// How long comparing all pages took, in which the guest was paused as well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify_time: Option<f64>,
     /// Until the destination knew all RAM blocks.

@@ -39,7 +39,7 @@ fn assert_arrived(report: &Value) {
     assert_eq!(rounds.len() as f64, number(report, "/ram/dirty-sync-count"));
     let running: Vec<bool> = rounds.iter().map(|round| round["guest-running"].as_bool().unwrap()).collect();
     assert!(running.len() >= 2 && running[..running.len() - 1].iter().all(|&running| running), "{rounds:?}");
-    assert!(!running[running.len() - 1], "the guest stands still in the last round only");
+    assert!(!running[running.len() - 1], "the guest is paused in the last round only");
     let channel_bytes: f64 = report["channel-bytes"].as_array().unwrap().iter().filter_map(Value::as_f64).sum();
     assert_eq!(number(report, "/ram/multifd-bytes"), channel_bytes);
 }
@@ -198,7 +198,7 @@ fn the_result_for_a_person_names_guest_rounds_downtime_and_verdict() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{text}");
     for part in
-        ["a process guest", "16MiB", "expected downtime", "pause", "downtime", "0 of 4,608 pages different", "0 errors"]
+        ["a process guest", "16MiB", "expected downtime", "pause", "downtime", "0 of 4,608 pages differ", "0 errors"]
     {
         assert!(text.contains(part), "{part}: {text}");
     }

@@ -1,5 +1,5 @@
-//! A source that cannot know whether the destination has its guest: the guest stands still, and whoever knows may let it
-//! go on.
+//! A source that cannot know whether the destination has its guest: the guest is paused, and an operator
+//! who knows may resume it.
 
 mod common;
 
@@ -62,7 +62,7 @@ fn sockets_of(process: Pid, port: u16) -> io::Result<Vec<TcpStream>> {
 
 /// A time limit on the connection passes when the stream is out and no answer has come: the destination may have the guest.
 #[test]
-fn a_guest_of_which_nobody_knows_where_it_is_stands_still_until_it_is_told_to_go_on() {
+fn a_guest_in_doubt_is_paused_until_it_is_told_to_resume() {
     time_limit(LIMIT, || {
         let dir = TempDir::new().unwrap();
         let source = Guest::start(dir.path(), "source", &format!("{SMALL} --channels 2"));
@@ -89,7 +89,7 @@ fn a_guest_of_which_nobody_knows_where_it_is_stands_still_until_it_is_told_to_go
         assert_eq!((&status["state"], &status["status"]), (&json!("paused"), &json!("failed")), "{status}");
         let error = status["error"].as_str().unwrap();
         assert!(error.contains("it is not known whether the other side runs the VM"), "{error}");
-        // Nothing but the word of somebody who knows lets it go on.
+        // Only the command of an operator who knows resumes it.
         for refused in [json!({ "migrate": "unix:nowhere" }), json!({ "finish": { "passes": 1, "within": 1.0 } })] {
             let answer = source.ask(&refused).unwrap();
             assert!(answer["error"].is_string(), "{refused}: {answer}");
@@ -97,13 +97,13 @@ fn a_guest_of_which_nobody_knows_where_it_is_stands_still_until_it_is_told_to_go
         thread::sleep(Duration::from_millis(300));
         let later = source.wait_for(|_| true);
         assert_eq!((&later["state"], &later["passes"]), (&json!("paused"), &status["passes"]));
-        assert_eq!(later["pages-written"], status["pages-written"], "it stands still");
+        assert_eq!(later["pages-written"], status["pages-written"], "it is paused");
 
         drop((main, connections, sockets));
         assert_eq!(source.ask(&json!("resume")).unwrap(), json!({ "return": {} }));
         source.runs_on();
         let again = source.ask(&json!("resume")).unwrap();
-        assert!(again["error"].as_str().unwrap().contains("does not stand still"), "{again}");
+        assert!(again["error"].as_str().unwrap().contains("is not paused in doubt"), "{again}");
 
         // It is whole, and can move.
         let (destination, uri) = Guest::incoming(dir.path(), "destination", SMALL);

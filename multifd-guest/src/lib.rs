@@ -1,6 +1,6 @@
 //! Small guests that prove their own memory, for the demo, the tests and the benches.
 //!
-//! A guest rewrites its working set for ever, in passes, and checks each page before it rewrites it. What every byte
+//! A guest rewrites its working set forever, in passes, and checks each page before it rewrites it. What every byte
 //! has to be at any moment is a formula ([`pattern`]), so at a pause the host can compare every page exactly. There are
 //! two kinds behind one type, [`Guest`](guest::Guest): a vCPU under KVM that runs 64-bit code in user mode, and a thread
 //! of this process for machines without `/dev/kvm`.

@@ -1,7 +1,7 @@
-//! Digests of every page, taken while the guest stands still: the source sends them, the destination compares.
+//! Digests of every page, taken while the guest is paused: the source sends them, the destination compares.
 //!
 //! The guest's own check covers its working set, pass by pass; this covers every page of every block at one moment, also
-//! those that nobody writes. Pages that were never touched are not read on either side, so a sparse guest stays sparse.
+//! those that are not written. Pages that were never touched are not read on either side, so a sparse guest stays sparse.
 
 use std::{
     io::Read,
@@ -25,9 +25,9 @@ pub struct VerifyReport {
     pub pages_different: u64,
     /// The first of those by block and page within it, at most [`DIFFERENCES_KEPT`].
     pub differences: Vec<(String, u64)>,
-    /// How long the source took for its digests, during which the guest stood still.
+    /// How long the source took for its digests, during which the guest was paused.
     pub source_time: Duration,
-    /// How long the comparison took here, during which the guest stood still.
+    /// How long the comparison took here, during which the guest was paused.
     pub destination_time: Duration,
 }
 

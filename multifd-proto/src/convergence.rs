@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-/// How long a migration may take, and how long the guest may stand still.
+/// How long a migration may take, and how long the guest may be paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// The pause that is acceptable: the last round has to fit into it.

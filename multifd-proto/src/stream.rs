@@ -506,7 +506,7 @@ impl MainDecoder {
     fn word(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
         match RamWord::decode(reader.u64()?, self.page_size)? {
             RamWord::Eos => Ok(Item::Eos),
-            RamWord::MemSize { .. } => Err(unexpected("block list", "behind the first word of ram")),
+            RamWord::MemSize { .. } => Err(unexpected("block list", "after the first word of ram")),
             RamWord::Flush if self.configuration.layout.mapped_ram => {
                 Err(Violation::NotAllowed { what: "FLUSH in a mapped-ram file" }.into())
             }

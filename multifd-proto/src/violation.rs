@@ -2,7 +2,7 @@
 //!
 //! [`DecodeError`]: the bytes do not parse. [`Violation`]: they parse, and the peer broke a rule of the protocol or asked
 //! for a part of it that is refused here. [`Mismatch`]: both sides are fine and do not fit each other. One variant per cause,
-//! so that a test or a caller can name it; where it happened (channel, byte offset) is added by whoever knows it.
+//! so that a test or a caller can name it; where it happened (channel, byte offset) is added by the caller, who knows it.
 
 use crate::ids::{BlockName, ChannelId};
 use crate::packet::{Compression, Method};

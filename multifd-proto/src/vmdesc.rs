@@ -93,7 +93,7 @@ impl VmDescription {
         serde_json::from_slice(json)
     }
 
-    /// A description of sections whose content is nobody's business: one buffer each. With it a stream of a VMM that does not
+    /// A description of sections whose content is not described: one buffer each. With it a stream of a VMM that does not
     /// describe its devices can be cut all the same.
     pub fn opaque<'a>(page_size: u64, sections: impl IntoIterator<Item = OpaqueSection<'a>>) -> Self {
         let device = |section: OpaqueSection<'a>| Device {

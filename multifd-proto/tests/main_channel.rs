@@ -467,7 +467,7 @@ fn word_rules() {
         let last = [&word(0x1100, b"\x06pc.ram")[..], &len.to_be_bytes()].concat();
         assert_eq!(refusal(part, &last), Violation::CompressedPageLength { offset: 0x1000, len }.into());
     }
-    let again = unexpected("block list", "behind the first word of ram");
+    let again = unexpected("block list", "after the first word of ram");
     assert_eq!(refusal(part, &word(0x1004, b"")), again);
     let setup = |out: &mut MainEncoder| {
         begin(out);

@@ -14,10 +14,10 @@ use crate::{
 /// One promise broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broken {
-    /// Destination: channels go on after their SYNC without waiting for anybody. Main still waits for all of them, so that
+    /// Destination: channels go on after their SYNC without waiting for the others. Main still waits for all of them, so that
     /// nothing is missing in the end: pages only overtake each other.
     NoBarrier,
-    /// Destination: a round is over when all but one have arrived, whoever that is.
+    /// Destination: a round is over when all but one have arrived, whichever that is.
     BarrierShort,
     /// Destination: the pages in a packet with SYNC are read and dropped.
     SyncPagesDropped,

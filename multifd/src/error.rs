@@ -107,7 +107,7 @@ pub enum Error {
         /// How long it was waited for.
         limit: Duration,
     },
-    /// Somebody said nothing for too long while connections were being set up.
+    /// A connection or a channel did not come, or said nothing, within the limit of the set-up.
     #[error("{what} within {seconds} s")]
     SetupTimeout {
         /// What did not happen.
@@ -145,7 +145,7 @@ pub enum Error {
     NotResumed {
         /// Why the migration ended.
         first: Box<Error>,
-        /// Why the VM stands still.
+        /// Why the VM stays paused.
         resume: VmError,
     },
 }

@@ -1,7 +1,7 @@
 //! Multi-channel live migration of virtual machines, in QEMU's multifd format.
 //!
 //! A VMM implements [`SourceVm`](vm::SourceVm) and [`DestinationVm`](vm::DestinationVm); the engine moves its memory
-//! over N connections beside the main one while the guest runs, and its device state while it stands still for some
+//! over N connections beside the main one while the guest runs, and its device state while it is paused for some
 //! milliseconds.
 
 #![deny(unsafe_code)]

@@ -1,7 +1,7 @@
 //! Hands the dirty pages of the open section to whichever channel asks next.
 //!
 //! Every page of the bitmap passed to [`PageScan::load`] is handed out exactly once, in a [`Batch`] that lies within one
-//! RAM block. Channels pull; nobody assigns work. A section is the part of a round between two sync points: the whole
+//! RAM block. Channels pull; no thread assigns work. A section is the part of a round between two sync points: the whole
 //! round in the per-round dialect, a number of pages in the per-section one. See `barrier` for how it ends.
 
 use crate::{

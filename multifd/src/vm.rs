@@ -14,10 +14,10 @@ pub trait SourceVm {
     /// The log of all writes to [`ram`](Self::ram), by vCPUs and by devices.
     fn dirty_log(&mut self) -> &mut dyn DirtyLog;
 
-    /// Pages known to read as zeros although nobody reads them, e.g. because they were never touched.
+    /// Adds the pages that are known to be zeros without being read, e.g. because they were never touched.
     ///
     /// Called once, after tracking was switched on, so a page that is written afterwards is reported by the log. A page
-    /// named here must have been zero at some moment during the call. Adding nothing is always right.
+    /// named here must have been zero at some moment during the call. Adding nothing is always correct.
     ///
     /// # Errors
     /// The migration ends.
@@ -47,7 +47,7 @@ pub trait SourceVm {
     /// Lets the VM run again, after a failure or a cancel that came after [`pause`](Self::pause) was called.
     ///
     /// # Errors
-    /// Reported beside the first error: the VM then stands still on both sides, unharmed.
+    /// Reported beside the first error ([`Error::NotResumed`](crate::error::Error::NotResumed)). The VM is then paused on both sides, unharmed.
     fn resume(&mut self) -> Result<(), VmError>;
 }
 

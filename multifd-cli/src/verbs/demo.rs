@@ -389,7 +389,7 @@ impl<'a> Demo<'a> {
         }
         if !self.args.no_verify {
             lines.push(format!(
-                "verified    {} of {} pages different ({} for digests of both sides, not counted as downtime)",
+                "verified    {} of {} pages differ ({} for digests of both sides, not counted as downtime)",
                 table::grouped(verified.pages_different),
                 table::grouped(verified.pages_compared),
                 table::milliseconds(migration.verify_time.unwrap_or_default()),

@@ -90,9 +90,9 @@ enum State {
     Running,
     /// It is on its way to us.
     Incoming,
-    /// It runs here and is on its way to somebody else.
+    /// It runs here and is on its way to another process.
     Outgoing,
-    /// It stands still here, and nobody may run it who does not know that it runs nowhere else.
+    /// Paused here, in doubt: only an operator who knows that it runs nowhere else may resume it.
     Paused,
     /// It is gone.
     Migrated,
@@ -388,7 +388,7 @@ impl<'a> Session<'a> {
                         terminal::say(&format!("{}\n{}", failed.message, what_now()));
                     }
                     self.failure = Some((failed.exit, failed.message));
-                    // The demo tells nobody what to do; it ends.
+                    // The demo gives no commands; it ends.
                     return self.args.control.is_none() && self.args.child_of.is_some();
                 }
                 self.state = State::Running;
@@ -396,7 +396,7 @@ impl<'a> Session<'a> {
                 let cancelled = failed.exit == Exit::Cancelled;
                 self.failure = Some((failed.exit, failed.message));
                 if cancelled {
-                    // Whoever cancels one attempt does not want the next.
+                    // A cancel of one attempt is meant for the following ones, too.
                     self.targets = Vec::new().into_iter();
                 }
                 let lasting = match (&self.args.run_for, &self.args.control) {
@@ -457,7 +457,7 @@ impl<'a> Session<'a> {
         Ok(json!({}))
     }
 
-    /// Lets a guest go on that stands still since nobody knew whether the destination had it.
+    /// Resumes a guest that is paused in doubt.
     fn answer_resume(&mut self) -> Result<Value, String> {
         match (self.state, &mut self.guest) {
             (State::Paused, Some(guest)) => {
@@ -466,7 +466,7 @@ impl<'a> Session<'a> {
                 self.failure = None;
                 Ok(json!({}))
             }
-            _ => Err("the guest does not stand still here".to_owned()),
+            _ => Err("the guest is not paused in doubt here".to_owned()),
         }
     }
 

@@ -143,7 +143,7 @@ pub enum CheckpointError {
         source: CutError,
     },
     /// The source has sent something behind the end of the stream, after it was told that all is well.
-    #[error("the source sent {bytes} bytes behind the end of the stream, and the whole is no complete device state")]
+    #[error("the source sent {bytes} bytes after the end of the stream, and the whole is no complete device state")]
     BytesBehindTheEnd {
         /// How many.
         bytes: usize,

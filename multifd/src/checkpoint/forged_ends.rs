@@ -245,7 +245,7 @@ fn bytes_after_the_confirmation_that_make_no_whole_are_reported() {
     let parts = vec![(Duration::ZERO, stream), (QUIET + Duration::from_millis(500), b"more".to_vec())];
     let (dir, received) = receive(parts);
     let error = received.unwrap_err();
-    let expected = "the source sent 4 bytes behind the end of the stream, and the whole is no complete device state";
+    let expected = "the source sent 4 bytes after the end of the stream, and the whole is no complete device state";
     assert_eq!(error.to_string(), expected);
     assert!(dir.join("checkpoint").exists());
 }

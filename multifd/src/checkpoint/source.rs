@@ -1,4 +1,4 @@
-//! The VM in a checkpoint as a source: it stands still, and its memory is the file.
+//! The VM in a checkpoint as a source: it is paused, and its memory is the file.
 
 use std::{fs::File, io, path::PathBuf};
 
@@ -111,7 +111,7 @@ impl SourceVm for CheckpointSource {
     }
 }
 
-/// The log of memory that nobody writes to.
+/// The log of memory that is not written.
 struct NoWrites;
 
 impl DirtyLog for NoWrites {

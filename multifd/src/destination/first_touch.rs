@@ -1,4 +1,4 @@
-//! How memory that nobody has touched yet gets its first content: the destination's bottleneck.
+//! How memory that was never touched gets its first content: the destination's bottleneck.
 //!
 //! A plain read into such memory takes a page fault for each page, in which the kernel clears a page that is overwritten
 //! at once. The alternatives save the fault, the clearing, or both.

@@ -303,7 +303,7 @@ pub(crate) fn more_bytes(place: Place) -> Error {
 }
 
 /// How long a source that waits for our answer may say nothing behind the end of state before that means that there is no
-/// vmdescription. A QEMU that has been told to suppress it announces this nowhere, and the guest stands still meanwhile.
+/// vmdescription. A QEMU that has been told to suppress it announces this nowhere, and the guest is paused meanwhile.
 /// Sources write both at once, so all that can come between is the network: this is enough for a lost segment to be sent
 /// again twice. A description that comes later is not missed by anybody; all that is needed was there.
 const DESCRIPTION_WAIT: Duration = Duration::from_secs(1);

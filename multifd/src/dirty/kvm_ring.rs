@@ -56,7 +56,7 @@ struct Inner {
 struct State {
     rings: Vec<GfnRing>,
     tracking: Option<Tracking>,
-    /// A ring was full to its last entry, so entries may have been overwritten; it is out of step for ever.
+    /// A ring was full to its last entry, so entries may have been overwritten; it is out of step forever.
     overrun: bool,
 }
 

@@ -7,12 +7,12 @@
 //!
 //! It sees every write through the registered mapping: by threads, by the kernel on behalf of a system call, by vCPUs
 //! of a KVM guest that runs on it. **It does not see writes through another mapping of the same memory** (a second
-//! mapping of the memfd, another process): whoever writes there marks its pages in a bitmap of its own.
+//! mapping of the memfd, another process): a thread that writes there marks its pages in a bitmap of its own.
 //!
 //! **Private anonymous memory that was never touched stays so.** To the kernel, a page without an entry in the page table
 //! counts as written, and protecting it creates a page table to put a marker in: 2 GiB of tables for a sparse terabyte
 //! (measured on Linux 6.18). So the scan asks for pages that are written *and* are there, in memory or in swap.
-//! Registering populates nothing either. A page that was not there is not reported while nobody writes it; its first
+//! Registering populates nothing either. A page that was not there is not reported until it is written; its first
 //! write makes an entry that is not protected, so the next drain reports it. So does its first read, once; that is why
 //! [`untouched`](crate::dirty::untouched) pages had better not be read at all. Leaving out the kernel's page of zeros
 //! would avoid this and is wrong: the kernel also puts it in place of pages on which it finds zeros, written or not.
@@ -22,7 +22,7 @@
 //! Starting puts markers everywhere instead, which costs 2 MiB of page tables for each GiB mapped, touched or not.
 //! Afterwards the answers are exact here too. Huge pages in a memfd are reported as 512 pages at a time.
 //!
-//! A page of anonymous memory that is discarded (`MADV_DONTNEED`, a ballooned page) is not reported: whoever discards
+//! A page of anonymous memory that is discarded (`MADV_DONTNEED`, a ballooned page) is not reported: a VMM that discards
 //! pages whose content matters marks them.
 
 use std::{io, ops::Range};

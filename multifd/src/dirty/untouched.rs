@@ -1,11 +1,11 @@
-//! Finds pages that nobody ever touched, so that nobody has to read them to learn that they are zero.
+//! Finds pages that were never touched, so that they need not be read to learn that they are zero.
 //!
 //! Reading an untouched page populates page tables, and in a memfd allocates it; a guest of which a tenth is in use
 //! would be made ten times as large by migrating it. The kernel knows better: a page of private anonymous memory that is
 //! neither in memory nor in swap reads as zeros, and so does a hole in a memfd.
 //!
 //! Nothing is claimed about memory of other kinds: private mappings of files, files on disks, shared memory whose
-//! descriptor is not at hand. Memory whose missing pages are filled in by somebody else (a userfaultfd registered for
+//! descriptor is not at hand. Memory whose missing pages are filled in by another (a userfaultfd registered for
 //! MISSING, as after a postcopy) must not be passed in: there, absent does not mean zero.
 
 use std::{fs::File, io, os::fd::BorrowedFd};

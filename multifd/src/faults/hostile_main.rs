@@ -220,7 +220,7 @@ fn words_of_ram_that_break_a_rule_are_refused() {
         ("RDMA", &part, word(0x80, b""), "RAM word 0x80 belongs to RDMA, which is refused"),
         ("unknown flags", &part, word(0x400, b""), "RAM word 0x400 has flags 0x400"),
         ("unaligned page", &part, word(0x1009, b"\x03ram"), "RAM word 0x1009 has flags 0x9"),
-        ("second list", &part, word(0x8004, b""), "block list behind the first word of ram"),
+        ("second list", &part, word(0x8004, b""), "block list after the first word of ram"),
         ("XBZRLE header", &part, word(0x40, b"\x03ram\x02\0\x01"), "XBZRLE: unknown header at byte 0 of the diff"),
         (
             "XBZRLE length",

@@ -1,4 +1,4 @@
-//! Guest memory after a recorded migration, in a file that nobody sees.
+//! Guest memory after a recorded migration, in a file without a name.
 
 use std::{
     fs::File,

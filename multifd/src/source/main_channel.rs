@@ -88,7 +88,7 @@ impl MainChannel {
         self.send()
     }
 
-    /// Says that the guest stands still, to destinations that know the command.
+    /// Says that the guest is paused, to destinations that know the command.
     pub(super) fn switchover_start(&mut self) -> Result<(), Error> {
         if sends_switchover_start(&self.shared.options.machine) == Some(true) {
             self.encoder.command(&Command::SwitchoverStart);

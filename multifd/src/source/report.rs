@@ -18,7 +18,7 @@ pub struct Report {
     pub total: Duration,
     /// From the first connect until the destination knew all RAM blocks.
     pub setup: Duration,
-    /// How long the guest stood still, and why.
+    /// How long the guest was paused, and why.
     pub downtime: Downtime,
     /// All rounds, the last one with the guest paused.
     pub rounds: Vec<RoundStats>,

@@ -88,7 +88,7 @@ pub trait Stream: Send {
     /// The kernel's, when it is out of descriptors.
     fn stopper(&self) -> io::Result<Box<dyn Stopper>>;
 
-    /// Limits how long a single read waits for a byte; `None` for ever. A read that waited longer gives
+    /// Limits how long a single read waits for a byte; `None` for no limit. A read that waited longer gives
     /// [`io::ErrorKind::TimedOut`] or [`io::ErrorKind::WouldBlock`]. Transports without a clock ignore it.
     ///
     /// # Errors
@@ -119,7 +119,7 @@ pub trait Connect {
 
 /// Where connections of one source arrive.
 pub trait Listen: Send {
-    /// The next connection. Waits for at most `timeout` (`None`: for ever; transports without a clock ignore it).
+    /// The next connection. Waits for at most `timeout` (`None`: no limit; transports without a clock ignore it).
     ///
     /// # Errors
     /// [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::Interrupted`] after [`Stopper::stop`]; the kernel's.
