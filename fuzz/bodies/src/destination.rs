@@ -1,10 +1,12 @@
 //! A whole destination, fed by a script of bytes on several connections.
 //!
 //! The first byte says how many channels are required (0: as many as come). Then frames: a byte for the connection, a
-//! 16-bit length, and so many bytes that this connection says next. All connections end after their last byte. The
-//! memory lies between pages that end the process when touched.
+//! 16-bit length, and so many bytes that this connection says next. With [`LATER`] in the byte for the connection they come
+//! after all that was said before has been read, as GO does. All connections end after their last byte. The memory lies
+//! between pages that end the process when touched.
 
 use std::{
+    collections::VecDeque,
     io::{self, Read},
     sync::{Arc, Condvar, Mutex, MutexGuard},
     time::Duration,
@@ -24,23 +26,23 @@ pub(crate) const BLOCKS: [(&str, usize); 2] = [("ram", 8), ("rom", 2)];
 
 /// Runs the script.
 pub(crate) fn destination(input: &[u8]) {
-    // Whatever comes of it, it ends.
-    drop(outcome(input));
+    // However it ends, it does. A script has nothing to wait for: all of it is there.
+    drop(outcome(input, Duration::from_millis(5)));
 }
 
 /// Why the script is refused; nothing where there is none.
-fn outcome(input: &[u8]) -> Option<Result<Report, Error>> {
+fn outcome(input: &[u8], setup_timeout: Duration) -> Option<Result<Report, Error>> {
     let (&first, rest) = input.split_first()?;
     let required = first % 4;
     let wires = wires(rest);
     if wires.is_empty() {
         return None;
     }
-    let streams = wires.iter().map(|bytes| {
-        // All of it fits, and nobody needs to be there to read the answers.
-        let (mut ours, theirs) = memory::pair(bytes.len().max(4096));
-        ours.write(bytes, &[]).expect("the other end is there");
-        theirs
+    let streams = wires.into_iter().map(|wire| {
+        // All of it fits, and no reader of the answers is needed.
+        let (mut ours, theirs) = memory::pair(wire.bytes.len().max(4096));
+        ours.write(&wire.bytes, &[]).expect("the other end is there");
+        (theirs, wire.pauses)
     });
     let script = Arc::new(Script::new(streams.collect()));
     let ram = guarded_ram(&BLOCKS).expect("memory");
@@ -48,6 +50,7 @@ fn outcome(input: &[u8]) -> Option<Result<Report, Error>> {
     let options = Options {
         channels: (required > 0).then_some(required),
         close_timeout: Duration::from_millis(1),
+        setup_timeout: Some(setup_timeout),
         ..Options::default()
     };
     let outcome = Destination::new(options).run(&mut vm, Box::new(Listener(script)), &mut ());
@@ -55,20 +58,35 @@ fn outcome(input: &[u8]) -> Option<Result<Report, Error>> {
     Some(outcome)
 }
 
+/// What one connection says.
+#[derive(Clone, Default)]
+pub(crate) struct Wire {
+    pub(crate) bytes: Vec<u8>,
+    /// How many bytes are read before more come, in order.
+    pauses: VecDeque<usize>,
+}
+
 /// What each connection says.
-pub(crate) fn wires(mut frames: &[u8]) -> Vec<Vec<u8>> {
-    let mut wires: Vec<Vec<u8>> = Vec::new();
+pub(crate) fn wires(mut frames: &[u8]) -> Vec<Wire> {
+    let mut wires: Vec<Wire> = Vec::new();
     while let [connection, high, low, rest @ ..] = frames {
         let index = usize::from(connection % 4);
         if wires.len() <= index {
-            wires.resize(index + 1, Vec::new());
+            wires.resize(index + 1, Wire::default());
         }
         let len = usize::from(u16::from_be_bytes([*high, *low])).min(rest.len());
-        wires[index].extend_from_slice(&rest[..len]);
+        let Wire { bytes, pauses } = &mut wires[index];
+        if connection & LATER != 0 {
+            pauses.push_back(bytes.len());
+        }
+        bytes.extend_from_slice(&rest[..len]);
         frames = &rest[len..];
     }
     wires
 }
+
+/// In the byte for the connection of a frame.
+pub(crate) const LATER: u8 = 0x80;
 
 struct Vm {
     ram: Ram,
@@ -103,14 +121,14 @@ struct Script {
 
 struct State {
     /// The next one is the last.
-    waiting: Vec<memory::MemoryStream>,
+    waiting: Vec<(memory::MemoryStream, VecDeque<usize>)>,
     /// Accepted and not dropped yet.
     open: usize,
     interrupted: bool,
 }
 
 impl Script {
-    fn new(mut streams: Vec<memory::MemoryStream>) -> Script {
+    fn new(mut streams: Vec<(memory::MemoryStream, VecDeque<usize>)>) -> Script {
         streams.reverse();
         let state = State { waiting: streams, open: 0, interrupted: false };
         Script { state: Mutex::new(state), changed: Condvar::new() }
@@ -125,9 +143,10 @@ struct Listener(Arc<Script>);
 
 impl Listener {
     fn next(&self, state: &mut State) -> Option<Box<dyn Stream>> {
-        let stream = state.waiting.pop()?;
+        let (stream, pauses) = state.waiting.pop()?;
         state.open += 1;
-        Some(Box::new(Counted { stream: Box::new(stream), script: self.0.clone() }))
+        let pauses = Arc::new(Mutex::new(Pauses { position: 0, pauses }));
+        Some(Box::new(Counted { stream: Box::new(stream), script: self.0.clone(), pauses }))
     }
 }
 
@@ -174,6 +193,13 @@ impl Stopper for Interrupt {
 struct Counted {
     stream: Box<dyn Stream>,
     script: Arc<Script>,
+    pauses: Arc<Mutex<Pauses>>,
+}
+
+/// Where a read ends although more is there.
+struct Pauses {
+    position: usize,
+    pauses: VecDeque<usize>,
 }
 
 impl Drop for Counted {
@@ -193,16 +219,29 @@ impl Stream for Counted {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(buf)
+        let mut at = self.pauses.lock().expect("no thread panics with it");
+        while at.pauses.front().is_some_and(|pause| *pause <= at.position) {
+            at.pauses.pop_front();
+        }
+        let len = at.pauses.front().map_or(buf.len(), |pause| buf.len().min(pause - at.position));
+        let n = self.stream.read(&mut buf[..len])?;
+        at.position += n;
+        Ok(n)
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        let len: usize = pages.iter().map(GuestRange::len).sum();
+        self.pauses.lock().expect("no thread panics with it").position += len;
         self.stream.read_pages(pages)
     }
 
     fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
         self.script.lock().open += 1;
-        Ok(Box::new(Counted { stream: self.stream.try_clone()?, script: self.script.clone() }))
+        Ok(Box::new(Counted {
+            stream: self.stream.try_clone()?,
+            script: self.script.clone(),
+            pauses: self.pauses.clone(),
+        }))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
@@ -216,11 +255,13 @@ impl Stream for Counted {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     /// A corpus that is refused at its first byte would leave the rest to chance.
     #[test]
     fn every_seed_is_a_complete_migration() {
         for (index, seed) in crate::seeds::scripts().iter().enumerate() {
-            let outcome = super::outcome(seed).expect("a script");
+            let outcome = super::outcome(seed, Duration::from_secs(60)).expect("a script");
             assert!(outcome.is_ok(), "seed {index}: {outcome:?}");
         }
     }

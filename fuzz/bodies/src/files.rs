@@ -57,7 +57,7 @@ pub(crate) fn mapped_ram(input: &[u8]) {
 pub(crate) fn inspect(input: &[u8]) {
     let Some((first, frames)) = input.split_first() else { return };
     let total = frames.len();
-    let mut wires = crate::destination::wires(frames).into_iter().map(|bytes| Box::new(Cursor::new(bytes)) as _);
+    let mut wires = crate::destination::wires(frames).into_iter().map(|wire| Box::new(Cursor::new(wire.bytes)) as _);
     let Some(main) = wires.next() else { return };
     let directory = (first % 2 == 1).then(|| TempDir::in_memory().expect("a temporary directory"));
     let recorded = Recorded { main, channels: wires.collect() };
@@ -73,7 +73,7 @@ mod tests {
     fn every_seed_is_a_complete_recording_or_file() {
         for (index, seed) in crate::seeds::recordings().iter().enumerate() {
             let mut wires =
-                crate::destination::wires(&seed[1..]).into_iter().map(|bytes| Box::new(Cursor::new(bytes)) as _);
+                crate::destination::wires(&seed[1..]).into_iter().map(|wire| Box::new(Cursor::new(wire.bytes)) as _);
             let recorded = Recorded { main: wires.next().unwrap(), channels: wires.collect() };
             let inspection = Inspection::of(recorded, None).unwrap();
             assert!(inspection.broken.is_none(), "seed {index}: {:?}", inspection.broken);

@@ -6,6 +6,7 @@ use multifd_proto::{
     BlockName, ChannelId,
     command::{Command, PostcopyAdvice},
     encoder::MainEncoder,
+    extension::{Extensions, Offer},
     mapped_ram::BlockHeader,
     packet::{self, Compression, Hello, PacketHeader, RamPacket},
     ram::BlockEntry,
@@ -14,7 +15,7 @@ use multifd_proto::{
     vmdesc,
 };
 
-use crate::destination::BLOCKS;
+use crate::destination::{BLOCKS, LATER};
 
 /// Headers from all recorded channels, a few of each, and hellos. The first byte chooses the page size.
 pub(crate) fn packets() -> Vec<Vec<u8>> {
@@ -47,7 +48,8 @@ pub(crate) fn mains() -> Vec<Vec<u8>> {
         .filter(|(name, _)| name.ends_with("/main.bin"))
         .map(|(_, bytes)| bytes[..bytes.len().min(12_000)].to_vec())
         .collect();
-    seeds.extend([true, false].map(|per_round| main(per_round, Words::All)));
+    seeds.extend([true, false].map(|per_round| main(per_round, Words::All, None)));
+    seeds.push([main(true, Words::All, Some(2)), go()].concat());
     seeds.push(huge_pages());
     seeds
 }
@@ -76,6 +78,9 @@ pub(crate) fn return_paths() -> Vec<Vec<u8>> {
         Message::RecvBitmap { block },
         Message::ResumeAck(1),
         Message::SwitchoverAck,
+        Message::Accepted(Extensions::known()),
+        Message::Reason("the device is busy".to_owned()),
+        Message::Ready,
     ];
     let mut all = Vec::new();
     let mut seeds = Vec::new();
@@ -176,13 +181,23 @@ pub(crate) fn payloads() -> Vec<Vec<u8>> {
 pub(crate) fn scripts() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     for per_round in [true, false] {
+        // In two steps.
+        for channels in [1, 2] {
+            let mut script = vec![0];
+            frame(&mut script, 0, &main(per_round, Words::None, Some(channels)));
+            for id in 0..channels {
+                frame(&mut script, 1 + id, &channel(id, channels, per_round, Compression::None));
+            }
+            frame(&mut script, LATER, &go());
+            seeds.push(script);
+        }
         for channels in [1, 2] {
             for method in [Compression::None, Compression::Zlib, Compression::Zstd] {
                 let words = if channels == 1 { Words::All } else { Words::None };
                 let mut script = vec![0];
-                frame(&mut script, 0, &main(per_round, words));
+                frame(&mut script, 0, &main(per_round, words, None));
                 for id in 0..channels {
-                    frame(&mut script, 1 + id, &channel(id, per_round, method));
+                    frame(&mut script, 1 + id, &channel(id, channels, per_round, method));
                 }
                 if method == Compression::None {
                     // The same where the number of channels is required.
@@ -208,7 +223,8 @@ enum Words {
 }
 
 /// Main of a complete migration of [`BLOCKS`]; two sync points behind the first.
-fn main(per_round: bool, words: Words) -> Vec<u8> {
+/// A source that offers its number of channels and its extensions says GO later.
+fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
     let mut encoder = MainEncoder::new();
     let sync = |encoder: &mut MainEncoder| {
         if per_round {
@@ -219,6 +235,9 @@ fn main(per_round: bool, words: Words) -> Vec<u8> {
     encoder.header().configuration("multifd");
     if words == Words::All {
         encoder.config_page_bits(12).config_uuid(&[0; 16]);
+    }
+    if let Some(channels) = offers {
+        encoder.config_offer(&Offer { channels, token: None, extensions: Extensions::known() });
     }
     encoder.command(&Command::OpenReturnPath).command(&Command::Ping(1));
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| *pages as u64 * 4096).sum());
@@ -241,8 +260,16 @@ fn main(per_round: bool, words: Words) -> Vec<u8> {
     encoder.as_bytes().to_vec()
 }
 
-/// Channel `id` of the same migration.
-fn channel(id: u8, per_round: bool, method: Compression) -> Vec<u8> {
+/// What main says when the destination is ready.
+fn go() -> Vec<u8> {
+    let mut encoder = MainEncoder::new();
+    encoder.command(&Command::Go);
+    encoder.as_bytes().to_vec()
+}
+
+/// Channel `id` of `channels` of the same migration. All take turns, so their packets have the numbers that prove that all
+/// channels are here; a packet that carries SYNC has taken two.
+fn channel(id: u8, channels: u8, per_round: bool, method: Compression) -> Vec<u8> {
     let mut bytes = Hello { uuid: [0; 16], channel: ChannelId(id), channels: None }.encode().to_vec();
     let mut put = |header: PacketHeader<'_>, payload: &[u8]| {
         let mut head = vec![0; packet::header_len(4096)];
@@ -250,8 +277,9 @@ fn channel(id: u8, per_round: bool, method: Compression) -> Vec<u8> {
         bytes.extend_from_slice(&head);
         bytes.extend_from_slice(payload);
     };
-    let sync = PacketHeader::sync_packet(1);
-    put(sync, &[]);
+    let number = |turn: u64| turn * u64::from(channels) + u64::from(id);
+    let sync = |turn| PacketHeader::sync_packet(number(turn));
+    put(sync(0), &[]);
     let offset = 0x3000 + u64::from(id) * 0x1000;
     let payload = match method {
         Compression::None => vec![3; 4096],
@@ -264,14 +292,14 @@ fn channel(id: u8, per_round: bool, method: Compression) -> Vec<u8> {
         normal: &[offset],
         zero: &[0x6000],
         payload_len: payload.len() as u32,
-        ..sync
+        ..sync(if per_round { 1 } else { 2 })
     };
     put(pages, &payload);
     if per_round {
-        put(sync, &[]);
+        put(sync(2), &[]);
     }
-    put(PacketHeader { sync: false, block: "rom", zero: &[0x1000], ..sync }, &[]);
-    put(sync, &[]);
+    put(PacketHeader { sync: false, block: "rom", zero: &[0x1000], ..sync(3) }, &[]);
+    put(sync(4), &[]);
     bytes
 }
 
