@@ -172,9 +172,9 @@ fn partition(left: &Host, right: &Host, random: &mut Random, took: Duration, rou
     owner
 }
 
-/// Its status; nothing from a process that has ended.
+/// Its status; nothing from a process that has ended, or is about to.
 fn state(guest: &Guest) -> Option<Value> {
-    guest.ask(&json!("status")).map(|mut answer| answer["return"].take())
+    guest.ask(&json!("status")).map(|mut answer| answer["return"].take()).filter(Value::is_object)
 }
 
 fn runs(state: &Option<Value>) -> bool {

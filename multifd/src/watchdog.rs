@@ -1,7 +1,7 @@
 //! Ends waits that have a limit: one thread that acts when a moment has come.
 //!
 //! No wait of the engine has a clock of its own. A wait that may last too long is ended from outside, through the
-//! [`StopHandle`](crate::stop::StopHandle) or by ending connections, and the watchdog is what does it in time. Model checkers
+//! [`StopHandle`] or by ending connections, and the watchdog is what does it in time. Model checkers
 //! have no clock: under them no moment ever comes.
 
 use std::time::{Duration, Instant};

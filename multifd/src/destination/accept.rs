@@ -1,7 +1,7 @@
 //! Accepts connections until all channels are here, and is not disturbed by those of strangers.
 //!
 //! A connection says what it is with its first bytes, and those of channels may arrive before those of main: a thread of
-//! its own waits for them, see [`greeting`](super::greeting). The listener closes when it is known that all channels have come.
+//! its own waits for them, see [`greeting`]. The listener closes when it is known that all channels have come.
 
 use std::{io, time::Duration};
 
