@@ -205,3 +205,19 @@ fn bytes_behind_the_description_are_refused_by_a_checkpoint() {
 const STATE: &[u8] = b"state of cpu 0";
 const DESCRIPTION: &[u8] = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// A QEMU 7.2 with more channels than were required: two of them are dropped, and it says nothing any more.
+#[test]
+fn a_channel_that_was_too_many_is_named_where_the_source_goes_silent() {
+    let options = Options {
+        channels: Some(1),
+        setup_timeout: None,
+        stall_limit: Some(Duration::from_millis(1500)),
+        ..Options::default()
+    };
+    let error = receive(&[Wire::main(), Wire::channel(3).sync()], options).outcome.unwrap_err();
+    let expected =
+        "a connection said it is channel 3, 1 channels were expected; it was dropped, and then: the peer moved";
+    assert!(error.to_string().starts_with(expected), "{error}");
+    assert!(error.is_peers_fault());
+}
