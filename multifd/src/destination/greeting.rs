@@ -75,6 +75,8 @@ fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<S
             }
             match shared.is_identified() {
                 true => shared.judge(&hello, &stream.peer())?,
+                // Main has not said yet whose migration it is: it is judged when it joins.
+                false if shared.options.token.is_none() => {}
                 false => shared.recognize(&hello)?,
             }
             ReceiveChannel::new(hello, number, stream, shared.clone()).run()
@@ -181,13 +183,13 @@ impl Shared {
 
     /// Compares the token or the uuid of `hello` with what is known.
     fn recognize(&self, hello: &Hello) -> Result<(), Refused> {
-        if let Some(token) = &self.options.token {
-            return match equal_in_constant_time(token, &hello.uuid) {
+        let seen = lock(&self.seen);
+        if let Some(token) = self.options.token.or(seen.main_token) {
+            return match equal_in_constant_time(&token, &hello.uuid) {
                 true => Ok(()),
                 false => Err(stranger("says hello with another token than this migration's")),
             };
         }
-        let seen = lock(&self.seen);
         match self.options.uuid.or(seen.main_uuid).or(seen.uuid) {
             Some(expected) if expected != hello.uuid => {
                 Err(stranger(format!("says hello: {}", ProtoMismatch::Uuid { expected, found: hello.uuid })))
@@ -217,9 +219,10 @@ impl Shared {
 
     /// A channel has joined.
     pub(super) fn welcome(&self, hello: &Hello) {
+        let mut seen = lock(&self.seen);
         // With a token these bytes are not a uuid.
-        if self.options.token.is_none() {
-            lock(&self.seen).uuid.get_or_insert(hello.uuid);
+        if self.options.token.or(seen.main_token).is_none() {
+            seen.uuid.get_or_insert(hello.uuid);
         }
     }
 

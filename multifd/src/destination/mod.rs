@@ -171,6 +171,8 @@ pub(super) struct Pages {
 pub(super) struct Seen {
     /// In the configuration of main.
     main_uuid: Option<[u8; 16]>,
+    /// In the offer of main: what its channels say in place of the uuid.
+    main_token: Option<[u8; 16]>,
     /// Of the first channel that has joined. It is the same on all.
     uuid: Option<[u8; 16]>,
     /// Of the first payload, on any channel.
@@ -463,6 +465,7 @@ impl Run {
         loop {
             let item = self.main().next_item()?;
             if !self.identified && !is_configuration(&item) {
+                self.check_uuid()?;
                 self.identified = true;
                 self.shared.identified();
             }
@@ -483,6 +486,7 @@ impl Run {
                     {
                         return Err(Mismatch::Channels { opened, expected }.into());
                     }
+                    lock(&self.shared.seen).main_token = offer.token;
                     self.offer = Some(offer);
                 }
                 Item::Command(command) => self.command(&command)?,
@@ -527,6 +531,21 @@ impl Run {
                     return self.main().nothing_follows();
                 }
             }
+        }
+    }
+
+    /// Compares the uuid of a VM whose channels do not name it with the one that is expected.
+    fn check_uuid(&mut self) -> Result<(), Error> {
+        let (main_uuid, main_token) = {
+            let seen = lock(&self.shared.seen);
+            (seen.main_uuid, seen.main_token)
+        };
+        let found = main_uuid.unwrap_or_default();
+        match self.shared.options.uuid {
+            Some(expected) if main_token.is_some() && expected != found => {
+                Err(Error::protocol(self.main().place())(violation::Mismatch::Uuid { expected, found }))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -193,6 +193,26 @@ fn a_token_excludes_who_does_not_have_it() {
     assert!(arrived(&received.ram));
 }
 
+/// A proxy may deliver the channels of an attempt that was given up when the next one has begun. They had the same uuid and
+/// number of channels, joined, and both sides reported success with old pages in memory.
+#[test]
+fn channels_of_an_earlier_attempt_do_not_join() {
+    let channel = |id: u8, token: [u8; 16], page: u64| {
+        Wire::raw(Hello { uuid: token, ..told_hello(id, 2) }.encode()).sync().then(pages(&[page])).sync()
+    };
+    let (earlier, now) = ([1; 16], [2; 16]);
+    let stale = || [channel(0, earlier, 0x7000), channel(1, earlier, 0x6000)];
+    let main = || offering(Some(now));
+    let ours = || [channel(0, now, 0x1000), channel(1, now, 0x2000)];
+    let before = stale().into_iter().chain([main()]).chain(ours()).collect::<Vec<_>>();
+    let after = [main()].into_iter().chain(stale()).chain(ours()).collect::<Vec<_>>();
+    for wires in [before, after] {
+        let received = receive_untold(&wires, Options::default());
+        assert_eq!(received.outcome.unwrap().channels, 2);
+        assert!(arrived(&received.ram));
+    }
+}
+
 /// The whole main of a source with two channels that offers `token`, and no extensions.
 fn offering(token: Option<[u8; 16]>) -> Wire {
     let mut head = MainEncoder::new();

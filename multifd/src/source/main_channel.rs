@@ -41,10 +41,12 @@ impl MainChannel {
     pub(super) fn header(&mut self) -> Result<(), Error> {
         let options = &self.shared.options;
         self.encoder.header().configuration(&options.machine);
-        if options.validate_uuid {
+        let offer = options.offer();
+        // Where channels say a token, their hellos have no room for it.
+        if options.validate_uuid || (offer.is_some() && options.uuid != [0; 16]) {
             self.encoder.config_uuid(&options.uuid);
         }
-        if let Some(offer) = options.offer() {
+        if let Some(offer) = offer {
             self.encoder.config_offer(&offer);
         }
         self.send()

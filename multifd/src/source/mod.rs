@@ -13,7 +13,7 @@ mod pause_limit;
 mod report;
 mod return_path;
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use multifd_proto::{
     ChannelId,
@@ -151,7 +151,12 @@ struct Run {
 
 impl Run {
     fn new(source: Source, ram: Ram) -> Result<Run, Error> {
-        let Source { options, handle: Handle { stop, progress, pause_limit, limiter } } = source;
+        let Source { mut options, handle: Handle { stop, progress, pause_limit, limiter } } = source;
+        if options.peer == Peer::Multifd && options.token.is_none() {
+            // Connections of an earlier attempt may still be on their way, through a proxy for example: their pages are
+            // older than those of this one, and the packets would fit.
+            options.token = Some(fresh_token().map_err(Error::io(Place { connection: Connection::Main, offset: 0 }))?);
+        }
         if options.channels == 0 {
             return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
         }
@@ -628,6 +633,15 @@ impl Run {
             (not_first, first) => first.or(not_first).unwrap_or(Error::Unconfirmed),
         }
     }
+}
+
+/// What no other migration has.
+fn fresh_token() -> io::Result<[u8; 16]> {
+    let mut token = [0; 16];
+    while token == [0; 16] {
+        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(token)
 }
 
 fn join(channel: Task<Result<SendChannel, Error>>) -> Result<SendChannel, Error> {

@@ -28,8 +28,11 @@ pub struct Options {
     pub machine: String,
     /// UUID of the VM, in the first packet of every channel; all zero where it has none.
     pub uuid: [u8; 16],
-    /// A secret of this migration that the channels name in place of the UUID. The destination is given the same one, and
-    /// takes no connection without it. Not for a QEMU destination, which compares these bytes with its UUID.
+    /// A secret of this migration that main offers, and the channels name in place of the UUID. The destination is given the
+    /// same one, and takes no connection without it. Not for a QEMU destination, which compares these bytes with its UUID.
+    ///
+    /// With `None` and [`Peer::Multifd`] each migration makes one of its own: the destination learns it from main, and so
+    /// takes no channel of an earlier attempt.
     pub token: Option<[u8; 16]>,
     /// Put the UUID into the configuration section too, for the destination to compare.
     pub validate_uuid: bool,
