@@ -163,7 +163,11 @@ fn a_terminal_that_goes_away_cancels_a_receive_unless_it_is_to_go_on() {
         let dir = TempDir::new().unwrap();
         let file = dir.join("ckpt");
         let args = format!("receive tcp:127.0.0.1:0 --json -o {}", file.display());
-        let (receive, _) = Process::listening(multifd(&args));
+        // Whatever started the tests may ignore it, as nohup does.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_multifd")]);
+        command.args(args.split_whitespace()).stdin(Stdio::null());
+        let (receive, _) = Process::listening(command);
         receive.signal(Signal::HUP);
         let (exit, report) = receive.end();
         assert_eq!((exit, json(report.as_bytes())["status"].clone()), (3, json!("cancelled")), "{report}");
