@@ -5,8 +5,9 @@ mod common;
 
 use std::{
     fs,
-    io::{self, Read, Write},
+    io::{self, BufRead, Read, Write},
     net::{TcpListener, TcpStream},
+    process::Stdio,
     thread,
     time::Duration,
 };
@@ -115,5 +116,33 @@ fn a_guest_in_doubt_is_paused_until_it_is_told_to_resume() {
         let (exit, report) = destination.end();
         assert_eq!(exit, 0, "{report}");
         assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0);
+    });
+}
+
+/// Without a control socket the process ended, and what may have been the only copy of the guest with it.
+#[test]
+fn a_guest_in_doubt_without_a_control_socket_stays_until_a_signal_resumes_it() {
+    time_limit(LIMIT, || {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut command = common::multifd(&format!("guest --json {SMALL} --channels 2 --run-for 1s --after 0"));
+        command.args([format!("--migrate-to=tcp:{address}"), "--pause-timeout=300ms".to_owned()]);
+        let mut guest = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (main, connections) = take_everything(&listener);
+        let mut lines = io::BufReader::new(guest.stderr.take().unwrap()).lines();
+        let asked = lines.by_ref().map_while(Result::ok).any(|line| line.contains("kill -USR1"));
+        assert!(asked, "no line says what to do");
+        thread::sleep(Duration::from_millis(500));
+        assert!(guest.try_wait().unwrap().is_none(), "it has ended with the guest");
+        drop((main, connections));
+        rustix::process::kill_process(Pid::from_child(&guest), rustix::process::Signal::USR1).unwrap();
+        let resumed = lines.map_while(Result::ok).any(|line| line.contains("the guest runs on here"));
+        assert!(resumed);
+        rustix::process::kill_process(Pid::from_child(&guest), rustix::process::Signal::TERM).unwrap();
+        let mut report = String::new();
+        guest.stdout.take().unwrap().read_to_string(&mut report).unwrap();
+        guest.wait().unwrap();
+        let report = common::json(report.as_bytes());
+        assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0, "{report}");
     });
 }
