@@ -155,7 +155,7 @@ fn partition(left: &Host, right: &Host, random: &mut Random, took: Duration, rou
             assert_eq!(here["in-doubt"], true, "{context}: {here}");
             if runs(there) { Owner::KeptPaused } else { Owner::ResumedByOperator }
         }
-        _ => panic!("{context}: nobody has it: {here:?}, {there:?}; {}", source.stderr()),
+        _ => panic!("{context}: neither side has it: {here:?}, {there:?}; {}", source.stderr()),
     };
     match owner {
         Owner::Destination | Owner::KeptPaused => destination.runs_on(),

@@ -54,6 +54,8 @@ pub trait SourceVm {
 /// A VM that was set up like the source's and waits for its memory and state.
 pub trait DestinationVm {
     /// The memory of the VM: blocks of the same names and lengths as on the source. The same at every call.
+    ///
+    /// From the first call until [`start`](Self::start), only [`load`](Self::load) and the engine write to it.
     fn ram(&self) -> &Ram;
 
     /// Reads the state of one device. `input` has to be read exactly to the end of what [`SourceVm::save`] wrote, no
@@ -65,10 +67,13 @@ pub trait DestinationVm {
     /// The migration ends; the source's VM runs on.
     fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError>;
 
-    /// Lets the VM run. The source was told that the VM is ours.
+    /// Lets the VM run.
+    ///
+    /// A source of ours is told afterwards. One that knows no GO, such as a QEMU, was told before that the VM is ours.
     ///
     /// # Errors
-    /// The VM stands still here, and the source will not resume it.
+    /// No vCPU has run here, and none will: a source of ours is told so, and resumes the VM. With one that knows no GO the VM
+    /// is then paused on both sides. An implementation that has started some of its vCPUs must not return an error.
     fn start(&mut self) -> Result<(), VmError>;
 }
 

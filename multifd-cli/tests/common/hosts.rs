@@ -12,7 +12,7 @@ use super::{Guest, LIMIT};
 
 /// A network namespace, for as long as this lives.
 pub struct Host {
-    /// Does nothing but keep the namespace. It ends by itself should nobody end it.
+    /// Does nothing but keep the namespace. It ends by itself if the test does not end it.
     keeper: Child,
 }
 

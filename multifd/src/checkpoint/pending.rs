@@ -92,7 +92,7 @@ impl PendingFile {
     /// Gives the file its name and puts that on disk, too.
     ///
     /// # Errors
-    /// [`CheckpointError::Exists`] where somebody else took the name meanwhile; the kernel's. The file does not have its
+    /// [`CheckpointError::Exists`] where another process took the name meanwhile; the kernel's. The file does not have its
     /// name then, and a file that was to be replaced has it still. The one exception is [`CheckpointError::Published`].
     pub(crate) fn publish(&mut self) -> Result<(), CheckpointError> {
         let placed = match (self.temporary.take(), self.replace) {

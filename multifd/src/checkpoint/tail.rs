@@ -207,7 +207,7 @@ impl Search<'_> {
             (_, None) if main.source_waits() => Err(unexpected()),
             (Ahead::End(_), Some(_)) if main.source_waits() => Err(unexpected()),
             (Ahead::End(end), _) => Ok(Tail::new(&self.bytes, &end)),
-            // The end of a recording is certain; whoever looks at it is told that the description is wrong.
+            // The end of a recording is certain; its reader is told that the description is wrong.
             (Ahead::Unfit(end, _), None) if main.is_recorded() => Ok(Tail::new(&self.bytes, &end)),
             (_, Some(passed)) => Err(behind(&self.bytes, passed, main)),
             (Ahead::Unfit(_, source), None) => Err(CheckpointError::NotDescribed { source }.into()),

@@ -54,7 +54,8 @@ pub(crate) trait Target {
     /// Everything has arrived: makes it last, up to what may still be taken back. `uuid` is that of the VM, if it has one.
     fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
 
-    /// The migration can no longer be cancelled. The source is told afterwards, and then [`start`](Self::start) follows.
+    /// The migration can no longer be cancelled. With a source of ours [`start`](Self::start) follows, and the source is told
+    /// afterwards; with another one the source is told first.
     fn commit(&mut self) -> Result<(), Error>;
 
     /// The VM is ours.
