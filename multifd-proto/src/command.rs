@@ -18,6 +18,7 @@
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
 use crate::ids::BlockName;
+use crate::postcopy::{DiscardRange, MAX_DISCARD_RANGES};
 use crate::violation::{DecodeError, ProtocolError, Violation};
 use crate::wire::{Reader, Step, Stop, Writer, step};
 
@@ -38,8 +39,8 @@ pub enum Command {
     PostcopyRamDiscard {
         /// The block.
         block: BlockName,
-        /// How many ranges are listed.
-        ranges: usize,
+        /// The ranges, as they came: [`DiscardRange::check`] tells whether the block has them.
+        ranges: Vec<DiscardRange>,
     },
     /// Postcopy: this many bytes of elements follow, to be read as a whole.
     Packaged {
@@ -77,6 +78,9 @@ impl Command {
     }
 
     /// Appends the command, without the element type byte.
+    ///
+    /// # Panics
+    /// For a RAM_DISCARD with more than [`MAX_DISCARD_RANGES`] ranges.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut payload = Vec::new();
         let mut writer = Writer::new(&mut payload);
@@ -88,7 +92,12 @@ impl Command {
                 writer.u64(advice.page_size_summary).u64(advice.page_size);
             }
             Self::PostcopyRamDiscard { block, ranges } => {
-                writer.u8(0).pstr(block.as_str().as_bytes()).u8(0).bytes(&vec![0; ranges * 16]);
+                // A longer list takes several commands, see `postcopy::discard`.
+                assert!(ranges.len() <= MAX_DISCARD_RANGES, "{} ranges do not fit a command", ranges.len());
+                writer.u8(0).pstr(block.as_str().as_bytes()).u8(0);
+                for range in ranges {
+                    writer.u64(range.start).u64(range.len);
+                }
             }
             Self::RecvBitmap { block } => {
                 writer.pstr(block.as_str().as_bytes());
@@ -156,8 +165,10 @@ impl Command {
                 let version = payload.u8()?;
                 let block = BlockName::from_wire(payload.pstr()?)?;
                 let end = payload.u8()?;
-                let ranges = payload.remaining() / 16;
-                payload.bytes(ranges * 16)?;
+                let mut ranges = Vec::with_capacity(payload.remaining() / 16);
+                while payload.remaining() >= 16 {
+                    ranges.push(DiscardRange { start: payload.u64()?, len: payload.u64()? });
+                }
                 if (version, end) != (0, 0) {
                     return Err(DecodeError::BadCommandPayload { command: name(number) }.into());
                 }
@@ -241,7 +252,10 @@ mod tests {
             Command::PostcopyAdvise(Some(PostcopyAdvice { page_size_summary: 0x20_1000, page_size: 0x1000 })),
             Command::PostcopyListen,
             Command::PostcopyRun,
-            Command::PostcopyRamDiscard { block: block.clone(), ranges: 3 },
+            Command::PostcopyRamDiscard {
+                block: block.clone(),
+                ranges: vec![DiscardRange { start: 0x1000, len: 0x3000 }, DiscardRange { start: 1 << 40, len: 0x1000 }],
+            },
             Command::Packaged { len: 1 << 20 },
             Command::EnableColo,
             Command::PostcopyResume,
@@ -261,6 +275,14 @@ mod tests {
             b"\0\x03\0\x10\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x10\0"
         );
         assert_eq!(encoded(&Command::SwitchoverStart), b"\0\x0b\0\0");
+        let ranges =
+            vec![DiscardRange { start: 0x1000, len: 0x3000 }, DiscardRange { start: 0x20_0000, len: 0x6e0_0000 }];
+        assert_eq!(
+            encoded(&Command::PostcopyRamDiscard { block: BlockName::new("pc.ram").unwrap(), ranges }),
+            b"\0\x06\0\x29\0\x06pc.ram\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x30\0\0\0\0\0\0\x20\0\0\0\0\0\0\x06\xe0\0\0"
+        );
+        assert_eq!(encoded(&Command::PostcopyRun), b"\0\x05\0\0");
+        assert_eq!(encoded(&Command::Packaged { len: 0x348f }), b"\0\x07\0\x04\0\0\x34\x8f");
     }
 
     #[test]

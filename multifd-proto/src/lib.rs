@@ -60,6 +60,7 @@ pub mod machine;
 pub mod mapped_ram;
 pub mod membership;
 pub mod packet;
+pub mod postcopy;
 pub mod ram;
 pub mod return_path;
 pub mod rounds;

@@ -138,6 +138,24 @@ pub enum DecodeError {
         /// The type.
         kind: u16,
     },
+    /// The bytes that a recovery connection has for a block's bitmap of received pages are not shaped like one.
+    #[error("bitmap of received pages: {what} {found:#x} instead of {expected:#x}")]
+    BadReceivedBitmap {
+        /// What is wrong.
+        what: &'static str,
+        /// What belongs here.
+        expected: u64,
+        /// What stands here.
+        found: u64,
+    },
+    /// A package that does not begin with LISTEN, or does not end with RUN.
+    #[error("package of {len} bytes: {what}")]
+    BadPackage {
+        /// The length.
+        len: usize,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// A return-path message whose length does not fit its type, or exceeds the 512 bytes allowed.
     #[error("return-path message {name} with {len} bytes of payload")]
     BadMessageLength {
@@ -297,6 +315,42 @@ pub enum Violation {
     PostcopyRefused {
         /// The command that starts it.
         command: &'static str,
+    },
+    /// A range to be discarded that is empty, not aligned or not inside its block.
+    #[error("range to discard at {start:#x}, {len:#x} bytes, does not fit {block:?} ({block_len:#x} bytes)")]
+    BadDiscard {
+        /// The block.
+        block: BlockName,
+        /// The offset of the range inside it.
+        start: u64,
+        /// The length of the range.
+        len: u64,
+        /// The length of the block.
+        block_len: u64,
+    },
+    /// A request for pages of the block of the request before, and there was none.
+    #[error("request for a page at {start:#x} of the block before, and no block was named")]
+    FirstRequestWithoutBlock {
+        /// The offset.
+        start: u64,
+    },
+    /// A request for pages that is empty, not aligned or not inside its block.
+    #[error("request for {len:#x} bytes at {start:#x} does not fit {block:?} ({block_len:#x} bytes)")]
+    BadRequest {
+        /// The block.
+        block: BlockName,
+        /// The offset inside it.
+        start: u64,
+        /// How many bytes.
+        len: u32,
+        /// The length of the block.
+        block_len: u64,
+    },
+    /// More requests are open than a guest has faults.
+    #[error("more than {limit} requests for pages are open")]
+    TooManyRequests {
+        /// The limit.
+        limit: usize,
     },
     /// The peer asks for continuous replication.
     #[error("ENABLE_COLO: continuous replication is refused")]

@@ -7,6 +7,9 @@ use multifd_proto::mapped_ram::{BlockHeader, is_set, set};
 use multifd_proto::packet::{
     Compression, DeviceStatePacket, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, capacity, header_len,
 };
+use multifd_proto::postcopy::{
+    Beginning, DiscardRange, PreemptDecoder, PreemptItem, Request, Requests, discard, package, received,
+};
 use multifd_proto::ram::{BlockEntry, BlockLayout, RamWord};
 use multifd_proto::return_path::Message;
 use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind};
@@ -116,6 +119,119 @@ proptest! {
         prop_assert_eq!(BlockHeader::decode(&header.encode()), Ok(header));
         let block = BlockName::new("pc.ram").unwrap();
         prop_assert_eq!(header.check(&block, len, 4096, header_end, header.next_entry(len)), Ok(()));
+    }
+
+    #[test]
+    fn discarded_ranges_survive_the_wire(block in block_name(), ranges in vec((page_offset(), page_offset()), 0..9000)) {
+        let block = BlockName::new(&block).unwrap();
+        let ranges: Vec<_> = ranges.into_iter().map(|(start, len)| DiscardRange { start, len }).collect();
+        let mut decoded = Vec::new();
+        for command in discard::commands(&block, &ranges) {
+            let mut bytes = Vec::new();
+            command.encode(&mut bytes);
+            let used = bytes.len();
+            prop_assert_eq!(Command::decode(&bytes), Ok(Step::Item { item: command.clone(), used }));
+            if let Command::PostcopyRamDiscard { ranges, .. } = command {
+                decoded.extend(ranges);
+            }
+        }
+        prop_assert_eq!(decoded, ranges);
+    }
+
+    #[test]
+    fn a_discarded_range_that_is_accepted_lies_inside_its_block(start: u64, len: u64, pages in 1..1u64 << 40, near: bool) {
+        let block_len = pages * 4096;
+        let (start, len) = if near { (start % (2 * block_len) / 4096 * 4096, len % 16 * 4096) } else { (start, len) };
+        let range = DiscardRange { start, len }.check(&BlockName::new("a").unwrap(), block_len, 4096);
+        let right = u128::from(start) + u128::from(len) <= u128::from(block_len) && len > 0 && start % 4096 == 0 && len % 4096 == 0;
+        prop_assert_eq!(range.ok(), right.then(|| start..start + len));
+    }
+
+    #[test]
+    fn a_package_of_sections_is_cut_where_it_was_put_together(bodies in vec(vec(any::<u8>(), 0..50), 0..5)) {
+        let mut devices = MainEncoder::new();
+        for (id, body) in (0..).zip(bodies) {
+            let section = Section { kind: SectionKind::Full, id, name: "cpu".to_owned(), instance: id, version: 1 };
+            devices.section(&section).raw(&body).footer(id);
+        }
+        let mut bytes = Vec::new();
+        let before_run = package::encode(devices.as_bytes(), &mut bytes);
+        prop_assert_eq!(&bytes[before_run..], b"\x08\0\x05\0\0");
+        let cut = package::Package::of(&bytes[9..]).unwrap();
+        prop_assert_eq!(&bytes[9..][cut.devices], devices.as_bytes());
+        prop_assert_eq!(cut.pings, [3]);
+    }
+
+    #[test]
+    fn requests_survive_the_wire(asked in vec((0..3usize, 0..16u64, 1..16u64), 0..40)) {
+        let blocks: Vec<_> = ["a", "b", "c"].map(|name| BlockEntry::new(BlockName::new(name).unwrap(), 0x2_0000)).into();
+        let (mut source, mut destination) = (Requests::new(), Requests::new());
+        for (block, page, pages) in asked {
+            let request = Request { block, start: page * 4096, len: (pages * 4096) as u32 };
+            let mut bytes = Vec::new();
+            destination.ask(request, &blocks).encode(&mut bytes);
+            let Ok(Step::Item { item, used }) = Message::decode(&bytes) else { panic!("it is whole") };
+            prop_assert_eq!(used, bytes.len());
+            prop_assert_eq!(source.accept(&item, &blocks, 4096), Ok(Some(request)));
+        }
+    }
+
+    #[test]
+    fn words_of_a_preempt_connection_survive_the_wire(pages in vec((0..3usize, 0..16u64, any::<bool>()), 0..50)) {
+        let blocks: Vec<_> = ["a", "b", "c"].map(|name| BlockEntry::new(BlockName::new(name).unwrap(), 0x1_0000)).into();
+        let mut encoder = MainEncoder::new();
+        for (block, page, zero) in &pages {
+            let name = &blocks[*block].name;
+            match zero {
+                true => encoder.zero_page(name, page * 4096),
+                false => encoder.page(name, page * 4096).raw(&[0xff; PAGE]),
+            };
+        }
+        encoder.eos();
+        if let Some(first) = encoder.as_bytes().first_chunk() {
+            prop_assert_eq!(Beginning::of(*first), Beginning::Bare);
+        }
+        let (mut decoder, mut rest, mut found) = (PreemptDecoder::new(), encoder.as_bytes(), Vec::new());
+        while !decoder.ended() {
+            let Ok(Step::Item { item, used }) = decoder.step(rest, &blocks, PAGE) else { panic!("it is whole") };
+            rest = &rest[used..];
+            match item {
+                PreemptItem::Page { block, offset } => {
+                    rest = &rest[PAGE..];
+                    found.push((block, offset / 4096, false));
+                }
+                PreemptItem::Zero { block, offset } => found.push((block, offset / 4096, true)),
+                PreemptItem::End => (),
+            }
+        }
+        prop_assert_eq!(found, pages);
+        prop_assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn bitmaps_of_a_recovery_survive_the_wire(pages in 1..3000u64, bits: u64) {
+        let got: Vec<_> = (0..pages).filter(|page| bits >> (page % 61) & 1 == 1).collect();
+        let mut bytes = Vec::new();
+        received::encode(pages, got.iter().copied(), &mut bytes);
+        let Ok(Step::Item { item, used }) = received::decode(&bytes, pages) else { panic!("it is whole") };
+        prop_assert_eq!(used, bytes.len());
+        prop_assert_eq!((0..pages).filter(|&page| received::contains(item, page)).collect::<Vec<_>>(), got);
+    }
+
+    #[test]
+    fn postcopy_of_any_bytes_never_panics(bytes in vec(any::<u8>(), 0..600), pages in 0..5000u64) {
+        let blocks = [BlockEntry::new(BlockName::new("a").unwrap(), 0x4000)];
+        let _ = package::Package::of(&bytes);
+        match PreemptDecoder::new().step(&bytes, &blocks, PAGE) {
+            Ok(Step::Need(total)) => prop_assert!(total > bytes.len() && total <= bytes.len() + 256),
+            Ok(Step::Item { used, .. }) => prop_assert!(used <= bytes.len()),
+            Err(_) => (),
+        }
+        match received::decode(&bytes, pages) {
+            Ok(Step::Need(total)) => prop_assert!(total > bytes.len() && total as u64 <= received::len(pages) + 16),
+            Ok(Step::Item { used, .. }) => prop_assert!(used <= bytes.len()),
+            Err(_) => (),
+        }
     }
 
     #[test]

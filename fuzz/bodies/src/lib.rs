@@ -9,6 +9,7 @@ mod codecs;
 mod destination;
 mod files;
 mod mutate;
+mod postcopy;
 mod seeds;
 
 pub use self::mutate::Mutator;
@@ -30,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "packet", body: codecs::packet, seeds: seeds::packets, tries: 20_000 },
     Target { name: "main_stream", body: codecs::main_stream, seeds: seeds::mains, tries: 3_000 },
     Target { name: "return_path", body: codecs::return_path, seeds: seeds::return_paths, tries: 20_000 },
+    Target { name: "postcopy", body: postcopy::postcopy, seeds: postcopy::seeds, tries: 20_000 },
     Target { name: "vmdesc", body: codecs::vmdesc, seeds: seeds::vmdescs, tries: 1_000 },
     Target { name: "mapped_ram", body: files::mapped_ram, seeds: seeds::files, tries: 2_000 },
     Target { name: "decompress", body: codecs::decompress, seeds: seeds::payloads, tries: 3_000 },
@@ -91,6 +93,11 @@ mod tests {
     }
 
     #[test]
+    fn postcopy() {
+        run_without_fuzzer("postcopy");
+    }
+
+    #[test]
     fn vmdesc() {
         run_without_fuzzer("vmdesc");
     }
@@ -117,6 +124,6 @@ mod tests {
 
     #[test]
     fn every_target_is_run_by_a_test_of_its_name() {
-        assert_eq!(TARGETS.len(), 8, "a new target needs a test above");
+        assert_eq!(TARGETS.len(), 9, "a new target needs a test above");
     }
 }
