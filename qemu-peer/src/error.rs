@@ -23,38 +23,9 @@ pub enum Error {
         /// The last part of its stderr.
         log: String,
     },
-    /// QEMU refused a QMP command.
-    #[error("{command}: {class}: {description}")]
-    Refused {
-        /// The QMP command.
-        command: String,
-        /// QMP's error class.
-        class: String,
-        /// QMP's description.
-        description: String,
-    },
-    /// QMP gave no answer in time. The main loop of that QEMU may be frozen.
-    #[error("no answer to {command} within {limit:?}")]
-    NoAnswer {
-        /// The QMP command.
-        command: String,
-        /// How long was waited.
-        limit: Duration,
-    },
-    /// QEMU closed the QMP connection, usually because it ended.
-    #[error("QMP connection closed during {command}")]
-    Closed {
-        /// The QMP command.
-        command: String,
-    },
-    /// QMP sent something that is not a QMP message.
-    #[error("{command}: unexpected QMP message {message}")]
-    Unexpected {
-        /// The QMP command.
-        command: String,
-        /// The message as it came.
-        message: String,
-    },
+    /// QEMU refused a QMP command, or does not answer.
+    #[error(transparent)]
+    Qmp(#[from] multifd_qmp::Error),
     /// A state that was waited for did not come in time.
     #[error("waited {limit:?} for {awaited}, last seen: {seen}")]
     TooLate {

@@ -1,18 +1,17 @@
 //! A real QEMU as the peer in tests and benches: installing, starting, driving and ending it.
 //!
 //! [`install`] makes three QEMU versions available without changing the system, [`process`] starts one and ends it by
-//! its pid, [`qmp`] talks to it, and [`guest`] is a live guest of 512 bytes that proves its own memory. Nothing in here
-//! waits for ever: a mistake in the dialect of a migration stream freezes QEMU's main loop and QMP with it, so each
+//! its pid, [`Qmp`] talks to it, and [`guest`] is a live guest of 512 bytes that proves its own memory. Nothing in here
+//! waits forever: a mistake in the dialect of a migration stream freezes QEMU's main loop and QMP with it, so each
 //! read has a time limit and each process a deadline that is kept from outside.
 
 pub mod error;
 pub mod guest;
 pub mod install;
 pub mod process;
-pub mod qmp;
 
 pub use error::Error;
 pub use guest::BootGuest;
 pub use install::{Installed, Version};
+pub use multifd_qmp::{Client as Qmp, Status};
 pub use process::{Memory, Qemu, QemuBuilder};
-pub use qmp::{Qmp, Status};

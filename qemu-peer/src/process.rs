@@ -312,9 +312,9 @@ impl Files {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match Qmp::connect(&self.qmp()) {
-                Err(Error::Io(error))
-                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {}
-                connected => return connected,
+                Err(multifd_qmp::Error::Connect { source, .. })
+                    if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {}
+                connected => return Ok(connected?),
             }
             if let Some(status) = process.child().try_wait()? {
                 return Err(ended(status, &self.log()));
