@@ -10,11 +10,11 @@ use std::{
 };
 
 use multifd::{
-    broken::Broken,
     destination::{self, Destination},
     ram::GuestRange,
     source::{self, Source},
-    transport::{Listen, Stopper, Stream, memory},
+    testing::{broken::Broken, memory},
+    transport::{Listen, Stopper, Stream},
 };
 use multifd_guest::{
     guest::{Guest, GuestConfig, Kind},

@@ -4,7 +4,6 @@ use std::{hint::black_box, thread, time::Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use multifd::{
-    bench::{Barrier, Pages, Scan},
     dirty_bitmap::DirtyBitmap,
     layout::Layout,
     multifd_proto::{
@@ -12,6 +11,7 @@ use multifd::{
         packet::{self, Compression, PacketHeader, RamPacket},
     },
     ram::{Ram, RamBlock},
+    testing::bench::{Barrier, Pages, Scan},
 };
 
 const PAGE: usize = 4096;

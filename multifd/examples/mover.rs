@@ -91,7 +91,7 @@ fn strategy(first_touch: &str) -> Outcome<FirstTouch> {
 fn touch(mib: usize, memory: &str, first_touch: &str, threads: u8) -> Outcome {
     let ram = allocate(mib, memory)?;
     let (cpu, begun) = (cpu_seconds(), Instant::now());
-    let content = std::sync::Arc::new(multifd::bench::FirstContent::new(strategy(first_touch)?, &ram));
+    let content = std::sync::Arc::new(multifd::testing::bench::FirstContent::new(strategy(first_touch)?, &ram));
     let workers = (0..threads).map(|thread| {
         let (ram, content) = (ram.clone(), content.clone());
         thread::spawn(move || -> Outcome {

@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{bench::Barrier, multifd_proto::packet};
+use multifd::{multifd_proto::packet, testing::bench::Barrier};
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 

@@ -223,7 +223,7 @@ pub(crate) fn decompress(input: &[u8]) {
     let Some((&first, mut rest)) = input.split_first() else { return };
     let pages = 1 + usize::from(first / 4 % 8);
     if first % 4 == 2 {
-        if let Ok(page) = multifd::fuzzing::inflate_page(rest, 4096) {
+        if let Ok(page) = multifd::testing::fuzzing::inflate_page(rest, 4096) {
             assert_eq!(page.len(), 4096);
         }
         return;
@@ -236,7 +236,7 @@ pub(crate) fn decompress(input: &[u8]) {
         rest = after;
     }
     // Right or wrong, it ends and stays within bounds.
-    drop(multifd::fuzzing::decompress(method, payloads, pages * 4096));
+    drop(multifd::testing::fuzzing::decompress(method, payloads, pages * 4096));
 }
 
 #[cfg(test)]

@@ -15,9 +15,9 @@ use std::{
 use multifd::{
     destination::{Destination, Options, Report},
     error::Error,
-    fuzzing::guarded_ram,
     ram::{GuestRange, Ram},
-    transport::{Listen, Stopper, Stream, memory},
+    testing::{fuzzing::guarded_ram, memory},
+    transport::{Listen, Stopper, Stream},
     vm::{DestinationVm, SectionId, VmError},
 };
 

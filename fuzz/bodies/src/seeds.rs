@@ -152,7 +152,7 @@ pub(crate) fn payloads() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     for (method, first) in [(Compression::Zlib, 0), (Compression::Zstd, 1)] {
         for pages in [1, 8] {
-            let payload = multifd::fuzzing::compress(method, pages).expect("the method is part of the build");
+            let payload = multifd::testing::fuzzing::compress(method, pages).expect("the method is part of the build");
             let frame = [&(payload.len() as u16).to_be_bytes()[..], &payload].concat();
             seeds.push([&[first + 4 * (pages as u8 - 1)], &frame[..], &frame[..]].concat());
         }
@@ -283,7 +283,7 @@ fn channel(id: u8, channels: u8, per_round: bool, method: Compression) -> Vec<u8
     let offset = 0x3000 + u64::from(id) * 0x1000;
     let payload = match method {
         Compression::None => vec![3; 4096],
-        method => multifd::fuzzing::compress(method, 1).expect("the method is part of the build"),
+        method => multifd::testing::fuzzing::compress(method, 1).expect("the method is part of the build"),
     };
     let pages = PacketHeader {
         sync: !per_round,

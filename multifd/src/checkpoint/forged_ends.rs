@@ -19,7 +19,8 @@ use super::{
 use crate::{
     destination::{Destination, Options},
     error::Error,
-    transport::{Connect, Stream, memory},
+    testing::memory,
+    transport::{Connect, Stream},
 };
 
 /// The state of a network card is `BEFORE`, bytes that the guest chose, and `AFTER`.

@@ -19,8 +19,9 @@ use crate::{
     error::Error,
     ram::Ram,
     source::{self, Source},
-    test_vm::{TestDestination, TestSource},
-    transport::{Connect, memory},
+    testing::memory,
+    testing::vm::{TestDestination, TestSource},
+    transport::Connect,
     vm::SourceVm,
 };
 

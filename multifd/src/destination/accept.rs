@@ -182,7 +182,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
-    use crate::{destination::Destination, ram::Ram, test_vm::TestDestination};
+    use crate::{destination::Destination, ram::Ram, testing::vm::TestDestination};
 
     /// A listener with a defect.
     struct Defective;
@@ -221,7 +221,7 @@ mod tests {
     /// A listener in a process without free descriptors, until the test says otherwise.
     struct OutOfDescriptors {
         failures: usize,
-        then: crate::transport::memory::MemoryListener,
+        then: crate::testing::memory::MemoryListener,
     }
 
     impl Listen for OutOfDescriptors {
@@ -249,7 +249,7 @@ mod tests {
     fn a_listener_without_free_descriptors_tries_again_and_can_be_stopped() {
         test_support::time_limit(Duration::from_secs(60), || {
             for failures in [2, usize::MAX] {
-                let (then, connector) = crate::transport::memory::listener(1 << 16);
+                let (then, connector) = crate::testing::memory::listener(1 << 16);
                 let destination = Destination::new(Default::default());
                 let stop = destination.stop_handle();
                 let mut main = crate::transport::Connect::connect(&connector).unwrap();

@@ -238,7 +238,7 @@ impl<'a> ReceiveChannel<'a> {
             return Err(Error::protocol(place)(mismatch));
         }
         #[cfg(any(test, feature = "broken-variants"))]
-        if sync.is_some() && self.shared.options.broken == Some(crate::broken::Broken::SyncPagesDropped) {
+        if sync.is_some() && self.shared.options.broken == Some(crate::testing::broken::Broken::SyncPagesDropped) {
             let mut payload = vec![0; payload_len];
             self.stream.read_exact(&mut payload).map_err(Error::io(at))?;
             return Ok((sync, payload_len));

@@ -6,7 +6,6 @@
 //! round with pages ends before it is known that all channels have come.
 
 mod accept;
-mod audit;
 mod channel;
 mod connections;
 mod first_touch;
@@ -37,9 +36,8 @@ use multifd_proto::{
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
-use self::{accept::Acceptor, audit::Audit, connections::Connections, switchover_ack::AckTiming, target::VmTarget};
+use self::{accept::Acceptor, connections::Connections, switchover_ack::AckTiming, target::VmTarget};
 pub use self::{
-    audit::{Findings, StaleWrite},
     first_touch::FirstTouch,
     options::{Options, SwitchoverAck},
     report::Report,
@@ -49,8 +47,8 @@ pub(crate) use self::{
     sink::{PageBits, PageSink, Scratch},
     target::{Body, StreamHead, Target},
 };
+pub use crate::round::audit::{Findings, StaleWrite};
 use crate::{
-    barrier::{Passed, RoundBarrier},
     checkpoint::MAX_DEVICE_STATE,
     compress::Windows,
     dirty_bitmap::DirtyBitmap,
@@ -59,6 +57,8 @@ use crate::{
     progress::{Event, Observer, Phase, Progress, RoundStats},
     pulse::Pulse,
     ram::Access,
+    round::audit::Audit,
+    round::barrier::{Passed, RoundBarrier},
     stop::StopHandle,
     sync::{
         Arc, Condvar, Deadline, Mutex,
@@ -155,7 +155,7 @@ pub(super) struct Shared {
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
     connections: Arc<Connections>,
     #[cfg(any(test, feature = "broken-variants"))]
-    loose: crate::broken::LooseBarrier,
+    loose: crate::testing::broken::LooseBarrier,
 }
 
 /// Where pages go, and the blocks that they may name.
@@ -362,7 +362,7 @@ impl Run {
             barrier: RoundBarrier::open(options.channels.map(usize::from)),
             windows: Arc::default(),
             #[cfg(any(test, feature = "broken-variants"))]
-            loose: crate::broken::LooseBarrier::new(options.broken),
+            loose: crate::testing::broken::LooseBarrier::new(options.broken),
             progress,
             pulse: Pulse::default(),
             stop,

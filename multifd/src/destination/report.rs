@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use multifd_proto::{BlockName, machine::Dialect, packet::Compression};
 
-use super::audit::Findings;
 use crate::progress::{Progress, RoundStats};
+use crate::round::audit::Findings;
 
 /// The figures of one migration.
 #[derive(Clone, Debug, Default)]

@@ -17,7 +17,7 @@ use crate::{
     compress::Compressor,
     error::{Connection, Error, Place},
     ram::GuestRange,
-    scan::Batch,
+    round::scan::Batch,
     stop::PanicGuard,
     sync::{Arc, atomic::Ordering, lock},
     transport::Stream,

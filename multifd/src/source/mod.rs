@@ -33,14 +33,14 @@ pub use self::{
 };
 use self::{channel::SendChannel, main_channel::MainChannel, pause_limit::PauseLimit, return_path::ReturnPath};
 use crate::{
-    barrier::RoundBarrier,
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Mismatch, Place},
     limiter::Limiter,
     progress::{Event, Observer, Phase, Progress, RoundStats},
     pulse::Pulse,
     ram::Ram,
-    scan::PageScan,
+    round::barrier::RoundBarrier,
+    round::scan::PageScan,
     sections::Sections,
     stop::StopHandle,
     sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock},
@@ -337,10 +337,10 @@ impl Run {
         Ok(())
     }
 
-    /// Only in tests: see [`Broken`](crate::broken::Broken).
+    /// Only in tests: see [`Broken`](crate::testing::broken::Broken).
     #[cfg(any(test, feature = "broken-variants"))]
     fn tracking_starts_late(&self) -> bool {
-        self.shared.options.broken == Some(crate::broken::Broken::TrackingStartsLate)
+        self.shared.options.broken == Some(crate::testing::broken::Broken::TrackingStartsLate)
     }
 
     #[cfg(not(any(test, feature = "broken-variants")))]

@@ -74,7 +74,7 @@ pub struct Options {
     pub threads: Arc<dyn Threads>,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
-    pub broken: Option<crate::broken::Broken>,
+    pub broken: Option<crate::testing::broken::Broken>,
 }
 
 impl Default for Options {

@@ -8,11 +8,7 @@ use std::io;
 pub use crate::sys::zerocopy::ZeroCopyCounters;
 use crate::{ram::GuestRange, sync::Arc};
 
-#[cfg(all(test, not(any(loom, shuttle))))]
-mod conformance;
-pub mod faulty;
 pub mod fd;
-pub mod memory;
 pub mod record;
 pub mod socket;
 pub mod tcp;

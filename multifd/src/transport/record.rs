@@ -224,7 +224,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::{ram::Ram, transport::memory};
+    use crate::{ram::Ram, testing::memory};
 
     fn hello(channel: u8) -> [u8; packet::HELLO_LEN] {
         packet::Hello { uuid: [0; 16], channel: ChannelId(channel), channels: None }.encode()

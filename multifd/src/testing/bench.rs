@@ -3,13 +3,13 @@
 use multifd_proto::{ChannelId, rounds::Party};
 
 use crate::{
-    barrier::RoundBarrier,
     destination::{Filler, FirstTouch},
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Place},
     layout::Layout,
     ram::{GuestRange, Ram},
-    scan::{Batch, PageScan},
+    round::barrier::RoundBarrier,
+    round::scan::{Batch, PageScan},
 };
 
 /// The barrier at the end of a round.

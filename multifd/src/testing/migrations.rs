@@ -12,8 +12,9 @@ use crate::{
     error::Error,
     ram::{Ram, RamBlock},
     source::{self, Flush, Source, Untouched},
-    test_vm::{TestDestination, TestSource},
-    transport::{Connect, Listen, memory, uri::Uri},
+    testing::memory,
+    testing::vm::{TestDestination, TestSource},
+    transport::{Connect, Listen, uri::Uri},
 };
 
 const BLOCKS: [(&str, usize); 3] = [("ram", 700), ("rom", 1), ("vga", 130)];

@@ -20,8 +20,9 @@ use crate::{
     destination::{Destination, Options},
     error::Error,
     source::{self, Source},
-    test_vm::{TestDestination, TestSource},
-    transport::{Connect, Stream, memory, uri::Uri},
+    testing::memory,
+    testing::vm::{TestDestination, TestSource},
+    transport::{Connect, Stream, uri::Uri},
 };
 
 /// Every kind of stranger that knows no token, uuid or secret, with what it says. They stay open unless they end.

@@ -12,8 +12,8 @@ use crate::{
     error::{Error, Mismatch},
     ram::{Ram, RamBlock},
     source::{Options, Source, Untouched},
-    test_vm::{TestDestination, TestSource},
-    transport::memory,
+    testing::memory,
+    testing::vm::{TestDestination, TestSource},
 };
 
 const PAGES: usize = 150;

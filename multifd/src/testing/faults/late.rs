@@ -12,7 +12,8 @@ use crate::{
     compress,
     destination::{Destination, Options, Report},
     error::{Error, Mismatch},
-    transport::{Connect, memory},
+    testing::memory,
+    transport::Connect,
 };
 
 /// Main and the channels of one recorded migration.

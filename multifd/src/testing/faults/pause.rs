@@ -10,8 +10,8 @@ use crate::{
     error::Error,
     ram::Ram,
     source::{self, Handle, Peer, Source},
-    test_vm::TestDestination,
-    transport::memory,
+    testing::memory,
+    testing::vm::TestDestination,
     vm::{DestinationVm, SectionId, VmError},
 };
 

@@ -6,7 +6,6 @@
 
 use std::{io, time::Duration};
 
-use super::{Connect, Listen, Stopper, Stream, ZeroCopyCounters};
 use crate::{
     ram::GuestRange,
     sync::{
@@ -14,6 +13,7 @@ use crate::{
         atomic::{AtomicBool, Ordering::SeqCst},
         lock, wait,
     },
+    transport::{Connect, Listen, Stopper, Stream, ZeroCopyCounters},
 };
 
 /// What happens to one operation.
@@ -319,7 +319,7 @@ mod tests {
     use test_support::time_limit;
 
     use super::*;
-    use crate::{ram::Ram, sync::thread, transport::memory};
+    use crate::{ram::Ram, sync::thread, testing::memory};
 
     fn pair(faults: &Faults) -> (FaultyStream, memory::MemoryStream) {
         let (ours, theirs) = memory::pair(100_000);

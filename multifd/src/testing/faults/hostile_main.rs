@@ -10,8 +10,9 @@ use super::script::*;
 use crate::{
     destination::{Destination, Options},
     ram::Ram,
-    test_vm::TestDestination,
-    transport::{Connect, memory},
+    testing::memory,
+    testing::vm::TestDestination,
+    transport::Connect,
 };
 
 /// Main whose `bad` part begins behind `good`, beside a channel that has reached the first sync point.

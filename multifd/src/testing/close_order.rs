@@ -20,8 +20,9 @@ use crate::{
     ram::{GuestRange, Ram},
     source::Source,
     stop::StopHandle,
-    test_vm::{TestDestination, TestSource},
-    transport::{Connect, Listen, Stopper, Stream, memory},
+    testing::memory,
+    testing::vm::{TestDestination, TestSource},
+    transport::{Connect, Listen, Stopper, Stream},
 };
 
 /// How the first transfer of pages on a channel fails.

@@ -12,21 +12,20 @@ use std::{
 use rustix::net::sockopt;
 use test_support::{TempDir, time_limit};
 
-use super::{
-    Connect, Listen, Stream, ZeroCopyCounters,
-    faulty::Faults,
-    fd::{FdConnector, FdListener},
-    memory,
-    record::Recording,
-    socket::{SocketListener, SocketStream},
-    tcp::{self, TcpConnector},
-    unix::{self, UnixConnector},
-    uri::Uri,
-};
+use super::{faulty::Faults, memory};
 use crate::{
     ram::{GuestRange, Ram},
     sync::Arc,
     sys::signals::interrupt,
+    transport::{
+        Connect, Listen, Stream, ZeroCopyCounters,
+        fd::{FdConnector, FdListener},
+        record::Recording,
+        socket::{SocketListener, SocketStream},
+        tcp::{self, TcpConnector},
+        unix::{self, UnixConnector},
+        uri::Uri,
+    },
 };
 
 /// A listener, what reaches it, and what both need to stay alive.

@@ -27,13 +27,13 @@ use crate::{
     ram::Ram,
     source::{self, Source},
     sync::Arc,
-    test_vm::{TestDestination, TestSource},
-    threads::{StdThreads, Threads},
-    transport::{
-        Connect, Listen, Stopper, Stream,
+    testing::vm::{TestDestination, TestSource},
+    testing::{
         faulty::{Fault, Faults},
         memory::{self, MemoryConnector, MemoryListener},
     },
+    threads::{StdThreads, Threads},
+    transport::{Connect, Listen, Stopper, Stream},
     vm::SourceVm,
 };
 

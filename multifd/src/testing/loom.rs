@@ -1,6 +1,6 @@
 //! Every interleaving, and every order in which memory may become visible, of the small types: barrier, scan and stop.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p multifd --release loom_tests`. Sizes are what can be explored in seconds; loom ends
+//! `RUSTFLAGS="--cfg loom" cargo test -p multifd --release testing::loom`. Sizes are what can be explored in seconds; loom ends
 //! a test with a panic at a deadlock, so a wake-up that can get lost is found without an assertion.
 
 use std::{
@@ -12,18 +12,18 @@ use loom::model::Builder;
 use multifd_proto::{BlockName, ChannelId, rounds::Party};
 
 use crate::{
-    barrier::RoundBarrier,
-    broken::{Broken, LooseBarrier},
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
     layout::Layout,
-    scan::{Batch, PageScan},
+    round::barrier::RoundBarrier,
+    round::scan::{Batch, PageScan},
     stop::StopHandle,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
         thread,
     },
+    testing::broken::{Broken, LooseBarrier},
 };
 
 const AT: Place = Place { connection: Connection::Main, offset: 0 };

@@ -21,8 +21,9 @@ use crate::{
     destination::{Destination, Options},
     error::Error,
     source::{self, Source},
-    test_vm::TestDestination,
-    transport::{memory, uri::Uri},
+    testing::memory,
+    testing::vm::TestDestination,
+    transport::uri::Uri,
 };
 
 /// Who receives.

@@ -13,8 +13,8 @@ use crate::{
     progress::{Event, Observer},
     ram::Ram,
     source::Source,
-    test_vm::TestDestination,
-    transport::memory,
+    testing::memory,
+    testing::vm::TestDestination,
 };
 
 /// The guest would have been paused for good, and the other threads would have waited for the one that panicked.

@@ -1,6 +1,6 @@
 //! Whole migrations under random and priority-based schedules, with a guest that writes meanwhile.
 //!
-//! `RUSTFLAGS="--cfg shuttle" cargo test -p multifd --release shuttle_tests`. The code under test is [`Source::run`] and
+//! `RUSTFLAGS="--cfg shuttle" cargo test -p multifd --release testing::shuttle`. The code under test is [`Source::run`] and
 //! [`Destination::run`] as they ship; connections are those of [`memory`]. A thread that is left behind is a deadlock for
 //! shuttle, so each test also says that all threads were joined. `MULTIFD_SCHEDULES` sets how many schedules of each kind
 //! each test tries.
@@ -31,7 +31,6 @@ use shuttle::{
 };
 
 use crate::{
-    broken::Broken,
     clock::Clock,
     destination::{self, Destination},
     dirty_bitmap::DirtyBitmap,
@@ -41,8 +40,10 @@ use crate::{
     source::{self, Flush, Peer, Source},
     stop::StopHandle,
     sync::{Arc, Mutex, lock, thread},
-    test_vm::{TestDestination, TestSource, Writer},
-    transport::{Connect, Listen, Stopper, Stream, memory},
+    testing::broken::Broken,
+    testing::memory,
+    testing::vm::{TestDestination, TestSource, Writer},
+    transport::{Connect, Listen, Stopper, Stream},
     vm::SourceVm,
 };
 

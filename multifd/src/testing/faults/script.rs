@@ -16,8 +16,9 @@ use crate::{
     error::{Connection, Error, Place},
     ram::Ram,
     sys::guarded,
-    test_vm::TestDestination,
-    transport::{Connect, Stream, memory},
+    testing::memory,
+    testing::vm::TestDestination,
+    transport::{Connect, Stream},
 };
 
 pub(super) const PAGE: usize = 4096;

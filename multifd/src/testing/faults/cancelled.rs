@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 use super::injected::{Attempt, CHANNELS, Guest, Owner, Plans, migrate, settle, small};
 use crate::{
     error::Error,
-    transport::faulty::{Fault, Faults},
+    testing::faulty::{Fault, Faults},
 };
 
 #[test]

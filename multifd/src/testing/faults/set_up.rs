@@ -12,7 +12,7 @@ use super::script::*;
 use crate::{
     destination::{Destination, Options},
     error::Error,
-    test_vm::TestDestination,
+    testing::vm::TestDestination,
     transport::{Listen, unix},
 };
 

@@ -5,10 +5,10 @@
 
 use std::{collections::VecDeque, io, time::Duration};
 
-use super::{Connect, Listen, Stopper, Stream};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait},
+    transport::{Connect, Listen, Stopper, Stream},
 };
 
 /// A listener and the connector that reaches it. `capacity` bytes fit in each direction of each connection.

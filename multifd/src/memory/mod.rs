@@ -1,0 +1,5 @@
+//! Guest memory: its blocks, how its pages are numbered, sets of pages.
+
+pub mod dirty_bitmap;
+pub mod layout;
+pub mod ram;

@@ -1,0 +1,5 @@
+//! The guarantee in one room: what ends a round, what hands its pages out, what checks that no round overtakes another.
+
+pub(crate) mod audit;
+pub(crate) mod barrier;
+pub(crate) mod scan;

@@ -1,0 +1,31 @@
+//! What only tests need: connections that stay in the process or fail as planned, a VM without a CPU, defects to be found.
+//!
+//! Authors of VMMs get [`memory`] and [`faulty`] for tests of their own, with the feature `conformance`.
+
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
+#[cfg(any(test, feature = "broken-variants"))]
+pub mod broken;
+#[cfg(any(test, feature = "conformance"))]
+pub mod faulty;
+#[cfg(all(feature = "fuzzing", not(any(loom, shuttle))))]
+#[doc(hidden)]
+pub mod fuzzing;
+#[cfg(any(test, feature = "conformance", feature = "fuzzing"))]
+pub mod memory;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod close_order;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod faults;
+#[cfg(all(test, loom))]
+mod loom;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod migrations;
+#[cfg(all(test, shuttle))]
+mod shuttle;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod transports;
+#[cfg(all(test, not(loom)))]
+pub(crate) mod vm;
