@@ -10,6 +10,10 @@
 //! every name, offset, length and footer. Bodies of devices have no length on the wire: the caller reads them
 //! and tells how long they were ([`MainDecoder::body_taken`]).
 //!
+//! A background snapshot has no END of `ram`: the devices follow the last PART. A FULL section before END is therefore state that
+//! is needed early only if another PART or the END of `ram` follows it; where the end of state follows instead, it was part of
+//! the devices' state ([`MainDecoder::may_be_snapshot`], [`MainDecoder::is_snapshot`]).
+//!
 //! Elements, by their first byte:
 //!
 //! | byte | element       | followed by                                                          |
@@ -52,6 +56,8 @@ pub struct MainDecoder {
     configuration: Configuration,
     return_path: bool,
     advised: bool,
+    /// Whether any command came.
+    commands: bool,
     ram: Ram,
     /// Sections other than `ram` that were started and have not ended.
     open: Vec<Section>,
@@ -80,6 +86,10 @@ struct Ram {
     last: Option<usize>,
     /// Whether the START section had a FLUSH.
     flush_at_start: bool,
+    /// Whether a PART section came.
+    parts: bool,
+    /// Whether the state of a device came since the last section of `ram`.
+    full_since: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -138,6 +148,7 @@ impl MainDecoder {
             configuration: Configuration::default(),
             return_path: false,
             advised: false,
+            commands: false,
             ram: Ram::default(),
             open: Vec::new(),
         }
@@ -211,6 +222,23 @@ impl MainDecoder {
     /// Whether all RAM was transferred: the END section of `ram` is complete, and every further FULL section is a device's.
     pub fn ram_ended(&self) -> bool {
         self.ram.phase == RamPhase::Ended
+    }
+
+    /// Whether the stream so far is one that a background snapshot can have: pages came, and nothing that such a source does not
+    /// send. A FULL section may be the first of the devices' state then.
+    ///
+    /// That needs a stream without commands, channels and offers, which all belong to sources that end the migration in
+    /// another way.
+    pub fn may_be_snapshot(&self) -> bool {
+        let plain = !self.commands && !self.ram.flush_at_start && self.configuration.offer.is_none();
+        plain && self.ram.phase == RamPhase::Started && self.ram.parts && !self.configuration.layout.mapped_ram
+    }
+
+    /// Whether the end of state came without the END section of `ram`: a background snapshot. The source's guest runs on.
+    ///
+    /// Whether all pages came is for the caller to know: nothing in such a stream says that they have.
+    pub fn is_snapshot(&self) -> bool {
+        self.state_ended() && self.ram.phase == RamPhase::Started
     }
 
     /// The dialect the stream turned out to have, once the START section of `ram` is complete. In a stream without channels it
@@ -310,6 +338,7 @@ impl MainDecoder {
             }
             Item::RamPart { end } => {
                 self.ram.phase = if *end { RamPhase::End } else { RamPhase::Started };
+                (self.ram.parts, self.ram.full_since) = (true, false);
                 State::Words
             }
             Item::ZeroPage { block, .. }
@@ -335,7 +364,8 @@ impl MainDecoder {
                 match section.kind {
                     SectionKind::Start => self.open.push(section.clone()),
                     SectionKind::End => self.open.retain(|open| open.id != section.id),
-                    SectionKind::Part | SectionKind::Full => (),
+                    SectionKind::Full => self.ram.full_since = true,
+                    SectionKind::Part => (),
                 }
                 State::Footer { section: section.id }
             }
@@ -346,6 +376,7 @@ impl MainDecoder {
     }
 
     fn accept_command(&mut self, command: &Command) {
+        self.commands = true;
         match command {
             Command::OpenReturnPath => self.return_path = true,
             Command::PostcopyAdvise(advice) => {
@@ -389,7 +420,9 @@ impl MainDecoder {
     fn element(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
         let byte = reader.u8()?;
         match byte {
-            EOF if self.ram.phase != RamPhase::Ended => Err(unexpected("EOF", "before the END section of ram")),
+            EOF if self.ram.phase != RamPhase::Ended && !(self.may_be_snapshot() && self.ram.full_since) => {
+                Err(unexpected("EOF", "before the END section of ram"))
+            }
             // A section other than ram that has nothing to say after its START has no END.
             EOF => Ok(Item::Eof),
             START | FULL => {

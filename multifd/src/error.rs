@@ -337,6 +337,25 @@ pub enum Mismatch {
          of channels"
     )]
     ChannelsUnknown,
+    /// The stream ended as a background snapshot does, without an END section of `ram`, and its pages are not those of one
+    /// instant.
+    #[error(
+        "the stream ended without an END section of ram, as a background snapshot does; in one of those every page comes once, \
+         here {missing} of {pages} pages are missing and pages were sent again {again} times"
+    )]
+    SnapshotIncomplete {
+        /// Pages that did not come.
+        missing: u64,
+        /// Pages of all RAM blocks.
+        pages: u64,
+        /// How often a page came that had come before.
+        again: u64,
+    },
+    /// A background snapshot was sent to a destination that would run the VM.
+    #[error(
+        "the stream is a background snapshot, whose VM runs on at the source: it cannot be started here; take it into a checkpoint"
+    )]
+    SnapshotRunsOn,
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {

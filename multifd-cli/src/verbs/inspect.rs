@@ -242,6 +242,7 @@ fn stream_json(account: &Account) -> Map<String, Value> {
         "return-path": main.commands.contains(&Command::OpenReturnPath),
         "commands": commands,
         "complete": account.complete,
+        "mode": if account.snapshot { "snapshot" } else { "live" },
         "dialect": account.dialect.map(dialect_name),
         "zero-pages": zero_pages(account).map(|zero_pages| zero_pages.to_string()),
         "main": {
@@ -268,6 +269,9 @@ fn stream_text(args: &InspectArgs, account: &Account) -> String {
     match account.channels.len() {
         0 => out.push_str(" without channels\n"),
         channels => out.push_str(&format!(" with {}\n", counted(channels, "channel"))),
+    }
+    if account.snapshot {
+        out.push_str("  background snapshot: the state of one instant; the guest ran on at the source\n");
     }
     let machine = if main.machine.is_empty() { "unknown" } else { &main.machine };
     out.push_str(&format!("  machine {}", printable::line(machine)));

@@ -12,7 +12,7 @@ use std::{
 
 use multifd::{
     checkpoint::{self, Checkpoint, CheckpointError},
-    destination::{self, Destination, SwitchoverAck},
+    destination::{self, Destination, Mode, SwitchoverAck},
     transport::{Listen, record::Recording, uri::Uri},
 };
 use serde_json::{Map, Value, json};
@@ -108,6 +108,9 @@ fn described(args: &ReceiveArgs, received: &destination::Report, interrupted: &d
     let migration = MigrationReport::received(received, checkpoint::PAGE_SIZE, std::time::Duration::ZERO);
     let mut report = fields(&migration);
     report.insert("machine".to_owned(), received.machine.clone().into());
+    let (mode, instant) = mode(received.mode);
+    report.insert("mode".to_owned(), mode.into());
+    report.insert("instant".to_owned(), instant.into());
     report.insert("checkpoint".to_owned(), file_report(&args.file));
     let mut text = summary(&migration, received, &args.file);
     if let Err(missing) = read_back(args, interrupted, &mut report, &mut text) {
@@ -150,12 +153,21 @@ fn read_back(
     Ok(digested?)
 }
 
+/// How the state came, and from when it is: the values of `mode` and `instant` in the report.
+fn mode(mode: Mode) -> (&'static str, &'static str) {
+    match mode {
+        Mode::Snapshot => ("snapshot", "start"),
+        _ => ("live", "switchover"),
+    }
+}
+
 fn summary(migration: &MigrationReport, received: &destination::Report, path: &Path) -> String {
     let ram = &migration.ram;
     let seconds = migration.total_time / 1e3;
     let rate = if seconds > 0.0 { ram.transferred as f64 / seconds } else { 0.0 };
     format!(
-        "received {} into {}\n  {} of {} in {} ({}/s), {}\n",
+        "received {}{} into {}\n  {} of {} in {} ({}/s), {}\n",
+        if received.mode == Mode::Snapshot { "a background snapshot of " } else { "" },
         printable::line(&received.machine),
         path.display(),
         table::bytes(ram.transferred),

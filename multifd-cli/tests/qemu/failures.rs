@@ -9,7 +9,7 @@ use test_support::{TempDir, report, skip, time_limit};
 
 use crate::harness::{
     LIMIT, Multifd, Settings, TEST_LIMIT, UUID, assert_goes_on, assert_runs_on, entries, listen, migrate_away,
-    receive_uri, vm,
+    receive_uri, vm, wait_until_under_way,
 };
 
 const TABLE: &str = "failures";
@@ -23,18 +23,6 @@ fn source(installed: &Installed, machine: &str, settings: Settings, slow: bool) 
     }
     source.wait_passes(3, LIMIT).unwrap();
     source
-}
-
-/// Waits until the source of a migration has sent some of its memory.
-fn wait_until_under_way(source: &mut Qemu) {
-    loop {
-        let answer = source.qmp().query_migrate().unwrap();
-        assert!(matches!(answer["status"].as_str(), Some("setup" | "active")), "{answer}");
-        if answer["ram"]["transferred"].as_u64().unwrap_or_default() > 2 << 20 {
-            return;
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn assert_failed(source: &mut Qemu) {

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qemu_peer::{BootGuest, Installed, Memory, Qemu, QemuBuilder, Status};
+use qemu_peer::{BootGuest, Installed, Memory, Qemu, QemuBuilder, Status, guest::Output};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -255,6 +255,18 @@ pub fn migrate_away(qemu: &mut Qemu, uri: &str) {
     qemu.qmp().migrate_live(uri, LIMIT).unwrap_or_else(|error| panic!("{error}\n{}", qemu.log()));
 }
 
+/// Waits until the source of a migration has sent some of its memory.
+pub fn wait_until_under_way(source: &mut Qemu) {
+    loop {
+        let answer = source.qmp().query_migrate().unwrap();
+        assert!(matches!(answer["status"].as_str(), Some("setup" | "active")), "{answer}");
+        if answer["ram"]["transferred"].as_u64().unwrap_or_default() > 2 << 20 {
+            return;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// The guest of `source` goes on in `destination`, without a wrong byte.
 pub fn assert_goes_on(source: &Qemu, destination: &mut Qemu) {
     let completed = destination.qmp().wait_migration(&[Status::Completed], LIMIT);
@@ -270,12 +282,18 @@ pub fn assert_goes_on(source: &Qemu, destination: &mut Qemu) {
 
 /// The guest of `qemu`, whose migration failed, runs on.
 pub fn assert_runs_on(qemu: &mut Qemu) {
-    qemu.qmp().wait_run_state("running", LIMIT).unwrap();
-    let passes = qemu.output().unwrap().passes();
-    let output = qemu.wait_passes(passes + 3, LIMIT).unwrap();
-    assert!(!output.is_corrupted(), "{output:?}");
+    assert_runs_on_after(qemu, 3);
     qemu.qmp().stop().unwrap();
     guest().check_ram_file(&qemu.ram_file().unwrap()).unwrap();
+}
+
+/// The guest of `qemu` runs, and ends `passes` more passes without a wrong byte. Returns its output.
+pub fn assert_runs_on_after(qemu: &mut Qemu, passes: usize) -> Output {
+    qemu.qmp().wait_run_state("running", LIMIT).unwrap();
+    let before = qemu.output().unwrap().passes();
+    let output = qemu.wait_passes(before + passes, LIMIT).unwrap();
+    assert!(!output.is_corrupted(), "{output:?}");
+    output
 }
 
 /// The names of everything in `directory`.

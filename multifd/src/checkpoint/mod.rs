@@ -25,6 +25,8 @@ mod write;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod forged_ends;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod snapshots;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 
 pub(crate) use self::{

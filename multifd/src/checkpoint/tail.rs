@@ -17,6 +17,9 @@
 //! Where the description is suppressed, the end of state is the last byte: behind the footer of the last of several sections
 //! that follow one another without a gap. The same rules hold, with this shape instead of 1. and [`QUIET_UNDESCRIBED`] in 2.
 //!
+//! A background snapshot has no END of `ram`, so it is not known before its end whether a section behind the pages is the first of
+//! all devices or one that is needed early ([`Tail::ahead`]). Such a source closes main at the end and waits for no answer.
+//!
 //! Every byte is looked at a bounded number of times: beginnings of an end are found once, a description is parsed when it
 //! is complete, and no byte belongs to more than three.
 
@@ -25,7 +28,7 @@ use std::{io, time::Duration};
 use multifd_proto::{
     bodies::BodyScanner,
     encoder::MainEncoder,
-    stream::{EOF, Section},
+    stream::{EOF, FOOTER, Section},
     vmdesc::{self, CutError, TailEnd, TailScanner, VmDescription, WholeScanner},
 };
 
@@ -66,6 +69,42 @@ impl Tail {
                 }
             }
         }
+    }
+
+    /// Takes all of `main`, as [`receive`](Self::receive) does, if that is the state of all devices. Takes nothing of it where
+    /// another section of `ram` follows: then `first` is state that is needed early.
+    ///
+    /// # Errors
+    /// Neither of the two: main ended in the middle, or the sections are not those described. The connection's.
+    pub(crate) fn ahead(first: &Section, early: &[u8], main: &mut MainReader) -> Result<Option<Tail>, Error> {
+        let mut bytes = MainEncoder::new().section(first).as_bytes().to_vec();
+        // More than that are pages.
+        while bytes.len() + main.unread().len() <= MAX_DEVICE_STATE {
+            if main.receive()? > 0 {
+                continue;
+            }
+            let received = main.unread().len();
+            bytes.extend_from_slice(main.unread());
+            let tail = match TailScanner::new().scan(&bytes) {
+                Some(end) => match fits(early, &bytes, &end) {
+                    Ok(()) => Ok(Tail::new(&bytes, &end)),
+                    Err(_) if ram_goes_on(&bytes, main) => return Ok(None),
+                    // The end of a recording is certain; its reader is told that the description is wrong.
+                    Err(_) if main.is_recorded() => Ok(Tail::new(&bytes, &end)),
+                    Err(source) => Err(CheckpointError::NotDescribed { source }.into()),
+                },
+                None if ram_goes_on(&bytes, main) => return Ok(None),
+                None => Tail::without_description(&bytes).ok_or_else(|| {
+                    let at = main.place();
+                    let at = Place { offset: at.offset + received as u64, ..at };
+                    Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() }
+                }),
+            };
+            main.consume(received);
+            main.body_taken(received as u64);
+            return tail.map(Some);
+        }
+        Ok(None)
     }
 
     /// What `bytes`, everything behind RAM in a file, consists of. `early` are the sections before the pages.
@@ -224,6 +263,15 @@ impl Search<'_> {
 fn behind(bytes: &[u8], end: usize, main: &MainReader) -> Error {
     let at = main.place();
     more_bytes(Place { offset: at.offset - (bytes.len() - end) as u64, ..at })
+}
+
+/// Whether a PART or END section of `ram` may follow a section in `bytes`.
+fn ram_goes_on(bytes: &[u8], main: &MainReader) -> bool {
+    let Some(ram) = main.decoder().ram_section() else { return true };
+    let [part, end] = [false, true].map(|end| MainEncoder::new().ram_part(ram, end).as_bytes().to_vec());
+    // A footer, with an id of four bytes.
+    let footers = bytes.windows(5 + part.len()).filter(|window| window[0] == FOOTER);
+    footers.map(|window| &window[5..]).any(|next| next == part || next == end)
 }
 
 /// Whether all sections, `early` and those in `bytes`, are what the description at `end` says.

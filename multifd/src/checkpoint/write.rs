@@ -146,7 +146,7 @@ impl Target for Writer {
         if !head.return_path {
             tracing::warn!(
                 "the source has not opened the return path: it cannot be told of a failure after its last byte, and its VM \
-                 does not run on then"
+                 does not run on then, unless this is a background snapshot"
             );
         }
         let bytes = head.layout.bytes();
@@ -181,12 +181,22 @@ impl Target for Writer {
             self.tail = Tail::receive(section, self.beside_ram.early(), main)?;
             return Ok(Body::RestOfStream);
         }
+        if main.decoder().may_be_snapshot()
+            && let Some(tail) = Tail::ahead(section, self.beside_ram.early(), main)?
+        {
+            self.tail = tail;
+            return Ok(Body::RestOfStream);
+        }
         self.keep_beside_ram(section, main)?;
         Ok(Body::Section)
     }
 
     fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error> {
         self.keep_beside_ram(section, main)
+    }
+
+    fn takes_snapshots(&self) -> bool {
+        true
     }
 
     fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error> {

@@ -11,6 +11,7 @@ mod connections;
 mod first_touch;
 mod greeting;
 mod main_reader;
+mod named;
 mod options;
 mod report;
 mod sink;
@@ -36,11 +37,13 @@ use multifd_proto::{
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
-use self::{accept::Acceptor, connections::Connections, switchover_ack::AckTiming, target::VmTarget};
+use self::{
+    accept::Acceptor, connections::Connections, named::NamedPages, switchover_ack::AckTiming, target::VmTarget,
+};
 pub use self::{
     first_touch::FirstTouch,
     options::{Options, SwitchoverAck},
-    report::Report,
+    report::{Mode, Report},
 };
 pub(crate) use self::{
     main_reader::{MainReader, more_bytes},
@@ -51,7 +54,6 @@ pub use crate::round::audit::{Findings, StaleWrite};
 use crate::{
     checkpoint::MAX_DEVICE_STATE,
     compress::Windows,
-    dirty_bitmap::DirtyBitmap,
     error::{Error, Mismatch, Place},
     layout::Layout,
     progress::{Event, Observer, Phase, Progress, RoundStats},
@@ -342,8 +344,8 @@ struct Run {
     identified: bool,
     /// Whether all channels are here, and known to be all.
     complete: bool,
-    /// Pages that main has named as zeros, as long as there may be no channels.
-    named: Option<DirtyBitmap>,
+    /// Pages that main has named, as long as there may be no channels, or the stream may be a background snapshot.
+    named: Option<NamedPages>,
     sink: Option<Arc<dyn PageSink>>,
     audit: Option<Arc<Audit>>,
     begun: Duration,
@@ -497,7 +499,7 @@ impl Run {
                     self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
                     self.wrote(block, offset);
                     self.shared.progress.add_pages(0, 1);
-                    self.name(block, offset);
+                    self.name(block, offset)?;
                 }
                 Item::Page { block, offset, len } => self.page(block, offset, len)?,
                 Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
@@ -518,10 +520,16 @@ impl Run {
                 }
                 Item::Section(section) => {
                     if self.section(&section, target, observer)? == Body::RestOfStream {
+                        if !self.main().decoder().ram_ended() {
+                            self.report.mode = Mode::Snapshot;
+                        }
                         return Ok(());
                     }
                 }
                 Item::Eof => {
+                    if self.main().decoder().is_snapshot() {
+                        self.report.mode = Mode::Snapshot;
+                    }
                     if !self.main().vmdescription_follows()? {
                         return Ok(());
                     }
@@ -647,6 +655,7 @@ impl Run {
         self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
         self.wrote(block, offset);
         self.shared.progress.add_pages(1, 0);
+        self.name(block, offset)?;
         if !self.complete {
             self.shared.barrier.members(|members| members.plain_page());
             self.look_at_members();
@@ -654,15 +663,21 @@ impl Run {
         Ok(())
     }
 
-    /// Main has named a page as zeros.
-    fn name(&mut self, block: usize, offset: u64) {
-        if self.complete {
-            return;
+    /// Main has named a page.
+    fn name(&mut self, block: usize, offset: u64) -> Result<(), Error> {
+        if self.complete && !self.main().decoder().may_be_snapshot() {
+            self.named = None;
+            return Ok(());
         }
+        let place = self.main().place();
         if let Some(Pages { layout, .. }) = &*lock(&self.shared.pages) {
-            let named = self.named.get_or_insert_with(|| DirtyBitmap::new(layout));
-            named.set(layout.blocks()[block].page_at(offset));
+            if self.named.is_none() {
+                self.named = Some(NamedPages::new(layout).map_err(Error::io(place))?);
+            }
+            let named = self.named.as_mut().expect("made above");
+            named.name(layout.blocks()[block].page_at(offset));
         }
+        Ok(())
     }
 
     /// Main has written a page.
@@ -700,7 +715,6 @@ impl Run {
         if complete {
             tracing::debug!(channels = joined, ?evidence, "all channels are here");
             self.complete = true;
-            self.named = None;
             self.acceptor.close();
         }
     }
@@ -720,11 +734,23 @@ impl Run {
         {
             return Err(Mismatch::Channels { opened, expected }.into());
         }
-        let named = self.named.as_ref().map_or(0, DirtyBitmap::count);
+        let named = self.named.as_ref().map_or(0, NamedPages::count);
         match lock(&self.shared.pages).as_ref().is_some_and(|pages| pages.layout.pages() == named) {
             true => Ok(()),
             false => Err(Mismatch::ChannelsUnknown.into()),
         }
+    }
+
+    /// The stream of a background snapshot is over: verifies that it is one that `target` can take, and that every page came.
+    fn snapshot_is_whole(&mut self, target: &dyn Target) -> Result<(), Error> {
+        if !target.takes_snapshots() {
+            return Err(Mismatch::SnapshotRunsOn.into());
+        }
+        let pages = lock(&self.shared.pages).clone();
+        if let (Some(named), Some(Pages { layout, .. })) = (&self.named, pages) {
+            return Ok(named.verify_each_once(&layout)?);
+        }
+        Err(Mismatch::ChannelsUnknown.into())
     }
 
     fn count_round(&mut self, observer: &mut dyn Observer) {
@@ -772,7 +798,9 @@ impl Run {
     /// Takes the VM over, as [`DestinationCommit`] decides by the messages of the source.
     fn confirm(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         let place = self.main().place();
-        if !self.main().decoder().ram_ended() {
+        if self.report.mode == Mode::Snapshot {
+            self.snapshot_is_whole(target)?;
+        } else if !self.main().decoder().ram_ended() {
             return Err(Error::protocol(place)(Violation::UnexpectedElement {
                 element: "end of the stream",
                 place: "before the END section of ram",

@@ -7,11 +7,24 @@ use multifd_proto::{BlockName, machine::Dialect, packet::Compression};
 use crate::progress::{Progress, RoundStats};
 use crate::round::audit::Findings;
 
+/// How the state of the VM came, which says from when it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Mode {
+    /// Rounds while the guest ran, and the rest while it was paused: the state is that of the switchover.
+    #[default]
+    Live,
+    /// A background snapshot: the state is that of the start, and the guest runs on at the source.
+    Snapshot,
+}
+
 /// The figures of one migration.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     /// From the first byte of main until the VM ran.
     pub total: Duration,
+    /// How the state came.
+    pub mode: Mode,
     /// The source's machine type.
     pub machine: String,
     /// The VM's UUID, where the source validates it.

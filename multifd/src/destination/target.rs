@@ -51,6 +51,11 @@ pub(crate) trait Target {
     /// Takes the body of `section`, which comes in parts, as `ram` does. `main` gives it next.
     fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error>;
 
+    /// Whether it takes the VM of a source that runs on: it will not be started here.
+    fn takes_snapshots(&self) -> bool {
+        false
+    }
+
     /// Everything has arrived: makes it last, up to what may still be taken back. `uuid` is that of the VM, if it has one.
     fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
 

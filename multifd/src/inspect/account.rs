@@ -12,7 +12,7 @@ use crate::{
     beside_ram::BesideRam,
     checkpoint::Tail,
     dirty_bitmap::DirtyBitmap,
-    error::{Connection, Error, Place},
+    error::{Connection, Error, Mismatch, Place},
     layout::Layout,
 };
 
@@ -41,6 +41,8 @@ pub struct Account {
     pub(crate) tail: Tail,
     /// Main came to its end.
     pub complete: bool,
+    /// It is a background snapshot: all is of the instant at which it began, and the guest ran on at the source.
+    pub snapshot: bool,
 }
 
 impl Account {
@@ -241,6 +243,16 @@ impl Pages {
         let stats = RoundAccount { round, ..std::mem::take(&mut self.round) };
         self.repeated += stats.repeated;
         stats
+    }
+
+    /// Verifies that every page came exactly once, as in a background snapshot.
+    pub(super) fn verify_each_once(&self) -> Result<(), Mismatch> {
+        let (pages, named) = (self.layout.pages(), self.ever.count());
+        let again = self.sent_again + self.repeated + self.round.repeated;
+        if (named, again) == (pages, 0) {
+            return Ok(());
+        }
+        Err(Mismatch::SnapshotIncomplete { missing: pages - named, pages, again })
     }
 
     /// Puts the totals into `account`.

@@ -85,6 +85,13 @@ impl MainStream {
         Tail::receive(first, early, self.reader())
     }
 
+    /// The same, if that is the state of all devices of a background snapshot; nothing where pages follow.
+    pub(super) fn ahead(&mut self, first: &Section, early: &[u8]) -> Result<Option<Tail>, Error> {
+        let tail = Tail::ahead(first, early, self.reader())?;
+        self.finished |= tail.is_some();
+        Ok(tail)
+    }
+
     /// A section beside `ram`, before the devices' state. All such sections before it have `before` bytes.
     pub(super) fn section_beside_ram(&mut self, section: &Section, before: usize) -> Result<Vec<u8>, Error> {
         section_beside_ram(section, self.reader(), before)

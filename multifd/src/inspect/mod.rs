@@ -25,7 +25,7 @@ use multifd_proto::{
     ChannelId, Violation,
     machine::Dialect,
     packet::Hello,
-    stream::{Item, SectionKind},
+    stream::{Item, Section, SectionKind},
     violation, xbzrle,
 };
 
@@ -172,6 +172,9 @@ impl RecordedReader {
                     break;
                 }
                 Item::Section(section) => {
+                    if section.kind == SectionKind::Full && self.snapshot_tail(&section)? {
+                        break;
+                    }
                     let ram_started = self.main.decoder().ram_section().is_some();
                     let bytes = self.main.section_beside_ram(&section, self.account.beside_ram.bytes())?;
                     self.account.beside_ram.push(&section, &bytes, ram_started);
@@ -189,10 +192,24 @@ impl RecordedReader {
         self.main.nothing_follows()?;
         self.account.complete = true;
         let Some(pages) = &mut self.pages else { return Ok(()) };
+        if self.account.snapshot || self.main.decoder().is_snapshot() {
+            self.account.snapshot = true;
+            pages.verify_each_once()?;
+        }
         for channel in &mut self.channels {
             channel.read_rest(pages)?;
         }
         Ok(())
+    }
+
+    /// Takes all of main from `first` on, if that is the state of all devices of a background snapshot.
+    fn snapshot_tail(&mut self, first: &Section) -> Result<bool, Error> {
+        if !self.main.decoder().may_be_snapshot() {
+            return Ok(false);
+        }
+        let Some(tail) = self.main.ahead(first, self.account.beside_ram.early())? else { return Ok(false) };
+        (self.account.tail, self.account.snapshot) = (tail, true);
+        Ok(true)
     }
 
     /// The end of a round on main: every channel has to come to it.
