@@ -21,11 +21,11 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
     }
     let blocks: Vec<String> =
         checkpoint.blocks().iter().map(|block| format!("{:?} {}", block.name, units::show_size(block.bytes))).collect();
-    let compression = match options.compression {
+    let compression = match options.format.compression {
         Compression::None => "no compression".to_owned(),
         method => format!("compression {}", compression_name(method)),
     };
-    let uuid = match options.uuid {
+    let uuid = match options.format.uuid {
         uuid if uuid == [0; 16] => "no UUID".to_owned(),
         uuid => format!("UUID {}", describe::uuid(&uuid)),
     };
@@ -35,7 +35,7 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
          multifd-channels, multifd-compression and tls-creds (query-migrate-parameters). It writes its reason to its \
          stderr (with libvirt: /var/log/libvirt/qemu/NAME.log) and to error-desc of query-migrate",
         checkpoint.machine(),
-        describe::counted(usize::from(options.channels), "channel"),
+        describe::counted(usize::from(options.plan.channels), "channel"),
         blocks.join(", "),
     )
 }

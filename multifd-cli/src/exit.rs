@@ -124,12 +124,14 @@ mod tests {
     }
 
     fn with_channels(channels: u8) -> source::Options {
-        source::Options { channels, ..source::Options::default() }
+        let mut options = source::Options::default();
+        options.plan.channels = channels;
+        options
     }
 
     /// What a source sends on main and on each of its channels.
     fn recorded(dir: &TempDir, options: &source::Options) -> Vec<Vec<u8>> {
-        let channels = options.channels;
+        let channels = options.plan.channels;
         let (socket, kept) = (dir.join("s"), dir.join("recorded"));
         let listener = Recording::new(&kept).unwrap().listener(Box::new(to(&socket).listener().unwrap()));
         let mut writer = checkpoint::Writer::create(&dir.join("whole"), false).unwrap();
@@ -147,11 +149,9 @@ mod tests {
 
     /// How a receiver ends whose source sends these bytes, on each connection, and is gone.
     fn received(dir: &TempDir, channels: Option<u8>, connections: &[&[u8]]) -> Exit {
-        let options = destination::Options {
-            channels,
-            setup_timeout: Some(Duration::from_millis(20)),
-            ..destination::Options::default()
-        };
+        let mut options = destination::Options::default();
+        options.channels = channels;
+        options.setup_timeout = Some(Duration::from_millis(20));
         let (socket, file) = (dir.join("s"), dir.join("cut"));
         let mut writer = checkpoint::Writer::create(&file, true).unwrap();
         let listener = to(&socket).listener().unwrap();
@@ -196,7 +196,8 @@ mod tests {
         time_limit(LIMIT, || {
             for compression in [Compression::Zlib, Compression::Zstd] {
                 let dir = TempDir::new().unwrap();
-                let options = source::Options { compression, ..with_channels(1) };
+                let mut options = with_channels(1);
+                options.format.compression = compression;
                 let [main, channel] = &recorded(&dir, &options)[..] else { panic!("two connections") };
                 for at in (0..channel.len()).step_by(1 + channel.len() / 200) {
                     let exit = received(&dir, Some(1), &[main, &channel[..at]]);

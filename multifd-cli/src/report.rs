@@ -630,24 +630,11 @@ mod tests {
     }
 
     fn empty() -> source::Report {
-        source::Report {
-            total: Duration::from_secs(1),
-            setup: Duration::ZERO,
-            downtime: source::Downtime::default(),
-            rounds: Vec::new(),
-            normal: 0,
-            zero: 0,
-            skipped: 0,
-            ram_bytes: 4096,
-            page_size: 4096,
-            main_bytes: 0,
-            channel_bytes: vec![0; 4],
-            throttle: 0,
-            dirty_log: "test",
-            dialect: Dialect::PerRound,
-            compression: Compression::None,
-            auto_compression: Vec::new(),
-            zero_copy: None,
-        }
+        let mut report = source::Report::default();
+        report.total = Duration::from_secs(1);
+        (report.ram_bytes, report.page_size) = (4096, 4096);
+        report.channel_bytes = vec![0; 4];
+        report.dirty_log = "test";
+        report
     }
 }

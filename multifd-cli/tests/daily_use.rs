@@ -64,7 +64,8 @@ impl Drop for Process {
 fn send_guest(machine: &str, uri: &str) -> Result<source::Report, multifd::error::Error> {
     let config = GuestConfig { kind: Kind::Process, memory: 1 << 20, working_set: 64 << 10, ..GuestConfig::default() };
     let mut guest = InProcess::create(&config).unwrap();
-    let options = source::Options { machine: machine.to_owned(), ..source::Options::default() };
+    let mut options = source::Options::default();
+    options.format.machine = machine.to_owned();
     let connector = uri.parse::<Uri>().unwrap().connector().unwrap();
     Source::new(options).run(&mut guest, &*connector, &mut ())
 }

@@ -153,7 +153,8 @@ fn untouched_memory_stays_untouched_on_the_other_side() {
 fn after_a_failure_the_guest_runs_on_and_moves_at_the_second_attempt() {
     each_guest(|config| {
         // So slow that it cannot be over before it is cancelled.
-        let slow = source::Options { max_bandwidth: Some(4 << 20), ..source::Options::default() };
+        let mut slow = source::Options::default();
+        slow.parameters.max_bandwidth = Some(4 << 20);
         for cancel_source in [true, false] {
             let mut guest = Guest::create(&config).unwrap();
             guest.run();

@@ -112,7 +112,11 @@ fn migrate(broken: Option<Broken>) -> Found {
     let listener = SlowListener { inner: Box::new(listener), accepted: 0 };
     let mut guest = Guest::create(&config).unwrap();
     let mut arrived = Guest::create_incoming(&config).unwrap();
-    let options = destination::Options { broken, audit: true, ..destination::Options::default() };
+    let mut options = destination::Options::default();
+    options.audit = true;
+    if let Some(broken) = broken {
+        broken.at_destination(&mut options);
+    }
     let destination = Destination::new(options);
     guest.run();
     assert!(guest.wait_passes(1, LIMIT));

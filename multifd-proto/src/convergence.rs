@@ -72,6 +72,11 @@ impl Convergence {
         Convergence { limits, bytes: 0.0, seconds: 0.0, throttle: 0, losing: 0 }
     }
 
+    /// Decides by `limits` from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     /// What to do after the round that `report` describes.
     pub fn decide(&mut self, report: &RoundReport) -> Decision {
         self.observe(report);

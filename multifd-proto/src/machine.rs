@@ -11,9 +11,10 @@ use crate::stream::Item;
 ///
 /// Both dialects have a first sync point in the START section of `ram`, where they can be told apart: if FLUSH comes before
 /// its end-of-section the stream is per-round, else per-section.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Dialect {
     /// Every FLUSH word; end-of-section means nothing. QEMU ≥ 8.1 with a machine type ≥ 8.1.
+    #[default]
     PerRound,
     /// Every end-of-section of the `ram` section; there is no FLUSH, and a receiver of this dialect refuses it.
     PerSection,

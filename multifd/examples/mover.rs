@@ -63,7 +63,9 @@ fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, audit: bool) 
     say(&format!("listening on {}", listener.uri()));
     let cpu = cpu_seconds();
     let mut vm = Static { ram };
-    let options = destination::Options { first_touch, audit, ..Default::default() };
+    let mut options = destination::Options::default();
+    options.first_touch = first_touch;
+    options.audit = audit;
     let report = Destination::new(options).run(&mut vm, Box::new(listener), &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
     say(&format!(
@@ -127,18 +129,19 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
         let mut words = line.split_whitespace();
         let uri: Uri = words.next().ok_or("a URI is missing")?.parse()?;
         let channels = words.next().ok_or("the number of channels is missing")?.parse()?;
-        let mut options = source::Options { channels, ..Default::default() };
+        let mut options = source::Options::default();
+        options.plan.channels = channels;
         let mut raw = false;
         for word in words {
             match word {
-                "per-section" => options.dialect = Dialect::PerSection,
-                "zlib" => options.compression = Compression::Zlib,
-                "zstd" => options.compression = Compression::Zstd,
-                "auto" => (options.compression, options.auto_compression) = (Compression::Zstd, true),
-                "zero-copy" => options.zero_copy = true,
+                "per-section" => options.format.dialect = Dialect::PerSection,
+                "zlib" => options.format.compression = Compression::Zlib,
+                "zstd" => options.format.compression = Compression::Zstd,
+                "auto" => (options.format.compression, options.format.auto_compression) = (Compression::Zstd, true),
+                "zero-copy" => options.plan.zero_copy = true,
                 "raw" => raw = true,
                 other if other.starts_with(BANDWIDTH) => {
-                    options.max_bandwidth = Some(other[BANDWIDTH.len()..].parse()?);
+                    options.parameters.max_bandwidth = Some(other[BANDWIDTH.len()..].parse()?);
                 }
                 other => return Err(format!("option {other}").into()),
             }

@@ -48,7 +48,8 @@ impl Phase {
 }
 
 /// One round that is over.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RoundStats {
     /// Counted from 0, the round that sends every page.
     pub round: u64,
@@ -127,6 +128,7 @@ struct Counters {
 
 /// The counters at one moment. They are read one by one, so they may differ by what happened meanwhile.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The phase; `None` before the first.
     pub phase: Option<Phase>,

@@ -23,24 +23,34 @@ impl Pulse {
         self.bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// Stops the migration by `stop` if fewer than [`LEAST`] bytes are moved within `limit`, from now until
-    /// [`rest`](Self::rest). `None` for no limit.
-    pub(crate) fn watch(&self, timers: &Timers, limit: Option<Duration>, stop: &StopHandle) {
-        let Some(limit) = limit else { return };
+    /// Stops the migration by `stop` if fewer than [`LEAST`] bytes are moved within the limit, from now until
+    /// [`rest`](Self::rest). `limit` is asked at each look, since it may change; `None` for no limit.
+    pub(crate) fn watch(
+        &self,
+        timers: &Timers,
+        limit: impl Fn() -> Option<Duration> + Send + 'static,
+        stop: &StopHandle,
+    ) {
         let (pulse, stop) = (self.clone(), stop.clone());
-        let look = limit / LOOKS;
-        let (mut seen, mut quiet) = (self.bytes.load(Relaxed), 0);
+        let next_look = |limit: Option<Duration>| limit.map_or(LONGEST_LOOK, |limit| (limit / LOOKS).min(LONGEST_LOOK));
+        let (mut seen, mut quiet) = (self.bytes.load(Relaxed), Duration::ZERO);
+        let mut look = next_look(limit());
         timers.set(TIMER, look, move || {
             let bytes = pulse.bytes.load(Relaxed);
-            quiet = if bytes - seen >= LEAST { 0 } else { quiet + 1 };
-            if quiet == 0 {
-                seen = bytes;
+            if bytes - seen >= LEAST {
+                (seen, quiet) = (bytes, Duration::ZERO);
+            } else {
+                quiet += look;
             }
-            if quiet < LOOKS {
-                return Some(look);
+            let limit = limit();
+            if let Some(limit) = limit
+                && quiet + look / 2 >= limit
+            {
+                stop.stop(Error::Stalled { limit });
+                return None;
             }
-            stop.stop(Error::Stalled { limit });
-            None
+            look = next_look(limit);
+            Some(look)
         });
     }
 
@@ -52,8 +62,10 @@ impl Pulse {
 
 /// Fewer bytes than these within the limit are silence. A SYNC packet of 4 KiB pages has 1344.
 pub(crate) const LEAST: u64 = 4096;
-/// How often the account is looked at within the limit.
+/// How often the account is looked at within the limit, at least.
 const LOOKS: u32 = 8;
+/// By then a changed limit is noticed.
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
 const TIMER: &str = "silence";
 
 #[cfg(all(test, not(any(loom, shuttle))))]
@@ -77,7 +89,7 @@ mod tests {
         let watchdog = Watchdog::start(&StdThreads, &stop).unwrap();
         let (tell, stopped) = mpsc::channel();
         stop.register(Box::new(Tell(tell)));
-        pulse.watch(watchdog.timers(), Some(Duration::from_millis(80)), &stop);
+        pulse.watch(watchdog.timers(), || Some(Duration::from_millis(80)), &stop);
         (0..100).any(|_| {
             meanwhile(&pulse);
             stopped.recv_timeout(Duration::from_millis(5)).is_ok()
@@ -91,11 +103,25 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_is_set_meanwhile_counts() {
+        let (stop, pulse) = (StopHandle::new(), Pulse::default());
+        let watchdog = Watchdog::start(&StdThreads, &stop).unwrap();
+        let (tell, stopped) = mpsc::channel();
+        stop.register(Box::new(Tell(tell)));
+        let limit = Arc::new(crate::sync::Mutex::new(None));
+        let asked = limit.clone();
+        pulse.watch(watchdog.timers(), move || *crate::sync::lock(&asked), &stop);
+        assert!(stopped.recv_timeout(LONGEST_LOOK + Duration::from_millis(200)).is_err());
+        *crate::sync::lock(&limit) = Some(Duration::from_millis(1));
+        stopped.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+
+    #[test]
     fn a_peer_that_moves_bytes_is_left_alone() {
         let (stop, pulse) = (StopHandle::new(), Pulse::default());
         let watchdog = Watchdog::start(&StdThreads, &stop).unwrap();
         // However late this thread is, each look finds what it needs.
-        pulse.watch(watchdog.timers(), Some(Duration::from_secs(3600)), &stop);
+        pulse.watch(watchdog.timers(), || Some(Duration::from_secs(3600)), &stop);
         pulse.add(1 << 20);
         Pulse::rest(watchdog.timers());
         assert!(!stop.is_stopped());

@@ -35,7 +35,8 @@ use crate::{
 ///     }
 /// }
 ///
-/// let options = multifd::source::Options { threads: std::sync::Arc::new(SmallStacks), ..Default::default() };
+/// let mut options = multifd::source::Options::default();
+/// options.threads = std::sync::Arc::new(SmallStacks);
 /// ```
 pub trait Threads: Send + Sync {
     /// Starts a thread that calls `body` once, and returns without waiting for it.

@@ -47,12 +47,10 @@ fn outcome(input: &[u8], setup_timeout: Duration) -> Option<Result<Report, Error
     let script = Arc::new(Script::new(streams.collect()));
     let ram = guarded_ram(&BLOCKS).expect("memory");
     let mut vm = Vm { ram, started: false };
-    let options = Options {
-        channels: (required > 0).then_some(required),
-        close_timeout: Duration::from_millis(1),
-        setup_timeout: Some(setup_timeout),
-        ..Options::default()
-    };
+    let mut options = Options::default();
+    options.channels = (required > 0).then_some(required);
+    options.close_timeout = Duration::from_millis(1);
+    options.setup_timeout = Some(setup_timeout);
     let outcome = Destination::new(options).run(&mut vm, Box::new(Listener(script)), &mut ());
     assert_eq!(outcome.is_ok(), vm.started, "{outcome:?}");
     Some(outcome)

@@ -78,39 +78,39 @@ impl TransferArgs {
         let dialect = self.sync.map(Dialect::from).or_else(|| Dialect::of_machine(machine));
         let zero_pages = self.zero_pages.map(machine::ZeroPages::from);
         let zero_pages = zero_pages.or_else(|| machine::ZeroPages::of_machine(machine));
-        let defaults = source::Options::default();
-        source::Options {
-            channels: self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get),
-            machine: machine.to_owned(),
-            dialect: dialect.unwrap_or(Dialect::PerRound),
-            zero_pages: zero_pages.unwrap_or(machine::ZeroPages::Multifd),
-            compression: self.compression.map_or(packet::Compression::None, Compression::method),
-            auto_compression: self.compression == Some(Compression::Auto),
-            compression_level: self.compression_level.unwrap_or(DEFAULT_LEVEL),
-            zero_copy: self.zero_copy,
-            max_bandwidth: self.max_bandwidth.and_then(|rate| rate.0),
-            pause_limit: self.pause_timeout.map_or(defaults.pause_limit, |time| time.0),
-            stall_limit: self.link.stall_timeout.0,
-            token: self.link.token.map(|token| token.0),
-            limits: Limits {
-                downtime: self.downtime_limit,
-                rounds: Some(self.max_rounds),
-                time: self.max_time.and_then(|time| time.0),
-                throttle: !self.no_throttle,
-            },
-            ..defaults
-        }
+        let mut options = source::Options::default();
+        let format = &mut options.format;
+        format.machine = machine.to_owned();
+        format.token = self.link.token.map(|token| token.0);
+        format.dialect = dialect.unwrap_or(Dialect::PerRound);
+        format.zero_pages = zero_pages.unwrap_or(machine::ZeroPages::Multifd);
+        format.compression = self.compression.map_or(packet::Compression::None, Compression::method);
+        format.auto_compression = self.compression == Some(Compression::Auto);
+        let plan = &mut options.plan;
+        plan.channels = self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get);
+        plan.compression_level = self.compression_level.unwrap_or(DEFAULT_LEVEL);
+        plan.zero_copy = self.zero_copy;
+        let parameters = &mut options.parameters;
+        parameters.max_bandwidth = self.max_bandwidth.and_then(|rate| rate.0);
+        parameters.pause_limit = self.pause_timeout.map_or(parameters.pause_limit, |time| time.0);
+        parameters.stall_limit = self.link.stall_timeout.0;
+        parameters.limits = Limits {
+            downtime: self.downtime_limit,
+            rounds: Some(self.max_rounds),
+            time: self.max_time.and_then(|time| time.0),
+            throttle: !self.no_throttle,
+        };
+        options
     }
 
     /// What a destination is told.
     pub fn destination_options(&self) -> destination::Options {
-        destination::Options {
-            channels: self.channels.map(NonZeroU8::get),
-            compression: self.compression.and_then(Compression::required),
-            stall_limit: self.link.stall_timeout.0,
-            token: self.link.token.map(|token| token.0),
-            ..destination::Options::default()
-        }
+        let mut options = destination::Options::default();
+        options.channels = self.channels.map(NonZeroU8::get);
+        options.compression = self.compression.and_then(Compression::required);
+        options.stall_limit = self.link.stall_timeout.0;
+        options.token = self.link.token.map(|token| token.0);
+        options
     }
 
     /// # Errors

@@ -11,12 +11,7 @@ use std::{
 };
 
 use multifd::{
-    destination::{self, Destination},
-    error::Error,
-    source::Source,
-    stop::StopHandle,
-    transport::uri::Uri,
-    vm::SourceVm,
+    destination::Destination, error::Error, source::Source, stop::StopHandle, transport::uri::Uri, vm::SourceVm,
 };
 use multifd_guest::{
     guest::{Guest, Monitor, Status},
@@ -281,8 +276,9 @@ impl<'a> Session<'a> {
     fn receive(&mut self, uri: &Uri) -> io::Result<()> {
         let listener = uri.listener()?;
         terminal::say(&format!("listening on {}", listener.uri()));
-        let options = self.args.transfer.destination_options();
-        let destination = Destination::new(destination::Options { audit: self.args.audit, ..options });
+        let mut options = self.args.transfer.destination_options();
+        options.audit = self.args.audit;
+        let destination = Destination::new(options);
         self.stop = Some(destination.stop_handle());
         self.state = State::Incoming;
         let mut display = Display::new(&self.args.output, &destination.progress());

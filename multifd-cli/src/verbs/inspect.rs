@@ -136,7 +136,7 @@ fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
 fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Result<Outcome, Failure> {
     let needs_contents = args.digest || args.extract.is_some();
     let directory = std::env::temp_dir();
-    let Inspection { account, broken, contents } =
+    let Inspection { account, broken, contents, .. } =
         Inspection::of(recorded, needs_contents.then_some(directory.as_path()))?;
     let mut blocks = Vec::new();
     for (index, (name, size, normal)) in account.blocks.iter().enumerate() {

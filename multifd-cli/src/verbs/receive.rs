@@ -74,20 +74,19 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
 }
 
 fn options(args: &ReceiveArgs) -> destination::Options {
-    destination::Options {
-        channels: args.channels.map(Into::into),
-        compression: args.compression.and_then(Compression::required),
-        uuid: args.uuid,
-        stall_limit: args.link.stall_timeout.0,
-        token: args.link.token.map(|token| token.0),
-        audit: args.audit,
-        switchover_ack: match args.return_path_ack {
-            ReturnPathAck::Auto => SwitchoverAck::Auto,
-            ReturnPathAck::Never => SwitchoverAck::Never,
-            ReturnPathAck::Always => SwitchoverAck::Always,
-        },
-        ..destination::Options::default()
-    }
+    let mut options = destination::Options::default();
+    options.channels = args.channels.map(Into::into);
+    options.compression = args.compression.and_then(Compression::required);
+    options.uuid = args.uuid;
+    options.stall_limit = args.link.stall_timeout.0;
+    options.token = args.link.token.map(|token| token.0);
+    options.audit = args.audit;
+    options.switchover_ack = match args.return_path_ack {
+        ReturnPathAck::Auto => SwitchoverAck::Auto,
+        ReturnPathAck::Never => SwitchoverAck::Never,
+        ReturnPathAck::Always => SwitchoverAck::Always,
+    };
+    options
 }
 
 fn listener(uri: &Uri, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {

@@ -55,17 +55,17 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> 
     if args.transfer.zero_pages.is_none() && !ours {
         // A QEMU believes the list of zero pages in a packet without looking: memory that is not new would keep what it
         // holds, and one before 9.0 does not read the list at all. It does what a ZERO word says in any case.
-        options.zero_pages = ZeroPages::Legacy;
+        options.format.zero_pages = ZeroPages::Legacy;
     }
     checkpoint.apply_to(&mut options);
     let peer = args.peer.map(source::Peer::from);
     // A QEMU knows no token.
-    let ours = ours || options.token.is_some();
+    let ours = ours || options.format.token.is_some();
     options.peer = peer.unwrap_or(if ours { source::Peer::Multifd } else { source::Peer::Qemu });
     if let Some(uuid) = args.uuid {
-        options.uuid = uuid;
+        options.format.uuid = uuid;
         // All zero is a VM without one, which says nothing about it.
-        options.validate_uuid &= uuid != [0; 16];
+        options.format.validate_uuid &= uuid != [0; 16];
     }
     Some(options)
 }
@@ -78,7 +78,7 @@ fn send(
     options: source::Options,
 ) -> Result<Outcome, Box<dyn std::error::Error>> {
     let mut vm = CheckpointSource::new(checkpoint)?;
-    let zero_pages = options.zero_pages;
+    let zero_pages = options.format.zero_pages;
     let source = Source::new(options.clone());
     signals::cancel_on_interrupt(source.stop_handle())?;
     let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout, source.stop_handle())?;

@@ -39,6 +39,7 @@ pub struct Checkpoint {
 
 /// One RAM block in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CheckpointBlock {
     /// The name.
     pub name: BlockName,

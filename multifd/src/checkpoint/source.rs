@@ -70,12 +70,12 @@ impl Checkpoint {
     /// early sections, and that pages of zeros have to be named. A destination that is a QEMU answers its monitor
     /// while it waits, so FLUSH is sent late.
     pub fn apply_to(&self, options: &mut source::Options) {
-        options.machine = self.machine().to_owned();
-        options.uuid = self.uuid().unwrap_or_default();
-        options.validate_uuid = self.uuid().is_some();
-        options.replay = Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone() };
-        options.untouched = Untouched::Name;
-        options.flush = Flush::Late;
+        options.format.machine = self.machine().to_owned();
+        options.format.uuid = self.uuid().unwrap_or_default();
+        options.format.validate_uuid = self.uuid().is_some();
+        options.format.replay = Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone() };
+        options.format.untouched = Untouched::Name;
+        options.plan.flush = Flush::Late;
     }
 }
 

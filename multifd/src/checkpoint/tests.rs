@@ -80,13 +80,11 @@ fn a_checkpoint_holds_the_memory_and_state_of_a_guest_that_was_writing() {
                     writer.write(page * 7, if page % 2 == 0 { 0 } else { page });
                 }
             });
-            let options = source::Options {
-                zero_pages,
-                dialect,
-                machine: "pc-i440fx-10.0".to_owned(),
-                uuid: [7; 16],
-                ..Default::default()
-            };
+            let mut options = source::Options::default();
+            options.format.zero_pages = zero_pages;
+            options.format.dialect = dialect;
+            options.format.machine = "pc-i440fx-10.0".to_owned();
+            options.format.uuid = [7; 16];
             let (sent, received) = receive(&mut vm, &path, options);
             sent.unwrap();
             received.unwrap();
@@ -111,7 +109,9 @@ fn a_checkpoint_holds_the_memory_and_state_of_a_guest_that_was_writing() {
                     let to = &mut to;
                     let receiver =
                         scope.spawn(move || Destination::new(Default::default()).run(to, Box::new(listener), &mut ()));
-                    let mut options = source::Options { zero_pages, dialect, ..Default::default() };
+                    let mut options = source::Options::default();
+                    options.format.zero_pages = zero_pages;
+                    options.format.dialect = dialect;
                     checkpoint.apply_to(&mut options);
                     let mut vm = CheckpointSource::new(&checkpoint).unwrap();
                     Source::new(options).run(&mut vm, &connector, &mut ()).unwrap();

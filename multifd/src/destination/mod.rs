@@ -456,7 +456,8 @@ impl Run {
         drop(slot);
         self.begun = self.shared.options.clock.now();
         let shared = &self.shared;
-        shared.pulse.watch(self.watchdog.timers(), shared.options.stall_limit, &shared.stop);
+        let stall_limit = shared.options.stall_limit;
+        shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &shared.stop);
         let main = MainReader::new(stream, &heard, shared.page_size, shared.progress.clone(), shared.pulse.clone());
         self.main = Some(main);
         Ok(())
@@ -816,7 +817,8 @@ impl Run {
         let mut commit = if two_step { DestinationCommit::two_step() } else { DestinationCommit::one_step() };
         let mut action = commit.on(DestinationEvent::Loaded);
         if action == DestinationAction::WriteReady {
-            self.shared.pulse.watch(self.watchdog.timers(), self.shared.options.stall_limit, &self.shared.stop);
+            let stall_limit = self.shared.options.stall_limit;
+            self.shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &self.shared.stop);
             self.main().reply(&Message::Ready)?;
             self.main().await_go()?;
             Pulse::rest(self.watchdog.timers());

@@ -12,7 +12,10 @@ use crate::{
 };
 
 /// How to receive. Everything that the stream tells is found out unless it is required here.
+///
+/// Made by [`Options::default`] and changed field by field.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// How many channels there have to be; `None` for as many as the source has. That is what it says, or what the numbers
     /// of its packets prove; a source of which neither is true needs the number here, and fails without it.
@@ -47,7 +50,7 @@ pub struct Options {
     pub threads: Arc<dyn Threads>,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
-    pub broken: Option<crate::testing::broken::Broken>,
+    pub(crate) broken: Option<crate::testing::broken::Broken>,
 }
 
 impl Default for Options {

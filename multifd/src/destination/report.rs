@@ -20,6 +20,7 @@ pub enum Mode {
 
 /// The figures of one migration.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// From the first byte of main until the VM ran.
     pub total: Duration,

@@ -18,6 +18,7 @@ use crate::{
 
 /// The account of a whole migration.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Account {
     /// Main.
     pub main: MainAccount,
@@ -63,6 +64,7 @@ impl Account {
 
 /// The account of main.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct MainAccount {
     /// Bytes read.
     pub bytes: u64,
@@ -96,6 +98,7 @@ pub struct MainAccount {
 
 /// The account of one channel.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ChannelAccount {
     /// Its id.
     pub id: ChannelId,
@@ -125,6 +128,7 @@ pub struct ChannelAccount {
 
 /// What lies between two sync points.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct RoundAccount {
     /// Counted from 0; the first has no pages.
     pub round: u64,

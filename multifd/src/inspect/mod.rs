@@ -38,6 +38,7 @@ pub struct Recorded {
 }
 
 /// What was found in a recorded migration.
+#[non_exhaustive]
 pub struct Inspection {
     /// What was counted, up to the end or to the first broken rule.
     pub account: Account,

@@ -41,11 +41,11 @@ impl SendChannel {
     pub(super) fn new(id: ChannelId, stream: Box<dyn Stream>, shared: &Arc<Shared>) -> Result<SendChannel, Error> {
         let page_size = shared.ram.layout().page_size();
         let options = &shared.options;
-        let compressor = match options.compression {
+        let compressor = match options.format.compression {
             Compression::None => None,
             method => {
                 let at = Place { connection: Connection::Channel(id), offset: 0 };
-                Some(Compressor::new(method, options.compression_level).map_err(Error::io(at))?)
+                Some(Compressor::new(method, options.plan.compression_level).map_err(Error::io(at))?)
             }
         };
         Ok(SendChannel {
@@ -53,7 +53,7 @@ impl SendChannel {
             stream,
             shared: shared.clone(),
             packet: vec![0; packet::header_len(page_size)],
-            auto: (options.auto_compression && compressor.is_some()).then(AutoCompression::default),
+            auto: (options.format.auto_compression && compressor.is_some()).then(AutoCompression::default),
             compressor,
             sent: 0,
         })
@@ -62,9 +62,9 @@ impl SendChannel {
     /// Says which channel this is.
     pub(super) fn hello(&mut self) -> Result<(), Error> {
         let options = &self.shared.options;
-        let uuid = options.token.unwrap_or(options.uuid);
+        let uuid = options.format.token.unwrap_or(options.format.uuid);
         // QEMU ignores the number of channels; a destination of ours waits for all of them.
-        let hello = Hello { uuid, channel: self.id, channels: NonZeroU8::new(options.channels) }.encode();
+        let hello = Hello { uuid, channel: self.id, channels: NonZeroU8::new(options.plan.channels) }.encode();
         self.stream.write(&hello, &[]).map_err(Error::io(self.place()))?;
         self.count(hello.len() as u64);
         Ok(())
@@ -124,7 +124,7 @@ impl SendChannel {
         let Batch { pages, zeros, .. } = batch;
         let span = pages.first().copied().zip(pages.last().copied());
         block.load(pages, page_size)?;
-        match shared.options.zero_pages {
+        match shared.options.format.zero_pages {
             ZeroPages::None => {
                 ranges.extend(pages.iter().map(|&offset| page(offset)));
                 // A page known as zero may hold anything in our memory: only its name tells.
@@ -144,7 +144,7 @@ impl SendChannel {
             }),
         }
         shared.progress.add_pages(pages.len() as u64, zeros.len() as u64);
-        if shared.options.zero_pages == ZeroPages::Legacy && !zeros.is_empty() {
+        if shared.options.format.zero_pages == ZeroPages::Legacy && !zeros.is_empty() {
             let first_page = shared.ram.layout().blocks()[batch.block].first_page();
             let mut legacy = lock(&shared.legacy_zeros);
             let legacy = legacy.as_mut().expect("made for legacy mode");
@@ -163,7 +163,7 @@ impl SendChannel {
         self.packet.truncate(header_len);
         let guest_bytes = ranges.iter().map(GuestRange::len).sum();
         let mut payload_len = guest_bytes;
-        let mut compression = shared.options.compression;
+        let mut compression = shared.options.format.compression;
         if guest_bytes > 0 && self.auto.as_mut().is_some_and(|auto| !auto.compresses(guest_bytes)) {
             compression = Compression::None;
         }
@@ -188,7 +188,7 @@ impl SendChannel {
         };
         header.encode_into(&mut self.packet, page_size);
         let total = (header_len + payload_len) as u64;
-        let is_limited = shared.limiter.take(total);
+        let is_limited = shared.live.limiter.take(total);
         let taken = shared.options.clock.now();
         self.stream.write(&self.packet, ranges).map_err(Error::io(place))?;
         if let Some((first, last)) = span {
@@ -196,10 +196,10 @@ impl SendChannel {
         }
         if let Some(auto) = self.auto.as_mut().filter(|_| guest_bytes > 0) {
             let mut link = shared.options.clock.now() - taken;
-            if let Some(limit) = shared.options.max_bandwidth.filter(|_| is_limited) {
+            if is_limited && let Some(limit) = shared.live.get().max_bandwidth {
                 // Not how long this packet waited: it waits for those of other channels before it, and others for it. Its
                 // part of the limit is what it costs, less what was refilled while the compressor worked.
-                let part = total as f64 * f64::from(shared.options.channels) / limit as f64;
+                let part = total as f64 * f64::from(shared.options.plan.channels) / limit as f64;
                 link += Duration::from_secs_f64(part).saturating_sub(compressed - begun);
             }
             let compressed = (compression != Compression::None).then(|| (compressed - begun, payload_len));

@@ -1,17 +1,14 @@
 //! Watches and steers one migration from other threads.
 
-use std::time::Duration;
-
-use super::pause_limit::PauseLimit;
-use crate::{limiter::Limiter, progress::Progress, stop::StopHandle};
+use super::parameters::{Live, Parameters};
+use crate::{progress::Progress, stop::StopHandle};
 
 /// Watches and steers one migration from any thread. Clones belong to the same one.
 #[derive(Clone)]
 pub struct Handle {
     pub(super) stop: StopHandle,
     pub(super) progress: Progress,
-    pub(super) pause_limit: PauseLimit,
-    pub(super) limiter: Limiter,
+    pub(super) live: Live,
 }
 
 impl Handle {
@@ -25,14 +22,17 @@ impl Handle {
         self.progress.clone()
     }
 
-    /// Changes [`Options::pause_limit`](super::Options::pause_limit), also while the guest is paused.
-    pub fn set_pause_limit(&self, limit: Option<Duration>) {
-        self.pause_limit.set(limit);
+    /// The parameters that are in force.
+    pub fn parameters(&self) -> Parameters {
+        self.live.get()
     }
 
-    /// Changes [`Options::max_bandwidth`](super::Options::max_bandwidth), in bytes per second. Without effect once the guest
-    /// is paused.
-    pub fn set_max_bandwidth(&self, bytes_per_second: Option<u64>) {
-        self.limiter.set(bytes_per_second);
+    /// Changes the parameters, at any moment. `change` gets those in force.
+    ///
+    /// The bandwidth counts from the next packet on, and has no effect once the guest is paused. The limits of convergence
+    /// count from the end of the round on. The limits of the pause and of silence count from when the pause or the
+    /// silence began.
+    pub fn set_parameters(&self, change: impl FnOnce(&mut Parameters)) {
+        self.live.change(change);
     }
 }

@@ -40,11 +40,11 @@ impl MainChannel {
     /// What this stream is, and of which machine.
     pub(super) fn header(&mut self) -> Result<(), Error> {
         let options = &self.shared.options;
-        self.encoder.header().configuration(&options.machine);
+        self.encoder.header().configuration(&options.format.machine);
         let offer = options.offer();
         // Where channels say a token, their hellos have no room for it.
-        if options.validate_uuid || (offer.is_some() && options.uuid != [0; 16]) {
-            self.encoder.config_uuid(&options.uuid);
+        if options.format.validate_uuid || (offer.is_some() && options.format.uuid != [0; 16]) {
+            self.encoder.config_uuid(&options.format.uuid);
         }
         if let Some(offer) = offer {
             self.encoder.config_offer(&offer);
@@ -62,8 +62,8 @@ impl MainChannel {
     /// follow.
     pub(super) fn ram_start(&mut self) -> Result<(), Error> {
         let layout = self.shared.ram.layout();
-        self.encoder.raw(self.shared.options.replay.beside_ram.before_ram());
-        self.encoder.ram_start(self.shared.options.replay.ram_section, layout.bytes());
+        self.encoder.raw(self.shared.options.format.replay.beside_ram.before_ram());
+        self.encoder.ram_start(self.shared.options.format.replay.ram_section, layout.bytes());
         for block in layout.blocks() {
             self.encoder.block(&BlockEntry::new(block.name().clone(), block.bytes()));
         }
@@ -73,7 +73,7 @@ impl MainChannel {
     /// Sends the device state that is needed before the pages, and what an earlier stream had besides.
     pub(super) fn sections_beside_ram(&mut self) -> Result<(), Error> {
         let shared = self.shared.clone();
-        let beside_ram = &shared.options.replay.beside_ram;
+        let beside_ram = &shared.options.format.replay.beside_ram;
         self.encoder.raw(beside_ram.behind_ram_start()).raw(beside_ram.in_parts());
         self.send()
     }
@@ -92,7 +92,7 @@ impl MainChannel {
 
     /// Says that the guest is paused, to destinations that know the command.
     pub(super) fn switchover_start(&mut self) -> Result<(), Error> {
-        if sends_switchover_start(&self.shared.options.machine) == Some(true) {
+        if sends_switchover_start(&self.shared.options.format.machine) == Some(true) {
             self.encoder.command(&Command::SwitchoverStart);
         }
         self.send()
@@ -117,7 +117,7 @@ impl MainChannel {
 
     /// The sync point of the per-round dialect.
     pub(super) fn flush_word(&mut self) -> Result<(), Error> {
-        debug_assert_eq!(self.shared.options.dialect, Dialect::PerRound);
+        debug_assert_eq!(self.shared.options.format.dialect, Dialect::PerRound);
         self.encoder.flush();
         self.send()
     }
@@ -158,7 +158,7 @@ impl MainChannel {
     }
 
     fn ram_section(&self) -> u32 {
-        self.shared.options.replay.ram_section
+        self.shared.options.format.replay.ram_section
     }
 
     fn send(&mut self) -> Result<(), Error> {

@@ -9,6 +9,7 @@ mod channel;
 mod handle;
 mod main_channel;
 mod options;
+mod parameters;
 mod pause_limit;
 mod report;
 mod return_path;
@@ -28,14 +29,16 @@ use multifd_proto::{
 pub use self::{
     auto_compression::ChannelCompression,
     handle::Handle,
-    options::{Flush, Options, Peer, Replay, Untouched},
+    options::{Flush, Options, Peer, Plan, Replay, StreamFormat, Untouched},
+    parameters::Parameters,
     report::{Downtime, Report, ZeroCopy},
 };
-use self::{channel::SendChannel, main_channel::MainChannel, pause_limit::PauseLimit, return_path::ReturnPath};
+use self::{
+    channel::SendChannel, main_channel::MainChannel, parameters::Live, pause_limit::PauseLimit, return_path::ReturnPath,
+};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Mismatch, Place},
-    limiter::Limiter,
     progress::{Event, Observer, Phase, Progress, RoundStats},
     pulse::Pulse,
     ram::Ram,
@@ -60,9 +63,9 @@ impl Source {
     /// A migration that has not begun.
     pub fn new(options: Options) -> Source {
         let stop = StopHandle::new();
-        let pause_limit = PauseLimit::new(options.pause_limit, stop.clone());
-        let limiter = Limiter::new(options.max_bandwidth);
-        Source { options, handle: Handle { stop, progress: Progress::new(), pause_limit, limiter } }
+        let pause_limit = PauseLimit::new(options.parameters.pause_limit, stop.clone());
+        let live = Live::new(options.parameters.clone(), pause_limit);
+        Source { options, handle: Handle { stop, progress: Progress::new(), live } }
     }
 
     /// What watches and steers this migration from other threads.
@@ -107,7 +110,7 @@ pub(super) struct Shared {
     zero_page: Ram,
     scan: PageScan,
     barrier: RoundBarrier,
-    limiter: Limiter,
+    live: Live,
     progress: Progress,
     /// What all connections moved; by it the migration notices that the destination is silent.
     pulse: Pulse,
@@ -132,7 +135,6 @@ struct Run {
     /// Who has the VM.
     commit: SourceCommit,
     watchdog: Watchdog,
-    pause_limit: PauseLimit,
     convergence: Convergence,
     report: Report,
     /// Of all channels.
@@ -151,30 +153,30 @@ struct Run {
 
 impl Run {
     fn new(source: Source, ram: Ram) -> Result<Run, Error> {
-        let Source { mut options, handle: Handle { stop, progress, pause_limit, limiter } } = source;
-        if options.peer == Peer::Multifd && options.token.is_none() {
+        let Source { mut options, handle: Handle { stop, progress, live } } = source;
+        if options.peer == Peer::Multifd && options.format.token.is_none() {
             // Connections of an earlier attempt may still be on their way, through a proxy for example: their pages are
             // older than those of this one, and the packets would fit.
-            options.token = Some(fresh_token().map_err(Error::io(Place { connection: Connection::Main, offset: 0 }))?);
+            options.format.token =
+                Some(fresh_token().map_err(Error::io(Place { connection: Connection::Main, offset: 0 }))?);
         }
-        if options.channels == 0 {
+        if options.plan.channels == 0 {
             return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
         }
         // Its guest writes to it.
         ram.forget_fresh();
         let page_size = ram.layout().page_size();
         let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size));
-        let barrier = RoundBarrier::new(usize::from(options.channels));
+        let barrier = RoundBarrier::new(usize::from(options.plan.channels));
         stop.register(Box::new(barrier.clone()));
-        stop.register(limiter.stopper());
+        stop.register(live.limiter.stopper());
         progress.set_pages_total(ram.layout().pages());
-        let legacy_zeros = (options.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
+        let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
         Ok(Run {
-            convergence: Convergence::new(options.limits),
+            convergence: Convergence::new(live.get().limits),
             report: Report::new(&options, ram.layout()),
             watchdog: Watchdog::start(&*options.threads, &stop)?,
-            pause_limit,
             extensions: Extensions::default(),
             commit: SourceCommit::one_step(),
             rounds: 0,
@@ -183,7 +185,7 @@ impl Run {
                 ram,
                 scan,
                 barrier,
-                limiter,
+                live,
                 progress,
                 pulse: Pulse::default(),
                 stop,
@@ -208,7 +210,8 @@ impl Run {
     /// The migration from beginning to end.
     fn phases(&mut self, vm: &mut dyn SourceVm, to: &dyn Connect, observer: &mut dyn Observer) -> Result<(), Error> {
         self.enter(Phase::Connect, observer);
-        self.shared.pulse.watch(self.watchdog.timers(), self.shared.options.stall_limit, &self.shared.stop);
+        let live = self.shared.live.clone();
+        self.shared.pulse.watch(self.watchdog.timers(), move || live.get().stall_limit, &self.shared.stop);
         self.connect(to)?;
         self.enter(Phase::Setup, observer);
         self.set_up()?;
@@ -256,7 +259,7 @@ impl Run {
         let (pulse, threads) = (shared.pulse.clone(), &*shared.options.threads);
         self.return_path = Some(ReturnPath::listen(main.reader()?, offered, pulse, &shared.stop, threads)?);
         main.open_return_path()?;
-        for id in 0..shared.options.channels {
+        for id in 0..shared.options.plan.channels {
             let mut stream = open(Connection::Channel(ChannelId(id)))?;
             if let Some(report) = self.report.zero_copy.as_mut().filter(|report| report.refused.is_none())
                 && let Err(error) = stream.send_without_copy(&self.zero_copy)
@@ -297,7 +300,7 @@ impl Run {
         let mut dirty = DirtyBitmap::full(ram.layout());
         let mut untouched = DirtyBitmap::new(ram.layout());
         vm.untouched(&mut untouched).map_err(Error::vm("tell which pages were never touched"))?;
-        match self.shared.options.untouched {
+        match self.shared.options.format.untouched {
             Untouched::Skip => {
                 dirty.subtract(&untouched);
                 self.report.skipped = untouched.count();
@@ -352,6 +355,7 @@ impl Run {
     fn decide(&mut self, dirty: &DirtyBitmap, observer: &mut dyn Observer) -> Decision {
         let page_size = self.shared.ram.layout().page_size() as u64;
         let elapsed = self.now() - self.rounds_begun;
+        self.convergence.set_limits(self.shared.live.get().limits);
         let last = self.report.rounds.last_mut().expect("a round was sent");
         let decision = self.convergence.decide(&RoundReport {
             rounds: last.round + 1,
@@ -383,7 +387,7 @@ impl Run {
             remaining,
             bytes_per_second: self.convergence.bytes_per_second(),
             expected_downtime_ms: self.convergence.expected_downtime(remaining).as_secs_f64() * 1e3,
-            downtime_limit_ms: self.shared.options.limits.downtime.as_secs_f64() * 1e3,
+            downtime_limit_ms: self.shared.live.get().limits.downtime.as_secs_f64() * 1e3,
         }
     }
 
@@ -396,7 +400,7 @@ impl Run {
         self.paused = true;
         // From here on the limit of the pause bounds every wait.
         Pulse::rest(self.watchdog.timers());
-        self.pause_limit.begin(self.watchdog.timers());
+        self.shared.live.pause_limit.begin(self.watchdog.timers());
         vm.pause().map_err(Error::vm("pause"))?;
         self.report.downtime.pause = self.now() - self.paused_at;
         Ok(())
@@ -414,7 +418,7 @@ impl Run {
         let begun = self.now();
         self.report.downtime.drain = begun - drain_begun;
         // The limit protects other traffic from a long migration; the pause is short and the guest waits.
-        self.shared.limiter.set_unlimited();
+        self.shared.live.limiter.set_unlimited();
         let mut stats = self.open_round(dirty, false);
         self.main().switchover_start()?;
         self.main().ram_end()?;
@@ -488,8 +492,9 @@ impl Run {
 
     /// One section, behind its head: opens the scan for `pages`, ends with a sync point and the footer.
     fn section(&mut self, pages: u64) -> Result<(), Error> {
-        let early = self.shared.options.flush == Flush::Early && self.shared.options.zero_pages != ZeroPages::Legacy;
-        let per_round = self.shared.options.dialect == Dialect::PerRound;
+        let early = self.shared.options.plan.flush == Flush::Early
+            && self.shared.options.format.zero_pages != ZeroPages::Legacy;
+        let per_round = self.shared.options.format.dialect == Dialect::PerRound;
         self.shared.scan.allow(pages);
         self.meet()?;
         if per_round && early {
@@ -521,7 +526,7 @@ impl Run {
     }
 
     fn section_budget(&self) -> u64 {
-        match self.shared.options.dialect {
+        match self.shared.options.format.dialect {
             Dialect::PerRound => u64::MAX,
             Dialect::PerSection => self.section_pages,
         }
@@ -532,7 +537,7 @@ impl Run {
         if pages == u64::MAX || took.is_zero() {
             return;
         }
-        let ideal = pages as f64 * self.shared.options.section_time.as_secs_f64() / took.as_secs_f64();
+        let ideal = pages as f64 * self.shared.options.plan.section_time.as_secs_f64() / took.as_secs_f64();
         // At most doubled, so that one section of zero pages does not open the next one for seconds of content.
         self.section_pages =
             (ideal as u64).clamp(FIRST_SECTION_PAGES / 4, pages.saturating_mul(2).max(FIRST_SECTION_PAGES));
@@ -590,7 +595,7 @@ impl Run {
         drop(self.main.take());
         self.report.auto_compression = self.ended.drain(..).filter_map(|channel| channel.compression()).collect();
         drop(self.return_path.take());
-        self.pause_limit.end();
+        self.shared.live.pause_limit.end();
         if self.tracking
             && let Err(error) = vm.dirty_log().stop()
         {

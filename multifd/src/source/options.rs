@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use multifd_proto::{
-    convergence::Limits,
     extension::{Extensions, Offer},
     machine::{Dialect, ZeroPages},
     packet::Compression,
 };
 
+use super::parameters::Parameters;
 use crate::{
     beside_ram::BesideRam,
     clock::Clock,
@@ -17,90 +17,37 @@ use crate::{
     threads::{StdThreads, Threads},
 };
 
-/// How to migrate. The destination has to be configured for the same compression; all else it finds out.
+/// How to migrate.
+///
+/// Made by [`Options::default`] and changed field by field.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// What is at the other end.
     pub peer: Peer,
-    /// Connections beside main, 1 to 255.
-    pub channels: u8,
-    /// Machine type in the configuration section; a QEMU destination refuses another than its own.
-    pub machine: String,
-    /// UUID of the VM, in the first packet of every channel; all zero where it has none.
-    pub uuid: [u8; 16],
-    /// A secret of this migration that main offers, and the channels name in place of the UUID. The destination is given the
-    /// same one, and takes no connection without it. Not for a QEMU destination, which compares these bytes with its UUID.
-    ///
-    /// With `None` and [`Peer::Multifd`] each migration makes one of its own: the destination learns it from main, and so
-    /// takes no channel of an earlier attempt.
-    pub token: Option<[u8; 16]>,
-    /// Put the UUID into the configuration section too, for the destination to compare.
-    pub validate_uuid: bool,
-    /// Where rounds end on main.
-    pub dialect: Dialect,
-    /// When main names the end of a round.
-    pub flush: Flush,
-    /// How long a section of the per-section dialect is to take; of no effect in the other.
-    pub section_time: Duration,
-    /// Where zero pages go.
-    pub zero_pages: ZeroPages,
-    /// What happens with pages that were never touched.
-    pub untouched: Untouched,
-    /// Compression of page contents, on all channels.
-    pub compression: Compression,
-    /// Level of the compression; the compressor's range.
-    pub compression_level: i32,
-    /// Each channel compresses only while that takes less time than it saves, by what the channel observes. Its packets
-    /// differ then, each says what it is; a QEMU destination takes only those of the method that it is configured for.
-    pub auto_compression: bool,
-    /// Have the kernel read page contents straight from guest memory where the connections can (`MSG_ZEROCOPY`); where they
-    /// cannot, pages are copied, with a warning. Of no effect on compressed pages, which are a copy.
-    pub zero_copy: bool,
-    /// Bytes per second on all connections together while the guest runs; `None` for no limit.
-    pub max_bandwidth: Option<u64>,
-    /// When to switch over, when to give up.
-    pub limits: Limits,
-    /// The longest pause of the guest, from the call of [`SourceVm::pause`](crate::vm::SourceVm::pause) on; `None` for no
-    /// limit. When it has passed, the guest resumes, or, where the destination was told to start it and has not answered,
-    /// the outcome is in doubt.
-    pub pause_limit: Option<Duration>,
-    /// How long the destination may take fewer than 4 KiB on all connections while the guest runs; `None` for no limit.
-    pub stall_limit: Option<Duration>,
-    /// What the stream keeps of an earlier one, if it is sent again from a checkpoint.
-    pub replay: Replay,
+    /// What both ends must agree on.
+    pub format: StreamFormat,
+    /// How this end sends.
+    pub plan: Plan,
+    /// Limits to begin with; [`Handle`](super::Handle) changes them while the migration runs.
+    pub parameters: Parameters,
     /// Where time comes from.
     pub clock: Clock,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
-    pub broken: Option<crate::testing::broken::Broken>,
+    pub(crate) broken: Option<crate::testing::broken::Broken>,
 }
 
 impl Default for Options {
-    /// 4 channels, one sync point per round, zero pages in packets, no compression, no limit on bandwidth.
+    /// A destination of ours, and the defaults of the parts.
     fn default() -> Options {
         Options {
             peer: Peer::Multifd,
-            channels: 4,
-            machine: "multifd".to_owned(),
-            uuid: [0; 16],
-            token: None,
-            validate_uuid: false,
-            dialect: Dialect::PerRound,
-            flush: Flush::Early,
-            section_time: Duration::from_millis(50),
-            zero_pages: ZeroPages::Multifd,
-            untouched: Untouched::Skip,
-            compression: Compression::None,
-            compression_level: 1,
-            auto_compression: false,
-            zero_copy: false,
-            max_bandwidth: None,
-            limits: Limits::default(),
-            pause_limit: Some(Duration::from_secs(120)),
-            stall_limit: Some(Duration::from_secs(120)),
-            replay: Replay::default(),
+            format: StreamFormat::default(),
+            plan: Plan::default(),
+            parameters: Parameters::default(),
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
             #[cfg(any(test, feature = "broken-variants"))]
@@ -114,9 +61,90 @@ impl Options {
     pub(super) fn offer(&self) -> Option<Offer> {
         match self.peer {
             Peer::Multifd => {
-                Some(Offer { channels: self.channels, token: self.token, extensions: Extensions::known() })
+                Some(Offer { channels: self.plan.channels, token: self.format.token, extensions: Extensions::known() })
             }
             Peer::Qemu => None,
+        }
+    }
+}
+
+/// What the stream is like. Fixed once the migration begins.
+///
+/// A QEMU destination has to be configured for the same machine, compression and dialect; ours finds them out.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct StreamFormat {
+    /// Machine type in the configuration section; a QEMU destination refuses another than its own.
+    pub machine: String,
+    /// UUID of the VM, in the first packet of every channel; all zero where it has none.
+    pub uuid: [u8; 16],
+    /// Put the UUID into the configuration section too, for the destination to compare.
+    pub validate_uuid: bool,
+    /// A secret of this migration that main offers, and the channels name in place of the UUID. The destination is given the
+    /// same one, and takes no connection without it. Not for a QEMU destination, which compares these bytes with its UUID.
+    ///
+    /// With `None` and [`Peer::Multifd`] each migration makes one of its own: the destination learns it from main, and so
+    /// takes no channel of an earlier attempt.
+    pub token: Option<[u8; 16]>,
+    /// Where rounds end on main.
+    pub dialect: Dialect,
+    /// Where zero pages go.
+    pub zero_pages: ZeroPages,
+    /// What happens with pages that were never touched.
+    pub untouched: Untouched,
+    /// Compression of page contents, on all channels.
+    pub compression: Compression,
+    /// Each channel compresses only while that takes less time than it saves, by what the channel observes. Its packets
+    /// differ then, each says what it is; a QEMU destination takes only those of the method that it is configured for.
+    pub auto_compression: bool,
+    /// What the stream keeps of an earlier one, if it is sent again from a checkpoint.
+    pub replay: Replay,
+}
+
+impl Default for StreamFormat {
+    /// One sync point per round, zero pages in packets, pages that were never touched left out, no compression.
+    fn default() -> StreamFormat {
+        StreamFormat {
+            machine: "multifd".to_owned(),
+            uuid: [0; 16],
+            validate_uuid: false,
+            token: None,
+            dialect: Dialect::PerRound,
+            zero_pages: ZeroPages::Multifd,
+            untouched: Untouched::Skip,
+            compression: Compression::None,
+            auto_compression: false,
+            replay: Replay::default(),
+        }
+    }
+}
+
+/// How this end sends. Fixed once the migration begins; the destination finds it out or is not concerned.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Plan {
+    /// Connections beside main, 1 to 255.
+    pub channels: u8,
+    /// When main names the end of a round.
+    pub flush: Flush,
+    /// How long a section of the per-section dialect is to take; of no effect in the other.
+    pub section_time: Duration,
+    /// Level of the compression; the compressor's range.
+    pub compression_level: i32,
+    /// Have the kernel read page contents straight from guest memory where the connections can (`MSG_ZEROCOPY`); where they
+    /// cannot, pages are copied, with a warning. Of no effect on compressed pages, which are a copy.
+    pub zero_copy: bool,
+}
+
+impl Default for Plan {
+    /// 4 channels, FLUSH when a round opens, sections of 50 ms, level 1, pages copied into the kernel.
+    fn default() -> Plan {
+        Plan {
+            channels: 4,
+            flush: Flush::Early,
+            section_time: Duration::from_millis(50),
+            compression_level: 1,
+            zero_copy: false,
         }
     }
 }

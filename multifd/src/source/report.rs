@@ -12,7 +12,8 @@ use crate::{
 };
 
 /// The figures of one migration.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// From the first connect to the destination's confirmation.
     pub total: Duration,
@@ -52,6 +53,7 @@ pub struct Report {
 
 /// How sending without copies went. A send is one system call with pages of one packet, or with what was left of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ZeroCopy {
     /// Sends that were to do without a copy.
     pub sends: u64,
@@ -77,6 +79,7 @@ impl ZeroCopy {
 
 /// The parts of the downtime, in the order in which they follow each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Downtime {
     /// From the call that paused the guest to the confirmation.
     pub total: Duration,
@@ -105,13 +108,13 @@ impl Report {
             ram_bytes: layout.bytes(),
             page_size: layout.page_size(),
             main_bytes: 0,
-            channel_bytes: vec![0; usize::from(options.channels)],
+            channel_bytes: vec![0; usize::from(options.plan.channels)],
             throttle: 0,
             dirty_log: "",
-            dialect: options.dialect,
-            compression: options.compression,
+            dialect: options.format.dialect,
+            compression: options.format.compression,
             auto_compression: Vec::new(),
-            zero_copy: options.zero_copy.then(ZeroCopy::default),
+            zero_copy: options.plan.zero_copy.then(ZeroCopy::default),
         }
     }
 

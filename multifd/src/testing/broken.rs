@@ -6,7 +6,9 @@
 use multifd_proto::rounds::Party;
 
 use crate::{
+    destination,
     error::Error,
+    source,
     sync::{Arc, Condvar, Mutex, lock, wait},
     transport::Stopper,
 };
@@ -23,6 +25,18 @@ pub enum Broken {
     SyncPagesDropped,
     /// Source: dirty tracking starts when round 0 has been read, not before.
     TrackingStartsLate,
+}
+
+impl Broken {
+    /// Breaks the promise at a source with these options.
+    pub fn at_source(self, options: &mut source::Options) {
+        options.broken = Some(self);
+    }
+
+    /// Breaks the promise at a destination with these options.
+    pub fn at_destination(self, options: &mut destination::Options) {
+        options.broken = Some(self);
+    }
 }
 
 /// What the destination's broken variants meet at, from the second sync point on. Clones are the same.

@@ -87,7 +87,11 @@ fn memory_and_device_state_arrive_in_every_mode() {
                 for channels in [1, 2, 5] {
                     let mut vm = writing_source(filled());
                     let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-                    let options = source::Options { channels, dialect, zero_pages, flush, ..Default::default() };
+                    let mut options = source::Options::default();
+                    options.plan.channels = channels;
+                    options.format.dialect = dialect;
+                    options.format.zero_pages = zero_pages;
+                    options.plan.flush = flush;
                     let receiving = destination::Options { audit: true, ..Default::default() };
                     let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
                     let (sent, received) = (sent.unwrap(), received.unwrap());
@@ -122,7 +126,9 @@ fn untouched_pages_are_not_sent_or_sent_as_zeros_without_being_read() {
         // The source lies about these pages, which shows that nobody read them.
         vm.untouched = (100..300).collect();
         let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-        let options = source::Options { untouched, zero_pages, ..Default::default() };
+        let mut options = source::Options::default();
+        options.format.untouched = untouched;
+        options.format.zero_pages = zero_pages;
         let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
         received.unwrap();
         assert_eq!(sent.unwrap().skipped, if untouched == Untouched::Skip { 200 } else { 0 });
@@ -221,7 +227,8 @@ fn another_number_of_channels_than_required_is_refused() {
     for (opened, required) in [(2, 1), (3, 2)] {
         let mut vm = TestSource::new(filled());
         let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-        let options = source::Options { channels: opened, ..Default::default() };
+        let mut options = source::Options::default();
+        options.plan.channels = opened;
         let receiving = destination::Options { channels: Some(required), ..Default::default() };
         let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
         assert!(sent.is_err());
@@ -241,13 +248,45 @@ fn a_guest_that_writes_too_fast_does_not_converge() {
     });
     let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
     let mut options = source::Options::default();
-    options.limits.rounds = Some(4);
-    options.limits.downtime = std::time::Duration::ZERO;
+    options.parameters.limits.rounds = Some(4);
+    options.parameters.limits.downtime = std::time::Duration::ZERO;
     let (sent, received) = migrate(&mut vm, &mut to, options, Default::default());
     assert!(matches!(sent, Err(Error::DoesNotConverge { rounds: 4, .. })), "{sent:?}");
     assert!(received.is_err());
     assert!(vm.writer.is_running());
     assert!(!vm.calls().contains(&"pause"));
+}
+
+#[test]
+fn a_downtime_limit_that_is_raised_meanwhile_lets_the_migration_end() {
+    let mut options = source::Options::default();
+    options.parameters.limits.rounds = None;
+    options.parameters.limits.downtime = std::time::Duration::ZERO;
+    let source = Source::new(options);
+    let handle = source.handle();
+    let mut vm = TestSource::new(filled());
+    let mut drains = 0;
+    vm.at_drain = Box::new(move |writer| {
+        for page in 0..700 {
+            writer.write(page, page + drains);
+        }
+        drains += 1;
+        if drains == 4 {
+            handle.set_parameters(|parameters| parameters.limits.downtime = std::time::Duration::from_secs(3600));
+            assert_eq!(handle.parameters().limits.rounds, None);
+        }
+    });
+    let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+    let (listener, connector) = memory::listener(100_000);
+    let report = std::thread::scope(|scope| {
+        let receiving =
+            scope.spawn(|| destination::Destination::new(Default::default()).run(&mut to, Box::new(listener), &mut ()));
+        let sent = source.run(&mut vm, &connector, &mut ()).unwrap();
+        receiving.join().unwrap().unwrap();
+        sent
+    });
+    // Four with the guest running, and the last one.
+    assert_eq!(report.rounds.len(), 5);
 }
 
 #[test]
@@ -315,7 +354,9 @@ fn compressed_pages_arrive() {
         for zero_pages in [ZeroPages::Multifd, ZeroPages::Legacy] {
             let mut vm = writing_source(filled());
             let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-            let options = source::Options { compression, zero_pages, ..Default::default() };
+            let mut options = source::Options::default();
+            options.format.compression = compression;
+            options.format.zero_pages = zero_pages;
             let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
             let sent = sent.unwrap();
             received.unwrap();
@@ -329,7 +370,9 @@ fn compressed_pages_arrive() {
 fn another_compression_than_required_is_named() {
     let mut vm = TestSource::new(filled());
     let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-    let options = source::Options { compression: Compression::Zlib, channels: 1, ..Default::default() };
+    let mut options = source::Options::default();
+    options.format.compression = Compression::Zlib;
+    options.plan.channels = 1;
     let receiving = destination::Options { compression: Some(Compression::Zstd), ..Default::default() };
     let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
     assert!(sent.is_err());
@@ -347,7 +390,10 @@ fn pages_sent_without_copies_arrive_and_are_counted() {
         let connector = listener.uri().connector().unwrap();
         let mut vm = writing_source(filled());
         let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-        let options = source::Options { zero_copy: true, zero_pages, dialect, ..Default::default() };
+        let mut options = source::Options::default();
+        options.plan.zero_copy = true;
+        options.format.zero_pages = zero_pages;
+        options.format.dialect = dialect;
         let transport: (Box<dyn Listen>, &dyn Connect) = (Box::new(listener), &*connector);
         let (sent, received) = migrate_over(transport, &mut vm, &mut to, options, destination::Options::default());
         received.unwrap();
@@ -365,7 +411,8 @@ fn where_sending_without_copies_is_not_possible_the_report_says_why() {
     for (asked, refused) in [(false, None), (true, Some("this kind of connection does not have it"))] {
         let mut vm = writing_source(filled());
         let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
-        let options = source::Options { zero_copy: asked, ..Default::default() };
+        let mut options = source::Options::default();
+        options.plan.zero_copy = asked;
         let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
         received.unwrap();
         assert_same(&vm.writer_ram(), &to.ram);
@@ -387,13 +434,11 @@ fn sent_with_auto_compression(word: impl FnMut() -> u64) -> source::ChannelCompr
     }
     let mut vm = TestSource::new(from);
     let mut to = TestDestination::new(ram());
-    let options = source::Options {
-        channels: 1,
-        compression: Compression::Zstd,
-        auto_compression: true,
-        max_bandwidth: Some(10_000_000),
-        ..Default::default()
-    };
+    let mut options = source::Options::default();
+    options.plan.channels = 1;
+    options.format.compression = Compression::Zstd;
+    options.format.auto_compression = true;
+    options.parameters.max_bandwidth = Some(10_000_000);
     let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
     received.unwrap();
     assert_same(&vm.writer_ram(), &to.ram);

@@ -109,18 +109,16 @@ impl Mode {
     }
 
     fn source(self) -> source::Options {
-        let mut options = source::Options {
-            peer: self.peer,
-            channels: self.channels,
-            dialect: self.dialect,
-            flush: self.flush,
-            zero_pages: self.zero_pages,
-            clock: counting_clock(),
-            ..Default::default()
-        };
+        let mut options = source::Options::default();
+        options.peer = self.peer;
+        options.plan.channels = self.channels;
+        options.format.dialect = self.dialect;
+        options.plan.flush = self.flush;
+        options.format.zero_pages = self.zero_pages;
+        options.clock = counting_clock();
         // Round after round until the guest has nothing more to write.
-        options.limits.downtime = Duration::ZERO;
-        options.limits.rounds = None;
+        options.parameters.limits.downtime = Duration::ZERO;
+        options.parameters.limits.rounds = None;
         options
     }
 }
@@ -633,7 +631,8 @@ fn a_peer_that_stops_in_the_middle_leaves_the_guest_running() {
             }
         });
         // It answers nothing, so the source must not wait for an answer.
-        let options = source::Options { peer: Peer::Qemu, ..EARLY.source() };
+        let mut options = EARLY.source();
+        options.peer = Peer::Qemu;
         let sent = Source::new(options).run(&mut vm, &connector, &mut ());
         interrupt.stop();
         peer.join().unwrap();
@@ -684,7 +683,8 @@ fn dropped_pages_of_sync_packets_are_caught() {
 #[test]
 fn tracking_that_starts_late_is_caught() {
     must_be_caught("tracking starts after reading", "differs", || {
-        let options = source::Options { broken: Some(Broken::TrackingStartsLate), ..EARLY.source() };
+        let mut options = EARLY.source();
+        options.broken = Some(Broken::TrackingStartsLate);
         let to = TestDestination::new(ram());
         migrate(source_vm(), to, EARLY, options, receiving(), Beside::default()).assert_migrated();
     });

@@ -269,18 +269,17 @@ pub(super) fn settle(guest: &mut Guest, outcome: Outcome, context: &str) -> Owne
 }
 
 pub(super) fn small() -> source::Options {
-    source::Options { channels: CHANNELS, ..Default::default() }
+    let mut options = source::Options::default();
+    options.plan.channels = CHANNELS;
+    options
 }
 
 /// In which modes the operations are gone through: they differ in what main does.
 fn modes() -> Vec<(&'static str, source::Options)> {
-    vec![
-        ("per round", small()),
-        (
-            "per section, legacy zero pages",
-            source::Options { dialect: Dialect::PerSection, zero_pages: ZeroPages::Legacy, ..small() },
-        ),
-    ]
+    let mut per_section = small();
+    per_section.format.dialect = Dialect::PerSection;
+    per_section.format.zero_pages = ZeroPages::Legacy;
+    vec![("per round", small()), ("per section, legacy zero pages", per_section)]
 }
 
 fn print(table: &str, injected: usize, owners: &BTreeMap<Owner, usize>) {

@@ -39,6 +39,12 @@ impl DestinationVm for Slow {
     }
 }
 
+/// `options` with this limit for the pause.
+fn limited(mut options: source::Options, limit: Option<Duration>) -> source::Options {
+    options.parameters.pause_limit = limit;
+    options
+}
+
 /// Migrates a guest to such a VM, calls `meanwhile` while it loads, and lets it load when the source has ended. Returns how the
 /// source ended, whether the guest runs there, and whether the destination has started it.
 fn migrate(options: source::Options, meanwhile: impl FnOnce(&Handle) + Send) -> (Error, bool, bool) {
@@ -72,22 +78,23 @@ const SHORT: Option<Duration> = Some(Duration::from_millis(100));
 /// The guest was paused forever, and neither cancel nor any signal ended that.
 #[test]
 fn a_guest_resumes_when_the_destination_does_not_become_ready() {
-    let (error, here, there) = migrate(source::Options { pause_limit: SHORT, ..small() }, |_| {});
+    let (error, here, there) = migrate(limited(small(), SHORT), |_| {});
     assert!(matches!(error, Error::PauseLimit { .. }), "{error}");
     assert!(here && !there);
 }
 
 #[test]
 fn the_limit_can_be_set_while_the_guest_is_paused() {
-    let options = source::Options { pause_limit: None, ..small() };
-    let (error, here, there) = migrate(options, |handle| handle.set_pause_limit(SHORT));
+    let options = limited(small(), None);
+    let (error, here, there) =
+        migrate(options, |handle| handle.set_parameters(|parameters| parameters.pause_limit = SHORT));
     assert!(matches!(error, Error::PauseLimit { .. }), "{error}");
     assert!(here && !there);
 }
 
 #[test]
 fn a_cancel_while_the_destination_loads_resumes_the_guest() {
-    let (error, here, there) = migrate(source::Options { pause_limit: None, ..small() }, Handle::cancel);
+    let (error, here, there) = migrate(limited(small(), None), Handle::cancel);
     assert!(matches!(error, Error::Cancelled), "{error}");
     assert!(here && !there);
 }
@@ -96,9 +103,13 @@ fn a_cancel_while_the_destination_loads_resumes_the_guest() {
 /// byte resumes the guest.
 #[test]
 fn with_a_qemu_the_limit_and_a_cancel_leave_the_outcome_in_doubt() {
-    let qemu = || source::Options { peer: Peer::Qemu, ..small() };
-    let limit = migrate(source::Options { pause_limit: SHORT, ..qemu() }, |_| {});
-    let cancel = migrate(source::Options { pause_limit: None, ..qemu() }, |handle| {
+    let qemu = || {
+        let mut options = small();
+        options.peer = Peer::Qemu;
+        options
+    };
+    let limit = migrate(limited(qemu(), SHORT), |_| {});
+    let cancel = migrate(limited(qemu(), None), |handle| {
         // By then the last byte has been written on any machine that is not very busy.
         thread::sleep(Duration::from_millis(200));
         handle.cancel();

@@ -50,7 +50,9 @@ fn send(to: &mut TestDestination, untouched: Untouched, value: impl Fn(u64) -> u
         let destination = Destination::new(Default::default());
         let received = std::thread::scope(|scope| {
             let receiving = scope.spawn(move || destination.run(to, Box::new(listener), &mut ()));
-            let options = Options { channels: 2, untouched, ..Default::default() };
+            let mut options = Options::default();
+            options.plan.channels = 2;
+            options.format.untouched = untouched;
             let sent = Source::new(options).run(&mut vm, &connector, &mut ());
             let received = receiving.join().unwrap();
             assert_eq!(sent.is_ok(), received.is_ok(), "{:?}, {:?}", sent.err(), received.err());

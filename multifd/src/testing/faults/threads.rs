@@ -7,7 +7,6 @@ use std::sync::atomic::AtomicUsize;
 use super::injected::{Attempt, CHANNELS, Guest, Outcome, Owner, migrate, settle, small};
 use crate::{
     error::Error,
-    source,
     sync::Arc,
     threads::{
         StdThreads, ThreadRole, Threads,
@@ -31,7 +30,9 @@ fn loses_at(index: usize) -> Arc<dyn Threads> {
 
 /// Migrates with such threads on either side.
 fn attempt(guest: &mut Guest, source: Arc<dyn Threads>, destination: Arc<dyn Threads>) -> Outcome {
-    let mut attempt = Attempt::new(source::Options { threads: source, ..small() });
+    let mut options = small();
+    options.threads = source;
+    let mut attempt = Attempt::new(options);
     attempt.receiving_threads = destination;
     migrate(guest, attempt, |_, _| {})
 }
