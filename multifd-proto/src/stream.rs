@@ -45,7 +45,7 @@ use crate::xbzrle;
 /// Show it bytes with [`step`](Self::step), drop what an item used, and take the item's
 /// [payload](Item::payload_len) from the connection before the next step. It never asks for more than a few hundred bytes and
 /// never allocates by a number of the peer beyond the limits documented as constants here and in [`crate::ram`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MainDecoder {
     page_size: usize,
     /// Length of the file, when the stream is one: mapped-ram headers must stay inside.
@@ -64,7 +64,7 @@ pub struct MainDecoder {
 }
 
 /// What the configuration said.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Configuration {
     machine: Option<String>,
     uuid: Option<[u8; 16]>,
@@ -75,7 +75,7 @@ struct Configuration {
 }
 
 /// The account of the `ram` section.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Ram {
     phase: RamPhase,
     id: u32,

@@ -115,6 +115,16 @@ pub enum Error {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// Main ended while channels were still to come: the source has died or given up.
+    #[error("{at}: {} before all channels were here: {channels}", io_message(source))]
+    SourceGone {
+        /// The first byte that did not come.
+        at: Place,
+        /// Which channels had come.
+        channels: String,
+        /// The kernel's error.
+        source: io::Error,
+    },
     /// A checkpoint cannot be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

@@ -72,6 +72,11 @@ impl MainReader {
         Place { connection: Connection::Main, offset: self.position }
     }
 
+    /// Where the next byte to be received comes from.
+    pub(super) fn end_place(&self) -> Place {
+        Place { connection: Connection::Main, offset: self.position + self.unread().len() as u64 }
+    }
+
     /// The next item. Its payload, if it has one, is to be taken with [`payload`](Self::payload).
     pub(crate) fn next_item(&mut self) -> Result<Item, Error> {
         debug_assert_eq!(self.payload, 0, "the payload of the item before was taken");
@@ -178,7 +183,7 @@ impl MainReader {
         if self.end == self.buf.len() {
             self.buf.resize(self.buf.len() * 2, 0);
         }
-        let at = Place { connection: Connection::Main, offset: self.position + self.end as u64 };
+        let at = self.end_place();
         let n = self.stream.read(&mut self.buf[self.end..]).map_err(Error::io(at))?;
         self.end += n;
         self.pulse.add(n);
@@ -246,9 +251,7 @@ impl MainReader {
     fn fill(&mut self, total: usize) -> Result<(), Error> {
         while self.end - self.start < total {
             if self.receive()? == 0 {
-                let offset = self.position + (self.end - self.start) as u64;
-                let at = Place { connection: Connection::Main, offset };
-                return Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+                return Err(Error::Io { at: self.end_place(), source: io::ErrorKind::UnexpectedEof.into() });
             }
         }
         Ok(())
@@ -308,4 +311,4 @@ pub(crate) fn more_bytes(place: Place) -> Error {
 /// again twice. A description that comes later is not missed by anybody; all that is needed was there.
 const DESCRIPTION_WAIT: Duration = Duration::from_secs(1);
 /// Bytes received at a time; more than any item and payload but a vmdescription.
-const BUFFER: usize = 1 << 20;
+pub(super) const BUFFER: usize = 1 << 20;

@@ -11,6 +11,7 @@ mod connections;
 mod first_touch;
 mod greeting;
 mod main_reader;
+mod main_watch;
 mod named;
 mod options;
 mod report;
@@ -266,17 +267,22 @@ impl Shared {
         slot.stopped
     }
 
-    /// The channels that are missing did not come in time.
-    fn channels_missing(&self) -> Error {
+    /// Which channels have come.
+    fn channels_here(&self) -> String {
         let (joined, known) = self.barrier.members(|members| (members.joined(), members.channels()));
-        let mut what = match (joined, known) {
+        match (joined, known) {
             (joined, Some(channels)) => format!("{joined} of {channels} channels came"),
             (0, None) => "no channel came".to_owned(),
             (joined, None) => format!(
                 "{joined} channels came, and the numbers of their packets show that there are more (if there are not, \
                  give the number of channels): these did not come"
             ),
-        };
+        }
+    }
+
+    /// The channels that are missing did not come in time.
+    fn channels_missing(&self) -> Error {
+        let mut what = self.channels_here();
         if let Some(stranger) = &lock(&self.seen).last_stranger {
             what = format!("a connection was dropped ({stranger}), and {what}");
         }
@@ -291,7 +297,7 @@ impl Shared {
             Error::Io { source, .. } => {
                 matches!(source.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe)
             }
-            Error::Stalled { .. } => true,
+            Error::SourceGone { .. } | Error::Stalled { .. } => true,
             _ => false,
         };
         match lock(&self.seen).beyond.filter(|_| is_the_sources_end) {
@@ -693,10 +699,8 @@ impl Run {
     fn sync_point(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
         let place = self.main().place();
         let round = self.shared.arrive(Party::Main, place)?;
-        if let Some(round) = round
-            && self.shared.barrier.pass_within(round, self.shared.options.setup_timeout)? == Passed::Missing
-        {
-            return Err(self.shared.channels_missing());
+        if let Some(round) = round {
+            self.pass(round)?;
         }
         #[cfg(any(test, feature = "broken-variants"))]
         self.shared.loose.fix_channels(self.shared.barrier.members(|members| members.joined()));

@@ -38,13 +38,38 @@ struct State {
     stopped: bool,
 }
 
-/// What a wait with a limit came to.
+/// What main's wait came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Passed {
     /// The round is over.
     Over,
     /// All that have joined are at its end, and a channel is missing that did not come within the limit.
     Missing,
+    /// Nothing happened so far: main may look at something else and wait on.
+    NotYet,
+}
+
+/// How long main waits at the end of one round.
+pub(crate) struct Patience {
+    /// For channels that have not joined, counted from when only they are missing; `None`: without end.
+    limit: Option<Duration>,
+    /// Set when only they were missing for the first time.
+    deadline: Option<Deadline>,
+    /// After how long main looks at something else. Model checkers have no clock: main never does there.
+    slice: Option<Duration>,
+}
+
+impl Patience {
+    /// Waits for missing channels for at most `limit`, and looks up every `slice`.
+    pub(crate) fn new(limit: Option<Duration>, slice: Duration) -> Patience {
+        Patience { limit, deadline: None, slice: Some(slice) }
+    }
+
+    /// The same without looking up.
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    fn without_looking(limit: Option<Duration>) -> Patience {
+        Patience { limit, deadline: None, slice: None }
+    }
 }
 
 impl RoundBarrier {
@@ -183,30 +208,34 @@ impl RoundBarrier {
         Ok(())
     }
 
-    /// As [`pass`](Self::pass) for main, which waits for channels that have not joined for at most `limit` (`None`: without
-    /// end), counted from when only they are missing.
+    /// As [`pass`](Self::pass) for main, whose wait has limits.
     ///
     /// Where no channel comes and nothing says that there is one, the round ends without.
     ///
     /// # Errors
     /// As [`pass`](Self::pass).
-    pub(crate) fn pass_within(&self, round: u64, limit: Option<Duration>) -> Result<Passed, Error> {
+    pub(crate) fn pass_within(&self, round: u64, patience: &mut Patience) -> Result<Passed, Error> {
+        let slice = Deadline::after(patience.slice);
         let mut state = lock(&self.shared.state);
-        let mut deadline = None;
         while state.rounds.round() == round {
             if state.stopped {
                 return Err(Error::Stopped);
             }
-            if !state.rounds.awaits_strangers_only() {
-                state = wait(&self.shared.over, state);
-                continue;
+            let mut left = slice.left();
+            if state.rounds.awaits_strangers_only() {
+                let deadline = *patience.deadline.get_or_insert_with(|| Deadline::after(patience.limit));
+                if deadline.is_over() {
+                    if !state.rounds.go_alone() {
+                        return Ok(Passed::Missing);
+                    }
+                    continue;
+                }
+                left = left.into_iter().chain(deadline.left()).min();
             }
-            let deadline: Deadline = *deadline.get_or_insert_with(|| Deadline::after(limit));
-            if !deadline.is_over() {
-                state = wait_for(&self.shared.over, state, deadline.left());
-            } else if !state.rounds.go_alone() {
-                return Ok(Passed::Missing);
+            if slice.is_over() {
+                return Ok(Passed::NotYet);
             }
+            state = wait_for(&self.shared.over, state, left);
         }
         Ok(Passed::Over)
     }
@@ -310,23 +339,42 @@ mod tests {
 
     const SYNC: Sync = Sync { number: 0, packets: 0 };
 
+    fn within(milliseconds: Option<u64>) -> Patience {
+        Patience::without_looking(milliseconds.map(Duration::from_millis))
+    }
+
+    #[test]
+    fn main_looks_up_while_it_waits_and_its_limit_counts_on() {
+        let barrier = RoundBarrier::open(Some(1));
+        let round = barrier.arrive(Party::Main, AT).unwrap();
+        let mut patience = Patience::new(Some(Duration::from_millis(50)), Duration::from_millis(1));
+        let mut looks = 0;
+        while barrier.pass_within(round, &mut patience).unwrap() == Passed::NotYet {
+            looks += 1;
+        }
+        assert!(looks > 0);
+        assert_eq!(barrier.pass_within(round, &mut patience).unwrap(), Passed::Missing);
+        barrier.join(ChannelId(0), None, SYNC, AT).unwrap().unwrap();
+        assert_eq!(barrier.pass_within(round, &mut patience).unwrap(), Passed::Over);
+    }
+
     #[test]
     fn main_waits_for_a_channel_that_is_told_of_and_not_longer_than_the_limit() {
         let barrier = RoundBarrier::open(Some(1));
         let round = barrier.arrive(Party::Main, AT).unwrap();
-        assert_eq!(barrier.pass_within(round, Some(Duration::from_millis(20))).unwrap(), Passed::Missing);
+        assert_eq!(barrier.pass_within(round, &mut within(Some(20))).unwrap(), Passed::Missing);
         let late = barrier.clone();
         let late = std::thread::spawn(move || late.join(ChannelId(0), None, SYNC, AT).unwrap().unwrap());
-        assert_eq!(barrier.pass_within(round, None).unwrap(), Passed::Over);
+        assert_eq!(barrier.pass_within(round, &mut within(None)).unwrap(), Passed::Over);
         assert_eq!(late.join().unwrap(), Some(round));
     }
 
     #[test]
     fn main_goes_on_without_channels_where_nothing_says_that_there_are_any() {
         let barrier = RoundBarrier::open(None);
-        for limit in [None, Some(Duration::from_millis(20)), None] {
+        for limit in [None, Some(20), None] {
             let round = barrier.arrive(Party::Main, AT).unwrap();
-            assert_eq!(barrier.pass_within(round, limit).unwrap(), Passed::Over);
+            assert_eq!(barrier.pass_within(round, &mut within(limit)).unwrap(), Passed::Over);
         }
         let late = barrier.join(ChannelId(0), None, SYNC, AT).unwrap();
         assert_eq!(late, Err(Stranger::TooLate { id: ChannelId(0) }));

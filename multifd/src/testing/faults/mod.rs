@@ -12,6 +12,7 @@ mod pause;
 mod reused_memory;
 mod set_up;
 mod silence;
+mod source_gone;
 mod strangers;
 mod threads;
 mod waiting_source;
