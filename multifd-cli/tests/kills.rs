@@ -343,8 +343,8 @@ impl Random {
     }
 }
 
-/// For anything that a loaded machine may take its time for. A destination whose source dies while it still waits for
-/// channels ends 30 s later, with its deadline for them.
-const LIMIT: Duration = Duration::from_secs(90);
+/// For anything that a loaded machine may take its time for; less than the deadline for channels, which a destination whose
+/// source has died does not wait for.
+const LIMIT: Duration = Duration::from_secs(25);
 /// For all moments together, unless more are asked for.
 const ENOUGH: Duration = Duration::from_secs(75);

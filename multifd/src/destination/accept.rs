@@ -7,7 +7,10 @@ use std::{io, time::Duration};
 
 use rustix::io::Errno;
 
-use super::{MainSlotStopper, Shared, greeting};
+use super::{
+    greeting,
+    shared::{MainSlotStopper, Shared},
+};
 use crate::{
     error::{Connection, Error, Place},
     stop::PanicGuard,

@@ -12,7 +12,12 @@ use multifd_proto::{
     violation,
 };
 
-use super::{PageSink, Pages, Scratch, Shared, connections::Stage, greeting::Refused};
+use super::{
+    PageSink, Scratch,
+    connections::Stage,
+    greeting::Refused,
+    shared::{Pages, Shared},
+};
 use crate::{
     compress::Decompressor,
     error::{Connection, Error, Place},

@@ -13,7 +13,7 @@ use multifd_proto::{
     stream::{self, Item, MainDecoder, Step},
 };
 
-use super::{Shared, channel::ReceiveChannel, connections::Stage};
+use super::{channel::ReceiveChannel, connections::Stage, shared::Shared};
 use crate::{
     error::{Error, Mismatch},
     sync::{Arc, Deadline, lock},

@@ -1,0 +1,101 @@
+//! The commit: takes the VM over as [`DestinationCommit`] decides, or refuses it.
+
+use multifd_proto::{
+    Violation,
+    commit::{DestinationAction, DestinationCommit, DestinationEvent},
+    extension::Extension,
+    return_path::Message,
+};
+
+use super::{MainReader, Mode, Run, Target};
+use crate::{checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, sync::lock, transport::Stopper};
+
+impl Run {
+    /// Takes the VM over, as [`DestinationCommit`] decides by the messages of the source.
+    pub(super) fn confirm(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+        let place = self.main().place();
+        if self.report.mode == Mode::Snapshot {
+            self.snapshot_is_whole(target)?;
+        } else if !self.main().decoder().ram_ended() {
+            return Err(Error::protocol(place)(Violation::UnexpectedElement {
+                element: "end of the stream",
+                place: "before the END section of ram",
+            }));
+        }
+        self.nothing_is_missing()?;
+        // A source without uuid names one of zeros.
+        let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
+        // What it takes to make everything durable is not the source's silence.
+        Pulse::rest(self.watchdog.timers());
+        target.prepare(self.report.uuid.or(named))?;
+        let two_step = self.extensions.contains(Extension::TwoStepCommit);
+        let mut commit = if two_step { DestinationCommit::two_step() } else { DestinationCommit::one_step() };
+        let mut action = commit.on(DestinationEvent::Loaded);
+        if action == DestinationAction::WriteReady {
+            let stall_limit = self.shared.options.stall_limit;
+            self.shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &self.shared.stop);
+            self.main().reply(&Message::Ready)?;
+            self.main().await_go()?;
+            Pulse::rest(self.watchdog.timers());
+            action = commit.on(DestinationEvent::Go);
+        }
+        debug_assert_eq!(action, DestinationAction::Start);
+        // A cancel that came before wins.
+        self.shared.stop.decide()?;
+        let mut kept = target.commit();
+        if two_step && kept.is_ok() {
+            kept = target.start();
+        }
+        let _ = commit.on(if kept.is_ok() { DestinationEvent::Started } else { DestinationEvent::StartFailed });
+        // What is left to do needs the source, and has a limit.
+        self.bound_the_end();
+        let told = match &kept {
+            Ok(()) if self.return_path => self.main().reply(&Message::Shut(0)),
+            Ok(()) => Ok(()),
+            Err(error) => {
+                refuse(self.main.as_mut(), self.return_path, two_step, error);
+                Ok(())
+            }
+        };
+        kept?;
+        if two_step {
+            // The VM runs here, and the source will not resume it, whether it heard of that or not.
+            if let Err(error) = told {
+                tracing::warn!(%error, "the VM runs here, and the source could not be told");
+            }
+            return Ok(());
+        }
+        // Without GO the source may resume when it has not heard of it: then the VM must not start here.
+        told.map_err(|error| Error::InDoubt { reason: Box::new(error) })?;
+        target.start()
+    }
+
+    /// From now on the connections end when the limit has passed, whatever they wait for.
+    pub(super) fn bound_the_end(&self) {
+        let shared = self.shared.clone();
+        self.watchdog.timers().set("end", self.shared.options.close_timeout, move || {
+            shared.connections.stop();
+            None
+        });
+    }
+
+    /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
+    /// runs by now, so a source that does not is only logged.
+    pub(super) fn await_close(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+        let timeout = self.shared.options.close_timeout;
+        let mut rest = Vec::new();
+        if let Err(error) = self.main().await_close(timeout, &mut rest, MAX_DEVICE_STATE) {
+            tracing::debug!(%error, "while waiting for the source to close main");
+        }
+        if rest.is_empty() { Ok(()) } else { target.rest(&rest) }
+    }
+}
+
+/// Tells the source that the VM does not run here and never will, if it listens; why, if it understands that.
+pub(super) fn refuse(main: Option<&mut MainReader>, return_path: bool, ours: bool, reason: &dyn std::fmt::Display) {
+    let Some(main) = main.filter(|_| return_path) else { return };
+    let reason = ours.then(|| main.reply(&Message::Reason(reason.to_string())));
+    if let Err(error) = reason.unwrap_or(Ok(())).and_then(|()| main.reply(&Message::Shut(1))) {
+        tracing::debug!(%error, "the source could not be told that the VM does not run here");
+    }
+}

@@ -1,0 +1,218 @@
+//! Reads main to the end of the stream: what each of its items means here.
+
+use multifd_proto::{
+    command::Command,
+    machine::Dialect,
+    ram::BlockEntry,
+    return_path::Message,
+    stream::{Item, Section, SectionKind},
+    violation,
+};
+
+use super::{Body, Mode, Run, StreamHead, Target, shared::Pages};
+use crate::{
+    error::{Error, Mismatch},
+    layout::Layout,
+    progress::{Observer, Phase},
+    round::audit::Audit,
+    sync::{Arc, atomic::Ordering, lock},
+};
+
+impl Run {
+    /// Reads main to the end of the stream.
+    pub(super) fn stream(&mut self, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
+        loop {
+            let item = self.main().next_item()?;
+            if !self.identified && !is_configuration(&item) {
+                self.check_uuid()?;
+                self.identified = true;
+                self.shared.identified();
+            }
+            match item {
+                Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
+                Item::Configuration { machine } => self.configuration(machine)?,
+                Item::ConfigCapabilities(names) => {
+                    refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
+                }
+                Item::ConfigUuid(uuid) => {
+                    lock(&self.shared.seen).main_uuid = Some(uuid);
+                    self.report.uuid = Some(uuid);
+                }
+                Item::ConfigOffer(offer) => {
+                    let (opened, barrier) = (usize::from(offer.channels), &self.shared.barrier);
+                    if let (Err(_), Some(expected)) =
+                        barrier.members(|members| (members.tell(opened), members.channels()))
+                    {
+                        return Err(Mismatch::Channels { opened, expected }.into());
+                    }
+                    lock(&self.shared.seen).main_token = offer.token;
+                    self.offer = Some(offer);
+                }
+                Item::Command(command) => self.command(&command)?,
+                Item::RamStart { .. } => {}
+                Item::BlocksEnd => self.open_ram(target)?,
+                Item::RamPart { end } => self.ram_part(end, observer)?,
+                Item::ZeroPage { block, offset } => {
+                    self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
+                    self.wrote(block, offset);
+                    self.shared.progress.add_pages(0, 1);
+                    self.name(block, offset)?;
+                }
+                Item::Page { block, offset, len } => self.page(block, offset, len)?,
+                Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
+                Item::CompressPage { block, offset, len } => self.compressed_page(block, offset, len)?,
+                Item::Flush => {
+                    self.shared.barrier.members(|members| members.expect_channels());
+                    self.sync_point(observer)?;
+                }
+                Item::Eos => {
+                    self.report.dialect = self.main().decoder().dialect();
+                    if self.report.dialect == Some(Dialect::PerSection) {
+                        self.sync_point(observer)?;
+                    }
+                    if self.main().decoder().ram_ended() {
+                        // Every page is in place, also in a VM without devices.
+                        self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
+                    }
+                }
+                Item::Section(section) => {
+                    if self.section(&section, target, observer)? == Body::RestOfStream {
+                        if !self.main().decoder().ram_ended() {
+                            self.report.mode = Mode::Snapshot;
+                        }
+                        return Ok(());
+                    }
+                }
+                Item::Eof => {
+                    if self.main().decoder().is_snapshot() {
+                        self.report.mode = Mode::Snapshot;
+                    }
+                    if !self.main().vmdescription_follows()? {
+                        return Ok(());
+                    }
+                }
+                Item::VmDescription { len } => {
+                    self.main().skip(len)?;
+                    return self.main().nothing_follows();
+                }
+            }
+        }
+    }
+
+    /// Compares the uuid of a VM whose channels do not name it with the one that is expected.
+    fn check_uuid(&mut self) -> Result<(), Error> {
+        let (main_uuid, main_token) = {
+            let seen = lock(&self.shared.seen);
+            (seen.main_uuid, seen.main_token)
+        };
+        let found = main_uuid.unwrap_or_default();
+        match self.shared.options.uuid {
+            Some(expected) if main_token.is_some() && expected != found => {
+                Err(Error::protocol(self.main().place())(violation::Mismatch::Uuid { expected, found }))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn configuration(&mut self, machine: String) -> Result<(), Error> {
+        match &self.shared.options.machine {
+            Some(ours) if *ours != machine => Err(Mismatch::Machine { theirs: machine, ours: ours.clone() }.into()),
+            _ => {
+                self.report.machine = machine;
+                Ok(())
+            }
+        }
+    }
+
+    fn command(&mut self, command: &Command) -> Result<(), Error> {
+        match command {
+            Command::OpenReturnPath => {
+                self.return_path = true;
+                if let Some(offer) = &self.offer {
+                    self.extensions = offer.extensions.and(&self.shared.options.extensions);
+                    let accepted = Message::Accepted(self.extensions.clone());
+                    self.main().reply(&accepted)?;
+                }
+                if self.ack_timing.due_at_once(&self.report.machine) {
+                    self.main().reply(&Message::SwitchoverAck)?;
+                }
+                Ok(())
+            }
+            Command::Ping(value) => self.main().reply(&Message::Pong(*value)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The block list is complete: finds out where its pages go.
+    fn open_ram(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+        let decoder = self.main().decoder();
+        let blocks: Vec<BlockEntry> = decoder.blocks().to_vec();
+        let page_size = self.shared.page_size;
+        let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.used_len)))?;
+        self.shared.progress.set_pages_total(layout.pages());
+        self.report.blocks = blocks.iter().map(|block| (block.name.clone(), block.used_len)).collect();
+        let ram_section = self.main().decoder().ram_section().expect("its block list was read");
+        let (machine, return_path) = (self.report.machine.clone(), self.return_path);
+        let head = StreamHead { machine, return_path, ram_section, blocks, layout };
+        let sink = target.open_ram(&head)?;
+        let layout = Arc::new(head.layout);
+        self.audit = match self.shared.options.audit {
+            true => Some(Arc::new(Audit::new(layout.clone())?)),
+            false => None,
+        };
+        *lock(&self.shared.pages) = Some(Pages { layout, sink: sink.clone(), audit: self.audit.clone() });
+        self.sink = Some(sink);
+        Ok(())
+    }
+
+    fn ram_part(&mut self, end: bool, observer: &mut dyn Observer) -> Result<(), Error> {
+        if !end && self.return_path {
+            let pages = self.main_pages + self.shared.channel_pages.load(Ordering::Relaxed);
+            let newer_packets = self.shared.newer_packets.load(Ordering::Relaxed);
+            if self.ack_timing.due_in_part(&self.report.machine, pages, newer_packets) {
+                tracing::info!("the source goes on without a page left to send: it is told that it may switch over");
+                self.main().reply(&Message::SwitchoverAck)?;
+            }
+        }
+        self.paused = end;
+        self.enter_once(if end { Phase::Switchover } else { Phase::Rounds }, observer);
+        Ok(())
+    }
+
+    /// The state of one device.
+    fn section(
+        &mut self,
+        section: &Section,
+        target: &mut dyn Target,
+        observer: &mut dyn Observer,
+    ) -> Result<Body, Error> {
+        if section.kind != SectionKind::Full {
+            self.ack_timing.more_than_ram();
+            return target.section_part(section, self.main()).map(|()| Body::Section);
+        }
+        let ram_ended = self.main().decoder().ram_ended();
+        if ram_ended {
+            self.enter_once(Phase::Devices, observer);
+        }
+        target.section(section, ram_ended, self.main())
+    }
+}
+
+/// Whether `item` comes before it is known whose migration it is.
+fn is_configuration(item: &Item) -> bool {
+    matches!(
+        item,
+        Item::Header
+            | Item::Configuration { .. }
+            | Item::ConfigPageBits(_)
+            | Item::ConfigCapabilities(_)
+            | Item::ConfigUuid(_)
+            | Item::ConfigOffer(_)
+    )
+}
+
+/// Refuses streams that leave out a part of the VM, or put it elsewhere.
+fn refuse_capabilities(names: Vec<String>) -> Result<(), violation::Mismatch> {
+    // The decoder knows no capabilities that need nothing of us.
+    names.into_iter().next().map_or(Ok(()), |name| Err(violation::Mismatch::Capability { name }))
+}

@@ -1,0 +1,80 @@
+//! What main does at a sync point, where a round ends.
+
+use std::time::Duration;
+
+use multifd_proto::rounds::Party;
+
+use super::Run;
+use crate::{
+    error::Error,
+    progress::{Event, Observer, RoundStats},
+    round::barrier::{Passed, Patience},
+};
+
+impl Run {
+    /// The end of a round, or of a section in the dialect that ends each of them.
+    pub(super) fn sync_point(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
+        let place = self.main().place();
+        let round = self.shared.arrive(Party::Main, place)?;
+        if let Some(round) = round {
+            self.pass(round)?;
+        }
+        #[cfg(any(test, feature = "broken-variants"))]
+        self.shared.loose.fix_channels(self.shared.barrier.members(|members| members.joined()));
+        self.look_at_members();
+        self.count_round(observer);
+        Ok(())
+    }
+
+    /// Waits until `round` is over, at whose end main has arrived.
+    ///
+    /// # Errors
+    /// Channels that are missing did not come in time, or main has ended meanwhile; as
+    /// [`RoundBarrier::pass`](crate::round::barrier::RoundBarrier::pass).
+    fn pass(&mut self, round: u64) -> Result<(), Error> {
+        let mut patience = Patience::new(self.shared.options.setup_timeout, LOOK_EVERY);
+        loop {
+            match self.shared.barrier.pass_within(round, &mut patience)? {
+                Passed::Over => return Ok(()),
+                Passed::Missing => return Err(self.shared.channels_missing()),
+                Passed::NotYet => self.look_at_main()?,
+            }
+        }
+    }
+
+    /// Notices that main has ended where it may not.
+    fn look_at_main(&mut self) -> Result<(), Error> {
+        let Some((at, source)) = self.main().look() else { return Ok(()) };
+        Err(match self.shared.barrier.members(|members| members.is_complete()) {
+            true => Error::Io { at, source },
+            false => Error::SourceGone { at, channels: self.shared.channels_here(), source },
+        })
+    }
+
+    fn count_round(&mut self, observer: &mut dyn Observer) {
+        let now = self.shared.options.clock.now();
+        let snapshot = self.shared.progress.snapshot();
+        let (normal, zero, bytes) = self.round_totals;
+        self.round_totals = (snapshot.normal, snapshot.zero, snapshot.bytes());
+        let stats = RoundStats {
+            round: self.rounds,
+            dirty_pages: snapshot.normal + snapshot.zero - normal - zero,
+            normal: snapshot.normal - normal,
+            zero: snapshot.zero - zero,
+            bytes: snapshot.bytes() - bytes,
+            took: now - self.round_begun,
+            guest_running: !self.paused,
+            dirty_after: 0,
+            expected_downtime: Duration::ZERO,
+            throttle: 0,
+        };
+        self.round_begun = now;
+        self.shared.progress.open_round(stats.round + 1, 0);
+        observer.event(&Event::Round(stats.clone()));
+        self.rounds += 1;
+        stats.keep_in(&mut self.report.rounds);
+    }
+}
+
+/// How often main's connection is looked at while main waits. Most rounds are over sooner.
+const LOOK_EVERY: Duration = Duration::from_millis(100);

@@ -1,0 +1,218 @@
+//! What all threads of one destination share.
+
+use std::time::Duration;
+
+use multifd_proto::{
+    ChannelId,
+    membership::Stranger,
+    packet::{Compression, Hello},
+    rounds::{Party, Sync},
+};
+
+use super::{Options, PageSink, connections::Connections};
+use crate::{
+    compress::Windows,
+    error::{Error, Place},
+    layout::Layout,
+    progress::Progress,
+    pulse::Pulse,
+    round::{audit::Audit, barrier::RoundBarrier},
+    stop::StopHandle,
+    sync::{
+        Arc, Condvar, Deadline, Mutex,
+        atomic::{AtomicBool, AtomicU64},
+        lock, wait, wait_for,
+    },
+    transport::{Stopper, Stream},
+};
+
+/// What all threads of one destination share.
+pub(super) struct Shared {
+    pub(super) page_size: usize,
+    pub(super) barrier: RoundBarrier,
+    /// The memory of all decompressors.
+    pub(super) windows: Arc<Windows>,
+    pub(super) progress: Progress,
+    /// What all connections moved; by it the migration notices that the source is silent.
+    pub(super) pulse: Pulse,
+    pub(super) stop: StopHandle,
+    pub(super) options: Options,
+    /// Main, once a connection turned out to be it.
+    pub(super) main: Mutex<MainSlot>,
+    pub(super) main_changed: Condvar,
+    /// Where pages go; set before main reaches the first sync point, so every channel finds it behind that.
+    pub(super) pages: Mutex<Option<Pages>>,
+    pub(super) seen: Mutex<Seen>,
+    /// Pages named on all channels. Main compares it with itself; nothing is ordered by it.
+    pub(super) channel_pages: AtomicU64,
+    /// A SYNC packet has come that QEMU 7.2 does not send.
+    pub(super) newer_packets: AtomicBool,
+    /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
+    pub(super) connections: Arc<Connections>,
+    #[cfg(any(test, feature = "broken-variants"))]
+    pub(super) loose: crate::testing::broken::LooseBarrier,
+}
+
+/// Where pages go, and the blocks that they may name.
+#[derive(Clone)]
+pub(super) struct Pages {
+    pub(super) layout: Arc<Layout>,
+    pub(super) sink: Arc<dyn PageSink>,
+    pub(super) audit: Option<Arc<Audit>>,
+}
+
+/// What the connections have said so far.
+#[derive(Default)]
+pub(super) struct Seen {
+    /// In the configuration of main.
+    pub(super) main_uuid: Option<[u8; 16]>,
+    /// In the offer of main: what its channels say in place of the uuid.
+    pub(super) main_token: Option<[u8; 16]>,
+    /// Of the first channel that has joined. It is the same on all.
+    pub(super) uuid: Option<[u8; 16]>,
+    /// Of the first payload, on any channel.
+    pub(super) compression: Option<Compression>,
+    /// Connections that were dropped.
+    pub(super) strangers: u64,
+    /// Who the last of them was, and what it did.
+    pub(super) last_stranger: Option<String>,
+    /// The last that said it is a channel which there cannot be with the number that was required, and that number.
+    pub(super) beyond: Option<(ChannelId, usize)>,
+}
+
+impl Shared {
+    /// What a migration that has not begun shares. `stop` ends all that waits in it.
+    pub(super) fn new(options: Options, page_size: usize, stop: StopHandle, progress: Progress) -> Arc<Shared> {
+        let shared = Arc::new(Shared {
+            page_size,
+            barrier: RoundBarrier::open(options.channels.map(usize::from)),
+            windows: Arc::default(),
+            #[cfg(any(test, feature = "broken-variants"))]
+            loose: crate::testing::broken::LooseBarrier::new(options.broken),
+            progress,
+            pulse: Pulse::default(),
+            stop,
+            options,
+            main: Mutex::new(MainSlot::default()),
+            main_changed: Condvar::new(),
+            pages: Mutex::new(None),
+            seen: Mutex::default(),
+            channel_pages: AtomicU64::new(0),
+            newer_packets: AtomicBool::new(false),
+            connections: Arc::new(Connections::new()),
+        });
+        shared.stop.register(Box::new(shared.barrier.clone()));
+        #[cfg(any(test, feature = "broken-variants"))]
+        shared.stop.register(Box::new(shared.loose.clone()));
+        shared.stop.register(Box::new(MainSlotStopper(shared.clone())));
+        shared.stop.register(Box::new(ConnectionsStopper(shared.connections.clone())));
+        shared
+    }
+
+    /// Reaches the end of the round, whose number it returns; `None` where there is nothing to wait for.
+    pub(super) fn arrive(&self, party: Party, place: Place) -> Result<Option<u64>, Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if let Some(passed) = self.loose.arrive(party) {
+            return passed.map(|()| None);
+        }
+        self.barrier.arrive(party, place).map(Some)
+    }
+
+    /// The channel that said `hello` is at its first SYNC and joins. Returns the round to wait for, if there is one.
+    pub(super) fn join(&self, hello: &Hello, sync: Sync, place: Place) -> Result<Result<Option<u64>, Stranger>, Error> {
+        let joined = self.barrier.join(hello.channel, hello.channels, sync, place)?;
+        #[cfg(any(test, feature = "broken-variants"))]
+        if joined.is_ok() {
+            // The first time it only counts.
+            let _ = self.loose.arrive(Party::Channel(hello.channel));
+        }
+        Ok(joined)
+    }
+
+    /// A channel is at a SYNC. Returns the number of the round; `None` where there is nothing to wait for.
+    pub(super) fn sync(&self, id: ChannelId, sync: Sync, place: Place) -> Result<Option<u64>, Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if let Some(passed) = self.loose.arrive(Party::Channel(id)) {
+            return passed.map(|()| None);
+        }
+        self.barrier.sync(id, sync, place).map(Some)
+    }
+
+    /// A channel has brought the first pages of a round.
+    pub(super) fn begin(&self, id: ChannelId, place: Place) -> Result<(), Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if self.loose.is_active() {
+            return Ok(());
+        }
+        self.barrier.begin(id, place)
+    }
+
+    /// Waits for all others at the end of `round`.
+    pub(super) fn pass(&self, round: Option<u64>) -> Result<(), Error> {
+        round.map_or(Ok(()), |round| self.barrier.pass(round))
+    }
+
+    /// Main has said whose migration it is: channels can be told from strangers.
+    pub(super) fn identified(&self) {
+        lock(&self.main).identified = true;
+        self.main_changed.notify_all();
+    }
+
+    pub(super) fn is_identified(&self) -> bool {
+        lock(&self.main).identified
+    }
+
+    /// Waits until main has said whose migration it is.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`], also when the migration is over.
+    pub(super) fn await_identified(&self) -> Result<(), Error> {
+        let mut slot = lock(&self.main);
+        while !slot.identified {
+            if slot.stopped {
+                return Err(Error::Stopped);
+            }
+            slot = wait(&self.main_changed, slot);
+        }
+        Ok(())
+    }
+
+    /// Lets `time` pass, or less if the migration ends. Returns whether it has.
+    pub(super) fn pause(&self, time: Duration) -> bool {
+        let deadline = Deadline::after(Some(time));
+        let mut slot = lock(&self.main);
+        while !slot.stopped && !deadline.is_over() {
+            slot = wait_for(&self.main_changed, slot, deadline.left());
+        }
+        slot.stopped
+    }
+}
+
+/// Releases the threads that wait for main, or for what it says.
+pub(super) struct MainSlotStopper(pub(super) Arc<Shared>);
+
+impl Stopper for MainSlotStopper {
+    fn stop(&self) {
+        lock(&self.0.main).stopped = true;
+        self.0.main_changed.notify_all();
+    }
+}
+
+#[derive(Default)]
+pub(super) struct MainSlot {
+    /// With the bytes that were read from it.
+    pub(super) stream: Option<(Box<dyn Stream>, Vec<u8>)>,
+    pub(super) taken: bool,
+    /// Main has said whose migration it is.
+    pub(super) identified: bool,
+    pub(super) stopped: bool,
+}
+
+/// Ends all connections when the migration is stopped.
+pub(super) struct ConnectionsStopper(pub(super) Arc<Connections>);
+
+impl Stopper for ConnectionsStopper {
+    fn stop(&self) {
+        self.0.stop();
+    }
+}
