@@ -366,6 +366,32 @@ pub enum Mismatch {
         "the stream is a background snapshot, whose VM runs on at the source: it cannot be started here; take it into a checkpoint"
     )]
     SnapshotRunsOn,
+    /// The stream has channels, and comes where there is one connection only.
+    #[error(
+        "{peer} is one connection, and the source has channels for its pages (capability multifd): they cannot come over it; \
+         migrate with multifd off, or receive at tcp:HOST:PORT or unix:PATH"
+    )]
+    NeedsChannels {
+        /// The only connection.
+        peer: String,
+    },
+    /// The only connection is no migration.
+    #[error("{peer} {what}")]
+    NoMigration {
+        /// The only connection.
+        peer: String,
+        /// What it said instead.
+        what: String,
+    },
+    /// The stream is a mapped-ram file, in which every page has its place: a checkpoint already.
+    #[error(
+        "{peer} is a mapped-ram migration file (a checkpoint), which is not a stream to be received: `multifd inspect` and \
+         `multifd send` read it as it is, and `multifd convert` copies it"
+    )]
+    AlreadyCheckpoint {
+        /// The only connection.
+        peer: String,
+    },
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {

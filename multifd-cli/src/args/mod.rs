@@ -3,6 +3,7 @@
 
 mod link;
 mod machine;
+mod origin;
 mod output;
 mod transfer;
 mod values;
@@ -12,6 +13,7 @@ use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 pub use self::{
     link::{TOKEN_VARIABLE, Token},
+    origin::Origin,
     output::{OutputArgs, ProgressMode},
     transfer::Compression,
     values::destination_uri,
@@ -34,7 +36,7 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Run the built-in guest; it can be migrated away, or wait for an incoming migration.
     Guest(GuestArgs),
-    /// Receive a VM from QEMU, or from multifd, into a checkpoint file.
+    /// Receive a VM from QEMU, or from multifd, into a checkpoint file; also from a pipe or a recorded stream.
     Receive(ReceiveArgs),
     /// Send the VM in a checkpoint file to QEMU, or to multifd.
     Send(SendArgs),
@@ -65,7 +67,8 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Demo(args) => args.check(),
         Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
         Verb::Send(args) => args.check(),
-        Verb::Receive(_) | Verb::Inspect(_) => Ok(()),
+        Verb::Receive(args) => args.check(),
+        Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

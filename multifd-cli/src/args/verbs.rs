@@ -9,6 +9,7 @@ use super::{
     MIGRATION,
     link::LinkArgs,
     machine::MachineArgs,
+    origin::{Origin, origin},
     output::OutputArgs,
     transfer::{Compression, TransferArgs},
     values::{channels, destination_uri, host, unix_uri, uuid},
@@ -113,11 +114,11 @@ pub struct GuestArgs {
 /// Options of `multifd receive`.
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {
-    /// Where to wait for the source: tcp:HOST:PORT, unix:PATH, or fd:N for an inherited socket. Port 0 picks a free one. A
-    /// listening socket takes all connections; a connected one is one connection, so it takes only a migration without
-    /// multifd.
-    #[arg(value_name = "URI")]
-    pub uri: Uri,
+    /// Where the source is: tcp:HOST:PORT or unix:PATH to wait for it (port 0 picks a free one), fd:N for an inherited
+    /// socket or pipe, - for the standard input, file:PATH[,offset=N] for a file or FIFO. All but tcp, unix and a listening
+    /// socket are one connection, which takes only a migration without multifd; a pipe or file has no way back to the source.
+    #[arg(value_name = "URI", value_parser = origin, allow_hyphen_values = true)]
+    pub from: Origin,
     /// The checkpoint, a mapped-ram migration file; it gets its name when it is complete and on disk.
     #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE")]
     pub file: PathBuf,
@@ -153,6 +154,19 @@ pub struct ReceiveArgs {
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+impl ReceiveArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match self.channels {
+            Some(_) if self.from.is_one_way() => {
+                Err(format!("{} is one connection, which has no channels; expected no '--channels' with it", self.from))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Options of `multifd send`.

@@ -13,12 +13,12 @@ use std::{
 use multifd::{
     checkpoint::{self, Checkpoint, CheckpointError},
     destination::{self, Destination, Mode, SwitchoverAck},
-    transport::{Listen, record::Recording, uri::Uri},
+    transport::{Listen, record::Recording},
 };
 use serde_json::{Map, Value, json};
 
 use crate::{
-    args::{Compression, ReceiveArgs, ReturnPathAck},
+    args::{Compression, Origin, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
     printable,
@@ -49,7 +49,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         seen.store(true, Ordering::Relaxed);
         stop.cancel();
     })?;
-    let listener = listener(&args.uri, args.record.as_deref())?;
+    let listener = listener(&args.from, args.record.as_deref())?;
     let progress = destination.progress();
     let mut display = Display::new(&args.output, &progress);
     let begun = Instant::now();
@@ -89,13 +89,13 @@ fn options(args: &ReceiveArgs) -> destination::Options {
     options
 }
 
-fn listener(uri: &Uri, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
+fn listener(from: &Origin, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
     let recording = record.map(Recording::new).transpose()?;
-    let listener = uri.listener()?;
-    terminal::say(&format!("listening on {}", listener.uri()));
+    let (listener, what) = from.listener()?;
+    terminal::say(&what);
     Ok(match recording {
-        Some(recording) => Box::new(recording.listener(Box::new(listener))),
-        None => Box::new(listener),
+        Some(recording) => Box::new(recording.listener(listener)),
+        None => listener,
     })
 }
 
@@ -107,7 +107,10 @@ fn described(args: &ReceiveArgs, received: &destination::Report, interrupted: &d
     let migration = MigrationReport::received(received, checkpoint::PAGE_SIZE, std::time::Duration::ZERO);
     let mut report = fields(&migration);
     report.insert("machine".to_owned(), received.machine.clone().into());
-    let (mode, instant) = mode(received.mode);
+    let (mode, instant) = match (received.mode, args.from.is_one_way()) {
+        (Mode::Live, true) => ("stream", mode(Mode::Live).1),
+        (received, _) => mode(received),
+    };
     report.insert("mode".to_owned(), mode.into());
     report.insert("instant".to_owned(), instant.into());
     report.insert("checkpoint".to_owned(), file_report(&args.file));

@@ -118,9 +118,14 @@ pub struct Ended {
 
 impl Multifd {
     pub fn start<S: AsRef<str>>(args: impl IntoIterator<Item = S>) -> Multifd {
+        Multifd::start_with(Stdio::null(), args)
+    }
+
+    /// The same with a standard input.
+    pub fn start_with<S: AsRef<str>>(stdin: Stdio, args: impl IntoIterator<Item = S>) -> Multifd {
         let mut command = Command::new(env!("CARGO_BIN_EXE_multifd"));
         command.args(args.into_iter().map(|arg| arg.as_ref().to_owned())).arg("--json");
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut stdout = child.stdout.take().unwrap();
         let lines = follow(child.stderr.take().unwrap());
         let stdout = thread::spawn(move || {

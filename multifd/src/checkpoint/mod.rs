@@ -19,11 +19,14 @@ mod pages;
 mod pending;
 mod read;
 mod source;
+mod stream;
 mod tail;
 mod write;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod forged_ends;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod one_way_tests;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod snapshots;
 #[cfg(all(test, not(any(loom, shuttle))))]

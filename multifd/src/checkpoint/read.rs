@@ -163,6 +163,17 @@ impl Checkpoint {
     pub(super) fn stamp(&self) -> Stamp {
         self.stamp
     }
+
+    /// Checks that the file is what it was when it was opened, as far as its length and its time of modification tell.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`], as the source of the error; the kernel's.
+    pub(super) fn check_unchanged(&self) -> io::Result<()> {
+        match Stamp::of(&self.file)? == self.stamp {
+            true => Ok(()),
+            false => Err(io::Error::other(CheckpointError::Changed { path: self.path.clone() })),
+        }
+    }
 }
 
 /// What tells that a file was changed.

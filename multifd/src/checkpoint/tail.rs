@@ -243,8 +243,8 @@ impl Search<'_> {
         let unexpected = || Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() };
         match (self.ahead, self.passed) {
             // It would wait for our answer: it has died or given up, and in the latter case its VM runs on.
-            (_, None) if main.source_waits() => Err(unexpected()),
-            (Ahead::End(_), Some(_)) if main.source_waits() => Err(unexpected()),
+            (_, None) if main.source_listens() => Err(unexpected()),
+            (Ahead::End(_), Some(_)) if main.source_listens() => Err(unexpected()),
             (Ahead::End(end), _) => Ok(Tail::new(&self.bytes, &end)),
             // The end of a recording is certain; its reader is told that the description is wrong.
             (Ahead::Unfit(end, _), None) if main.is_recorded() => Ok(Tail::new(&self.bytes, &end)),

@@ -25,10 +25,10 @@ use crate::{
     vm::SourceVm,
 };
 
-const BLOCKS: [(&str, usize); 3] = [("pc.ram", 700), ("rom", 1), ("vga", 130)];
+pub(super) const BLOCKS: [(&str, usize); 3] = [("pc.ram", 700), ("rom", 1), ("vga", 130)];
 
 /// Memory of which every third page is zeros.
-fn filled() -> Ram {
+pub(super) fn filled() -> Ram {
     let ram = Ram::for_test(&BLOCKS);
     for block in ram.layout().blocks() {
         for page in block.page_range().filter(|page| page % 3 != 0) {
@@ -39,7 +39,7 @@ fn filled() -> Ram {
 }
 
 /// Migrates `vm` into the file `path`.
-fn receive(
+pub(super) fn receive(
     vm: &mut dyn SourceVm,
     path: &Path,
     options: source::Options,
@@ -57,13 +57,13 @@ fn receive(
     (sent, receiver.join().unwrap())
 }
 
-fn contents(checkpoint: &Checkpoint, block: usize) -> Vec<u8> {
+pub(super) fn contents(checkpoint: &Checkpoint, block: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     checkpoint.block_reader(block).read_to_end(&mut bytes).unwrap();
     bytes
 }
 
-fn memory_of(ram: &Ram, block: usize) -> Vec<u8> {
+pub(super) fn memory_of(ram: &Ram, block: usize) -> Vec<u8> {
     ram.layout().blocks()[block].page_range().flat_map(|page| ram.page_bytes(page)).collect()
 }
 

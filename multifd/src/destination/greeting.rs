@@ -15,7 +15,7 @@ use multifd_proto::{
 
 use super::{channel::ReceiveChannel, connections::Stage, shared::Shared};
 use crate::{
-    error::{Error, Mismatch},
+    error::{Connection, Error, Mismatch, Place},
     sync::{Arc, Deadline, lock},
     transport::Stream,
 };
@@ -24,6 +24,8 @@ use crate::{
 pub(super) enum Refused {
     /// It is none of this migration; this is what it did.
     Stranger(String),
+    /// It is over before it has said what it is; this is how.
+    Gone(String),
     /// It is one of this migration, which ends because of it.
     Error(Error),
 }
@@ -43,7 +45,22 @@ pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, sha
         Ok(()) => {}
         Err(Refused::Stranger(what)) => {
             let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
-            shared.drop_stranger(&peer, &what);
+            match shared.single {
+                // No other connection can be the migration.
+                true => drop(shared.stop.stop(Mismatch::NoMigration { peer, what }.into())),
+                false => shared.drop_stranger(&peer, &what),
+            }
+        }
+        Err(Refused::Gone(what)) => {
+            let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
+            let at = Place { connection: Connection::Unknown(number), offset: 0 };
+            match shared.single {
+                true => {
+                    let source = io::Error::other(format!("{peer} {what}"));
+                    drop(shared.stop.stop(Error::Io { at, source }));
+                }
+                false => shared.drop_stranger(&peer, &what),
+            }
         }
         Err(Refused::Error(error)) => {
             shared.stop.stop(error);
@@ -53,10 +70,14 @@ pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, sha
 
 fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) -> Result<(), Refused> {
     let Some(stream) = connection.as_deref_mut() else { return Ok(()) };
-    let deadline = Deadline::after(shared.options.setup_timeout);
     let mut hello = [0; HELLO_LEN];
     let (first, rest) = hello.split_at_mut(4);
-    hear(stream, first, deadline)?;
+    if shared.single {
+        // It was opened before its source was there, as a FIFO is: how long that takes is as open as with a listener.
+        hear(stream, &mut first[..1], Deadline::after(None))?;
+    }
+    let deadline = Deadline::after(shared.options.setup_timeout);
+    hear(stream, &mut first[usize::from(shared.single)..], deadline)?;
     match u32::from_be_bytes(*first.first_chunk().expect("four bytes")) {
         stream::MAGIC => {
             let mut heard = first.to_vec();
@@ -66,6 +87,7 @@ fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<S
             unlimited(stream)?;
             shared.take_main(connection, heard, number)
         }
+        packet::MAGIC if shared.single => Err(stranger("is one channel of a migration, without its main")),
         packet::MAGIC => {
             hear(stream, rest, deadline)?;
             unlimited(stream)?;
@@ -119,16 +141,16 @@ fn hear_token(
 fn hear(stream: &mut dyn Stream, mut into: &mut [u8], deadline: Deadline) -> Result<(), Refused> {
     while !into.is_empty() {
         if deadline.is_over() {
-            return Err(stranger("does not say in time what it is"));
+            return Err(gone("does not say in time what it is"));
         }
         // A timeout of 0 is none.
         let left = deadline.left().map(|left| left.max(Duration::from_millis(1)));
-        stream.set_read_timeout(left).map_err(|error| stranger(format!("breaks: {error}")))?;
+        stream.set_read_timeout(left).map_err(|error| gone(format!("breaks: {error}")))?;
         match stream.read(into) {
-            Ok(0) => return Err(stranger("ends before it has said what it is")),
+            Ok(0) => return Err(gone("ends before it has said what it is")),
             Ok(n) => into = &mut into[n..],
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {}
-            Err(error) => return Err(stranger(format!("breaks before it has said what it is: {error}"))),
+            Err(error) => return Err(gone(format!("breaks before it has said what it is: {error}"))),
         }
     }
     Ok(())
@@ -144,6 +166,11 @@ fn language(first: &[u8]) -> String {
         [0x16, 0x03, ..] => "TLS; a source with TLS needs a destination with TLS",
         b"GET " | b"POST" | b"HEAD" | b"PUT " | b"OPTI" | b"CONN" => "HTTP",
         b"SSH-" => "SSH",
+        b"Libv" => "libvirt's save image; `multifd convert IMAGE CHECKPOINT` takes the VM in it",
+        [0x1f, 0x8b, ..] => "gzip; `gunzip -c` unpacks it",
+        [0xfd, b'7', b'z', b'X'] => "xz; `xz -dc` unpacks it",
+        [0x28, 0xb5, 0x2f, 0xfd] => "zstd; `zstd -dc` unpacks it",
+        [b'B', b'Z', b'h', _] => "bzip2; `bunzip2 -c` unpacks it",
         _ => return format!("begins with {:?}, not with QEVM or a hello", first.escape_ascii().to_string()),
     };
     format!("speaks {name}")
@@ -151,6 +178,10 @@ fn language(first: &[u8]) -> String {
 
 fn stranger(what: impl fmt::Display) -> Refused {
     Refused::Stranger(what.to_string())
+}
+
+fn gone(what: impl fmt::Display) -> Refused {
+    Refused::Gone(what.to_string())
 }
 
 impl Shared {

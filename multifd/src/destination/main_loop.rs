@@ -5,7 +5,7 @@ use multifd_proto::{
     machine::Dialect,
     ram::BlockEntry,
     return_path::Message,
-    stream::{Item, Section, SectionKind},
+    stream::{Item, MAPPED_RAM, Section, SectionKind},
     violation,
 };
 
@@ -32,6 +32,9 @@ impl Run {
                 Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
                 Item::Configuration { machine } => self.configuration(machine)?,
                 Item::ConfigCapabilities(names) => {
+                    if names.iter().any(|name| name == MAPPED_RAM) && !self.main().is_heard() {
+                        return Err(Mismatch::AlreadyCheckpoint { peer: self.main().peer() }.into());
+                    }
                     refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
                 }
                 Item::ConfigUuid(uuid) => {
@@ -39,6 +42,7 @@ impl Run {
                     self.report.uuid = Some(uuid);
                 }
                 Item::ConfigOffer(offer) => {
+                    self.refuse_channels()?;
                     let (opened, barrier) = (usize::from(offer.channels), &self.shared.barrier);
                     if let (Err(_), Some(expected)) =
                         barrier.members(|members| (members.tell(opened), members.channels()))
@@ -62,6 +66,7 @@ impl Run {
                 Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
                 Item::CompressPage { block, offset, len } => self.compressed_page(block, offset, len)?,
                 Item::Flush => {
+                    self.refuse_channels()?;
                     self.shared.barrier.members(|members| members.expect_channels());
                     self.sync_point(observer)?;
                 }
@@ -152,7 +157,8 @@ impl Run {
         self.shared.progress.set_pages_total(layout.pages());
         self.report.blocks = blocks.iter().map(|block| (block.name.clone(), block.used_len)).collect();
         let ram_section = self.main().decoder().ram_section().expect("its block list was read");
-        let (machine, return_path) = (self.report.machine.clone(), self.return_path);
+        // Where there is no way back, a source that waits for our answer does so in vain.
+        let (machine, return_path) = (self.report.machine.clone(), self.return_path || !self.main().is_heard());
         let head = StreamHead { machine, return_path, ram_section, blocks, layout };
         let sink = target.open_ram(&head)?;
         let layout = Arc::new(head.layout);

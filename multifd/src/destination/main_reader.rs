@@ -17,7 +17,7 @@ use crate::{
     error::{Connection, Error, Place},
     progress::Progress,
     pulse::Pulse,
-    transport::Stream,
+    transport::{FarEnd, Stream},
 };
 
 /// The reading half of main, and its return path.
@@ -34,8 +34,8 @@ pub(crate) struct MainReader {
     payload: usize,
     /// Offset of the first byte of `buf[start..]` in the stream.
     position: u64,
-    /// Nobody is there any more.
-    recorded: bool,
+    /// Whether the source hears what is written.
+    far_end: FarEnd,
 }
 
 impl MainReader {
@@ -52,14 +52,16 @@ impl MainReader {
         buf[..heard.len()].copy_from_slice(heard);
         progress.add_main_bytes(heard.len() as u64);
         let end = heard.len();
-        MainReader { stream, decoder, progress, pulse, buf, start: 0, end, payload: 0, position: 0, recorded: false }
+        let far_end = stream.far_end();
+        MainReader { stream, decoder, progress, pulse, buf, start: 0, end, payload: 0, position: 0, far_end }
     }
 
     /// The same for a recording, of which the magic has been read. Its source went on when it had its answer, and the
     /// recording ends where main did.
     pub(crate) fn of_recording(stream: Box<dyn Stream>, page_size: usize) -> MainReader {
         let magic = stream::MAGIC.to_be_bytes();
-        MainReader { recorded: true, ..MainReader::new(stream, &magic, page_size, Progress::new(), Pulse::default()) }
+        let progress = Progress::new();
+        MainReader { far_end: FarEnd::File, ..MainReader::new(stream, &magic, page_size, progress, Pulse::default()) }
     }
 
     /// What the stream has said so far.
@@ -128,21 +130,37 @@ impl MainReader {
         }
         let at = self.place();
         match self.receive_end()? {
-            Some(0) if self.source_waits() => Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() }),
+            Some(0) if self.source_listens() => Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() }),
             Some(0) | None => Ok(false),
             Some(_) => Ok(true),
         }
     }
 
-    /// Whether the source keeps main open at the end of the stream and waits for our answer. One that closes main there has
-    /// died or given up, and in the latter case the VM runs there again. A source without return path closes main instead.
-    pub(crate) fn source_waits(&self) -> bool {
-        self.decoder.return_path_open() && !self.recorded
+    /// Whether the source keeps main open at the end of the stream and waits for our answer, even where it cannot hear it. A
+    /// source without return path closes main instead.
+    fn source_waits(&self) -> bool {
+        self.decoder.return_path_open() && !self.is_recorded()
+    }
+
+    /// Whether the source waits for our answer and hears it. One that closes main at the end of the stream has died or given
+    /// up, and in the latter case the VM runs there again.
+    pub(crate) fn source_listens(&self) -> bool {
+        self.source_waits() && self.is_heard()
+    }
+
+    /// Whether the source hears what is written.
+    pub(super) fn is_heard(&self) -> bool {
+        self.far_end == FarEnd::Peer
     }
 
     /// Whether this is a recording.
     pub(crate) fn is_recorded(&self) -> bool {
-        self.recorded
+        self.far_end == FarEnd::File
+    }
+
+    /// The other end, for messages.
+    pub(super) fn peer(&self) -> String {
+        self.stream.peer()
     }
 
     /// As [`receive`](Self::receive), where the stream may be over: from a source that waits for our answer, nothing for
@@ -208,8 +226,12 @@ impl MainReader {
         self.decoder.body_taken(len);
     }
 
-    /// Sends `message` to the source.
+    /// Sends `message` to the source, if there is a way back.
     pub(super) fn reply(&mut self, message: &Message) -> Result<(), Error> {
+        if !self.is_heard() {
+            tracing::debug!(?message, "there is no way back");
+            return Ok(());
+        }
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         let at = Place { connection: Connection::ReturnPath, offset: 0 };

@@ -22,7 +22,7 @@ impl MainReader {
         }
         match self.receive_within(AT_ONCE) {
             Ok(None | Some(1..)) => None,
-            Ok(Some(0)) if !self.source_waits() && may_be_all(self.decoder(), self.unread()) => None,
+            Ok(Some(0)) if !self.source_listens() && may_be_all(self.decoder(), self.unread()) => None,
             Ok(Some(0)) => Some((self.end_place(), io::ErrorKind::UnexpectedEof.into())),
             Err(Error::Io { at, source }) => Some((at, source)),
             // Nothing else is told by a connection; it is found again where it is read.

@@ -26,6 +26,17 @@ impl Run {
         }
     }
 
+    /// Main shows that there are channels.
+    ///
+    /// # Errors
+    /// They cannot come: there is one connection only.
+    pub(super) fn refuse_channels(&mut self) -> Result<(), Error> {
+        match self.shared.single {
+            true => Err(Mismatch::NeedsChannels { peer: self.main().peer() }.into()),
+            false => Ok(()),
+        }
+    }
+
     /// All that carries pages is over: verifies that no page can be missing or still come.
     ///
     /// # Errors
@@ -42,9 +53,10 @@ impl Run {
             return Err(Mismatch::Channels { opened, expected }.into());
         }
         let named = self.named.as_ref().map_or(0, NamedPages::count);
-        match lock(&self.shared.pages).as_ref().is_some_and(|pages| pages.layout.pages() == named) {
+        let all_named = lock(&self.shared.pages).as_ref().is_some_and(|pages| pages.layout.pages() == named);
+        match all_named {
             true => Ok(()),
-            false => Err(Mismatch::ChannelsUnknown.into()),
+            false => self.refuse_channels().and(Err(Mismatch::ChannelsUnknown.into())),
         }
     }
 

@@ -156,7 +156,7 @@ impl Run {
         let watchdog = Watchdog::start(&*options.threads, &stop)?;
         let begun = options.clock.now();
         let ack_timing = AckTiming::new(options.switchover_ack);
-        let shared = Shared::new(options, page_size, stop, progress);
+        let shared = Shared::new(options, page_size, from.is_single(), stop, progress);
         let acceptor = Acceptor::spawn(from, &shared).map_err(|error| {
             // Ends what has been registered, which has `shared` in turn.
             let not_first = shared.stop.stop(error);

@@ -32,7 +32,9 @@ impl Run {
     /// Channels that are missing did not come in time, or main has ended meanwhile; as
     /// [`RoundBarrier::pass`](crate::round::barrier::RoundBarrier::pass).
     fn pass(&mut self, round: u64) -> Result<(), Error> {
-        let mut patience = Patience::new(self.shared.options.setup_timeout, LOOK_EVERY);
+        // Where no other connection can come, none is waited for.
+        let limit = if self.shared.single { Some(Duration::ZERO) } else { self.shared.options.setup_timeout };
+        let mut patience = Patience::new(limit, LOOK_EVERY);
         loop {
             match self.shared.barrier.pass_within(round, &mut patience)? {
                 Passed::Over => return Ok(()),

@@ -29,6 +29,8 @@ use crate::{
 /// What all threads of one destination share.
 pub(super) struct Shared {
     pub(super) page_size: usize,
+    /// There is one connection, so there are no channels.
+    pub(super) single: bool,
     pub(super) barrier: RoundBarrier,
     /// The memory of all decompressors.
     pub(super) windows: Arc<Windows>,
@@ -81,10 +83,18 @@ pub(super) struct Seen {
 }
 
 impl Shared {
-    /// What a migration that has not begun shares. `stop` ends all that waits in it.
-    pub(super) fn new(options: Options, page_size: usize, stop: StopHandle, progress: Progress) -> Arc<Shared> {
+    /// What a migration that has not begun shares, over a `single` connection or as many as it has. `stop` ends all that
+    /// waits in it.
+    pub(super) fn new(
+        options: Options,
+        page_size: usize,
+        single: bool,
+        stop: StopHandle,
+        progress: Progress,
+    ) -> Arc<Shared> {
         let shared = Arc::new(Shared {
             page_size,
+            single,
             barrier: RoundBarrier::open(options.channels.map(usize::from)),
             windows: Arc::default(),
             #[cfg(any(test, feature = "broken-variants"))]

@@ -665,7 +665,7 @@ fn a_connected_socket_is_one_connection_and_then_a_listener_to_which_no_more_com
 #[test]
 fn what_is_no_stream_socket_is_refused_by_name() {
     let file = std::fs::File::open("/dev/null").unwrap();
-    let error = FdListener::new(file.into(), Uri::Fd(9)).err().unwrap();
+    let error = FdConnector::new(file.into()).err().unwrap();
     assert_eq!(error.to_string(), "it is not a socket");
     let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let error = FdConnector::new(datagram.into()).err().unwrap();

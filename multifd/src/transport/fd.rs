@@ -1,24 +1,25 @@
-//! Sockets that this process inherited, or that the VMM opened itself.
+//! Descriptors that this process inherited, or that the VMM opened itself.
 //!
 //! A listening socket takes any number of connections. A connected one is a single connection: enough for main, not for
 //! channels. A destination can take from it what a QEMU without the capability multifd sends to `fd:N`; a source of ours
-//! has channels, so it needs an address.
+//! has channels, so it needs an address. A pipe or a file is a single connection [without a way back](super::one_way).
 
 use std::{
     io,
-    os::fd::{OwnedFd, RawFd},
-    time::{Duration, Instant},
+    os::fd::{AsFd, OwnedFd, RawFd},
+    time::Duration,
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::Errno,
+    fs::{FileType, fstat},
     net::sockopt,
 };
 
 use super::{
     Connect, Listen, Stopper, Stream,
+    one_way::OneWayListener,
     socket::{SocketListener, SocketStream, context, invalid},
+    stop_event::StopEvent,
     uri::Uri,
 };
 use crate::{
@@ -77,7 +78,7 @@ impl Connect for FdConnector {
     }
 }
 
-/// Where the connections of an inherited socket arrive.
+/// Where the connections of an inherited descriptor arrive.
 pub struct FdListener {
     kind: Kind,
 }
@@ -91,15 +92,21 @@ enum Kind {
         stream: Option<SocketStream>,
         stopped: StopEvent,
     },
+    /// It is a pipe or a file.
+    OneWay(OneWayListener),
 }
 
 impl FdListener {
     /// The connections that arrive at `socket`, or the one that it is. `uri` is what messages call it.
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] for anything but a stream socket; the kernel's.
+    /// [`io::ErrorKind::InvalidInput`] for a socket that is no stream socket, for a directory, and for a descriptor that can
+    /// only be written to; the kernel's.
     pub fn new(socket: OwnedFd, uri: Uri) -> io::Result<FdListener> {
-        // An error here is one of a descriptor that is no socket, which the constructors below tell better.
+        if FileType::from_raw_mode(fstat(&socket)?.st_mode) != FileType::Socket {
+            return Ok(FdListener { kind: Kind::OneWay(OneWayListener::new(socket, uri.to_string())?) });
+        }
+        // An error here is one of a socket of another kind, which the constructors below tell better.
         let kind = if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
             Kind::Listening(SocketListener::new(socket, uri)?)
         } else {
@@ -107,6 +114,15 @@ impl FdListener {
             Kind::Connected { stream, stopped: StopEvent::new()? }
         };
         Ok(FdListener { kind })
+    }
+
+    /// As [`new`](Self::new) for the standard input, of which a second descriptor is made.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn standard_input() -> io::Result<FdListener> {
+        let listen = || FdListener::new(io::stdin().as_fd().try_clone_to_owned()?, Uri::Fd(0));
+        listen().map_err(context("standard input"))
     }
 
     /// As [`new`](Self::new) for descriptor `number`, which this process inherited and which now belongs to the listener.
@@ -128,6 +144,7 @@ impl Listen for FdListener {
                 Some(stream) if !stopped.is_set()? => Ok(Box::new(stream)),
                 _ => Err(stopped.wait(timeout)?.into()),
             },
+            Kind::OneWay(listener) => listener.accept(timeout),
         }
     }
 
@@ -135,6 +152,7 @@ impl Listen for FdListener {
         match &mut self.kind {
             Kind::Listening(listener) => listener.try_accept(),
             Kind::Connected { stream, .. } => Ok(stream.take().map(|stream| Box::new(stream) as Box<dyn Stream>)),
+            Kind::OneWay(listener) => listener.try_accept(),
         }
     }
 
@@ -142,42 +160,11 @@ impl Listen for FdListener {
         match &self.kind {
             Kind::Listening(listener) => listener.stopper(),
             Kind::Connected { stopped, .. } => Ok(Box::new(stopped.clone())),
+            Kind::OneWay(listener) => listener.stopper(),
         }
     }
-}
 
-/// What ends the wait for a connection that never comes.
-#[derive(Clone)]
-struct StopEvent(std::sync::Arc<OwnedFd>);
-
-impl StopEvent {
-    fn new() -> io::Result<StopEvent> {
-        Ok(StopEvent(std::sync::Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
-    }
-
-    fn is_set(&self) -> io::Result<bool> {
-        Ok(self.wait(Some(Duration::ZERO))? == io::ErrorKind::Interrupted)
-    }
-
-    /// How the wait ended: [`io::ErrorKind::Interrupted`], or [`io::ErrorKind::TimedOut`].
-    fn wait(&self, timeout: Option<Duration>) -> io::Result<io::ErrorKind> {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        loop {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            // A time beyond the kernel's range has no end either.
-            let left = left.and_then(|left| Timespec::try_from(left).ok());
-            match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], left.as_ref()) {
-                Err(Errno::INTR) => {}
-                Ok(0) => return Ok(io::ErrorKind::TimedOut),
-                other => return Ok(other.map(|_| io::ErrorKind::Interrupted)?),
-            }
-        }
-    }
-}
-
-impl Stopper for StopEvent {
-    fn stop(&self) {
-        // Fails only where the counter is at its maximum: then it is readable, as it should be.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    fn is_single(&self) -> bool {
+        !matches!(self.kind, Kind::Listening(_))
     }
 }

@@ -9,8 +9,10 @@ pub use crate::sys::zerocopy::ZeroCopyCounters;
 use crate::{ram::GuestRange, sync::Arc};
 
 pub mod fd;
+pub mod one_way;
 pub mod record;
 pub mod socket;
+mod stop_event;
 pub mod tcp;
 pub mod unix;
 pub mod uri;
@@ -94,8 +96,25 @@ pub trait Stream: Send {
         Ok(())
     }
 
+    /// Who is at the other end, and whether it hears what is written.
+    fn far_end(&self) -> FarEnd {
+        FarEnd::Peer
+    }
+
     /// The other end, for messages.
     fn peer(&self) -> String;
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FarEnd {
+    /// A peer that reads what is written.
+    Peer,
+    /// The writer of a pipe. It hears nothing, and may stall or die.
+    Writer,
+    /// A file: all there is has been written.
+    File,
 }
 
 /// Ends whatever blocks, from another thread.
@@ -126,6 +145,11 @@ pub trait Listen: Send {
     /// # Errors
     /// The kernel's.
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>>;
+
+    /// Whether there is one connection only: main, without channels.
+    fn is_single(&self) -> bool {
+        false
+    }
 
     /// What makes [`accept`](Self::accept) return from another thread.
     ///

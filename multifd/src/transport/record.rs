@@ -14,7 +14,7 @@ use std::{
 
 use multifd_proto::{packet, stream};
 
-use super::{Listen, Stopper, Stream, socket::context};
+use super::{FarEnd, Listen, Stopper, Stream, socket::context};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Mutex, lock},
@@ -121,6 +121,10 @@ impl Stream for RecordedStream {
         self.stream.set_read_timeout(timeout)
     }
 
+    fn far_end(&self) -> FarEnd {
+        self.stream.far_end()
+    }
+
     fn peer(&self) -> String {
         self.stream.peer()
     }
@@ -145,6 +149,10 @@ impl Listen for RecordingListener {
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         self.listener.stopper()
+    }
+
+    fn is_single(&self) -> bool {
+        self.listener.is_single()
     }
 }
 

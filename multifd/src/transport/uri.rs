@@ -12,6 +12,7 @@ use std::{
 use super::{
     Connect, Listen, Stopper, Stream,
     fd::{FdConnector, FdListener},
+    one_way::OneWayListener,
     tcp::{self, TcpConnector},
     unix::{self, UnixConnector},
 };
@@ -28,9 +29,9 @@ pub enum Uri {
     },
     /// The path of a unix socket.
     Unix(PathBuf),
-    /// The number of an inherited descriptor, a socket, which the program has [claimed](super::fd::claim_inherited).
+    /// The number of an inherited descriptor, a socket or, for a destination, a pipe or file, which the program has [claimed](super::fd::claim_inherited).
     Fd(RawFd),
-    /// The path of a file. Files are not connections.
+    /// The path of a file, FIFO or device, which a destination reads. A source does not write there.
     File(PathBuf),
 }
 
@@ -48,10 +49,10 @@ impl Uri {
         })
     }
 
-    /// Listens at this address.
+    /// Listens at this address. A file, a FIFO or a pipe is one connection, without a way back.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] for a file; the kernel's.
+    /// The kernel's.
     pub fn listener(&self) -> io::Result<UriListener> {
         Ok(match self {
             Uri::Tcp { host, port } => {
@@ -60,7 +61,7 @@ impl Uri {
             }
             Uri::Unix(path) => UriListener { listener: Box::new(unix::listen(path)?), uri: self.clone() },
             Uri::Fd(number) => UriListener { listener: Box::new(FdListener::inherited(*number)?), uri: self.clone() },
-            Uri::File(path) => return Err(not_a_connection(path)),
+            Uri::File(path) => UriListener { listener: Box::new(OneWayListener::open(path, 0)?), uri: self.clone() },
         })
     }
 }
@@ -137,6 +138,10 @@ impl Listen for UriListener {
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         self.listener.stopper()
+    }
+
+    fn is_single(&self) -> bool {
+        self.listener.is_single()
     }
 }
 
@@ -244,12 +249,11 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_no_connection() {
+    fn a_source_cannot_connect_to_a_file() {
         let uri: Uri = "file:/tmp/x".parse().unwrap();
-        for error in [uri.connector().err().unwrap(), uri.listener().err().unwrap()] {
-            assert_eq!(error.kind(), io::ErrorKind::Unsupported);
-            assert!(error.to_string().contains("file:/tmp/x"), "{error}");
-        }
+        let error = uri.connector().err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        assert!(error.to_string().contains("file:/tmp/x"), "{error}");
     }
 
     #[test]

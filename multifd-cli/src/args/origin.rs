@@ -1,0 +1,138 @@
+//! Where a stream comes from: `-`, `file:PATH[,offset=N]`, or a URI.
+
+use std::{fmt, io, path::PathBuf};
+
+use multifd::transport::{
+    Listen,
+    fd::FdListener,
+    one_way::OneWayListener,
+    uri::{Uri, UriError},
+};
+
+use crate::units;
+
+/// Where a destination finds its source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The standard input.
+    StandardInput,
+    /// A file, FIFO or device.
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// Where the stream begins in it.
+        offset: u64,
+    },
+    /// Where the source connects to, or an inherited descriptor.
+    Uri(Uri),
+}
+
+impl Origin {
+    /// Makes it ready to be accepted from, and says what is waited for.
+    ///
+    /// # Errors
+    /// It cannot be opened or listened at.
+    pub fn listener(&self) -> io::Result<(Box<dyn Listen>, String)> {
+        Ok(match self {
+            Origin::StandardInput => {
+                (Box::new(FdListener::standard_input()?), "reading from standard input".to_owned())
+            }
+            Origin::File { path, offset } => {
+                (Box::new(OneWayListener::open(path, *offset)?), format!("reading from {self}"))
+            }
+            Origin::Uri(uri) => {
+                let listener = uri.listener()?;
+                let what = format!("listening on {}", listener.uri());
+                (Box::new(listener), what)
+            }
+        })
+    }
+
+    /// Whether there is a single connection, without a way back.
+    pub fn is_one_way(&self) -> bool {
+        !matches!(self, Origin::Uri(_))
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::StandardInput => f.write_str("-"),
+            Origin::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
+            Origin::File { path, offset } => write!(f, "file:{},offset={offset}", path.display()),
+            Origin::Uri(uri) => uri.fmt(f),
+        }
+    }
+}
+
+/// Reads an [`Origin`].
+///
+/// # Errors
+/// What was expected, for clap.
+pub fn origin(text: &str) -> Result<Origin, String> {
+    if text == "-" {
+        return Ok(Origin::StandardInput);
+    }
+    match text.parse().map_err(|error: UriError| format!("{error}; or - for the standard input"))? {
+        Uri::Fd(0) => Ok(Origin::StandardInput),
+        Uri::File(_) => file(text.strip_prefix("file:").unwrap_or(text)),
+        uri => Ok(Origin::Uri(uri)),
+    }
+}
+
+/// `PATH[,offset=N]`.
+fn file(text: &str) -> Result<Origin, String> {
+    let (path, offset) = match text.rsplit_once(",offset=") {
+        None => (text, 0),
+        Some((path, offset)) => (path, bytes(offset).ok_or_else(|| format!("{text:?}: expected {OFFSET_FORM}"))?),
+    };
+    match path {
+        "" => Err(format!("{text:?}: expected {OFFSET_FORM}")),
+        path => Ok(Origin::File { path: path.into(), offset }),
+    }
+}
+
+/// A number of bytes: decimal, hexadecimal, or with a unit.
+fn bytes(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) if digits.bytes().all(|byte| byte.is_ascii_hexdigit()) => u64::from_str_radix(digits, 16).ok(),
+        Some(_) => None,
+        None => units::size(text).ok(),
+    }
+}
+
+const OFFSET_FORM: &str = "file:PATH[,offset=N], where N is a number of bytes, as in 4096, 0x1000 or 4K";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_form_is_read_and_written_back() {
+        let file = |path: &str, offset| Origin::File { path: path.into(), offset };
+        for (text, expected) in [
+            ("-", Origin::StandardInput),
+            ("file:/tmp/x", file("/tmp/x", 0)),
+            ("file:/tmp/x,offset=4096", file("/tmp/x", 4096)),
+            ("file:a,b", file("a,b", 0)),
+            ("file:a,offset=1,offset=2", file("a,offset=1", 2)),
+            ("unix:/tmp/s", Origin::Uri(Uri::Unix("/tmp/s".into()))),
+            ("fd:7", Origin::Uri(Uri::Fd(7))),
+        ] {
+            assert_eq!(origin(text).as_ref(), Ok(&expected), "{text}");
+            assert_eq!(expected.to_string(), text);
+        }
+        assert_eq!(origin("fd:0"), Ok(Origin::StandardInput));
+        assert_eq!(origin("file:/tmp/x,offset=0x1000"), Ok(file("/tmp/x", 4096)));
+        assert_eq!(origin("file:/tmp/x,offset=4K"), Ok(file("/tmp/x", 4096)));
+    }
+
+    #[test]
+    fn a_wrong_offset_or_form_is_named() {
+        for text in ["file:/x,offset=", "file:/x,offset=0x", "file:/x,offset=-1", "file:,offset=1", "file:/x,offset=y"]
+        {
+            assert!(origin(text).unwrap_err().contains("file:PATH[,offset=N]"), "{text}");
+        }
+        assert!(origin("stdin").unwrap_err().contains("or - for the standard input"));
+    }
+}

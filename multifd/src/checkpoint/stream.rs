@@ -1,0 +1,95 @@
+//! Writes a checkpoint as the plain stream that its QEMU would have sent to a file or pipe: without channels, front to back.
+//!
+//! Every page of every block is named, so a reader can tell that none is missing.
+
+use std::io::{self, Read, Write};
+
+use multifd_proto::{command::Command, encoder::MainEncoder, machine::sends_switchover_start, ram::BlockEntry};
+
+use super::{Checkpoint, PAGE_SIZE};
+
+impl Checkpoint {
+    /// Writes all of it to `out` as a plain migration stream, which a QEMU loads from `exec:`, `fd:` or `file:`.
+    ///
+    /// # Errors
+    /// Those of `out`, and of the file, which say so.
+    pub fn write_stream(&self, out: &mut dyn Write) -> io::Result<()> {
+        let mut encoder = MainEncoder::new();
+        self.beginning(&mut encoder);
+        let mut part = Vec::with_capacity(READ_SIZE);
+        for index in 0..self.blocks().len() {
+            self.pages(index, &mut encoder, &mut part, out)?;
+        }
+        self.end(&mut encoder);
+        flush(&mut encoder, out)?;
+        self.check_unchanged()?;
+        out.flush()
+    }
+
+    /// Everything up to the first page.
+    fn beginning(&self, encoder: &mut MainEncoder) {
+        let beside = self.beside_ram();
+        encoder.header().configuration(self.machine());
+        if let Some(uuid) = self.uuid() {
+            encoder.config_uuid(&uuid);
+        }
+        encoder.raw(beside.before_ram()).ram_start(self.ram_section(), self.layout().bytes());
+        for block in self.blocks() {
+            encoder.block(&BlockEntry::new(block.name.clone(), block.bytes));
+        }
+        encoder.eos().footer(self.ram_section()).raw(beside.behind_ram_start()).raw(beside.in_parts());
+    }
+
+    /// The pages of block number `index`, in sections of about a mebibyte.
+    fn pages(&self, index: usize, encoder: &mut MainEncoder, buf: &mut Vec<u8>, out: &mut dyn Write) -> io::Result<()> {
+        let (block, section) = (&self.blocks()[index], self.ram_section());
+        let mut reader = self.block_reader(index);
+        let mut offset = 0;
+        while offset < block.bytes {
+            encoder.ram_part(section, false);
+            let (run, zeros) = reader.run();
+            let len = run.min(if zeros { ZEROS_AT_ONCE } else { READ_SIZE as u64 });
+            let offsets = (offset..offset + len).step_by(PAGE_SIZE);
+            if zeros {
+                reader.skip(len);
+                for offset in offsets {
+                    encoder.zero_page(&block.name, offset);
+                }
+            } else {
+                buf.resize(len as usize, 0);
+                let named = |error: io::Error| io::Error::new(error.kind(), format!("{:?}: {error}", self.path()));
+                reader.read_exact(buf).map_err(named)?;
+                for (offset, page) in offsets.zip(buf.chunks_exact(PAGE_SIZE)) {
+                    encoder.page(&block.name, offset).raw(page);
+                }
+            }
+            encoder.eos().footer(section);
+            flush(encoder, out)?;
+            offset += len;
+        }
+        Ok(())
+    }
+
+    /// Everything after the last page.
+    fn end(&self, encoder: &mut MainEncoder) {
+        let section = self.ram_section();
+        if sends_switchover_start(self.machine()) == Some(true) {
+            encoder.command(&Command::SwitchoverStart);
+        }
+        encoder.ram_part(section, true).eos().footer(section).raw(self.sections()).eof();
+        if !self.vmdescription().is_empty() {
+            encoder.vm_description(self.vmdescription());
+        }
+    }
+}
+
+fn flush(encoder: &mut MainEncoder, out: &mut dyn Write) -> io::Result<()> {
+    out.write_all(encoder.as_bytes())?;
+    encoder.clear();
+    Ok(())
+}
+
+/// Bytes of pages with content in one section.
+const READ_SIZE: usize = 1 << 20;
+/// Bytes of pages of zeros in one section, which take nine bytes each there.
+const ZEROS_AT_ONCE: u64 = 256 << 20;
