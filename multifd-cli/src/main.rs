@@ -9,6 +9,7 @@ mod describe;
 mod exit;
 mod lend;
 mod log;
+mod monitor;
 mod printable;
 mod progress;
 mod report;

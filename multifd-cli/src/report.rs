@@ -48,6 +48,17 @@ impl Outcome {
         Outcome { exit: Exit::from(error), error: Some(error.to_string()), report, text: String::new() }
     }
 
+    /// Adds `message`. The exit status becomes `exit` where all was well so far, and where it says more than the one before.
+    pub fn worsen(&mut self, exit: Exit, message: &str) {
+        if self.exit == Exit::Done || exit == Exit::InDoubt {
+            self.exit = exit;
+        }
+        self.error = Some(match self.error.take() {
+            Some(error) => format!("{error}; {message}"),
+            None => message.to_owned(),
+        });
+    }
+
     /// The JSON object.
     pub fn json(&self) -> Value {
         let mut object = Map::new();

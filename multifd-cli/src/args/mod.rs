@@ -5,6 +5,7 @@ mod link;
 mod machine;
 mod origin;
 mod output;
+mod qemu;
 mod transfer;
 mod values;
 mod verbs;
@@ -15,9 +16,10 @@ pub use self::{
     link::{TOKEN_VARIABLE, Token},
     origin::Origin,
     output::{OutputArgs, ProgressMode},
+    qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     transfer::Compression,
-    values::destination_uri,
-    verbs::{DemoArgs, GuestArgs, InspectArgs, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
+    values::{destination_uri, uuid},
+    verbs::{DemoArgs, GuestArgs, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
 };
 
 /// Moves running virtual machines between processes and hosts, in QEMU's multifd format.
@@ -40,6 +42,10 @@ pub enum Verb {
     Receive(ReceiveArgs),
     /// Send the VM in a checkpoint file to QEMU, or to multifd.
     Send(SendArgs),
+    /// Checkpoint the VM of a running QEMU, driven by its monitor.
+    Checkpoint(CheckpointArgs),
+    /// Restore a checkpoint into a QEMU that waits for it, driven by its monitor.
+    Restore(RestoreArgs),
     /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
     Inspect(InspectArgs),
 }
@@ -52,6 +58,8 @@ impl Verb {
             Verb::Guest(args) => &args.output,
             Verb::Receive(args) => &args.output,
             Verb::Send(args) => &args.output,
+            Verb::Checkpoint(args) => &args.output,
+            Verb::Restore(args) => &args.output,
             Verb::Inspect(args) => &args.output,
         }
     }
@@ -67,6 +75,8 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Demo(args) => args.check(),
         Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
         Verb::Send(args) => args.check(),
+        Verb::Checkpoint(args) => args.check(),
+        Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
         Verb::Inspect(_) => Ok(()),
     };

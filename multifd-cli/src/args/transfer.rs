@@ -87,7 +87,7 @@ impl TransferArgs {
         format.compression = self.compression.map_or(packet::Compression::None, Compression::method);
         format.auto_compression = self.compression == Some(Compression::Auto);
         let plan = &mut options.plan;
-        plan.channels = self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get);
+        plan.channels = self.channels();
         plan.compression_level = self.compression_level.unwrap_or(DEFAULT_LEVEL);
         plan.zero_copy = self.zero_copy;
         let parameters = &mut options.parameters;
@@ -101,6 +101,11 @@ impl TransferArgs {
             throttle: !self.no_throttle,
         };
         options
+    }
+
+    /// How many channels a source opens.
+    pub fn channels(&self) -> u8 {
+        self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get)
     }
 
     /// What a destination is told.
@@ -255,5 +260,5 @@ impl From<Sync> for Dialect {
     }
 }
 
-const DEFAULT_CHANNELS: u8 = 4;
+pub(super) const DEFAULT_CHANNELS: u8 = 4;
 const DEFAULT_LEVEL: i32 = 1;

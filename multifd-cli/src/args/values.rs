@@ -35,6 +35,22 @@ pub fn destination_uri(text: &str) -> Result<Uri, String> {
     }
 }
 
+/// Where the two ends of a migration meet: an address that means the same to both.
+pub fn meeting_uri(text: &str) -> Result<Uri, String> {
+    let expected = "expected tcp:HOST:PORT or unix:PATH";
+    match text.parse().map_err(|error: UriError| error.to_string())? {
+        Uri::Tcp { host, .. } if host.parse().is_ok_and(|address: std::net::IpAddr| address.is_unspecified()) => {
+            Err("it is every address of this host, and one to connect to is needed; expected tcp:HOST:PORT".to_owned())
+        }
+        Uri::Tcp { host, .. } if host.is_empty() => Err(expected.to_owned()),
+        Uri::Unix(path) if !path.is_absolute() => {
+            Err("QEMU has another directory; expected unix:PATH with an absolute PATH".to_owned())
+        }
+        uri @ (Uri::Tcp { .. } | Uri::Unix(_)) => Ok(uri),
+        Uri::Fd(_) | Uri::File(_) => Err(expected.to_owned()),
+    }
+}
+
 /// `unix:PATH`.
 pub fn unix_uri(text: &str) -> Result<Uri, String> {
     match text.parse() {

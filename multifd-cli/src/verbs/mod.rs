@@ -1,9 +1,11 @@
 //! The verbs, one file each.
 
+mod checkpoint;
 mod demo;
 mod guest;
 mod inspect;
 mod receive;
+mod restore;
 mod send;
 
 use crate::{args::Verb, report::Outcome};
@@ -13,6 +15,8 @@ pub fn run(verb: &Verb) -> Outcome {
     match verb {
         Verb::Demo(args) => demo::run(args),
         Verb::Guest(args) => guest::run(args),
+        Verb::Checkpoint(args) => checkpoint::run(args),
+        Verb::Restore(args) => restore::run(args),
         Verb::Inspect(args) => inspect::run(args),
         Verb::Receive(args) => receive::run(args),
         Verb::Send(args) => send::run(args),

@@ -73,7 +73,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     }
 }
 
-fn options(args: &ReceiveArgs) -> destination::Options {
+pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
     let mut options = destination::Options::default();
     options.channels = args.channels.map(Into::into);
     options.compression = args.compression.and_then(Compression::required);
@@ -103,7 +103,7 @@ fn listener(from: &Origin, record: Option<&Path>) -> io::Result<Box<dyn Listen>>
 ///
 /// The VM is in the file by now and the source was told so: what cannot be read back of it is missing in the report, and
 /// no failure.
-fn described(args: &ReceiveArgs, received: &destination::Report, interrupted: &dyn Fn() -> bool) -> Outcome {
+pub(super) fn described(args: &ReceiveArgs, received: &destination::Report, interrupted: &dyn Fn() -> bool) -> Outcome {
     let migration = MigrationReport::received(received, checkpoint::PAGE_SIZE, std::time::Duration::ZERO);
     let mut report = fields(&migration);
     report.insert("machine".to_owned(), received.machine.clone().into());
@@ -187,7 +187,7 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
     )
 }
 
-fn file_report(path: &PathBuf) -> Value {
+pub(super) fn file_report(path: &PathBuf) -> Value {
     let metadata = std::fs::metadata(path);
     let mut report = Map::new();
     report.insert("path".to_owned(), path.display().to_string().into());

@@ -45,7 +45,7 @@ pub fn run(args: &SendArgs) -> Outcome {
 }
 
 /// How to send it; nothing where that cannot be known. A token is for another multifd.
-fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {
+pub(super) fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {
     let machine = checkpoint.machine();
     let ours = machine.starts_with("multifd");
     if args.transfer.sync.is_none() && Dialect::of_machine(machine).is_none() && !ours {
@@ -72,7 +72,7 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> 
 
 /// # Errors
 /// What went wrong before any connection was made.
-fn send(
+pub(super) fn send(
     args: &SendArgs,
     checkpoint: &Checkpoint,
     options: source::Options,

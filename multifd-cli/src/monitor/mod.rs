@@ -1,0 +1,261 @@
+//! A QEMU as an operator sees it, through its monitor: what it is, and the settings that a migration needs.
+//!
+//! `multifd checkpoint` and `multifd restore` ask the QEMU instead of relying on how it was set up: a QEMU with another number
+//! of channels, another compression or another machine waits forever without a word.
+
+mod interrupts;
+mod look;
+mod settings;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd::transport::uri::Uri;
+use multifd_qmp::{Client, Error, Status};
+use serde_json::{Value, json};
+
+pub use self::{
+    interrupts::Interrupts,
+    look::Look,
+    settings::{Changed, Wanted},
+};
+use crate::exit::Exit;
+
+/// The monitor of a QEMU. A connection that breaks is made again once.
+pub struct Monitor {
+    path: PathBuf,
+    client: Client,
+    interrupts: Interrupts,
+    limit: Duration,
+    /// An interrupt ends the waits. Later, when things are put in order, only a second one does.
+    in_order: bool,
+}
+
+/// Why a QEMU does not do what it was told.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// The exit status.
+    pub exit: Exit,
+    /// In words.
+    pub message: String,
+    /// The monitor is gone, or does not answer.
+    pub lost: bool,
+    /// No process listens there any more: the QEMU has ended.
+    pub gone: bool,
+}
+
+impl Refusal {
+    /// QEMU is not what it has to be.
+    pub fn new(exit: Exit, message: impl Into<String>) -> Refusal {
+        Refusal { exit, message: message.into(), lost: false, gone: false }
+    }
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Refusal {
+        Refusal::new(Exit::Failed, error.to_string())
+    }
+}
+
+impl Monitor {
+    /// Connects to the monitor at `path`. An answer may take `limit`.
+    ///
+    /// # Errors
+    /// No QEMU speaks QMP there, or it serves another client.
+    pub fn connect(path: &Path, limit: Duration, interrupts: &Interrupts) -> Result<Monitor, Refusal> {
+        let client = open(path, limit, interrupts, 1).map_err(|error| explain(path, &error))?;
+        Ok(Monitor { path: path.to_owned(), client, interrupts: interrupts.clone(), limit, in_order: false })
+    }
+
+    /// What the QEMU is, and how it is set.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute`].
+    pub fn look(&mut self) -> Result<Look, Refusal> {
+        Look::at(self)
+    }
+
+    /// Runs `command`. A connection that was lost meanwhile is made again, and the command repeated, so it has to be one
+    /// that may be run twice.
+    ///
+    /// # Errors
+    /// QEMU refuses it, is gone, or does not answer in time.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Refusal> {
+        let closed = match self.client.execute(command, arguments.clone()) {
+            Err(error @ Error::Closed { .. }) => error,
+            result => return result.map_err(|error| explain(&self.path, &error)),
+        };
+        match self.reconnect() {
+            Ok(()) => self.client.execute(command, arguments).map_err(|error| explain(&self.path, &error)),
+            Err(error) => {
+                let gone = matches!(&error, Error::Connect { source, .. }
+                    if matches!(source.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound));
+                Err(Refusal { gone, ..explain(&self.path, &closed) })
+            }
+        }
+    }
+
+    /// Runs `command`, which may not be run twice.
+    ///
+    /// # Errors
+    /// QEMU refuses it, is gone, or does not answer in time; then it may have run it or not.
+    pub fn execute_once(&mut self, command: &str, arguments: Value) -> Result<Value, Refusal> {
+        self.client.execute(command, arguments).map_err(|error| explain(&self.path, &error))
+    }
+
+    /// Runs `command` if the QEMU has it.
+    ///
+    /// # Errors
+    /// As [`Monitor::execute`], but for a refusal.
+    pub fn execute_if_known(&mut self, command: &str, arguments: Value) -> Result<Option<Value>, Refusal> {
+        match self.execute(command, arguments) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(refusal) if refusal.lost || refusal.exit != Exit::Failed => Err(refusal),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// The state of the migration, and all of the answer.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute`].
+    pub fn migration(&mut self) -> Result<(Status, Value), Refusal> {
+        let answer = self.execute("query-migrate", json!({}))?;
+        Ok((Status::of(&answer), answer))
+    }
+
+    /// The run state.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute`].
+    pub fn run_state(&mut self) -> Result<String, Refusal> {
+        let answer = self.execute("query-status", json!({}))?;
+        Ok(answer["status"].as_str().unwrap_or("unknown").to_owned())
+    }
+
+    /// Waits until `is_awaited` is true of the run state, at most for `limit`. Returns the last one either way.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute`].
+    pub fn wait_run_state(&mut self, limit: Duration, is_awaited: impl Fn(&str) -> bool) -> Result<String, Refusal> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let state = self.run_state()?;
+            if is_awaited(&state) || Instant::now() >= deadline {
+                return Ok(state);
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// From here on things are put in order: the first interrupt has been heard, only another one ends a wait.
+    pub fn put_in_order(&mut self) {
+        self.in_order = true;
+        let interrupts = self.interrupts.clone();
+        let heard = interrupts.count().max(1);
+        self.client.set_interrupted(Some(Box::new(move || interrupts.count() > heard)));
+    }
+
+    fn reconnect(&mut self) -> Result<(), Error> {
+        let allowed = if self.in_order { self.interrupts.count().max(1) + 1 } else { 1 };
+        self.client = open(&self.path, self.limit.min(RECONNECT_LIMIT), &self.interrupts, allowed)?;
+        Ok(())
+    }
+}
+
+/// Connects; the interrupt number `interrupt` ends the wait.
+fn open(path: &Path, limit: Duration, interrupts: &Interrupts, interrupt: u32) -> Result<Client, Error> {
+    let interrupts = interrupts.clone();
+    let mut client =
+        Client::builder().limit(limit).interrupted(move || interrupts.count() >= interrupt).connect(path)?;
+    client.set_limit(limit);
+    Ok(client)
+}
+
+/// `error` as an operator needs it.
+fn explain(path: &Path, error: &Error) -> Refusal {
+    let at = format!("unix:{}", path.display());
+    let (exit, message) = match error {
+        Error::Interrupted { .. } => (Exit::Cancelled, multifd::error::Error::Cancelled.to_string()),
+        Error::Connect { source, .. } => {
+            let advice = match source.kind() {
+                io::ErrorKind::NotFound => "; expected the PATH of a QEMU's -qmp unix:PATH,server=on,wait=off",
+                io::ErrorKind::ConnectionRefused => "; the process that listened there has ended",
+                io::ErrorKind::WouldBlock => {
+                    "; it takes no more clients: a QEMU serves one at a time on each -qmp socket"
+                }
+                _ => "",
+            };
+            (Exit::Failed, format!("{at}: {source}{advice}"))
+        }
+        Error::NoAnswer { command, limit } if command == "greeting" => {
+            let advice = "a QEMU serves one client at a time on each -qmp socket, so another one may have it; a second -qmp \
+                          option gives it a second socket";
+            (Exit::Failed, format!("{at}: no QMP greeting within {limit:?}: {advice}"))
+        }
+        Error::NoAnswer { .. } => {
+            (Exit::Failed, format!("{at}: {error}; its main loop may be blocked (--qmp-timeout)"))
+        }
+        Error::Unexpected { .. } | Error::Codec { .. } => {
+            (Exit::Peer, format!("{at}: {error}; expected the socket of a QEMU's -qmp option"))
+        }
+        _ => (Exit::Failed, format!("{at}: {error}")),
+    };
+    Refusal { exit, message, lost: error.is_lost(), gone: false }
+}
+
+/// Where the two ends of the migration meet.
+pub struct Meeting {
+    /// What QEMU is given.
+    pub uri: Uri,
+    /// Keeps others out, and is removed with its socket.
+    _directory: Option<tempfile::TempDir>,
+}
+
+impl Meeting {
+    /// At `uri`, or in a directory of this user alone.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn at(uri: Option<&Uri>) -> io::Result<Meeting> {
+        if let Some(uri) = uri {
+            return Ok(Meeting { uri: uri.clone(), _directory: None });
+        }
+        // Made with the rights 0700.
+        let directory = tempfile::Builder::new().prefix("multifd-").tempdir()?;
+        let uri = Uri::Unix(directory.path().join("migration"));
+        Ok(Meeting { uri, _directory: Some(directory) })
+    }
+
+    /// Whether only processes of this user can get there.
+    pub fn is_private(&self) -> bool {
+        self._directory.is_some()
+    }
+}
+
+/// What QEMU says went wrong, with what to do about a socket that it cannot reach.
+pub fn reason(answer: &Value, meeting: &Meeting) -> String {
+    let Some(reason) = answer["error-desc"].as_str() else { return "QEMU does not say why".to_owned() };
+    with_advice(reason, meeting)
+}
+
+/// Adds to QEMU's `reason` what to do about a private socket that it cannot reach.
+pub fn with_advice(reason: &str, meeting: &Meeting) -> String {
+    let unreachable = ["Permission denied", "No such file"].iter().any(|text| reason.contains(text));
+    if meeting.is_private() && unreachable {
+        return format!(
+            "{reason}. QEMU runs as another user or sees other files; --listen URI names a place that both can reach"
+        );
+    }
+    reason.to_owned()
+}
+
+/// Between two looks at something that changes by itself.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// How long a connection that broke may take to be made again.
+const RECONNECT_LIMIT: Duration = Duration::from_secs(5);

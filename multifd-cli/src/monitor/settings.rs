@@ -1,0 +1,145 @@
+//! The settings of a QEMU that a migration needs, and how they are put back.
+
+use serde_json::{Map, Value, json};
+
+use super::{Look, Monitor, Refusal};
+
+/// What a migration needs. What a QEMU does not have is left out, unless it is to be switched on.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Capabilities, on or off.
+    pub capabilities: Vec<(&'static str, bool)>,
+    /// Parameters.
+    pub parameters: Vec<(&'static str, Value)>,
+}
+
+impl Wanted {
+    /// A migration over multifd with `channels` channels, in which nothing else changes the stream or makes it wait.
+    pub fn multifd(channels: u8, compression: &str) -> Wanted {
+        let mut wanted = Wanted::plain();
+        for (name, on) in &mut wanted.capabilities {
+            *on |= matches!(*name, "multifd" | "return-path");
+        }
+        wanted.parameters.push(("multifd-channels", json!(channels)));
+        wanted.parameters.push(("multifd-compression", json!(compression)));
+        wanted
+    }
+
+    /// A snapshot of the state at the beginning: a plain stream without an answer, while the guest runs on.
+    pub fn snapshot() -> Wanted {
+        let mut wanted = Wanted::plain();
+        for (name, on) in &mut wanted.capabilities {
+            *on |= *name == "background-snapshot";
+        }
+        wanted
+    }
+
+    /// Nothing but a plain stream.
+    pub fn plain() -> Wanted {
+        let capabilities = OFF.iter().map(|&name| (name, false)).collect();
+        // The connection is a private socket, or the operator's business.
+        let parameters = vec![("tls-creds", json!("")), ("mode", json!("normal"))];
+        Wanted { capabilities, parameters }
+    }
+}
+
+/// What has to be put back.
+#[derive(Debug, Clone, Default)]
+pub struct Changed {
+    capabilities: Vec<(String, bool)>,
+    parameters: Vec<(String, Value)>,
+}
+
+impl Changed {
+    /// Sets what is `wanted` and different, and remembers in `self` how it was.
+    ///
+    /// # Errors
+    /// QEMU refuses it, lacks a capability that is wanted, or is gone. `self` then has what may be changed already.
+    pub fn apply(&mut self, monitor: &mut Monitor, look: &Look, wanted: &Wanted) -> Result<(), Refusal> {
+        let mut capabilities = Vec::new();
+        for &(name, on) in &wanted.capabilities {
+            match look.capabilities.get(name) {
+                Some(&is_on) if is_on != on => {
+                    self.capabilities.push((name.to_owned(), is_on));
+                    capabilities.push((name.to_owned(), on));
+                }
+                None if on => {
+                    let message = format!("QEMU {} has no migration capability {name}", look.version);
+                    return Err(Refusal::new(crate::exit::Exit::Failed, message));
+                }
+                _ => {}
+            }
+        }
+        set_capabilities(monitor, &capabilities)?;
+        let mut parameters = Vec::new();
+        for (name, value) in &wanted.parameters {
+            if let Some(is) = look.parameters.get(*name).filter(|is| *is != value) {
+                self.parameters.push(((*name).to_owned(), is.clone()));
+                parameters.push(((*name).to_owned(), value.clone()));
+            }
+        }
+        set_parameters(monitor, &parameters)
+    }
+
+    /// Puts everything back as it was. It changes nothing to do that twice.
+    ///
+    /// # Errors
+    /// QEMU refuses it or is gone; the message says how the settings were.
+    pub fn put_back(&self, monitor: &mut Monitor) -> Result<(), Refusal> {
+        // A parameter may only go with a capability, or only without.
+        let first = set_parameters(monitor, &self.parameters);
+        let then = set_capabilities(monitor, &self.capabilities);
+        let last = first.or_else(|_| set_parameters(monitor, &self.parameters));
+        last.and(then).map_err(|refusal| {
+            let message = format!("QEMU's settings could not be put back: {refusal}; they were: {}", self.text());
+            Refusal { message, ..refusal }
+        })
+    }
+
+    fn text(&self) -> String {
+        let capabilities =
+            self.capabilities.iter().map(|(name, on)| format!("{name} {}", if *on { "on" } else { "off" }));
+        let parameters = self.parameters.iter().map(|(name, value)| format!("{name} {value}"));
+        let all: Vec<String> = capabilities.chain(parameters).collect();
+        if all.is_empty() { "as they are".to_owned() } else { all.join(", ") }
+    }
+}
+
+fn set_capabilities(monitor: &mut Monitor, capabilities: &[(String, bool)]) -> Result<(), Refusal> {
+    if capabilities.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<Value> = capabilities.iter().map(|(name, on)| json!({ "capability": name, "state": on })).collect();
+    monitor.execute("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
+}
+
+fn set_parameters(monitor: &mut Monitor, parameters: &[(String, Value)]) -> Result<(), Refusal> {
+    if parameters.is_empty() {
+        return Ok(());
+    }
+    let map: Map<String, Value> = parameters.iter().cloned().collect();
+    monitor.execute("migrate-set-parameters", Value::Object(map)).map(drop)
+}
+
+/// Capabilities that change the stream, that make a migration wait for a command (`pause-before-switchover`) or for an
+/// answer (`switchover-ack`), that a unix socket cannot have (`zero-copy-send`), or that give the memory of the source away,
+/// which is to run on (`release-ram`).
+const OFF: &[&str] = &[
+    "multifd",
+    "return-path",
+    "background-snapshot",
+    "block",
+    "compress",
+    "dirty-bitmaps",
+    "mapped-ram",
+    "pause-before-switchover",
+    "postcopy-preempt",
+    "postcopy-ram",
+    "rdma-pin-all",
+    "release-ram",
+    "switchover-ack",
+    "x-colo",
+    "x-ignore-shared",
+    "xbzrle",
+    "zero-copy-send",
+];

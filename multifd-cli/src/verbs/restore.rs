@@ -1,0 +1,272 @@
+//! `multifd restore`: restores a checkpoint into a QEMU that waits for one, which it drives by the monitor.
+//!
+//! QEMU is asked what it is before a byte moves: another machine, memory or UUID is a sentence. Its settings are put back in
+//! every case. What a lost connection leaves in doubt, QEMU's monitor answers.
+
+use std::{
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use multifd::{checkpoint::Checkpoint, error::Error, transport::uri::Uri};
+use multifd_qmp::Status;
+use serde_json::{Value, json};
+
+use super::send;
+use crate::{
+    args::{RestoreArgs, SendArgs},
+    describe,
+    exit::Exit,
+    monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, Refusal, Wanted},
+    report::Outcome,
+    units,
+};
+
+/// Restores a checkpoint.
+pub fn run(args: &RestoreArgs) -> Outcome {
+    restore(args).unwrap_or_else(|refusal| Outcome::failed(refusal.exit, refusal))
+}
+
+/// # Errors
+/// What went wrong before anything was changed.
+fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
+    let Uri::Unix(path) = &args.qmp else { unreachable!("the command line takes nothing else") };
+    let interrupts = Interrupts::listen()?;
+    let checkpoint = Checkpoint::open(&args.file).map_err(|error| {
+        let error = Error::from(error);
+        Refusal::new(Exit::from(&error), error.to_string())
+    })?;
+    if args.postcopy {
+        let message = "--postcopy is not there yet; without it, the guest runs once all of its memory has arrived";
+        return Err(Refusal::new(Exit::Usage, message));
+    }
+    let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
+    let look = monitor.look()?;
+    check(&look, &checkpoint)?;
+    let meeting = Meeting::at(args.monitor.listen.as_ref())?;
+    let mut changed = Changed::default();
+    let mut outcome = match changed.apply(&mut monitor, &look, &wanted(args)) {
+        Ok(()) => migrate(args, &checkpoint, &look, &mut monitor, &meeting, &interrupts)
+            .unwrap_or_else(|refusal| Outcome::failed(refusal.exit, refusal)),
+        Err(refusal) => Outcome::failed(refusal.exit, refusal),
+    };
+    monitor.put_in_order();
+    if let Err(refusal) = changed.put_back(&mut monitor) {
+        // A QEMU that ended has no settings.
+        if outcome.exit == Exit::Done || !refusal.lost {
+            outcome.worsen(Exit::Failed, &refusal.message);
+        }
+    }
+    outcome.report.insert("qemu".to_owned(), look.json());
+    Ok(outcome)
+}
+
+/// Whether the checkpoint fits into the QEMU.
+fn check(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
+    if look.state != "inmigrate" {
+        let message = format!(
+            "the QEMU's guest is {}; expected one that waits for a VM, started with the options of the checkpoint's QEMU and \
+             -incoming defer",
+            look.state
+        );
+        return Err(Refusal::new(Exit::Failed, message));
+    }
+    if look.is_listening || look.migration != Status::None {
+        let message = "QEMU has begun to wait for a VM already, or has failed to load one; expected one that was started \
+                       with -incoming defer and was not told anything yet";
+        return Err(Refusal::new(Exit::Failed, message));
+    }
+    let mismatch = |message: String| Err(Refusal::new(Exit::Peer, message));
+    if look.machine != checkpoint.machine() {
+        return mismatch(format!(
+            "the checkpoint is of machine {}, QEMU {} runs {}; start it with -machine {}",
+            checkpoint.machine(),
+            look.version,
+            look.machine,
+            checkpoint.machine()
+        ));
+    }
+    check_memory(look, checkpoint)?;
+    let uuid = checkpoint.uuid().map(|uuid| describe::uuid(&uuid));
+    match uuid.filter(|uuid| is_uuid(uuid) && is_uuid(&look.uuid) && !uuid.eq_ignore_ascii_case(&look.uuid)) {
+        Some(uuid) => mismatch(format!("the checkpoint is of the VM {uuid}, QEMU runs {} (-uuid)", look.uuid)),
+        None => Ok(()),
+    }
+}
+
+/// Whether the memory of the QEMU is that of the checkpoint. ROMs and other small blocks are QEMU's business.
+fn check_memory(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
+    let size = |name: &str| checkpoint.blocks().iter().find(|block| block.name == *name).map(|block| block.bytes);
+    let mut matched = 0u64;
+    for (name, bytes) in &look.memory {
+        match size(name) {
+            Some(kept) if kept != *bytes => {
+                let [kept, bytes] = [kept, *bytes].map(units::show_size);
+                let message = format!("the checkpoint has {kept} of memory in {name}, QEMU has {bytes} (-m)");
+                return Err(Refusal::new(Exit::Peer, message));
+            }
+            Some(kept) => matched = matched.saturating_add(kept),
+            None => {}
+        }
+    }
+    // A backend may be there for something else, or for nothing; the memory as a whole has to be in the checkpoint.
+    let whole = look.memory_size.filter(|&whole| !look.memory.is_empty() && matched < whole);
+    let Some(whole) = whole else { return Ok(()) };
+    let list = |blocks: Vec<(String, u64)>| {
+        let blocks: Vec<String> =
+            blocks.iter().map(|(name, bytes)| format!("{name} {}", units::show_size(*bytes))).collect();
+        blocks.join(", ")
+    };
+    let kept = checkpoint.blocks().iter().map(|block| (block.name.to_string(), block.bytes)).collect();
+    let message = format!(
+        "QEMU has {} of memory as {}, the checkpoint has the RAM blocks {}; the names and sizes of memory backends have to be \
+         the same",
+        units::show_size(whole),
+        list(look.memory.clone()),
+        list(kept)
+    );
+    Err(Refusal::new(Exit::Peer, message))
+}
+
+fn wanted(args: &RestoreArgs) -> Wanted {
+    let compression = args.transfer.compression.map_or("none", |compression| match compression.required() {
+        Some(method) => crate::report::compression_name(method),
+        None => unreachable!("the command line refuses auto"),
+    });
+    Wanted::multifd(args.transfer.channels(), compression)
+}
+
+/// Has QEMU listen, sends the checkpoint, and asks QEMU what has become of it.
+fn migrate(
+    args: &RestoreArgs,
+    checkpoint: &Checkpoint,
+    look: &Look,
+    monitor: &mut Monitor,
+    meeting: &Meeting,
+    interrupts: &Interrupts,
+) -> Result<Outcome, Refusal> {
+    let uri = listen(monitor, meeting)?;
+    if interrupts.seen() {
+        return Err(Refusal::new(Exit::Cancelled, Error::Cancelled.to_string()));
+    }
+    let args = as_send(args, uri, look);
+    let Some(options) = send::options(&args, checkpoint) else {
+        let message = format!("the version of machine type {:?} is not known; --sync says how", checkpoint.machine());
+        return Err(Refusal::new(Exit::Usage, message));
+    };
+    let sent = send::send(&args, checkpoint, options);
+    monitor.put_in_order();
+    let sent = sent.map_err(|error| Refusal::new(Exit::Failed, error.to_string()))?;
+    Ok(settle(sent, monitor, meeting, &args.file))
+}
+
+/// Has QEMU wait for the migration, and stay when it fails, so that it can say why. Returns where it listens.
+fn listen(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
+    let uri = meeting.uri.to_string();
+    let listening = monitor.execute_once("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
+    let listening = match listening {
+        // Before 9.1 it has to be without.
+        Err(refusal) if refusal.message.contains("exit-on-error") => {
+            monitor.execute_once("migrate-incoming", json!({ "uri": uri }))
+        }
+        listening => listening,
+    };
+    listening.map_err(|refusal| Refusal { message: monitor::with_advice(&refusal.message, meeting), ..refusal })?;
+    let Uri::Tcp { host, port: 0 } = &meeting.uri else { return Ok(meeting.uri.clone()) };
+    let (_, answer) = monitor.migration()?;
+    let port = answer["socket-address"][0]["port"].as_str().and_then(|port| port.parse().ok());
+    let Some(port) = port else {
+        return Err(Refusal::new(Exit::Failed, "QEMU does not say on which port it listens; --listen can name one"));
+    };
+    Ok(Uri::Tcp { host: host.clone(), port })
+}
+
+/// The same as `multifd send`.
+fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
+    let uuid = is_uuid(&look.uuid).then(|| crate::args::uuid(&look.uuid).ok()).flatten();
+    SendArgs {
+        file: args.file.clone(),
+        uri,
+        transfer: args.transfer.clone(),
+        peer: Some(crate::args::Peer::Qemu),
+        uuid,
+        output: args.output.clone(),
+    }
+}
+
+/// Asks QEMU what has become of the VM: it is the one that knows.
+fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Path) -> Outcome {
+    let end = wait_end(monitor);
+    match (sent.exit, end) {
+        (Exit::Done, Ok((Status::Completed, _))) => {
+            match monitor.wait_run_state(END_LIMIT, |state| state != "inmigrate") {
+                Ok(state) => {
+                    sent.text.push_str(&format!("  the guest is {state} there\n"));
+                    sent.report.insert("guest-state".to_owned(), state.into());
+                }
+                Err(refusal) => sent.worsen(Exit::Failed, &format!("QEMU has the VM, but: {refusal}")),
+            }
+        }
+        // It has it, though its answer was lost.
+        (Exit::InDoubt, Ok((Status::Completed, _))) => {
+            let doubt = sent.error.take().unwrap_or_default();
+            sent.exit = Exit::Done;
+            sent.text = format!("restored {}; QEMU says so on its monitor ({doubt})\n", file.display());
+            sent.report.insert("confirmed-by".to_owned(), "qmp".into());
+            if let Ok(state) = monitor.run_state() {
+                sent.report.insert("guest-state".to_owned(), state.into());
+            }
+        }
+        // It never started its guest.
+        (exit, Ok((Status::Failed | Status::Cancelled, answer))) => {
+            let reason = monitor::reason(&answer, meeting);
+            let was = sent.error.take().map_or_else(String::new, |error| format!(" ({error})"));
+            let advice = "This QEMU takes no second migration: end it with quit, and start it again";
+            sent.error = Some(format!("QEMU could not load the VM: {reason}{was}. {advice}"));
+            sent.exit = if matches!(exit, Exit::Done | Exit::InDoubt) { Exit::Failed } else { exit };
+        }
+        (Exit::Done, Ok((status, _))) => {
+            let message = format!("everything was sent, but QEMU does not end the migration ({status:?})");
+            sent.worsen(Exit::InDoubt, &message);
+        }
+        (Exit::Done, Err(refusal)) => {
+            let message = format!("everything was sent and confirmed, but QEMU is gone or does not answer: {refusal}");
+            sent.worsen(Exit::InDoubt, &message);
+        }
+        // A QEMU before 9.1 ends when it cannot load a VM.
+        (Exit::InDoubt, Err(refusal)) if refusal.gone => {
+            let was = sent.error.take().unwrap_or_default();
+            sent.exit = Exit::Failed;
+            sent.error = Some(format!("QEMU has ended, so the guest does not run there ({was}); its stderr says why"));
+        }
+        (_, Err(refusal)) if refusal.gone => {
+            let was = sent.error.take().unwrap_or_default();
+            sent.error = Some(format!("{was}; QEMU has ended, its stderr says why"));
+        }
+        _ => {}
+    }
+    sent
+}
+
+/// Waits until QEMU has ended its migration, or a time is over.
+///
+/// # Errors
+/// It is gone, or does not answer.
+fn wait_end(monitor: &mut Monitor) -> Result<(Status, Value), Refusal> {
+    let deadline = Instant::now() + END_LIMIT;
+    loop {
+        let (status, answer) = monitor.migration()?;
+        if status.is_final() || Instant::now() >= deadline {
+            return Ok((status, answer));
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+fn is_uuid(text: &str) -> bool {
+    text.bytes().any(|byte| !matches!(byte, b'0' | b'-'))
+}
+
+/// How long a QEMU may take to end a migration that is over.
+const END_LIMIT: Duration = Duration::from_secs(10);

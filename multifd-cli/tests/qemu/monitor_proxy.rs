@@ -1,0 +1,135 @@
+//! A monitor that fails: a proxy before a QEMU's, or a socket that only looks like one.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// What happens in place of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The connection is closed, and no other one taken.
+    Close,
+    /// The connection is closed once; the next one works.
+    Hangup,
+    /// Bytes that are not QMP.
+    Garbage,
+    /// A message without an end.
+    Endless,
+    /// Nothing.
+    Silence,
+}
+
+/// Listens at [`path`](MonitorProxy::path) until dropped.
+pub struct MonitorProxy {
+    pub path: PathBuf,
+    connected: Arc<AtomicBool>,
+}
+
+impl MonitorProxy {
+    /// Fails with the first byte.
+    pub fn alone(path: &Path, fault: Fault) -> MonitorProxy {
+        MonitorProxy::listen(path, None, fault, 0)
+    }
+
+    /// Passes on to the monitor at `to` what comes before the command number `at`, counted from 1, which never gets there.
+    pub fn before(path: &Path, to: &Path, fault: Fault, at: usize) -> MonitorProxy {
+        MonitorProxy::listen(path, Some(to.to_owned()), fault, at)
+    }
+
+    fn listen(path: &Path, to: Option<PathBuf>, fault: Fault, at: usize) -> MonitorProxy {
+        let listener = UnixListener::bind(path).unwrap();
+        let connected = Arc::new(AtomicBool::new(false));
+        let seen = connected.clone();
+        let own = path.to_owned();
+        thread::spawn(move || {
+            let count = Arc::new(AtomicUsize::new(0));
+            for client in listener.incoming() {
+                let Ok(client) = client else { return };
+                if !own.exists() {
+                    return;
+                }
+                seen.store(true, Ordering::Relaxed);
+                let server = to.as_ref().map(|to| UnixStream::connect(to).unwrap());
+                let (count, own) = (count.clone(), own.clone());
+                if fault == Fault::Close && count.load(Ordering::Relaxed) >= at && at > 0 {
+                    return;
+                }
+                thread::spawn(move || serve(client, server, fault, at, &count, &own));
+            }
+        });
+        MonitorProxy { path: path.to_owned(), connected }
+    }
+
+    pub fn wait_connected(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while !self.connected.load(Ordering::Relaxed) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.connected.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for MonitorProxy {
+    fn drop(&mut self) {
+        // The thread that listens looks whether it is there.
+        let gone = self.path.with_extension("gone");
+        let _ = std::fs::rename(&self.path, &gone);
+        let _ = UnixStream::connect(&gone);
+        let _ = std::fs::remove_file(&gone);
+    }
+}
+
+fn serve(client: UnixStream, server: Option<UnixStream>, fault: Fault, at: usize, count: &AtomicUsize, path: &Path) {
+    let mut to_client = client.try_clone().unwrap();
+    let Some(server) = server else { return fail(&mut to_client, fault, path) };
+    let mut to_server = server.try_clone().unwrap();
+    let answers = server.try_clone().unwrap();
+    thread::spawn(move || {
+        let mut to_client = client;
+        let _ = std::io::copy(&mut &answers, &mut to_client);
+        let _ = to_client.shutdown(std::net::Shutdown::Both);
+    });
+    for line in BufReader::new(to_client.try_clone().unwrap()).lines().map_while(Result::ok) {
+        let number = count.fetch_add(1, Ordering::Relaxed) + 1;
+        if number == at || (number > at && fault != Fault::Hangup) {
+            fail(&mut to_client, fault, path);
+            break;
+        }
+        if to_server.write_all(format!("{line}\n").as_bytes()).is_err() {
+            break;
+        }
+    }
+    // The next client of the QEMU's monitor gets in.
+    let _ = server.shutdown(std::net::Shutdown::Both);
+}
+
+fn fail(to_client: &mut UnixStream, fault: Fault, path: &Path) {
+    match fault {
+        Fault::Close => {
+            // No process listens there any more.
+            let _ = std::fs::remove_file(path);
+        }
+        Fault::Hangup => {}
+        Fault::Garbage => {
+            let _ = to_client.write_all(b"QEMU monitor - type 'help' for more information\n(qemu) \n");
+        }
+        Fault::Endless => {
+            let _ = to_client.write_all(b"{\"QMP\": \"");
+            while to_client.write_all(&[b'x'; 4096]).is_ok() {}
+        }
+        Fault::Silence => {
+            // Until the client has had enough.
+            let mut byte = [0];
+            while std::io::Read::read(to_client, &mut byte).is_ok_and(|count| count > 0) {}
+        }
+    }
+    let _ = to_client.shutdown(std::net::Shutdown::Both);
+}
