@@ -14,7 +14,7 @@ use multifd::{
     ram::GuestRange,
     source::{self, Source},
     testing::{broken::Broken, memory},
-    transport::{Listen, Stopper, Stream},
+    transport::{Listen, RecvHalf, SendHalf, Stopper, Stream},
 };
 use multifd_guest::{
     guest::{Guest, GuestConfig, Kind},
@@ -60,11 +60,17 @@ struct SlowStream {
     inner: Box<dyn Stream>,
 }
 
-impl Stream for SlowStream {
+impl SendHalf for SlowStream {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
         self.inner.write(header, pages)
     }
 
+    fn finish(&mut self) -> io::Result<()> {
+        self.inner.finish()
+    }
+}
+
+impl RecvHalf for SlowStream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.inner.read(buf)
     }
@@ -74,8 +80,14 @@ impl Stream for SlowStream {
         self.inner.read_pages(pages)
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(SlowStream { inner: self.inner.try_clone()? }))
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        self.inner.interrupter()
+    }
+}
+
+impl Stream for SlowStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        self.inner.split()
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {

@@ -58,28 +58,19 @@ impl StopHandle {
 
     /// Ends the migration with `error`, also the wait for an answer after the commit.
     pub(crate) fn interrupt(&self, error: Error) {
-        self.end(
-            error,
-            || {},
-            |phase| match phase {
-                Phase::Running => Some(Phase::Stopped),
-                Phase::Committed => Some(Phase::Interrupted),
-                _ => None,
-            },
-        );
+        self.end(error, |phase| match phase {
+            Phase::Running => Some(Phase::Stopped),
+            Phase::Committed => Some(Phase::Interrupted),
+            _ => None,
+        });
     }
 
     /// Ends the migration with `error`, unless it was stopped or committed before: then gives `error` back.
     pub(crate) fn stop(&self, error: Error) -> Option<Error> {
-        self.stop_after(error, || {})
+        self.end(error, |phase| (phase == Phase::Running).then_some(Phase::Stopped))
     }
 
-    /// The same, with something to be done once `error` is known as the reason and before anything ends because of it.
-    pub(crate) fn stop_after(&self, error: Error, last: impl FnOnce()) -> Option<Error> {
-        self.end(error, last, |phase| (phase == Phase::Running).then_some(Phase::Stopped))
-    }
-
-    fn end(&self, error: Error, last: impl FnOnce(), next: impl FnOnce(Phase) -> Option<Phase>) -> Option<Error> {
+    fn end(&self, error: Error, next: impl FnOnce(Phase) -> Option<Phase>) -> Option<Error> {
         let mut state = lock(&self.state);
         let Some(next) = next(state.phase) else {
             drop(state);
@@ -90,7 +81,6 @@ impl StopHandle {
         state.first = Some(error);
         let stoppers = std::mem::take(&mut state.stoppers);
         drop(state);
-        last();
         for stopper in &stoppers {
             stopper.stop();
         }
@@ -145,6 +135,11 @@ impl StopHandle {
     /// Whether the migration was stopped.
     pub fn is_stopped(&self) -> bool {
         lock(&self.state).phase == Phase::Stopped
+    }
+
+    /// What the error says that stopped the migration, or interrupted its end, until it is taken.
+    pub(crate) fn reason(&self) -> Option<String> {
+        lock(&self.state).first.as_ref().map(Error::to_string)
     }
 
     /// The error that stopped the migration, or interrupted its end, for the thread that reports it. All others get

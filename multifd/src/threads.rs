@@ -146,8 +146,8 @@ enum TaskState<T> {
     Offered,
     /// It has returned a thread.
     Accepted,
-    /// The body was dropped before it was called.
-    Dropped,
+    /// The body was dropped before it was called. Kept until that is known as the reason of the end: it may have a connection.
+    Dropped(Option<Box<dyn Send>>),
     /// The body has been called and has not returned.
     Begun,
     /// The body has returned.
@@ -157,10 +157,12 @@ enum TaskState<T> {
 impl<T: Send + 'static> Task<T> {
     /// Starts a thread that runs `body`.
     ///
-    /// If `threads` loses `body` later, without a call, the migration is stopped: other threads may be waiting for it.
+    /// If `threads` has no thread for it, or loses `body` later without a call, the migration is stopped, because other threads
+    /// may be waiting for it. What `body` owns is dropped after that: the peer may see a connection close, and act, before
+    /// this side knows why.
     ///
     /// # Errors
-    /// [`Error::Thread`]; `body` has been dropped.
+    /// [`Error::Thread`].
     pub(crate) fn spawn(
         threads: &dyn Threads,
         role: ThreadRole,
@@ -168,25 +170,38 @@ impl<T: Send + 'static> Task<T> {
         body: impl FnOnce() -> T + Send + 'static,
     ) -> Result<Task<T>, Error> {
         let state = Arc::new(Mutex::new(TaskState::Offered));
-        let mut offer = Offer { role, stop: Some(stop.clone()), state: state.clone() };
-        let handle = threads
-            .spawn(
-                role,
-                Box::new(move || {
-                    let state = offer.begin();
+        let mut offer = Offer { role, stop: Some(stop.clone()), state: state.clone(), body: Some(body) };
+        let spawned = threads.spawn(
+            role,
+            Box::new(move || {
+                if let Some((state, body)) = offer.begin() {
                     let outcome = body();
                     *lock(&state) = TaskState::Done(outcome);
-                }),
-            )
-            .map_err(|source| Error::Thread { role, source })?;
+                }
+            }),
+        );
         let mut now = lock(&state);
-        match *now {
-            TaskState::Dropped => return Err(body_dropped(role)),
-            TaskState::Offered => *now = TaskState::Accepted,
-            TaskState::Accepted | TaskState::Begun | TaskState::Done(_) => {}
-        }
+        let lost = match &mut *now {
+            TaskState::Dropped(body) => Some(body.take()),
+            TaskState::Offered if spawned.is_ok() => {
+                *now = TaskState::Accepted;
+                None
+            }
+            _ => None,
+        };
         drop(now);
-        Ok(Task { handle, state })
+        let (source, body) = match (spawned, lost) {
+            (Ok(handle), None) => return Ok(Task { handle, state }),
+            (Ok(_), Some(body)) => (was_dropped(), body),
+            (Err(source), body) => (source, body.flatten()),
+        };
+        let recorded = match source.raw_os_error() {
+            Some(code) => io::Error::from_raw_os_error(code),
+            None => io::Error::new(source.kind(), source.to_string()),
+        };
+        stop.stop(Error::Thread { role, source: recorded });
+        drop(body);
+        Err(Error::Thread { role, source })
     }
 
     /// Waits until the thread has ended, and returns what `body` returned.
@@ -204,34 +219,44 @@ impl<T: Send + 'static> Task<T> {
 }
 
 /// Travels with a body until it is called, and notices when that never happens.
-struct Offer<T> {
+struct Offer<T, F: Send + 'static> {
     role: ThreadRole,
     /// `None` once the body has been called.
     stop: Option<StopHandle>,
     state: Arc<Mutex<TaskState<T>>>,
+    /// `None` once it has been called or dropped.
+    body: Option<F>,
 }
 
-impl<T> Offer<T> {
-    fn begin(&mut self) -> Arc<Mutex<TaskState<T>>> {
+impl<T, F: Send + 'static> Offer<T, F> {
+    fn begin(&mut self) -> Option<(Arc<Mutex<TaskState<T>>>, F)> {
         self.stop = None;
         *lock(&self.state) = TaskState::Begun;
-        self.state.clone()
+        Some((self.state.clone(), self.body.take()?))
     }
 }
 
-impl<T> Drop for Offer<T> {
+impl<T, F: Send + 'static> Drop for Offer<T, F> {
     fn drop(&mut self) {
         let Some(stop) = self.stop.take() else { return };
-        let before = std::mem::replace(&mut *lock(&self.state), TaskState::Dropped);
-        // As long as it is only offered, `Task::spawn` reports it, with the reason.
-        if matches!(before, TaskState::Accepted) {
-            stop.stop(body_dropped(self.role));
+        let mut state = lock(&self.state);
+        if matches!(*state, TaskState::Offered) {
+            // `Task::spawn` reports it, with the reason, and drops the body then.
+            *state = TaskState::Dropped(self.body.take().map(|body| Box::new(body) as Box<dyn Send>));
+            return;
+        }
+        let accepted = matches!(*state, TaskState::Accepted);
+        *state = TaskState::Dropped(None);
+        drop(state);
+        if accepted {
+            // The body is dropped after this, with the other fields.
+            stop.stop(Error::Thread { role: self.role, source: was_dropped() });
         }
     }
 }
 
-fn body_dropped(role: ThreadRole) -> Error {
-    Error::Thread { role, source: io::Error::other("it was dropped before it ran") }
+fn was_dropped() -> io::Error {
+    io::Error::other("it was dropped before it ran")
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]

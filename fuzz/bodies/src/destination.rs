@@ -17,7 +17,7 @@ use multifd::{
     error::Error,
     ram::{GuestRange, Ram},
     testing::{fuzzing::guarded_ram, memory},
-    transport::{Listen, Stopper, Stream},
+    transport::{Listen, RecvHalf, SendHalf, Stopper, Stream},
     vm::{DestinationVm, SectionId, VmError},
 };
 
@@ -144,7 +144,8 @@ impl Listener {
         let (stream, pauses) = state.waiting.pop()?;
         state.open += 1;
         let pauses = Arc::new(Mutex::new(Pauses { position: 0, pauses }));
-        Some(Box::new(Counted { stream: Box::new(stream), script: self.0.clone(), pauses }))
+        let stream: Box<dyn Stream> = Box::new(stream);
+        Some(Box::new(Counted { pauses, open: Open(self.0.clone()), stream }))
     }
 }
 
@@ -187,11 +188,11 @@ impl Stopper for Interrupt {
     }
 }
 
-/// A connection that is missed when it is gone.
-struct Counted {
-    stream: Box<dyn Stream>,
-    script: Arc<Script>,
+/// A connection, or one of its halves, that is missed when it is gone.
+struct Counted<S: ?Sized = dyn Stream> {
     pauses: Arc<Mutex<Pauses>>,
+    open: Open,
+    stream: Box<S>,
 }
 
 /// Where a read ends although more is there.
@@ -200,14 +201,24 @@ struct Pauses {
     pauses: VecDeque<usize>,
 }
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.script.lock().open -= 1;
-        self.script.changed.notify_all();
+/// One of the connections, or halves, that are counted.
+struct Open(Arc<Script>);
+
+impl Open {
+    fn another(&self) -> Open {
+        self.0.lock().open += 1;
+        Open(self.0.clone())
     }
 }
 
-impl Stream for Counted {
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.lock().open -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl<S: SendHalf + ?Sized> SendHalf for Counted<S> {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
         // The peer is gone, and does not mind answers.
         match self.stream.write(header, pages) {
@@ -216,6 +227,12 @@ impl Stream for Counted {
         }
     }
 
+    fn finish(&mut self) -> io::Result<()> {
+        self.stream.finish()
+    }
+}
+
+impl<S: RecvHalf + ?Sized> RecvHalf for Counted<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let mut at = self.pauses.lock().expect("no thread panics with it");
         while at.pauses.front().is_some_and(|pause| *pause <= at.position) {
@@ -233,13 +250,17 @@ impl Stream for Counted {
         self.stream.read_pages(pages)
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        self.script.lock().open += 1;
-        Ok(Box::new(Counted {
-            stream: self.stream.try_clone()?,
-            script: self.script.clone(),
-            pauses: self.pauses.clone(),
-        }))
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        self.stream.interrupter()
+    }
+}
+
+impl Stream for Counted {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        let Counted { pauses, open, stream } = *self;
+        let (sends, receives) = stream.split()?;
+        let sends = Counted { pauses: pauses.clone(), open: open.another(), stream: sends };
+        Ok((Box::new(sends), Box::new(Counted { pauses, open, stream: receives })))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {

@@ -169,10 +169,15 @@ fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Servin
         // Outlives the guard: an error or a panic is known as the reason before the source sees the connection close.
         let mut connection = Some(stream);
         let guard = PanicGuard::new(&shared.stop, Connection::Unknown(number));
-        greeting::serve(&mut connection, number, &shared);
-        let lives_on = connection.is_none();
-        drop(connection.take());
-        shared.connections.remove(number, lives_on);
+        let goes_on = greeting::serve(&mut connection, number, &shared);
+        match connection.take() {
+            Some(stream) if !goes_on => shared.connections.park(number, stream),
+            Some(stream) => {
+                drop(stream);
+                shared.connections.remove(number, false);
+            }
+            None => shared.connections.remove(number, true),
+        }
         guard.disarm();
     })?;
     connections.push((number, thread));

@@ -7,8 +7,8 @@ use multifd_proto::{
     return_path::Message,
 };
 
-use super::{MainReader, Mode, Run, Target};
-use crate::{checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, sync::lock, transport::Stopper};
+use super::{Mode, Run, Target};
+use crate::{checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, sync::lock};
 
 impl Run {
     /// Takes the VM over, as [`DestinationCommit`] decides by the messages of the source.
@@ -35,7 +35,12 @@ impl Run {
             let stall_limit = self.shared.options.stall_limit;
             self.shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &self.shared.stop);
             self.main().reply(&Message::Ready)?;
-            self.main().await_go()?;
+            if let Err(error) = self.main().await_go() {
+                // The source hears of it before its connections end: GO may be under way, and only we can tell.
+                let action = commit.on(DestinationEvent::Stopped);
+                debug_assert_eq!(action, DestinationAction::Refuse);
+                return Err(error);
+            }
             Pulse::rest(self.watchdog.timers());
             action = commit.on(DestinationEvent::Go);
         }
@@ -48,12 +53,11 @@ impl Run {
         }
         let _ = commit.on(if kept.is_ok() { DestinationEvent::Started } else { DestinationEvent::StartFailed });
         // What is left to do needs the source, and has a limit.
-        self.bound_the_end();
+        self.shared.bound_the_end();
         let told = match &kept {
-            Ok(()) if self.return_path => self.main().reply(&Message::Shut(0)),
-            Ok(()) => Ok(()),
+            Ok(()) => self.accept(),
             Err(error) => {
-                refuse(self.main.as_mut(), self.return_path, two_step, error);
+                self.refuse(&error.to_string());
                 Ok(())
             }
         };
@@ -70,13 +74,24 @@ impl Run {
         target.start()
     }
 
-    /// From now on the connections end when the limit has passed, whatever they wait for.
-    pub(super) fn bound_the_end(&self) {
-        let shared = self.shared.clone();
-        self.watchdog.timers().set("end", self.shared.options.close_timeout, move || {
-            shared.connections.stop();
-            None
-        });
+    /// Tells the source that the VM runs here, or is about to, if it listens.
+    fn accept(&mut self) -> Result<(), Error> {
+        self.answered = true;
+        if self.return_path { self.main().reply(&Message::Shut(0)) } else { Ok(()) }
+    }
+
+    /// Tells the source that the VM does not run here and never will, if it listens and has not been told anything; why, if it
+    /// understands that.
+    pub(super) fn refuse(&mut self, reason: &str) {
+        if std::mem::replace(&mut self.answered, true) || !self.return_path {
+            return;
+        }
+        let ours = self.extensions.contains(Extension::TwoStepCommit);
+        let Some(main) = &mut self.main else { return };
+        let told = if ours { main.reply(&Message::Reason(reason.to_owned())) } else { Ok(()) };
+        if let Err(error) = told.and_then(|()| main.reply(&Message::Shut(1))) {
+            tracing::debug!(%error, "the source could not be told that the VM does not run here");
+        }
     }
 
     /// Waits until the source has closed main, for a while: it may not like to lose connections it still uses. The VM
@@ -88,14 +103,5 @@ impl Run {
             tracing::debug!(%error, "while waiting for the source to close main");
         }
         if rest.is_empty() { Ok(()) } else { target.rest(&rest) }
-    }
-}
-
-/// Tells the source that the VM does not run here and never will, if it listens; why, if it understands that.
-pub(super) fn refuse(main: Option<&mut MainReader>, return_path: bool, ours: bool, reason: &dyn std::fmt::Display) {
-    let Some(main) = main.filter(|_| return_path) else { return };
-    let reason = ours.then(|| main.reply(&Message::Reason(reason.to_string())));
-    if let Err(error) = reason.unwrap_or(Ok(())).and_then(|()| main.reply(&Message::Shut(1))) {
-        tracing::debug!(%error, "the source could not be told that the VM does not run here");
     }
 }

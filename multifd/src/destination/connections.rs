@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     sync::{Mutex, lock},
-    transport::Stopper,
+    transport::{Stopper, Stream},
 };
 
 /// Every connection that is open.
@@ -15,6 +15,7 @@ pub(super) struct Connections {
     state: Mutex<State>,
 }
 
+#[derive(Default)]
 struct State {
     /// By number, in the order of their arrival.
     open: BTreeMap<usize, Entry>,
@@ -24,6 +25,9 @@ struct State {
     ended: Vec<usize>,
     /// Only members are left in peace.
     complete: bool,
+    /// What ends main's waiting for its source, and whether it is to be ended.
+    interrupter: Option<Box<dyn Stopper>>,
+    interrupted: bool,
     /// None is left in peace.
     stopped: bool,
 }
@@ -31,6 +35,8 @@ struct State {
 struct Entry {
     stage: Stage,
     stopper: Box<dyn Stopper>,
+    /// The connection itself, once its thread has failed.
+    parked: Option<Box<dyn Stream>>,
 }
 
 /// What is known about a connection.
@@ -57,8 +63,7 @@ impl Stage {
 
 impl Connections {
     pub(super) fn new() -> Connections {
-        let state = State { open: BTreeMap::new(), next: 0, ended: Vec::new(), complete: false, stopped: false };
-        Connections { state: Mutex::new(state) }
+        Connections { state: Mutex::new(State::default()) }
     }
 
     /// A connection has come, which `stopper` ends. Returns its number.
@@ -69,7 +74,7 @@ impl Connections {
         if state.stopped || state.complete {
             stopper.stop();
         }
-        state.open.insert(number, Entry { stage: Stage::Silent, stopper });
+        state.open.insert(number, Entry { stage: Stage::Silent, stopper, parked: None });
         state.make_room(Stage::Silent);
         number
     }
@@ -92,6 +97,38 @@ impl Connections {
             state.open.remove(&number);
         }
         state.ended.push(number);
+    }
+
+    /// A connection's thread has failed, which ends the migration: the connection stays until all are [stopped](Self::stop), so
+    /// that its source hears why on main before it sees this one close.
+    pub(super) fn park(&self, number: usize, stream: Box<dyn Stream>) {
+        let mut state = lock(&self.state);
+        state.ended.push(number);
+        let stopped = state.stopped;
+        let late = match state.open.get_mut(&number).filter(|_| !stopped) {
+            Some(entry) => entry.parked.replace(stream),
+            None => Some(stream),
+        };
+        drop(state);
+        drop(late);
+    }
+
+    /// There is main, whose waiting `interrupter` ends.
+    pub(super) fn main_is_here(&self, interrupter: Box<dyn Stopper>) {
+        let mut state = lock(&self.state);
+        if state.interrupted {
+            interrupter.stop();
+        }
+        state.interrupter = Some(interrupter);
+    }
+
+    /// Ends main's waiting for its source, now and from now on. All connections stay.
+    pub(super) fn interrupt_main(&self) {
+        let mut state = lock(&self.state);
+        state.interrupted = true;
+        if let Some(interrupter) = &state.interrupter {
+            interrupter.stop();
+        }
     }
 
     /// The numbers of connections whose threads have ended, each once.
@@ -119,6 +156,9 @@ impl Stopper for Connections {
         let mut state = lock(&self.state);
         state.stopped = true;
         state.open.values().for_each(|entry| entry.stopper.stop());
+        let parked: Vec<_> = state.open.values_mut().filter_map(|entry| entry.parked.take()).collect();
+        drop(state);
+        drop(parked);
     }
 }
 

@@ -13,7 +13,11 @@ use multifd_proto::{
     stream::{self, Item, MainDecoder, Step},
 };
 
-use super::{channel::ReceiveChannel, connections::Stage, shared::Shared};
+use super::{
+    channel::ReceiveChannel,
+    connections::Stage,
+    shared::{MainConnection, Shared},
+};
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     sync::{Arc, Deadline, lock},
@@ -37,33 +41,36 @@ impl From<Error> for Refused {
 }
 
 /// Finds out what `connection` is and treats it so, until it ends. Takes it if it is main, which lives on in another thread.
+/// Returns whether the migration goes on.
 ///
 /// Else the caller closes it, and an error is known as the reason before: the source sees the closed connection, ends main,
 /// and main's thread would take that for the reason.
-pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) {
+pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) -> bool {
     match greet(connection, number, shared) {
-        Ok(()) => {}
+        Ok(()) => true,
         Err(Refused::Stranger(what)) => {
             let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
-            match shared.single {
+            if shared.single {
                 // No other connection can be the migration.
-                true => drop(shared.stop.stop(Mismatch::NoMigration { peer, what }.into())),
-                false => shared.drop_stranger(&peer, &what),
+                shared.stop.stop(Mismatch::NoMigration { peer, what }.into());
+            } else {
+                shared.drop_stranger(&peer, &what);
             }
+            !shared.single
         }
         Err(Refused::Gone(what)) => {
             let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
             let at = Place { connection: Connection::Unknown(number), offset: 0 };
-            match shared.single {
-                true => {
-                    let source = io::Error::other(format!("{peer} {what}"));
-                    drop(shared.stop.stop(Error::Io { at, source }));
-                }
-                false => shared.drop_stranger(&peer, &what),
+            if shared.single {
+                shared.stop.stop(Error::Io { at, source: io::Error::other(format!("{peer} {what}")) });
+            } else {
+                shared.drop_stranger(&peer, &what);
             }
+            !shared.single
         }
         Err(Refused::Error(error)) => {
             shared.stop.stop(error);
+            false
         }
     }
 }
@@ -200,7 +207,13 @@ impl Shared {
             return Err(stranger("comes when the migration is over"));
         }
         slot.taken = true;
-        slot.stream = connection.take().map(|stream| (stream, heard));
+        if let Some(stream) = connection.take() {
+            let at = Place { connection: Connection::Main, offset: 0 };
+            let (far_end, peer) = (stream.far_end(), stream.peer());
+            let (sends, mut receives) = stream.split().map_err(Error::io(at))?;
+            self.connections.main_is_here(receives.interrupter().map_err(Error::io(at))?);
+            slot.connection = Some(MainConnection { sends, receives, far_end, peer, heard });
+        }
         drop(slot);
         self.main_changed.notify_all();
         Ok(())

@@ -13,16 +13,21 @@ use multifd_proto::{
     stream::{self, Item, MainDecoder, Step, StreamError},
 };
 
+use super::shared::MainConnection;
 use crate::{
     error::{Connection, Error, Place},
     progress::Progress,
     pulse::Pulse,
-    transport::{FarEnd, Stream},
+    transport::{FarEnd, RecvHalf, SendHalf},
 };
 
 /// The reading half of main, and its return path.
 pub(crate) struct MainReader {
-    stream: Box<dyn Stream>,
+    receives: Box<dyn RecvHalf>,
+    /// `None` where nothing that is written is heard.
+    sends: Option<Box<dyn SendHalf>>,
+    /// The other end, for messages.
+    peer: String,
     decoder: MainDecoder,
     progress: Progress,
     pulse: Pulse,
@@ -39,29 +44,43 @@ pub(crate) struct MainReader {
 }
 
 impl MainReader {
-    /// Reads from `stream`, whose first bytes are `heard`: they told that this is main. At most [`BUFFER`] of them.
-    pub(crate) fn new(
-        stream: Box<dyn Stream>,
+    /// Reads from `main`, of which at most [`BUFFER`] bytes have been read: they told that it is main.
+    pub(super) fn new(main: MainConnection, page_size: usize, progress: Progress, pulse: Pulse) -> MainReader {
+        let MainConnection { sends, receives, far_end, peer, heard } = main;
+        let reader = MainReader::with(receives, &heard, page_size, progress, pulse);
+        MainReader { sends: (far_end == FarEnd::Peer).then_some(sends), far_end, peer, ..reader }
+    }
+
+    /// The same for a recording, of which the magic has been read. Its source went on when it had its answer, and the
+    /// recording ends where main did.
+    pub(crate) fn of_recording(receives: Box<dyn RecvHalf>, page_size: usize) -> MainReader {
+        MainReader::with(receives, &stream::MAGIC.to_be_bytes(), page_size, Progress::new(), Pulse::default())
+    }
+
+    fn with(
+        receives: Box<dyn RecvHalf>,
         heard: &[u8],
         page_size: usize,
         progress: Progress,
         pulse: Pulse,
     ) -> MainReader {
-        let decoder = MainDecoder::new(page_size);
         let mut buf = vec![0; BUFFER];
         buf[..heard.len()].copy_from_slice(heard);
         progress.add_main_bytes(heard.len() as u64);
-        let end = heard.len();
-        let far_end = stream.far_end();
-        MainReader { stream, decoder, progress, pulse, buf, start: 0, end, payload: 0, position: 0, far_end }
-    }
-
-    /// The same for a recording, of which the magic has been read. Its source went on when it had its answer, and the
-    /// recording ends where main did.
-    pub(crate) fn of_recording(stream: Box<dyn Stream>, page_size: usize) -> MainReader {
-        let magic = stream::MAGIC.to_be_bytes();
-        let progress = Progress::new();
-        MainReader { far_end: FarEnd::File, ..MainReader::new(stream, &magic, page_size, progress, Pulse::default()) }
+        MainReader {
+            receives,
+            sends: None,
+            peer: "a recording".to_owned(),
+            decoder: MainDecoder::new(page_size),
+            progress,
+            pulse,
+            buf,
+            start: 0,
+            end: heard.len(),
+            payload: 0,
+            position: 0,
+            far_end: FarEnd::File,
+        }
     }
 
     /// What the stream has said so far.
@@ -160,7 +179,7 @@ impl MainReader {
 
     /// The other end, for messages.
     pub(super) fn peer(&self) -> String {
-        self.stream.peer()
+        self.peer.clone()
     }
 
     /// As [`receive`](Self::receive), where the stream may be over: from a source that waits for our answer, nothing for
@@ -172,7 +191,7 @@ impl MainReader {
     /// As [`receive`](Self::receive); nothing for `patience` is `None`.
     pub(crate) fn receive_within(&mut self, patience: Duration) -> Result<Option<usize>, Error> {
         let at = self.place();
-        self.stream.set_read_timeout(Some(patience)).map_err(Error::io(at))?;
+        self.receives.set_read_timeout(Some(patience)).map_err(Error::io(at))?;
         let received = match self.receive() {
             Err(Error::Io { source, .. })
                 if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
@@ -181,7 +200,7 @@ impl MainReader {
             }
             received => received.map(Some),
         };
-        self.stream.set_read_timeout(None).map_err(Error::io(at))?;
+        self.receives.set_read_timeout(None).map_err(Error::io(at))?;
         received
     }
 
@@ -202,7 +221,7 @@ impl MainReader {
             self.buf.resize(self.buf.len() * 2, 0);
         }
         let at = self.end_place();
-        let n = self.stream.read(&mut self.buf[self.end..]).map_err(Error::io(at))?;
+        let n = self.receives.read(&mut self.buf[self.end..]).map_err(Error::io(at))?;
         self.end += n;
         self.pulse.add(n);
         self.progress.add_main_bytes(n as u64);
@@ -228,14 +247,21 @@ impl MainReader {
 
     /// Sends `message` to the source, if there is a way back.
     pub(super) fn reply(&mut self, message: &Message) -> Result<(), Error> {
-        if !self.is_heard() {
+        let Some(sends) = &mut self.sends else {
             tracing::debug!(?message, "there is no way back");
             return Ok(());
-        }
+        };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         let at = Place { connection: Connection::ReturnPath, offset: 0 };
-        self.stream.write(&bytes, &[]).map_err(Error::io(at))
+        sends.write(&bytes, &[]).map_err(Error::io(at))
+    }
+
+    /// Ends the return path: all has been said.
+    pub(super) fn finish(&mut self) {
+        if let Some(Err(error)) = self.sends.as_mut().map(|sends| sends.finish()) {
+            tracing::debug!(%error, "the return path");
+        }
     }
 
     /// Waits until the source says that the VM may start.
@@ -259,9 +285,9 @@ impl MainReader {
     /// `limit` bytes.
     pub(super) fn await_close(&mut self, timeout: Duration, rest: &mut Vec<u8>, limit: usize) -> io::Result<()> {
         rest.extend_from_slice(&self.buf[self.start..self.end]);
-        self.stream.set_read_timeout(Some(timeout))?;
+        self.receives.set_read_timeout(Some(timeout))?;
         while rest.len() < limit {
-            match self.stream.read(&mut self.buf)? {
+            match self.receives.read(&mut self.buf)? {
                 0 => break,
                 n => rest.extend_from_slice(&self.buf[..n]),
             }

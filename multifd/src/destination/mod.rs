@@ -27,13 +27,11 @@ mod target;
 
 use std::time::Duration;
 
-use multifd_proto::extension::{Extension, Extensions, Offer};
+use multifd_proto::extension::{Extensions, Offer};
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
-use self::{
-    accept::Acceptor, commit::refuse, named::NamedPages, shared::Shared, switchover_ack::AckTiming, target::VmTarget,
-};
+use self::{accept::Acceptor, named::NamedPages, shared::Shared, switchover_ack::AckTiming, target::VmTarget};
 pub use self::{
     first_touch::FirstTouch,
     options::{Options, SwitchoverAck},
@@ -132,6 +130,8 @@ struct Run {
     offer: Option<Offer>,
     extensions: Extensions,
     watchdog: Watchdog,
+    /// SHUT was written, or is being written: nothing else may be said.
+    answered: bool,
     /// The phase entered last, and whether the guest is paused at the source.
     phase: Option<Phase>,
     paused: bool,
@@ -156,7 +156,8 @@ impl Run {
         let watchdog = Watchdog::start(&*options.threads, &stop)?;
         let begun = options.clock.now();
         let ack_timing = AckTiming::new(options.switchover_ack);
-        let shared = Shared::new(options, page_size, from.is_single(), stop, progress);
+        let timers = watchdog.timers().clone();
+        let shared = Shared::new(options, page_size, from.is_single(), stop, progress, timers);
         let acceptor = Acceptor::spawn(from, &shared).map_err(|error| {
             // Ends what has been registered, which has `shared` in turn.
             let not_first = shared.stop.stop(error);
@@ -173,6 +174,7 @@ impl Run {
             offer: None,
             extensions: Extensions::default(),
             watchdog,
+            answered: false,
             phase: None,
             paused: false,
             rounds: 0,
@@ -219,8 +221,8 @@ impl Run {
     /// Waits until a connection says that it is main.
     fn await_main(&mut self) -> Result<(), Error> {
         let mut slot = lock(&self.shared.main);
-        let (stream, heard) = loop {
-            if let Some(main) = slot.stream.take() {
+        let main = loop {
+            if let Some(main) = slot.connection.take() {
                 break main;
             }
             if slot.stopped {
@@ -233,8 +235,8 @@ impl Run {
         let shared = &self.shared;
         let stall_limit = shared.options.stall_limit;
         shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &shared.stop);
-        let main = MainReader::new(stream, &heard, shared.page_size, shared.progress.clone(), shared.pulse.clone());
-        self.main = Some(main);
+        let (progress, pulse) = (shared.progress.clone(), shared.pulse.clone());
+        self.main = Some(MainReader::new(main, shared.page_size, progress, pulse));
         Ok(())
     }
 
@@ -255,14 +257,17 @@ impl Run {
 
     /// Ends all threads.
     fn finish(mut self, target: &mut dyn Target, outcome: Result<(), Error>) -> Result<Report, Error> {
-        self.bound_the_end();
+        self.shared.bound_the_end();
         let failure = outcome.err().map(|error| {
-            let stop = self.shared.stop.clone();
+            let not_first = self.shared.stop.stop(error);
             // The source learns it sooner than by a closed connection; it is no matter if it does not.
-            let reason = error.to_string();
-            let two_step = self.extensions.contains(Extension::TwoStepCommit);
-            stop.stop_after(error, || refuse(self.main.as_mut(), self.return_path, two_step, &reason))
+            let reason = self.shared.stop.reason().or_else(|| not_first.as_ref().map(Error::to_string));
+            self.refuse(&reason.unwrap_or_default());
+            not_first
         });
+        if let Some(main) = self.main.as_mut().filter(|_| self.answered) {
+            main.finish();
+        }
         // Channels may wait at the end of a round that never comes.
         self.shared.barrier.stop();
         let late = self.acceptor.finish();

@@ -23,7 +23,8 @@ use crate::{
         atomic::{AtomicBool, AtomicU64},
         lock, wait, wait_for,
     },
-    transport::{Stopper, Stream},
+    transport::{FarEnd, RecvHalf, SendHalf, Stopper},
+    watchdog::Timers,
 };
 
 /// What all threads of one destination share.
@@ -38,6 +39,8 @@ pub(super) struct Shared {
     /// What all connections moved; by it the migration notices that the source is silent.
     pub(super) pulse: Pulse,
     pub(super) stop: StopHandle,
+    /// What the watchdog waits for.
+    pub(super) timers: Timers,
     pub(super) options: Options,
     /// Main, once a connection turned out to be it.
     pub(super) main: Mutex<MainSlot>,
@@ -91,6 +94,7 @@ impl Shared {
         single: bool,
         stop: StopHandle,
         progress: Progress,
+        timers: Timers,
     ) -> Arc<Shared> {
         let shared = Arc::new(Shared {
             page_size,
@@ -102,6 +106,7 @@ impl Shared {
             progress,
             pulse: Pulse::default(),
             stop,
+            timers,
             options,
             main: Mutex::new(MainSlot::default()),
             main_changed: Condvar::new(),
@@ -115,8 +120,14 @@ impl Shared {
         #[cfg(any(test, feature = "broken-variants"))]
         shared.stop.register(Box::new(shared.loose.clone()));
         shared.stop.register(Box::new(MainSlotStopper(shared.clone())));
-        shared.stop.register(Box::new(ConnectionsStopper(shared.connections.clone())));
+        let (connections, limit) = (shared.connections.clone(), shared.options.close_timeout);
+        shared.stop.register(Box::new(LastWord { connections, timers: shared.timers.clone(), limit }));
         shared
+    }
+
+    /// From now on the connections end when the limit of the end has passed, whatever they wait for.
+    pub(super) fn bound_the_end(&self) {
+        bound_the_end(&self.connections, &self.timers, self.options.close_timeout);
     }
 
     /// Reaches the end of the round, whose number it returns; `None` where there is nothing to wait for.
@@ -208,21 +219,47 @@ impl Stopper for MainSlotStopper {
     }
 }
 
+/// A connection that said it is main.
+pub(super) struct MainConnection {
+    pub(super) sends: Box<dyn SendHalf>,
+    pub(super) receives: Box<dyn RecvHalf>,
+    pub(super) far_end: FarEnd,
+    /// The other end, for messages.
+    pub(super) peer: String,
+    /// The bytes that were read from it.
+    pub(super) heard: Vec<u8>,
+}
+
 #[derive(Default)]
 pub(super) struct MainSlot {
-    /// With the bytes that were read from it.
-    pub(super) stream: Option<(Box<dyn Stream>, Vec<u8>)>,
+    /// Until the main thread has it.
+    pub(super) connection: Option<MainConnection>,
     pub(super) taken: bool,
     /// Main has said whose migration it is.
     pub(super) identified: bool,
     pub(super) stopped: bool,
 }
 
-/// Ends all connections when the migration is stopped.
-pub(super) struct ConnectionsStopper(pub(super) Arc<Connections>);
+/// When the migration is stopped, main no longer waits for its source, says why it ends, and ends the connections. It is
+/// given so long for that: it may be in a call of the VM, or write to a source that does not read.
+struct LastWord {
+    connections: Arc<Connections>,
+    timers: Timers,
+    limit: Duration,
+}
 
-impl Stopper for ConnectionsStopper {
+impl Stopper for LastWord {
     fn stop(&self) {
-        self.0.stop();
+        self.connections.interrupt_main();
+        bound_the_end(&self.connections, &self.timers, self.limit);
     }
+}
+
+/// From now on the connections end when `limit` has passed, whatever they wait for.
+fn bound_the_end(connections: &Arc<Connections>, timers: &Timers, limit: Duration) {
+    let connections = connections.clone();
+    timers.set("end", limit, move || {
+        connections.stop();
+        None
+    });
 }

@@ -21,7 +21,7 @@ use crate::{
     destination::{MainReader, more_bytes},
     error::{Connection, Error, Place},
     ram::GuestRange,
-    transport::{Stopper, Stream},
+    transport::{RecvHalf, Stopper},
 };
 
 use super::PAGE_SIZE;
@@ -127,7 +127,7 @@ impl MainStream {
     }
 }
 
-/// A recording as a connection on which no peer listens. It ends with the end of the stream: a GO behind that is left out.
+/// A recording as the receiving half of a connection. It ends with the end of the stream: a GO behind that is left out.
 struct Recording {
     bytes: Box<dyn Read + Send>,
     /// The last bytes read: they may be GO.
@@ -135,11 +135,7 @@ struct Recording {
     go_follows: Arc<AtomicBool>,
 }
 
-impl Stream for Recording {
-    fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
-        Ok(())
-    }
-
+impl RecvHalf for Recording {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let mut go = MainEncoder::new();
         go.command(&Command::Go);
@@ -169,15 +165,7 @@ impl Stream for Recording {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
         Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn peer(&self) -> String {
-        "a recording".to_owned()
     }
 }

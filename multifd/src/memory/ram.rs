@@ -529,7 +529,7 @@ mod tests {
     #[test]
     #[cfg(not(any(loom, shuttle)))]
     fn the_kernel_does_not_receive_into_a_read_only_block() {
-        use crate::transport::{Stream, socket::SocketStream};
+        use crate::transport::{RecvHalf, socket::SocketStream};
         use std::{
             io::Write,
             os::{fd::OwnedFd, unix::net::UnixStream},

@@ -1,6 +1,6 @@
 //! One sending channel: pulls batches from the page scan and sends each as one packet.
 
-use std::{num::NonZeroU8, time::Duration};
+use std::{io, num::NonZeroU8, time::Duration};
 
 use multifd_proto::{
     ChannelId,
@@ -73,6 +73,11 @@ impl SendChannel {
     /// What it made of the choice to compress, where it had one.
     pub(super) fn compression(&self) -> Option<ChannelCompression> {
         self.auto.as_ref().map(|auto| auto.report(self.id))
+    }
+
+    /// Ends the connection in order: there is no more to be sent.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        self.stream.finish()
     }
 
     /// Sends section after section until there are no more.

@@ -1,6 +1,8 @@
 //! The main channel of a source: what it says besides pages, in the order in which [`Source::run`](super::Source::run)
 //! has it said.
 
+use std::io;
+
 use multifd_proto::{
     command::Command,
     encoder::MainEncoder,
@@ -14,12 +16,12 @@ use crate::{
     error::{Connection, Error, Place},
     sections::Sections,
     sync::Arc,
-    transport::Stream,
+    transport::SendHalf,
 };
 
 /// The writing half of main.
 pub(super) struct MainChannel {
-    stream: Box<dyn Stream>,
+    stream: Box<dyn SendHalf>,
     shared: Arc<Shared>,
     encoder: MainEncoder,
     /// Bytes sent.
@@ -28,13 +30,8 @@ pub(super) struct MainChannel {
 }
 
 impl MainChannel {
-    pub(super) fn new(stream: Box<dyn Stream>, shared: &Arc<Shared>) -> MainChannel {
+    pub(super) fn new(stream: Box<dyn SendHalf>, shared: &Arc<Shared>) -> MainChannel {
         MainChannel { stream, shared: shared.clone(), encoder: MainEncoder::new(), sent: 0, vmdescription: Vec::new() }
-    }
-
-    /// The reading half.
-    pub(super) fn reader(&self) -> Result<Box<dyn Stream>, Error> {
-        self.stream.try_clone().map_err(Error::io(self.place()))
     }
 
     /// What this stream is, and of which machine.
@@ -150,6 +147,11 @@ impl MainChannel {
     pub(super) fn go(&mut self) -> Result<(), Error> {
         self.encoder.command(&Command::Go);
         self.send()
+    }
+
+    /// Ends this direction: nothing more is said. What the destination says still arrives.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        self.stream.finish()
     }
 
     /// Where the next byte goes.

@@ -253,11 +253,15 @@ impl Run {
             shared.stop.register(stream.stopper().map_err(Error::io(at))?);
             Ok::<_, Error>(stream)
         };
-        let mut main = MainChannel::new(open(Connection::Main)?, shared);
+        let stream = open(Connection::Main)?;
+        let at = Place { connection: Connection::Main, offset: 0 };
+        let stopper = stream.stopper().map_err(Error::io(at))?;
+        let (sends, receives) = stream.split().map_err(Error::io(at))?;
+        let mut main = MainChannel::new(sends, shared);
         main.header()?;
         let offered = shared.options.offer().map(|offer| offer.extensions);
         let (pulse, threads) = (shared.pulse.clone(), &*shared.options.threads);
-        self.return_path = Some(ReturnPath::listen(main.reader()?, offered, pulse, &shared.stop, threads)?);
+        self.return_path = Some(ReturnPath::listen(receives, Some(stopper), offered, pulse, &shared.stop, threads)?);
         main.open_return_path()?;
         for id in 0..shared.options.plan.channels {
             let mut stream = open(Connection::Channel(ChannelId(id)))?;
@@ -469,8 +473,10 @@ impl Run {
         }
         loop {
             if written.is_err() {
-                // No answer may come any more; a refusal that came before may be the reason.
-                self.return_path().hang_up();
+                // The destination hears no more. What it says now is its answer: it has what it needs to start, or refuses.
+                if self.main().finish().is_err() {
+                    self.return_path().hang_up();
+                }
             }
             let (event, error) = self.return_path().next_answer();
             // A cancel that came before READY wins.
@@ -591,6 +597,9 @@ impl Run {
         let failure = outcome.err().map(|error| self.fail(error));
         // What is still registered refers to what is about to go away.
         let _ = self.shared.stop.decide();
+        if failure.is_none() {
+            self.say_goodbye();
+        }
         // The connections close here; on success the destination has said that it needs them no longer.
         drop(self.main.take());
         self.report.auto_compression = self.ended.drain(..).filter_map(|channel| channel.compression()).collect();
@@ -618,6 +627,16 @@ impl Run {
             return Err(Error::NotResumed { first: Box::new(error), resume });
         }
         Err(error)
+    }
+
+    /// Ends all connections in order: there is no more to be sent.
+    fn say_goodbye(&mut self) {
+        let main = self.main.as_mut().map(MainChannel::finish);
+        for outcome in main.into_iter().chain(self.ended.iter_mut().map(SendChannel::finish)) {
+            if let Err(error) = outcome {
+                tracing::debug!(%error, "at the end of a connection");
+            }
+        }
     }
 
     /// Ends all threads. Returns the first error of the migration, of which `error` is one.

@@ -18,7 +18,7 @@ use crate::{
     stop::StopHandle,
     sync::{Arc, Condvar, Mutex, lock, wait},
     threads::{Task, ThreadRole, Threads},
-    transport::{Stopper, Stream},
+    transport::{RecvHalf, Stopper},
 };
 
 /// The reading half of main on the source. Dropping it ends its thread.
@@ -54,12 +54,13 @@ struct Mail {
 }
 
 impl ReturnPath {
-    /// Begins to read from `stream`. The destination may accept what is `offered`.
+    /// Begins to read from `stream`, whose connection `stopper` ends. The destination may accept what is `offered`.
     ///
     /// # Errors
     /// [`Error::Thread`].
     pub(super) fn listen(
-        mut stream: Box<dyn Stream>,
+        mut stream: Box<dyn RecvHalf>,
+        stopper: Option<Box<dyn Stopper>>,
         offered: Option<Extensions>,
         pulse: Pulse,
         stop: &StopHandle,
@@ -67,7 +68,6 @@ impl ReturnPath {
     ) -> Result<ReturnPath, Error> {
         let mail = Mailbox::default();
         lock(&mail.shared.mail).offered = offered;
-        let stopper = stream.stopper().ok();
         // The thread may never begin.
         stop.register(Box::new(mail.clone()));
         let (mail_there, stop_there) = (mail.clone(), stop.clone());
@@ -169,7 +169,7 @@ impl Mailbox {
         }
     }
 
-    fn read_until_shut(&self, stream: &mut dyn Stream, pulse: &Pulse) -> Result<(), Error> {
+    fn read_until_shut(&self, stream: &mut dyn RecvHalf, pulse: &Pulse) -> Result<(), Error> {
         let mut buf = [0; 4 + MAX_PAYLOAD as usize];
         let mut filled = 0;
         let mut position = 0;
@@ -284,11 +284,7 @@ mod tests {
     /// A connection with a defect.
     struct Defective;
 
-    impl Stream for Defective {
-        fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
-            Ok(())
-        }
-
+    impl RecvHalf for Defective {
         fn read(&mut self, _buf: &mut [u8]) -> io::Result<usize> {
             panic!("a defect of the transport");
         }
@@ -297,16 +293,8 @@ mod tests {
             Ok(())
         }
 
-        fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-            Ok(Box::new(Defective))
-        }
-
-        fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
             Err(io::ErrorKind::Unsupported.into())
-        }
-
-        fn peer(&self) -> String {
-            "nobody".to_owned()
         }
     }
 
@@ -316,7 +304,8 @@ mod tests {
         test_support::time_limit(std::time::Duration::from_secs(60), || {
             let stop = StopHandle::new();
             stop.commit().unwrap();
-            let path = ReturnPath::listen(Box::new(Defective), None, Pulse::default(), &stop, &StdThreads).unwrap();
+            let path =
+                ReturnPath::listen(Box::new(Defective), None, None, Pulse::default(), &stop, &StdThreads).unwrap();
             let (event, error) = path.next_answer();
             assert_eq!(event, SourceEvent::Stopped);
             assert_eq!(error.to_string(), "a thread panicked: the thread of return path");
@@ -327,7 +316,8 @@ mod tests {
     fn a_panic_of_the_thread_before_the_commit_stops_the_migration() {
         test_support::time_limit(std::time::Duration::from_secs(60), || {
             let stop = StopHandle::new();
-            let path = ReturnPath::listen(Box::new(Defective), None, Pulse::default(), &stop, &StdThreads).unwrap();
+            let path =
+                ReturnPath::listen(Box::new(Defective), None, None, Pulse::default(), &stop, &StdThreads).unwrap();
             assert!(matches!(path.next_answer(), (SourceEvent::Stopped, Error::Stopped)));
             assert!(matches!(stop.take_first(), Some(Error::Panicked { .. })));
         });

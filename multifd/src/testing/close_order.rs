@@ -15,14 +15,18 @@ use std::{
 use test_support::time_limit;
 
 use crate::{
-    destination::Destination,
+    destination::{self, Destination},
     error::Error,
     ram::{GuestRange, Ram},
     source::Source,
     stop::StopHandle,
     testing::memory,
     testing::vm::{TestDestination, TestSource},
-    transport::{Connect, Listen, Stopper, Stream},
+    threads::{
+        Threads,
+        test_doubles::{FailsAt, LosesAt},
+    },
+    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
 };
 
 /// How the first transfer of pages on a channel fails.
@@ -30,6 +34,8 @@ use crate::{
 enum Failure {
     Error,
     Panic,
+    /// None of its own: its thread cannot be made.
+    NoThread,
 }
 
 /// Closed connections of failed channels: after the migration was stopped, and before.
@@ -49,7 +55,8 @@ impl Closed {
 
 /// A connection on which pages fail to move.
 struct Breaking {
-    stream: Box<dyn Stream>,
+    /// Nothing once it was split.
+    stream: Option<Box<dyn Stream>>,
     plan: Plan,
     failed: bool,
 }
@@ -63,43 +70,62 @@ struct Plan {
 
 impl Plan {
     fn stream(&self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
-        Box::new(Breaking { stream, plan: self.clone(), failed: false })
+        Box::new(Breaking { stream: Some(stream), plan: self.clone(), failed: self.failure == Failure::NoThread })
     }
 }
 
 impl Breaking {
+    fn stream(&mut self) -> io::Result<&mut dyn Stream> {
+        Ok(&mut **self.stream.as_mut().ok_or(io::ErrorKind::NotConnected)?)
+    }
+
     fn fail(&mut self) -> io::Error {
         self.failed = true;
         match self.plan.failure {
             Failure::Error => io::ErrorKind::StorageFull.into(),
             Failure::Panic => panic!("a planned defect"),
+            Failure::NoThread => unreachable!("nothing moves without a thread"),
         }
     }
 }
 
-impl Stream for Breaking {
+impl SendHalf for Breaking {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        if pages.is_empty() { self.stream.write(header, pages) } else { Err(self.fail()) }
+        if pages.is_empty() { self.stream()?.write(header, pages) } else { Err(self.fail()) }
     }
 
+    fn finish(&mut self) -> io::Result<()> {
+        self.stream()?.finish()
+    }
+}
+
+impl RecvHalf for Breaking {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(buf)
+        self.stream()?.read(buf)
     }
 
     fn read_pages(&mut self, _pages: &[GuestRange<'_>]) -> io::Result<()> {
         Err(self.fail())
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        self.stream.try_clone()
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        self.stream()?.interrupter()
+    }
+}
+
+impl Stream for Breaking {
+    /// Main never fails.
+    fn split(mut self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        self.failed = false;
+        self.stream.take().ok_or(io::ErrorKind::NotConnected)?.split()
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.stream.stopper()
+        self.stream.as_ref().ok_or(io::ErrorKind::NotConnected)?.stopper()
     }
 
     fn peer(&self) -> String {
-        self.stream.peer()
+        "breaking".to_owned()
     }
 }
 
@@ -150,6 +176,7 @@ fn assert_reason(failure: Failure, error: &Error) {
     match (failure, error) {
         (Failure::Error, Error::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {}
         (Failure::Panic, Error::Panicked { .. }) => {}
+        (Failure::NoThread, Error::Thread { .. }) => {}
         _ => panic!("{failure:?} is reported as: {error}"),
     }
 }
@@ -188,6 +215,58 @@ fn a_sending_channel_closes_after_its_error_is_known() {
             assert_reason(failure, &source.run(&mut TestSource::new(ram()), &to, &mut ()).unwrap_err());
             destination.join().unwrap().unwrap_err();
             plan.closed.assert_order(failure);
+        });
+    }
+}
+
+/// The watchdog and one more thread come before the first that has a connection.
+const WITH_A_CONNECTION: std::ops::Range<usize> = 2..4;
+
+fn threads(index: usize, loses: bool) -> crate::sync::Arc<dyn Threads> {
+    let spawned = AtomicUsize::new(0);
+    match loses {
+        true => crate::sync::Arc::new(LosesAt { index, spawned }),
+        false => crate::sync::Arc::new(FailsAt { index, spawned }),
+    }
+}
+
+/// The source saw its connection close, ended main, and the destination reported that.
+#[test]
+fn a_received_connection_without_a_thread_closes_after_that_is_known() {
+    for (index, loses) in WITH_A_CONNECTION.flat_map(|index| [(index, false), (index, true)]) {
+        time_limit(Duration::from_secs(60), move || {
+            let (listener, connector) = memory::listener(1 << 20);
+            let receiving = destination::Options { threads: threads(index, loses), ..Default::default() };
+            let destination = Destination::new(receiving);
+            let plan = Plan { failure: Failure::NoThread, stop: destination.stop_handle(), closed: Closed::default() };
+            let source = std::thread::spawn(move || {
+                Source::new(Default::default()).run(&mut TestSource::new(ram()), &connector, &mut ())
+            });
+            let mut vm = TestDestination::new(Ram::for_test(&[("ram", 300)]));
+            let from = Box::new(BreakingListener(listener, plan.clone()));
+            assert_reason(Failure::NoThread, &destination.run(&mut vm, from, &mut ()).unwrap_err());
+            source.join().unwrap().unwrap_err();
+            plan.closed.assert_order(Failure::NoThread);
+        });
+    }
+}
+
+#[test]
+fn a_channel_to_be_sent_on_without_a_thread_closes_after_that_is_known() {
+    for (index, loses) in WITH_A_CONNECTION.flat_map(|index| [(index, false), (index, true)]) {
+        time_limit(Duration::from_secs(60), move || {
+            let (listener, connector) = memory::listener(1 << 20);
+            let options = crate::source::Options { threads: threads(index, loses), ..Default::default() };
+            let source = Source::new(options);
+            let plan = Plan { failure: Failure::NoThread, stop: source.stop_handle(), closed: Closed::default() };
+            let destination = std::thread::spawn(move || {
+                let mut vm = TestDestination::new(Ram::for_test(&[("ram", 300)]));
+                Destination::new(Default::default()).run(&mut vm, Box::new(listener), &mut ())
+            });
+            let to = BreakingConnector(connector, plan.clone());
+            assert_reason(Failure::NoThread, &source.run(&mut TestSource::new(ram()), &to, &mut ()).unwrap_err());
+            destination.join().unwrap().unwrap_err();
+            plan.closed.assert_order(Failure::NoThread);
         });
     }
 }

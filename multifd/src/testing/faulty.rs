@@ -13,7 +13,7 @@ use crate::{
         atomic::{AtomicBool, Ordering::SeqCst},
         lock, wait,
     },
-    transport::{Connect, Listen, Stopper, Stream, ZeroCopyCounters},
+    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters},
 };
 
 /// What happens to one operation.
@@ -80,7 +80,8 @@ impl Faults {
 
     /// `stream`, with the faults of this plan.
     pub fn stream(&self, stream: Box<dyn Stream>) -> FaultyStream {
-        FaultyStream { stream, faults: self.clone(), ended: Arc::new(Ended::default()) }
+        let ended = Ended { stopper: stream.stopper().ok(), ..Ended::default() };
+        FaultyStream { stream, faults: self.clone(), ended: Arc::new(ended) }
     }
 
     /// `connector`, whose connections have the faults of this plan.
@@ -105,7 +106,7 @@ impl Faults {
     }
 
     /// Counts an operation, and returns what happens to it after any delay.
-    fn next(&self, ended: &Ended) -> Option<Fault> {
+    fn next(&self, ended: &Ended, direction: Direction) -> Option<Fault> {
         let mut state = lock(&self.shared.state);
         let number = state.operations;
         state.operations += 1;
@@ -121,7 +122,11 @@ impl Faults {
                 None
             }
             Some(Fault::Hold) => {
-                while !state.released && !ended.stopped.load(SeqCst) {
+                let is_over = || {
+                    let interrupted = direction == Direction::Receives && ended.interrupted.load(SeqCst);
+                    interrupted || ended.stopped.load(SeqCst)
+                };
+                while !state.released && !is_over() {
                     state = wait(&self.shared.changed, state);
                 }
                 None
@@ -131,11 +136,11 @@ impl Faults {
     }
 }
 
-/// A connection with the faults of a plan.
-pub struct FaultyStream {
-    stream: Box<dyn Stream>,
+/// A connection with the faults of a plan, or one of its halves.
+pub struct FaultyStream<S: ?Sized = dyn Stream> {
     faults: Faults,
     ended: Arc<Ended>,
+    stream: Box<S>,
 }
 
 /// Shared by all handles on one connection.
@@ -143,17 +148,28 @@ pub struct FaultyStream {
 struct Ended {
     /// A fault cut it: nothing works any more.
     cut: AtomicBool,
-    /// Somebody stopped it. Set before the lock of the plan is taken and released, so who waits there sees it.
+    /// It was stopped. Set before the lock of the plan is taken and released, so who waits there sees it.
     stopped: AtomicBool,
+    /// The same for its reads only.
+    interrupted: AtomicBool,
+    /// What cuts it.
+    stopper: Option<Box<dyn Stopper>>,
 }
 
-impl FaultyStream {
+/// Which way an operation moves bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Sends,
+    Receives,
+}
+
+impl<S: ?Sized> FaultyStream<S> {
     /// What is left of the next operation: nothing special, or a limit on its bytes.
-    fn next(&mut self) -> io::Result<Option<usize>> {
+    fn next(&mut self, direction: Direction) -> io::Result<Option<usize>> {
         if self.ended.cut.load(SeqCst) {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
-        match self.faults.next(&self.ended) {
+        match self.faults.next(&self.ended, direction) {
             Some(Fault::Fail(kind)) => Err(io::Error::new(kind, "a planned fault")),
             Some(Fault::Cut) => Err(self.cut()),
             Some(Fault::Shorten(limit)) => Ok(Some(limit)),
@@ -163,17 +179,16 @@ impl FaultyStream {
 
     fn cut(&mut self) -> io::Error {
         self.ended.cut.store(true, SeqCst);
-        match self.stream.stopper() {
-            Ok(stopper) => stopper.stop(),
-            Err(error) => return error,
+        if let Some(stopper) = &self.ended.stopper {
+            stopper.stop();
         }
         io::Error::new(io::ErrorKind::ConnectionReset, "a planned cut")
     }
 }
 
-impl Stream for FaultyStream {
+impl<S: SendHalf + ?Sized> SendHalf for FaultyStream<S> {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        match self.next()? {
+        match self.next(Direction::Sends)? {
             None => self.stream.write(header, pages),
             Some(limit) => {
                 let header = &header[..limit.min(header.len())];
@@ -183,8 +198,23 @@ impl Stream for FaultyStream {
         }
     }
 
+    fn flush(&mut self) -> io::Result<()> {
+        self.next(Direction::Sends)?;
+        self.stream.flush()
+    }
+
+    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
+        self.stream.send_without_copy(counters)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.stream.finish()
+    }
+}
+
+impl<S: RecvHalf + ?Sized> RecvHalf for FaultyStream<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self.next()? {
+        match self.next(Direction::Receives)? {
             None => self.stream.read(buf),
             Some(limit) => {
                 let len = buf.len().min(limit.max(1));
@@ -194,7 +224,7 @@ impl Stream for FaultyStream {
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        match self.next()? {
+        match self.next(Direction::Receives)? {
             None => self.stream.read_pages(pages),
             Some(limit) => {
                 self.stream.read_pages(&first_bytes(pages, limit))?;
@@ -203,27 +233,27 @@ impl Stream for FaultyStream {
         }
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.next()?;
-        self.stream.flush()
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
     }
 
-    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
-        self.stream.send_without_copy(counters)
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        let (stopper, faults, ended) = (self.stream.interrupter()?, self.faults.clone(), self.ended.clone());
+        Ok(Box::new(FaultyStopper { stopper, faults, ended, reads_only: true }))
     }
+}
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        let stream = self.stream.try_clone()?;
-        Ok(Box::new(FaultyStream { stream, faults: self.faults.clone(), ended: self.ended.clone() }))
+impl Stream for FaultyStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        let FaultyStream { faults, ended, stream } = *self;
+        let (sends, receives) = stream.split()?;
+        let sends = FaultyStream { faults: faults.clone(), ended: ended.clone(), stream: sends };
+        Ok((Box::new(sends), Box::new(FaultyStream { faults, ended, stream: receives })))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        let stopper = self.stream.stopper()?;
-        Ok(Box::new(FaultyStopper { stopper, faults: self.faults.clone(), ended: self.ended.clone() }))
-    }
-
-    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.stream.set_read_timeout(timeout)
+        let (stopper, faults, ended) = (self.stream.stopper()?, self.faults.clone(), self.ended.clone());
+        Ok(Box::new(FaultyStopper { stopper, faults, ended, reads_only: false }))
     }
 
     fn peer(&self) -> String {
@@ -235,12 +265,14 @@ struct FaultyStopper {
     stopper: Box<dyn Stopper>,
     faults: Faults,
     ended: Arc<Ended>,
+    reads_only: bool,
 }
 
 impl Stopper for FaultyStopper {
     fn stop(&self) {
         self.stopper.stop();
-        self.ended.stopped.store(true, SeqCst);
+        let ended = if self.reads_only { &self.ended.interrupted } else { &self.ended.stopped };
+        ended.store(true, SeqCst);
         drop(lock(&self.faults.shared.state));
         self.faults.shared.changed.notify_all();
     }
@@ -254,7 +286,7 @@ pub struct FaultyConnector {
 
 impl Connect for FaultyConnector {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        match self.faults.next(&Ended::default()) {
+        match self.faults.next(&Ended::default(), Direction::Sends) {
             Some(Fault::Fail(kind)) => Err(io::Error::new(kind, "a planned fault")),
             Some(Fault::Cut | Fault::Shorten(_)) => Err(io::ErrorKind::ConnectionRefused.into()),
             Some(Fault::Delay(_) | Fault::Hold) | None => Ok(Box::new(self.faults.stream(self.connector.connect()?))),
@@ -342,10 +374,10 @@ mod tests {
 
     #[test]
     fn a_cut_ends_the_connection_for_both_sides_and_all_handles() {
-        let (mut ours, mut theirs) = pair(&Faults::new().at(0, Fault::Cut));
-        let mut clone = ours.try_clone().unwrap();
-        assert_eq!(ours.write(b"x", &[]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-        assert_eq!(clone.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let (ours, mut theirs) = pair(&Faults::new().at(0, Fault::Cut));
+        let (mut sends, mut receives) = Box::new(ours).split().unwrap();
+        assert_eq!(sends.write(b"x", &[]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(receives.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
     }
 

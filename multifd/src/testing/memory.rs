@@ -8,7 +8,7 @@ use std::{collections::VecDeque, io, time::Duration};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait},
-    transport::{Connect, Listen, Stopper, Stream},
+    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
 };
 
 /// A listener and the connector that reaches it. `capacity` bytes fit in each direction of each connection.
@@ -21,35 +21,46 @@ pub fn listener(capacity: usize) -> (MemoryListener, MemoryConnector) {
 pub fn pair(capacity: usize) -> (MemoryStream, MemoryStream) {
     let (left, right) = (Pipe::new(capacity), Pipe::new(capacity));
     let end = |incoming: Arc<Pipe>, outgoing: Arc<Pipe>| MemoryStream {
-        incoming: Arc::new(ReadEnd(incoming)),
-        outgoing: Arc::new(WriteEnd(outgoing)),
+        ends: Arc::new(Ends { incoming: ReadEnd(incoming), outgoing: WriteEnd(outgoing) }),
         read_timeout: None,
     };
     (end(left.clone(), right.clone()), end(right, left))
 }
 
-/// One end of a connection. Dropping the last handle on it closes it.
+/// One end of a connection, or one of its halves. Dropping the last of them closes it.
 pub struct MemoryStream {
-    incoming: Arc<ReadEnd>,
-    outgoing: Arc<WriteEnd>,
+    ends: Arc<Ends>,
     /// How long a read waits.
     read_timeout: Option<Duration>,
 }
 
-impl Stream for MemoryStream {
+struct Ends {
+    incoming: ReadEnd,
+    outgoing: WriteEnd,
+}
+
+impl SendHalf for MemoryStream {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.outgoing.0.write(header)?;
+        let outgoing = &self.ends.outgoing.0;
+        outgoing.write(header)?;
         let mut copy = Vec::new();
         for page in pages {
             copy.resize(page.len(), 0);
             page.read(&mut copy);
-            self.outgoing.0.write(&copy)?;
+            outgoing.write(&copy)?;
         }
         Ok(())
     }
 
+    fn finish(&mut self) -> io::Result<()> {
+        self.ends.outgoing.0.end();
+        Ok(())
+    }
+}
+
+impl RecvHalf for MemoryStream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.incoming.0.read(buf, self.read_timeout)
+        self.ends.incoming.0.read(buf, self.read_timeout)
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
@@ -63,19 +74,25 @@ impl Stream for MemoryStream {
         Ok(())
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        let (incoming, outgoing) = (self.incoming.clone(), self.outgoing.clone());
-        Ok(Box::new(MemoryStream { incoming, outgoing, read_timeout: self.read_timeout }))
-    }
-
     /// Model checkers have no clock: a read under one of them waits until something comes.
     fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.read_timeout = timeout;
         Ok(())
     }
 
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(Interrupter(self.ends.incoming.0.clone())))
+    }
+}
+
+impl Stream for MemoryStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        let sends = MemoryStream { ends: self.ends.clone(), read_timeout: None };
+        Ok((Box::new(sends), self))
+    }
+
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        Ok(Box::new(StreamStopper { pipes: [self.incoming.0.clone(), self.outgoing.0.clone()] }))
+        Ok(Box::new(StreamStopper { pipes: [self.ends.incoming.0.clone(), self.ends.outgoing.0.clone()] }))
     }
 
     fn peer(&self) -> String {
@@ -177,7 +194,16 @@ impl Stopper for StreamStopper {
     }
 }
 
-/// Closes the pipe when the last reader is gone, so that the writer does not wait for ever.
+struct Interrupter(Arc<Pipe>);
+
+impl Stopper for Interrupter {
+    fn stop(&self) {
+        lock(&self.0.state).interrupted = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Closes the pipe when the reader is gone, so that the writer does not wait for ever.
 struct ReadEnd(Arc<Pipe>);
 
 impl Drop for ReadEnd {
@@ -186,13 +212,12 @@ impl Drop for ReadEnd {
     }
 }
 
-/// Ends the pipe when the last writer is gone.
+/// Ends the pipe when the writer is gone.
 struct WriteEnd(Arc<Pipe>);
 
 impl Drop for WriteEnd {
     fn drop(&mut self) {
-        lock(&self.0.state).ended = true;
-        self.0.changed.notify_all();
+        self.0.end();
     }
 }
 
@@ -211,6 +236,8 @@ struct PipeState {
     ended: bool,
     /// Nobody reads any more, or the connection was stopped.
     closed: bool,
+    /// The reader no longer waits.
+    interrupted: bool,
 }
 
 impl Pipe {
@@ -221,7 +248,7 @@ impl Pipe {
     fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
         let mut state = lock(&self.state);
         while !bytes.is_empty() {
-            if state.closed {
+            if state.closed || state.ended {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             let room = self.capacity - state.bytes.len();
@@ -244,6 +271,9 @@ impl Pipe {
         let deadline = Deadline::after(timeout);
         let mut state = lock(&self.state);
         loop {
+            if state.interrupted {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
             let n = state.bytes.len().min(buf.len());
             if n > 0 {
                 for (to, from) in buf.iter_mut().zip(state.bytes.drain(..n)) {
@@ -258,6 +288,11 @@ impl Pipe {
             }
             state = deadline.wait(&self.changed, state).ok_or(io::ErrorKind::TimedOut)?;
         }
+    }
+
+    fn end(&self) {
+        lock(&self.state).ended = true;
+        self.changed.notify_all();
     }
 
     fn close(&self) {

@@ -18,7 +18,7 @@ use crate::{
     sync::Arc,
     sys::signals::interrupt,
     transport::{
-        Connect, Listen, Stream, ZeroCopyCounters,
+        Connect, Listen, RecvHalf, SendHalf, Stream, ZeroCopyCounters,
         fd::{FdConnector, FdListener},
         record::Recording,
         socket::{SocketListener, SocketStream},
@@ -156,7 +156,12 @@ conformance! {
     a_dropped_peer_ends_the_stream_after_its_bytes
     an_end_within_pages_is_an_error
     a_stopper_outlives_its_connection_and_does_not_keep_it_open
-    two_handles_read_and_write_at_the_same_time
+    two_halves_read_and_write_at_the_same_time
+    finish_ends_one_direction_and_the_other_goes_on
+    an_interrupter_ends_the_wait_of_reads_and_nothing_else
+    an_interrupted_read_waits_no_longer_than_its_timeout
+    a_stopper_ends_the_halves_of_its_connection
+    one_half_keeps_the_connection_open
     a_read_that_waits_too_long_times_out
     a_peer_that_is_gone_makes_writes_fail
     nothing_to_send_is_fine;
@@ -284,30 +289,104 @@ fn a_stopper_outlives_its_connection_and_does_not_keep_it_open(mut transport: Tr
     stopper.stop();
 }
 
-fn two_handles_read_and_write_at_the_same_time(mut transport: Transport) {
+fn two_halves_read_and_write_at_the_same_time(mut transport: Transport) {
     let (ours, theirs) = transport.pair();
     let count = 2000u32;
-    let both_ways = |mut reader: Box<dyn Stream>, mut writer: Box<dyn Stream>| {
+    let both_ways = |stream: Box<dyn Stream>| {
+        let (mut sends, mut receives) = stream.split().unwrap();
         let read = thread::spawn(move || {
             for expected in 0..count {
                 let mut bytes = [0; 4];
-                reader.read_exact(&mut bytes).unwrap();
+                receives.read_exact(&mut bytes).unwrap();
                 assert_eq!(u32::from_be_bytes(bytes), expected);
             }
+            receives
         });
         let write = thread::spawn(move || {
             for number in 0..count {
-                writer.write(&number.to_be_bytes(), &[]).unwrap();
+                sends.write(&number.to_be_bytes(), &[]).unwrap();
             }
-            writer
+            sends
         });
-        [read, thread::spawn(move || drop(write.join().unwrap()))]
+        (read, write)
     };
-    let here = both_ways(ours.try_clone().unwrap(), ours);
-    let there = both_ways(theirs.try_clone().unwrap(), theirs);
-    for thread in here.into_iter().chain(there) {
-        thread.join().unwrap();
+    for (read, write) in [both_ways(ours), both_ways(theirs)] {
+        // Dropped when both are done: that would close the connection.
+        let _halves = (read.join().unwrap(), write.join().unwrap());
     }
+}
+
+/// A half-close: what a side that has said all needs, which still waits for an answer.
+fn finish_ends_one_direction_and_the_other_goes_on(mut transport: Transport) {
+    let (ours, mut theirs) = transport.pair();
+    let (mut sends, mut receives) = ours.split().unwrap();
+    sends.write(b"all", &[]).unwrap();
+    sends.finish().unwrap();
+    sends.finish().unwrap();
+    assert!(sends.write(b"more", &[]).is_err());
+    let mut bytes = [0; 3];
+    theirs.read_exact(&mut bytes).unwrap();
+    assert_eq!((&bytes, theirs.read(&mut [0]).unwrap()), (b"all", 0));
+    theirs.write(b"yes", &[]).unwrap();
+    receives.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"yes");
+    theirs.finish().unwrap();
+    assert_eq!(receives.read(&mut [0]).unwrap(), 0);
+}
+
+/// A destination that is cancelled says so on the connection on which it waits.
+fn an_interrupter_ends_the_wait_of_reads_and_nothing_else(mut transport: Transport) {
+    let (ours, mut theirs) = transport.pair();
+    let (mut sends, mut receives) = ours.split().unwrap();
+    let interrupter = receives.interrupter().unwrap();
+    theirs.write(b"x", &[]).unwrap();
+    assert_eq!(receives.read(&mut [0; 10]).unwrap(), 1, "it reads as before");
+    let reader = thread::spawn(move || {
+        let kind = receives.read(&mut [0; 10]).unwrap_err().kind();
+        (kind, receives)
+    });
+    thread::sleep(Duration::from_millis(50));
+    interrupter.stop();
+    let (kind, mut receives) = reader.join().unwrap();
+    assert_eq!(kind, io::ErrorKind::ConnectionAborted);
+    // The peer does not notice.
+    theirs.write(b"go on", &[]).unwrap();
+    assert_eq!(receives.read(&mut [0; 10]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted, "and from now on");
+    sends.write(b"bye", &[]).unwrap();
+    drop((sends, receives));
+    let mut bytes = [0; 3];
+    theirs.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"bye");
+}
+
+fn an_interrupted_read_waits_no_longer_than_its_timeout(mut transport: Transport) {
+    let (mut ours, _theirs) = transport.pair();
+    let _interrupter = ours.interrupter().unwrap();
+    ours.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    if transport.has_clock {
+        let kind = ours.read(&mut [0]).unwrap_err().kind();
+        assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind:?}");
+    }
+}
+
+fn a_stopper_ends_the_halves_of_its_connection(mut transport: Transport) {
+    let (ours, mut theirs) = transport.pair();
+    let stopper = ours.stopper().unwrap();
+    let (mut sends, mut receives) = ours.split().unwrap();
+    stopper.stop();
+    assert!(!matches!(receives.read(&mut [0]), Ok(1..)));
+    assert!(sends.write(b"x", &[]).is_err());
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+}
+
+fn one_half_keeps_the_connection_open(mut transport: Transport) {
+    let (ours, mut theirs) = transport.pair();
+    let (sends, mut receives) = ours.split().unwrap();
+    drop(sends);
+    theirs.write(b"x", &[]).unwrap();
+    assert_eq!(receives.read(&mut [0; 2]).unwrap(), 1);
+    drop(receives);
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
 }
 
 fn a_read_that_waits_too_long_times_out(mut transport: Transport) {

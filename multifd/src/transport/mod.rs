@@ -17,8 +17,8 @@ pub mod tcp;
 pub mod unix;
 pub mod uri;
 
-/// One connection. Both directions block.
-pub trait Stream: Send {
+/// The sending direction of a connection. It blocks.
+pub trait SendHalf: Send {
     /// Sends `header`, then the bytes of all `pages`. When this returns an error, any part of them may have been sent.
     ///
     /// The guest may write to the pages meanwhile; each byte sent is one that stood there at some moment of the call.
@@ -27,10 +27,42 @@ pub trait Stream: Send {
     /// The connection's. [`io::ErrorKind::WriteZero`] where the peer no longer takes bytes.
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()>;
 
-    /// Reads what is there, at least one byte, into `buf`; 0 where the peer ended its direction.
+    /// Returns when the kernel no longer reads pages passed to [`write`](Self::write): it waits for zero-copy
+    /// completions, where there are any. Not a promise that the peer has them.
     ///
     /// # Errors
     /// The connection's.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// From now on the kernel reads pages that are written through this handle straight from guest memory, where it can,
+    /// until the next [`flush`](Self::flush). How it goes is counted in `counters`.
+    ///
+    /// # Errors
+    /// Why it is not possible; the connection copies as before then.
+    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
+        let _ = counters;
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this kind of connection does not have it"))
+    }
+
+    /// Ends this direction: the peer reads all that was written, and then 0. The other direction goes on. Every
+    /// [`write`](Self::write) fails from now on, whether this succeeds or not; to call it again does nothing.
+    ///
+    /// A connection that is dropped without it has ended as if its process had died: a transport that can tell the two
+    /// apart, as TLS can, reports that to the peer as an error.
+    ///
+    /// # Errors
+    /// The connection's. The peer may not learn of the end before the connection is dropped then.
+    fn finish(&mut self) -> io::Result<()>;
+}
+
+/// The receiving direction of a connection. It blocks.
+pub trait RecvHalf: Send {
+    /// Reads what is there, at least one byte, into `buf`; 0 where the peer ended its direction.
+    ///
+    /// # Errors
+    /// The connection's; those of [`interrupter`](Self::interrupter) and [`set_read_timeout`](Self::set_read_timeout).
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize>;
 
     /// Fills `pages`, in order.
@@ -54,40 +86,9 @@ pub trait Stream: Send {
         Ok(())
     }
 
-    /// Returns when the kernel no longer reads pages passed to [`write`](Self::write): it waits for zero-copy
-    /// completions, where there are any. Not a promise that the peer has them.
-    ///
-    /// # Errors
-    /// The connection's.
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// From now on the kernel reads pages that are written through this handle straight from guest memory, where it can,
-    /// until the next [`flush`](Self::flush). How it goes is counted in `counters`. Other handles of the connection go on
-    /// copying.
-    ///
-    /// # Errors
-    /// Why it is not possible; the connection copies as before then.
-    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
-        let _ = counters;
-        Err(io::Error::new(io::ErrorKind::Unsupported, "this kind of connection does not have it"))
-    }
-
-    /// A second handle on this connection, so that one thread can read while another writes.
-    ///
-    /// # Errors
-    /// The kernel's, when it is out of descriptors.
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>>;
-
-    /// What ends this connection from another thread.
-    ///
-    /// # Errors
-    /// The kernel's, when it is out of descriptors.
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>>;
-
-    /// Limits how long a single read waits for a byte; `None` for no limit. A read that waited longer gives
-    /// [`io::ErrorKind::TimedOut`] or [`io::ErrorKind::WouldBlock`]. Transports without a clock ignore it.
+    /// Limits how long a single [`read`](Self::read) waits for a byte; `None` for no limit. A read that waited longer gives
+    /// [`io::ErrorKind::TimedOut`] or [`io::ErrorKind::WouldBlock`], and has taken nothing. Transports without a clock ignore
+    /// it.
     ///
     /// # Errors
     /// The kernel's.
@@ -95,6 +96,33 @@ pub trait Stream: Send {
         let _ = timeout;
         Ok(())
     }
+
+    /// What ends only the waiting of this half, from another thread: once stopped, each [`read`](Self::read) returns
+    /// [`io::ErrorKind::ConnectionAborted`] without waiting. The peer does not notice, and the sending half goes on: a
+    /// destination that is cancelled says so before it ends its connections.
+    ///
+    /// # Errors
+    /// The kernel's, when it is out of descriptors.
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>>;
+}
+
+/// One established connection.
+///
+/// Dropping it, or both of its halves, closes it. Any one of these may be done by another thread than the others.
+pub trait Stream: SendHalf + RecvHalf {
+    /// Takes the connection apart, so that one thread can read while another writes. What was set on it stays: a read
+    /// timeout, zero-copy, an interrupter.
+    ///
+    /// # Errors
+    /// The kernel's, when it is out of descriptors; the connection is closed then.
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)>;
+
+    /// What ends this connection in both directions from another thread, also when it has been split since: reads give 0
+    /// or an error from then on, writes an error, and the peer finds it closed. It does not keep the connection open.
+    ///
+    /// # Errors
+    /// The kernel's, when it is out of descriptors.
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>>;
 
     /// Who is at the other end, and whether it hears what is written.
     fn far_end(&self) -> FarEnd {

@@ -11,7 +11,10 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
@@ -21,7 +24,7 @@ use rustix::{
 };
 
 use super::{
-    FarEnd, Listen, Stopper, Stream,
+    FarEnd, Listen, RecvHalf, SendHalf, Stopper, Stream,
     socket::{context, invalid},
     stop_event::StopEvent,
 };
@@ -86,7 +89,14 @@ impl OneWayListener {
     }
 
     fn with(bytes: Bytes, far_end: FarEnd, name: String) -> io::Result<OneWayListener> {
-        let stream = OneWayStream { bytes, stopped: StopEvent::new()?, far_end, timeout: None, name };
+        let stream = OneWayStream {
+            bytes,
+            stopped: StopEvent::new()?,
+            interrupted: Arc::default(),
+            far_end,
+            timeout: None,
+            name,
+        };
         Ok(OneWayListener { stream: Some(stream), stopped: StopEvent::new()? })
     }
 }
@@ -118,6 +128,8 @@ pub struct OneWayStream {
     bytes: Bytes,
     /// The listener's is another one: it is stopped when no further connection is needed.
     stopped: StopEvent,
+    /// Whether it was stopped by its interrupter.
+    interrupted: Arc<AtomicBool>,
     far_end: FarEnd,
     timeout: Option<Duration>,
     name: String,
@@ -129,28 +141,36 @@ enum Bytes {
     Reader(Box<dyn Read + Send>),
 }
 
-impl Stream for OneWayStream {
+impl SendHalf for OneWayStream {
     fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "there is no way back"))
+        NoWayBack.write(&[], &[])
     }
 
+    fn finish(&mut self) -> io::Result<()> {
+        NoWayBack.finish()
+    }
+}
+
+impl RecvHalf for OneWayStream {
     /// After [`Stopper::stop`] this is at its end, as a socket is.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match &mut self.bytes {
+        let bytes = match &mut self.bytes {
             Bytes::Descriptor(descriptor) => loop {
                 match self.stopped.wait_readable(descriptor.as_fd(), self.timeout) {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(0),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => break 0,
                     waited => waited?,
                 }
                 match rustix::io::read(&*descriptor, &mut *buf) {
                     // Another reader of the pipe was faster.
                     Err(Errno::INTR | Errno::AGAIN) => {}
-                    read => return Ok(read?),
+                    read => break read?,
                 }
             },
-            Bytes::Reader(_) if self.stopped.is_set()? => Ok(0),
-            Bytes::Reader(reader) => reader.read(buf),
-        }
+            Bytes::Reader(_) if self.stopped.is_set()? => 0,
+            Bytes::Reader(reader) => reader.read(buf)?,
+        };
+        // What was read meanwhile is of no use to a thread that is told to leave.
+        if self.interrupted.load(SeqCst) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(bytes) }
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
@@ -162,20 +182,24 @@ impl Stream for OneWayStream {
         Ok(())
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        let Bytes::Descriptor(descriptor) = &self.bytes else { return Err(io::ErrorKind::Unsupported.into()) };
-        let (bytes, stopped) = (Bytes::Descriptor(descriptor.clone()), self.stopped.clone());
-        let OneWayStream { far_end, timeout, .. } = *self;
-        Ok(Box::new(OneWayStream { bytes, stopped, far_end, timeout, name: self.name.clone() }))
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.timeout = timeout;
+        Ok(())
+    }
+
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        let interrupter = Interrupter { interrupted: self.interrupted.clone(), wakes: self.stopped.clone() };
+        Ok(Box::new(interrupter))
+    }
+}
+
+impl Stream for OneWayStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        Ok((Box::new(NoWayBack), self))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         Ok(Box::new(self.stopped.clone()))
-    }
-
-    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.timeout = timeout;
-        Ok(())
     }
 
     fn far_end(&self) -> FarEnd {
@@ -184,5 +208,32 @@ impl Stream for OneWayStream {
 
     fn peer(&self) -> String {
         self.name.clone()
+    }
+}
+
+/// The half of a one-way stream that does not exist.
+struct NoWayBack;
+
+impl SendHalf for NoWayBack {
+    fn write(&mut self, _header: &[u8], _pages: &[GuestRange<'_>]) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "there is no way back"))
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Ends the waiting in a way that is told from the end of the stream.
+struct Interrupter {
+    interrupted: Arc<AtomicBool>,
+    wakes: StopEvent,
+}
+
+impl Stopper for Interrupter {
+    fn stop(&self) {
+        // Before the wait ends, so that the thread that waits sees it.
+        self.interrupted.store(true, SeqCst);
+        self.wakes.stop();
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use multifd_proto::{packet, stream};
 
-use super::{FarEnd, Listen, Stopper, Stream, socket::context};
+use super::{FarEnd, Listen, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, socket::context};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Mutex, lock},
@@ -74,18 +74,32 @@ impl Recording {
     }
 }
 
-/// A connection that is recorded.
-pub struct RecordedStream {
-    stream: Box<dyn Stream>,
+/// A connection that is recorded, or one of its halves.
+pub struct RecordedStream<S: ?Sized = dyn Stream> {
     tape: Arc<Mutex<Tape>>,
     staging: Vec<u8>,
+    stream: Box<S>,
 }
 
-impl Stream for RecordedStream {
+impl<S: SendHalf + ?Sized> SendHalf for RecordedStream<S> {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
         self.stream.write(header, pages)
     }
 
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+
+    fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
+        self.stream.send_without_copy(counters)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.stream.finish()
+    }
+}
+
+impl<S: RecvHalf + ?Sized> RecvHalf for RecordedStream<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.stream.read(buf)?;
         lock(&self.tape).record(&buf[..n])?;
@@ -104,21 +118,24 @@ impl Stream for RecordedStream {
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        let stream = self.stream.try_clone()?;
-        Ok(Box::new(RecordedStream { stream, tape: self.tape.clone(), staging: Vec::new() }))
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        self.stream.interrupter()
+    }
+}
+
+impl Stream for RecordedStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        let RecordedStream { tape, staging, stream } = *self;
+        let (sends, receives) = stream.split()?;
+        Ok((sends, Box::new(RecordedStream { tape, staging, stream: receives })))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         self.stream.stopper()
-    }
-
-    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.stream.set_read_timeout(timeout)
     }
 
     fn far_end(&self) -> FarEnd {

@@ -13,7 +13,6 @@ use std::{
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     io::{Errno, ioctl_fionbio},
     net::{
         AddressFamily, Shutdown, SocketFlags, SocketType, accept_with, listen, shutdown,
@@ -21,7 +20,7 @@ use rustix::{
     },
 };
 
-use super::{Listen, Stopper, Stream, unix::OwnPath, uri::Uri};
+use super::{Listen, RecvHalf, SendHalf, Stopper, Stream, stop_event::StopEvent, unix::OwnPath, uri::Uri};
 use crate::{
     ram::GuestRange,
     sys::{
@@ -35,6 +34,9 @@ pub struct SocketStream {
     socket: Arc<OwnedFd>,
     /// Belongs to one handle of the connection, because the kernel counts for the whole socket.
     zero_copy: Option<ZeroCopy>,
+    /// Set once a thread may want to end the wait for bytes alone.
+    wait: Option<InterruptibleWait>,
+    read_timeout: Option<Duration>,
     peer: String,
 }
 
@@ -58,7 +60,7 @@ impl SocketStream {
             AddressFamily::UNIX => "unix".to_owned(),
             _ => "socket".to_owned(),
         };
-        Ok(SocketStream { socket: Arc::new(socket), zero_copy: None, peer })
+        Ok(SocketStream { socket: Arc::new(socket), zero_copy: None, wait: None, read_timeout: None, peer })
     }
 
     /// The same connection, called `peer` in messages.
@@ -68,25 +70,12 @@ impl SocketStream {
     }
 }
 
-impl Stream for SocketStream {
+impl SendHalf for SocketStream {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
         match &mut self.zero_copy {
             Some(zero_copy) => zero_copy.send(self.socket.as_fd(), header, pages),
             None => vectored::send(self.socket.as_fd(), header, pages),
         }
-    }
-
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match rustix::io::read(&self.socket, &mut *buf) {
-                Err(Errno::INTR) => {}
-                other => return Ok(other?),
-            }
-        }
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        vectored::receive(self.socket.as_fd(), pages)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -103,22 +92,79 @@ impl Stream for SocketStream {
         Ok(())
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(SocketStream { socket: self.socket.clone(), zero_copy: None, peer: self.peer.clone() }))
+    fn finish(&mut self) -> io::Result<()> {
+        match shutdown(&self.socket, Shutdown::Write) {
+            // The peer has ended the connection.
+            Err(Errno::NOTCONN) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+}
+
+impl RecvHalf for SocketStream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(wait) = &self.wait {
+            wait.for_bytes(self.socket.as_fd(), self.read_timeout)?;
+        }
+        loop {
+            match rustix::io::read(&self.socket, &mut *buf) {
+                Err(Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        vectored::receive(self.socket.as_fd(), pages)
+    }
+
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        // The kernel takes 0 as no limit, and counts in microseconds.
+        let timeout = timeout.map(|timeout| timeout.max(Duration::from_micros(1)));
+        sockopt::set_socket_timeout(&self.socket, Timeout::Recv, timeout)?;
+        self.read_timeout = timeout;
+        Ok(())
+    }
+
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        let wait = match &self.wait {
+            Some(wait) => wait,
+            None => self.wait.insert(InterruptibleWait { interrupted: StopEvent::new()? }),
+        };
+        Ok(Box::new(wait.interrupted.clone()))
+    }
+}
+
+impl Stream for SocketStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        let SocketStream { socket, zero_copy, wait, read_timeout, peer } = *self;
+        let sends =
+            SocketStream { socket: socket.clone(), zero_copy, wait: None, read_timeout: None, peer: peer.clone() };
+        let receives = SocketStream { socket, zero_copy: None, wait, read_timeout, peer };
+        Ok((Box::new(sends), Box::new(receives)))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         Ok(Box::new(StreamStopper(Arc::downgrade(&self.socket))))
     }
 
-    fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        // The kernel takes 0 as no limit, and counts in microseconds.
-        let timeout = timeout.map(|timeout| timeout.max(Duration::from_micros(1)));
-        Ok(sockopt::set_socket_timeout(&self.socket, Timeout::Recv, timeout)?)
-    }
-
     fn peer(&self) -> String {
         self.peer.clone()
+    }
+}
+
+/// Waits for bytes in a way that another thread can end without touching the connection: `shutdown` would tell the peer of a
+/// unix socket.
+struct InterruptibleWait {
+    interrupted: StopEvent,
+}
+
+impl InterruptibleWait {
+    fn for_bytes(&self, socket: BorrowedFd<'_>, limit: Option<Duration>) -> io::Result<()> {
+        self.interrupted.wait_readable(socket, limit).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => io::ErrorKind::ConnectionAborted.into(),
+            _ => error,
+        })
     }
 }
 
@@ -135,8 +181,7 @@ pub struct SocketListener {
     _path: Option<OwnPath>,
     /// In non-blocking mode, so that a connection which vanished between poll and accept cannot block the latter.
     socket: OwnedFd,
-    /// An eventfd that is readable once stopped.
-    stopped: Arc<OwnedFd>,
+    stopped: StopEvent,
     uri: Uri,
 }
 
@@ -154,45 +199,25 @@ impl SocketListener {
         // Linux also changes the backlog of a socket that listens already.
         listen(&socket, BACKLOG)?;
         ioctl_fionbio(&socket, true)?;
-        let stopped = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        Ok(SocketListener { socket, stopped, uri, _path: path })
+        Ok(SocketListener { socket, stopped: StopEvent::new()?, uri, _path: path })
     }
 
     /// Where it can be reached, with the port that the kernel chose.
     pub fn uri(&self) -> &Uri {
         &self.uri
     }
-
-    /// Waits until there is a connection. `false`: `deadline` has passed.
-    fn wait(&self, deadline: Option<Instant>) -> io::Result<bool> {
-        loop {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let timeout = left.map(|left| Timespec::try_from(left).unwrap_or(LONGEST));
-            let mut entries = [PollFd::new(&self.stopped, PollFlags::IN), PollFd::new(&self.socket, PollFlags::IN)];
-            match poll(&mut entries, timeout.as_ref()) {
-                Err(Errno::INTR) => continue,
-                other => other?,
-            };
-            let [stopped, socket] = entries.map(|entry| !entry.revents().is_empty());
-            if stopped {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            if socket || left == Some(Duration::ZERO) {
-                return Ok(socket);
-            }
-        }
-    }
 }
 
 impl Listen for SocketListener {
     fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        while self.wait(deadline)? {
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            self.stopped.wait_readable(self.socket.as_fd(), left)?;
             if let Some(stream) = self.try_accept()? {
                 return Ok(stream);
             }
         }
-        Err(io::ErrorKind::TimedOut.into())
     }
 
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
@@ -221,7 +246,7 @@ impl Listen for SocketListener {
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        Ok(Box::new(ListenStopper(self.stopped.clone())))
+        Ok(Box::new(self.stopped.clone()))
     }
 }
 
@@ -233,15 +258,6 @@ impl Stopper for StreamStopper {
             // The peer may have ended the connection before, which is as good.
             let _ = shutdown(&socket, Shutdown::Both);
         }
-    }
-}
-
-struct ListenStopper(Arc<OwnedFd>);
-
-impl Stopper for ListenStopper {
-    fn stop(&self) {
-        // Fails only where the counter is at its maximum: then it is readable, as it should be.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 }
 
@@ -295,6 +311,3 @@ const LOOPBACK_BUFFER: usize = 256 << 10;
 /// Room for main and 255 channels that connect before the first is accepted, and for strays. The kernel drops what does
 /// not fit while the peer believes to be connected, so this errs on the large side; `net.core.somaxconn` caps it.
 pub(super) const BACKLOG: i32 = 1024;
-
-/// Longer than anybody waits.
-const LONGEST: Timespec = Timespec { tv_sec: i32::MAX as _, tv_nsec: 0 };

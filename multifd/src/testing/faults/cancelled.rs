@@ -57,6 +57,11 @@ fn a_cancel_during_each_operation_leaves_the_guest_with_one_side() {
                     Err(Error::InDoubt { reason }) => on_source && matches!(**reason, Error::Cancelled),
                     Err(_) => panic!("{context}: {own:?}"),
                 };
+                if !on_source && own.is_err() {
+                    // It has refused before its connections ended.
+                    let sent = outcome.sent.as_ref().err();
+                    assert!(!matches!(sent, None | Some(Error::InDoubt { .. })), "{context}: {sent:?}");
+                }
                 let ended = outcome.sent.is_err() && !in_doubt;
                 let owner = settle(&mut guest, outcome, &context);
                 assert!(owner != Owner::Source || ended, "{context}: {owner:?}");

@@ -33,7 +33,7 @@ use crate::{
         memory::{self, MemoryConnector, MemoryListener},
     },
     threads::{StdThreads, Threads},
-    transport::{Connect, Listen, Stopper, Stream},
+    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
     vm::SourceVm,
 };
 
@@ -358,16 +358,22 @@ fn a_connection_that_is_slow_throughout_loses_nothing() {
 }
 
 /// A connection whose last answer is lost: whoever reads it gets an error in its place.
-struct Deaf {
-    stream: Box<dyn Stream>,
+struct Deaf<S: ?Sized = dyn Stream> {
     error: io::ErrorKind,
+    stream: Box<S>,
 }
 
-impl Stream for Deaf {
+impl SendHalf for Deaf {
     fn write(&mut self, header: &[u8], pages: &[crate::ram::GuestRange<'_>]) -> io::Result<()> {
         self.stream.write(header, pages)
     }
 
+    fn finish(&mut self) -> io::Result<()> {
+        self.stream.finish()
+    }
+}
+
+impl<S: RecvHalf + ?Sized> RecvHalf for Deaf<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.stream.read(buf)?;
         let mut shut = Vec::new();
@@ -379,8 +385,16 @@ impl Stream for Deaf {
         self.stream.read_pages(pages)
     }
 
-    fn try_clone(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(Deaf { stream: self.stream.try_clone()?, error: self.error }))
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        self.stream.interrupter()
+    }
+}
+
+impl Stream for Deaf {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        let Deaf { error, stream } = *self;
+        let (sends, stream) = stream.split()?;
+        Ok((sends, Box::new(Deaf { error, stream })))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
