@@ -6,9 +6,9 @@ use std::{
     ffi::OsStr,
     io::{self, BufRead, BufReader, Read},
     process::{Child, ChildStderr, Command, Stdio},
-    thread,
 };
 
+use multifd::threads;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -66,9 +66,9 @@ impl GuestProcess {
         let mut stdout = process.child.stdout.take().expect("piped above");
         if let Some(stderr) = process.child.stderr.take() {
             let said = said.clone();
-            thread::Builder::new().name("child stderr".to_owned()).spawn(move || pass_on(stderr, &said))?;
+            threads::spawn("child stderr", move || pass_on(stderr, &said))?;
         }
-        thread::Builder::new().name("child stdout".to_owned()).spawn(move || {
+        threads::spawn("child stdout", move || {
             let mut output = String::new();
             // What cannot be read is missing from the report, which is noticed.
             let _ = stdout.read_to_string(&mut output);

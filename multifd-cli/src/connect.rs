@@ -10,6 +10,7 @@ use std::{
 
 use multifd::{
     stop::StopHandle,
+    threads,
     transport::{Connect, Stream, uri::Uri},
 };
 
@@ -39,9 +40,9 @@ impl PatientConnector {
     fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
         let (uri, (done, is_done)) = (self.uri.clone(), mpsc::channel());
         // A result that is not wanted any more is a connection that is closed again.
-        let thread = thread::Builder::new()
-            .name("connect".to_owned())
-            .spawn(move || drop(done.send(uri.connector().and_then(|connector| connector.connect()))));
+        let thread = threads::spawn("connect", move || {
+            drop(done.send(uri.connector().and_then(|connector| connector.connect())))
+        });
         if let Err(error) = thread {
             tracing::debug!(%error, "no thread to connect in, a cancel has to wait");
             return self.uri.connector()?.connect();

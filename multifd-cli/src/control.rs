@@ -20,7 +20,10 @@ use std::{
     time::Duration,
 };
 
-use multifd::transport::unix::{OwnPath, listen_privately};
+use multifd::{
+    threads,
+    transport::unix::{OwnPath, listen_privately},
+};
 use rustix::{net::sockopt::socket_peercred, process::geteuid};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -70,12 +73,12 @@ impl Control {
     pub fn listen(path: &Path, requests: impl Fn(Request) + Clone + Send + 'static) -> io::Result<Control> {
         let (listener, own) = listen_privately(path)?;
         // Both kinds of threads end with the process.
-        thread::Builder::new().name("control".to_owned()).spawn(move || {
+        threads::spawn("control", move || {
             for stream in listener.incoming() {
                 let requests = requests.clone();
                 let served = stream.and_then(|stream| {
                     check_user(&stream)?;
-                    thread::Builder::new().name("control connection".to_owned()).spawn(move || {
+                    threads::spawn("control connection", move || {
                         if let Err(error) = serve(&stream, &requests) {
                             tracing::debug!(%error, "control connection");
                         }

@@ -8,8 +8,9 @@ use std::{
     io,
     panic::{self, AssertUnwindSafe},
     sync::mpsc,
-    thread,
 };
+
+use multifd::threads;
 
 /// Calls `body` with `value` in a new thread called `name`, then `done` with `value` and the result; with the message of
 /// the panic, if `body` panicked.
@@ -28,7 +29,7 @@ pub fn lend<V: Send + 'static, T>(
         let result = panic::catch_unwind(AssertUnwindSafe(|| body(&mut value)));
         done(value, result.map_err(|panic| message(&*panic)));
     };
-    match thread::Builder::new().name(name.to_owned()).spawn(run) {
+    match threads::spawn(name, run) {
         // The thread waits for it, and cannot end without.
         Ok(_) => {
             hand_over.send(value).map_err(|mpsc::SendError(value)| (value, io::Error::other("the thread has ended")))

@@ -6,12 +6,14 @@
 use std::{
     io::{self, IsTerminal},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
-    thread,
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use multifd::progress::{Event, Observer, Phase, Progress, Snapshot};
+use multifd::{
+    progress::{Event, Observer, Phase, Progress, Snapshot},
+    threads,
+};
 
 use crate::{
     args::{OutputArgs, ProgressMode},
@@ -130,7 +132,7 @@ fn draw(progress: Progress, rounds: Arc<Mutex<Rounds>>) -> Option<(mpsc::Sender<
     let (end, is_ended) = mpsc::channel();
     let (done, is_done) = mpsc::channel();
     let drawn = bar.clone();
-    let thread = thread::Builder::new().name("progress".to_owned()).spawn(move || {
+    let thread = threads::spawn("progress", move || {
         draw_until(&is_ended, &drawn, &progress, &rounds);
         drop(done);
     });

@@ -5,9 +5,9 @@
 //! something outside of it are errors of a system call instead: SIGXFSZ (a file above the limit of `ulimit -f`) here,
 //! SIGPIPE by Rust.
 
-use std::{fs, io, thread};
+use std::{fs, io};
 
-use multifd::stop::StopHandle;
+use multifd::{stop::StopHandle, threads};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ},
     iterator::Signals,
@@ -29,7 +29,7 @@ pub enum Hangup {
 pub fn on_interrupt(hangup: Hangup, mut interrupted: impl FnMut() + Send + 'static) -> io::Result<()> {
     let ignores_hangup = hangup == Hangup::IsIgnored || ignored_from_the_start(SIGHUP);
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGXFSZ])?;
-    thread::Builder::new().name("signals".to_owned()).spawn(move || {
+    threads::spawn("signals", move || {
         for signal in signals.forever() {
             match signal {
                 SIGXFSZ => {}
@@ -47,7 +47,7 @@ pub fn on_interrupt(hangup: Hangup, mut interrupted: impl FnMut() + Send + 'stat
 /// The kernel's.
 pub fn on_resume(mut resumed: impl FnMut() + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new([SIGUSR1])?;
-    thread::Builder::new().name("resume".to_owned()).spawn(move || signals.forever().for_each(|_| resumed()))?;
+    threads::spawn("resume", move || signals.forever().for_each(|_| resumed()))?;
     Ok(())
 }
 

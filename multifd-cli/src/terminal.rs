@@ -11,9 +11,10 @@ use std::{
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
         mpsc,
     },
-    thread,
     time::Duration,
 };
+
+use multifd::threads;
 
 use crate::{printable, progress};
 
@@ -61,7 +62,7 @@ fn queue() -> Option<&'static Queue> {
     QUEUE
         .get_or_init(|| {
             let (messages, arrivals) = mpsc::channel();
-            let thread = thread::Builder::new().name("stderr".to_owned()).spawn(move || print_all(&arrivals));
+            let thread = threads::spawn("stderr", move || print_all(&arrivals));
             thread.is_ok().then(|| Queue { messages, bytes: AtomicUsize::new(0), left_out: AtomicU64::new(0) })
         })
         .as_ref()

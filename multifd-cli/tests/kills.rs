@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use fastrand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
@@ -209,7 +210,7 @@ fn a_guest_survives_kills_and_stops_at_random_moments() {
 
 fn run(wanted: usize, seed: u64, limit: Duration) {
     let directory = TempDir::new().unwrap();
-    let mut random = Random(seed | 1);
+    let mut random = Rng::with_seed(seed);
     let mut counts = Counts::default();
     let mut number = 0;
     let mut start = |incoming| {
@@ -231,12 +232,12 @@ fn run(wanted: usize, seed: u64, limit: Duration) {
         let mut there = start(true);
         let idle_files = open_files(there.child.id());
         here.migrate(&there);
-        std::thread::sleep(usual.mul_f64(random.fraction() * 0.8));
-        match random.below(4) {
+        std::thread::sleep(usual.mul_f64(random.f64() * 0.8));
+        match random.u8(..4) {
             kind @ (0 | 1) => {
                 if kind == 1 {
                     there.signal(Signal::STOP);
-                    std::thread::sleep(Duration::from_millis(random.below(30)));
+                    std::thread::sleep(Duration::from_millis(random.u64(..30)));
                 }
                 there.kill();
                 counts.kills += 1;
@@ -280,9 +281,9 @@ fn run(wanted: usize, seed: u64, limit: Duration) {
                 }
             }
             _ => {
-                let stopped = if random.below(2) == 0 { &here } else { &there };
+                let stopped = if random.bool() { &here } else { &there };
                 stopped.signal(Signal::STOP);
-                std::thread::sleep(Duration::from_millis(random.below(60)));
+                std::thread::sleep(Duration::from_millis(random.u64(..60)));
                 stopped.signal(Signal::CONT);
                 counts.stops += 1;
                 assert_eq!(there.settles(), Settled::Runs, "a pause is no failure");
@@ -321,26 +322,6 @@ fn open_files(id: u32) -> usize {
 fn clock_seed() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     now.as_nanos() as u64
-}
-
-/// xorshift64*: good enough to pick moments, and repeatable.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn fraction(&mut self) -> f64 {
-        self.below(1 << 20) as f64 / (1 << 20) as f64
-    }
 }
 
 /// For anything that a loaded machine may take its time for; less than the deadline for channels, which a destination whose

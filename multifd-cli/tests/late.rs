@@ -30,6 +30,7 @@ use common::{
     Guest, json, multifd, number,
     proxy::{Holds, Proxy, short_queue},
 };
+use fastrand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use test_support::{TempDir, report, skip, time_limit};
@@ -270,24 +271,20 @@ enum Way {
 
 impl Case {
     fn random(index: usize, seed: u64) -> Case {
-        let mut random = Random(seed.wrapping_add((index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1);
-        // The first numbers of seeds that are alike are alike.
-        for _ in 0..8 {
-            random.below(2);
-        }
+        let mut random = Rng::with_seed(seed.wrapping_add(index as u64));
         let kind = [Kind::Guest, Kind::Send, Kind::Replay(0), Kind::Guest, Kind::Replay(1), Kind::Replay(2)][index % 6];
         let channels = match kind {
             Kind::Replay(0) => 4,
             Kind::Replay(_) => 2,
-            _ => 1 + random.below(8) as usize,
+            _ => random.usize(1..=8),
         };
-        let way = match random.below(4) {
-            0 => Way::SlowProxy((0..=channels).map(|_| random.time(300)).collect()),
-            1 => Way::ShortQueue(random.time(700)),
+        let way = match random.u8(..4) {
+            0 => Way::SlowProxy((0..=channels).map(|_| time(&mut random, 300)).collect()),
+            1 => Way::ShortQueue(time(&mut random, 700)),
             _ => Way::Proxy,
         };
-        let (per_section, required) = (random.below(2) == 0, random.below(3) == 0);
-        Case { index, kind, way, channels, per_section, required, holds: random.holds(channels) }
+        let (per_section, required) = (random.bool(), random.u8(..3) == 0);
+        Case { index, kind, way, channels, per_section, required, holds: holds(&mut random, channels) }
     }
 
     fn run(&self, given: &Given) {
@@ -482,46 +479,35 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }
 
-/// xorshift64.
-struct Random(u64);
+/// Up to `limit` milliseconds.
+fn time(random: &mut Rng, limit: u64) -> Duration {
+    Duration::from_millis(random.u64(..limit))
+}
 
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) % limit
-    }
-
-    /// Up to `limit` milliseconds.
-    fn time(&mut self, limit: u64) -> Duration {
-        Duration::from_millis(self.below(limit))
-    }
-
-    fn holds(&mut self, channels: usize) -> Holds {
-        let mut holds = Holds::none(channels);
-        match self.below(6) {
-            // Any order.
-            0 | 1 => {
-                holds.main = Some(self.time(1500));
-                holds.channels.iter_mut().for_each(|hold| *hold = Some(self.time(1500)));
-            }
-            // Rounds are sent, and one channel is still to come.
-            2 => holds.channels[self.below(channels as u64) as usize] = Some(Duration::from_secs(1) + self.time(1500)),
-            // Main comes first, and all channels long after it.
-            3 => holds.channels.iter_mut().for_each(|hold| *hold = Some(Duration::from_secs(1) + self.time(500))),
-            // All channels wait for main.
-            4 => holds.main = Some(Duration::from_secs(1) + self.time(1000)),
-            // The last first, one after the other.
-            _ => {
-                let each = 20 + self.below(200);
-                for (id, hold) in holds.channels.iter_mut().rev().enumerate() {
-                    *hold = Some(Duration::from_millis(each * id as u64));
-                }
+/// When each connection is let through.
+fn holds(random: &mut Rng, channels: usize) -> Holds {
+    let mut holds = Holds::none(channels);
+    match random.u8(..6) {
+        // Any order.
+        0 | 1 => {
+            holds.main = Some(time(random, 1500));
+            holds.channels.iter_mut().for_each(|hold| *hold = Some(time(random, 1500)));
+        }
+        // Rounds are sent, and one channel is still to come.
+        2 => holds.channels[random.usize(..channels)] = Some(Duration::from_secs(1) + time(random, 1500)),
+        // Main comes first, and all channels long after it.
+        3 => holds.channels.iter_mut().for_each(|hold| *hold = Some(Duration::from_secs(1) + time(random, 500))),
+        // All channels wait for main.
+        4 => holds.main = Some(Duration::from_secs(1) + time(random, 1000)),
+        // The last first, one after the other.
+        _ => {
+            let each = 20 + random.u64(..200);
+            for (id, hold) in holds.channels.iter_mut().rev().enumerate() {
+                *hold = Some(Duration::from_millis(each * id as u64));
             }
         }
-        holds
     }
+    holds
 }
 
 /// The type of the answer that ends a return path.

@@ -19,6 +19,7 @@ use common::{
     hosts::{Host, two_hosts},
     number,
 };
+use fastrand::Rng;
 use serde_json::{Value, json};
 use test_support::{TempDir, report, skip, time_limit};
 
@@ -49,17 +50,6 @@ enum Owner {
     KeptPaused,
 }
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
 #[test]
 fn a_guest_runs_on_one_host_whenever_the_network_between_them_is_cut() {
     let wanted: u32 = env::var("MULTIFD_PARTITIONS").map_or(8, |text| text.parse().expect("a number"));
@@ -77,7 +67,7 @@ fn a_guest_runs_on_one_host_whenever_the_network_between_them_is_cut() {
             }
             host.reaches(other, mac, false);
         }
-        let mut random = Random(seed | 1);
+        let mut random = Rng::with_seed(seed);
         let mut owners = BTreeMap::new();
         // How long an undisturbed migration takes here: cuts fall before its end.
         let took = undisturbed(&left, &right);
@@ -110,13 +100,13 @@ fn undisturbed(left: &Host, right: &Host) -> Duration {
     begun.elapsed()
 }
 
-fn partition(left: &Host, right: &Host, random: &mut Random, took: Duration, round: u32) -> Owner {
+fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round: u32) -> Owner {
     let dir = TempDir::new().unwrap();
     let (source, destination, uri) = guests(left, right, &dir);
-    let cut = [Cut::There, Cut::Back, Cut::Both][random.below(3) as usize];
-    let wait = Duration::from_micros(random.below(took.as_micros() as u64));
+    let cut = [Cut::There, Cut::Back, Cut::Both][random.usize(..3)];
+    let wait = Duration::from_micros(random.u64(..took.as_micros() as u64));
     // Shorter than every limit, between them, or longer than all.
-    let hold = Duration::from_millis([100, 1200, 4000][random.below(3) as usize]);
+    let hold = Duration::from_millis([100, 1200, 4000][random.usize(..3)]);
     let context = format!("round {round}: {cut:?} after {wait:?} for {hold:?}");
 
     let begun = Instant::now();

@@ -4,120 +4,20 @@ mod common;
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
-    process::Command,
-    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    os::unix::fs::PermissionsExt,
     time::{Duration, Instant},
 };
 
-use common::{Guest, LIMIT, number};
-use rustix::process::{Pid, getuid};
-use serde_json::{Value, json};
-use test_support::{TempDir, skip, time_limit};
+use common::{
+    Guest, LIMIT,
+    client::Client,
+    user::{User, address_space},
+};
+use serde_json::json;
+use test_support::{TempDir, time_limit};
 
 const SAME: &str = "--guest process --memory 8MiB --working-set 2MiB --channels 3";
 const CHANNELS: usize = 3;
-
-/// A user of its own, whom the limit on threads binds: it counts all threads of the user.
-struct User(u32);
-
-impl User {
-    /// `None` and a skip where the command cannot run as another user.
-    fn new(dir: &TempDir) -> Option<User> {
-        if !getuid().is_root() {
-            skip("only root can run the command as another user");
-            return None;
-        }
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let user = User(200_000 + std::process::id() % 1_000_000 * 8 + NEXT.fetch_add(1, Relaxed));
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let problem = match user.command(env!("CARGO_BIN_EXE_multifd")).arg("--version").output() {
-            Ok(output) if output.status.success() => return Some(user),
-            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            Err(error) => error.to_string(),
-        };
-        skip(&format!("the command does not run as another user: {problem}"));
-        None
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("setpriv");
-        command.arg(format!("--reuid={}", self.0)).args(["--clear-groups", "--inh-caps=-all", program]);
-        command
-    }
-
-    fn guest(&self) -> Command {
-        let mut command = self.command(env!("CARGO_BIN_EXE_multifd"));
-        command.args(["guest", "--json"]);
-        command
-    }
-
-    /// Lets `pid` have `more` threads than it has.
-    fn allow(&self, pid: Pid, more: usize) {
-        let pid = pid.as_raw_nonzero();
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
-        // By the user itself: nobody else may without a privilege.
-        let mut command = self.command("prlimit");
-        let output = command.args([format!("--pid={pid}"), format!("--nproc={}:", threads + more)]).output().unwrap();
-        assert!(output.status.success(), "prlimit: {}", String::from_utf8_lossy(&output.stderr));
-    }
-}
-
-/// A connection to a control socket that is made while there is a thread for it.
-struct Client(BufReader<UnixStream>);
-
-impl Client {
-    fn new(path: &std::path::Path) -> Client {
-        let deadline = Instant::now() + LIMIT;
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(Instant::now() < deadline, "{}: {error}", path.display()),
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        Client(BufReader::new(stream))
-    }
-
-    fn ask(&mut self, command: &Value) -> Value {
-        writeln!(self.0.get_mut(), "{command}").unwrap();
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
-    }
-
-    fn status(&mut self) -> Value {
-        self.ask(&json!("status"))["return"].take()
-    }
-
-    /// The status, once no attempt is under way.
-    fn settled(&mut self) -> Value {
-        let deadline = Instant::now() + LIMIT;
-        loop {
-            let status = self.status();
-            if status["state"] != "outgoing" {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "{status}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn runs_on(&mut self) {
-        let deadline = Instant::now() + LIMIT;
-        let before = number(&self.status(), "/passes");
-        loop {
-            let status = self.status();
-            assert_eq!((&status["state"], number(&status, "/guest-errors")), (&json!("running"), 0.0), "{status}");
-            if number(&status, "/passes") > before + 1.0 {
-                return;
-            }
-            assert!(Instant::now() < deadline, "{status}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
 
 /// The process ended with a panic, and the guest with it.
 #[test]
@@ -149,6 +49,32 @@ fn the_guest_survives_a_source_without_threads_and_moves_once_there_are_some() {
         let (exit, report) = source.end();
         assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
         destination.runs_on();
+    });
+}
+
+/// A new thread got its stack and not what it needs besides, and ended the process, guest and all.
+#[test]
+fn the_guest_survives_a_source_without_memory_for_its_threads() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let Some(user) = User::new(&dir) else { return };
+        let source = Guest::start_by(user.guest(), dir.path(), "source", SAME);
+        let mut client = Client::new(&dir.path().join("source"));
+        client.runs_on();
+        let (destination, uri) = Guest::incoming(dir.path(), "there", SAME);
+        fs::set_permissions(dir.path().join("there.socket"), fs::Permissions::from_mode(0o777)).unwrap();
+        // Less than a stack, and room for one or two of them.
+        for kib in (0..20).map(|step| step * 256) {
+            let used = address_space(source.pid());
+            user.limit(source.pid(), &format!("--as={}:", used + (kib << 10)));
+            assert!(client.ask(&json!({ "migrate": uri })).get("return").is_some());
+            let status = client.settled();
+            assert_eq!((&status["state"], &status["status"]), (&json!("running"), &json!("failed")), "{status}");
+            let error = status["error"].as_str().unwrap();
+            assert!(error.starts_with("cannot create the thread that "), "{kib} KiB: {error}");
+            client.runs_on();
+        }
+        destination.kill();
     });
 }
 

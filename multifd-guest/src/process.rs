@@ -12,7 +12,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use multifd::dirty::bitmap::AtomicDirtyBitmap;
+use multifd::{dirty::bitmap::AtomicDirtyBitmap, threads};
 
 use crate::{
     body::{Body, BodyError, BodyWriter},
@@ -77,7 +77,7 @@ impl ProcessCpus {
                 count: count as u64,
                 marks: marks.clone(),
             };
-            let thread = thread::Builder::new().name(format!("guest cpu {index}")).spawn(move || writer.run())?;
+            let thread = threads::spawn(format!("guest cpu {index}"), move || writer.run())?;
             cpus.workers.push(Worker { reins, shared, thread: Some(thread) });
         }
         Ok(cpus)

@@ -344,6 +344,7 @@ fn unsupported(method: Compression) -> io::Error {
 pub(crate) mod tests {
     use std::io::Read;
 
+    use fastrand::Rng;
     use multifd_proto::packet::MAX_COMPRESSED;
 
     use super::*;
@@ -530,11 +531,11 @@ pub(crate) mod tests {
             let mut refused = 0;
             for seed in 0..2000 {
                 let mut payload = if seed % 4 == 0 { random(1)[..seed % 300].to_vec() } else { good.clone() };
-                let mut random = Random(seed as u64 + 1);
+                let mut random = Rng::with_seed(seed as u64 + 1);
                 for _ in 0..1 + seed % 3 {
                     if !payload.is_empty() {
-                        let at = random.next() as usize % payload.len();
-                        payload[at] ^= 1 << (random.next() % 8);
+                        let at = random.usize(..payload.len());
+                        payload[at] ^= 1 << random.u8(..8);
                     }
                 }
                 let mut decompressor = Decompressor::new(method, &Default::default()).unwrap();
@@ -601,26 +602,14 @@ pub(crate) mod tests {
 
     /// Pages of words, some of which repeat.
     fn text(pages: usize) -> Vec<u8> {
-        let mut random = Random(pages as u64 + 99);
-        let words = std::iter::repeat_with(|| format!("word{} ", random.next() % 1000));
+        let mut random = Rng::with_seed(pages as u64 + 99);
+        let words = std::iter::repeat_with(|| format!("word{} ", random.u16(..1000)));
         words.flat_map(String::into_bytes).take(pages * PAGE).collect()
     }
 
     fn random(pages: usize) -> Vec<u8> {
-        let mut random = Random(pages as u64);
-        (0..pages * PAGE / 8).flat_map(|_| random.next().to_le_bytes()).collect()
-    }
-
-    /// xorshift64.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> u64 {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            self.0
-        }
+        let mut random = Rng::with_seed(pages as u64);
+        (0..pages * PAGE / 8).flat_map(|_| random.u64(..).to_le_bytes()).collect()
     }
 
     /// Payload and length of the pages of each packet that has any.

@@ -111,9 +111,29 @@ pub struct StdThreads;
 
 impl Threads for StdThreads {
     fn spawn(&self, role: ThreadRole, body: Body) -> io::Result<Box<dyn Joinable>> {
-        Ok(Box::new(thread::Builder::new().name(role.name()).spawn(body)?))
+        Ok(Box::new(spawn(role.name(), body)?))
     }
 }
+
+/// Starts a thread of the standard library called `name`, if there is memory for it to begin with.
+///
+/// Before it comes to its body, a new thread of the standard library needs memory besides its stack, and ends the *process*
+/// where it gets none: for a VMM that is the guest. So this asks for as much first, and gives it back for the thread to take.
+///
+/// # Errors
+/// The kernel's: no memory, or a limit on threads. `body` has been dropped.
+pub fn spawn<T: Send + 'static>(
+    name: impl Into<String>,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<thread::JoinHandle<T>> {
+    #[cfg(not(any(loom, shuttle)))]
+    drop(crate::sys::mapping::Mapping::anonymous(ROOM_TO_BEGIN)?);
+    thread::Builder::new().name(name.into()).spawn(body)
+}
+
+/// A stack of the standard library (2 MiB), the stack for signals, and the allocator's first blocks.
+#[cfg(not(any(loom, shuttle)))]
+const ROOM_TO_BEGIN: usize = 6 << 20;
 
 impl fmt::Debug for dyn Threads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -6,12 +6,12 @@
 use std::{
     io,
     sync::mpsc::{self, RecvTimeoutError},
-    thread,
     time::{Duration, Instant},
 };
 
 use multifd::{
-    destination::Destination, error::Error, source::Source, stop::StopHandle, transport::uri::Uri, vm::SourceVm,
+    destination::Destination, error::Error, source::Source, stop::StopHandle, threads, transport::uri::Uri,
+    vm::SourceVm,
 };
 use multifd_guest::{
     guest::{Guest, Monitor, Status},
@@ -473,14 +473,12 @@ impl<'a> Session<'a> {
     fn after_passes(&self, passes: u64, within: Duration, event: Event) -> io::Result<()> {
         let (monitor, events) = (self.monitor.clone(), self.events.clone());
         let within = within.min(Duration::from_secs(u32::MAX.into()));
-        let thread = thread::Builder::new().name("passes".to_owned());
-        thread
-            .spawn(move || {
-                monitor.wait_passes(passes, within);
-                // The main loop is only gone when the process is about to end.
-                let _ = events.send(event);
-            })
-            .map(drop)
+        let wait = move || {
+            monitor.wait_passes(passes, within);
+            // The main loop is only gone when the process is about to end.
+            let _ = events.send(event);
+        };
+        threads::spawn("passes", wait).map(drop)
     }
 
     fn status(&mut self) -> Value {

@@ -2,8 +2,10 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod client;
 pub mod hosts;
 pub mod proxy;
+pub mod user;
 
 use std::{
     io::{BufRead, BufReader, Read},

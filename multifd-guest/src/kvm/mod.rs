@@ -29,7 +29,10 @@ use kvm_bindings::{
     CpuId, KVM_EXIT_DIRTY_RING_FULL, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use multifd::dirty::{kvm_log::KvmDirtyLog, kvm_ring::KvmDirtyRing};
+use multifd::{
+    dirty::{kvm_log::KvmDirtyLog, kvm_ring::KvmDirtyRing},
+    threads,
+};
 
 pub use self::state::StateError;
 #[cfg(test)]
@@ -271,7 +274,7 @@ impl Cpu {
             sent.expect("`new` waits for the answer");
             runner.run();
         };
-        let thread = thread::Builder::new().name(format!("vcpu {index}")).spawn(body)?;
+        let thread = threads::spawn(format!("vcpu {index}"), body)?;
         let kick = receiver.recv().map_err(|_| io::Error::other("the thread of a vCPU ended at its start"))?;
         Ok(Cpu { reins, fd, run, kick, thread: Some(thread) })
     }

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fastrand::Rng;
 use rustix::net::sockopt;
 use test_support::{TempDir, time_limit};
 
@@ -784,14 +785,14 @@ impl Packet {
 
 /// `count` packets of random sizes; no page twice in one.
 fn packets(count: usize, pages: u64) -> Vec<Packet> {
-    let mut random = Random(0x1234_5678_9abc_def1);
+    let mut random = Rng::with_seed(1);
     let packet = |_| {
-        let header = (0..random.below(2000)).map(|byte| byte as u8).collect();
-        let (first, stride) = (random.below(20), 1 + random.below(2));
-        let count = random.below(130).min((pages - first) / stride);
-        let part = |index| match random.below(3) {
+        let header = (0..random.usize(..2000)).map(|byte| byte as u8).collect();
+        let (first, stride) = (random.u64(..20), random.u64(1..=2));
+        let count = random.u64(..130).min((pages - first) / stride);
+        let part = |index| match random.u8(..3) {
             0 => (first + index * stride, 0, 4096),
-            1 => (first + index * stride, 8 * random.below(256) as usize, 8 * random.below(257) as usize),
+            1 => (first + index * stride, 8 * random.usize(..256), 8 * random.usize(..257)),
             _ => (first + index * stride, 4088, 8),
         };
         Packet { header, parts: (0..count).map(part).collect() }
@@ -800,9 +801,9 @@ fn packets(count: usize, pages: u64) -> Vec<Packet> {
 }
 
 fn fill(ram: &Ram, pages: u64) {
-    let mut random = Random(42);
+    let mut random = Rng::with_seed(42);
     for page in 0..pages {
-        let content: Vec<u8> = (0..512).flat_map(|_| random.next().to_le_bytes()).collect();
+        let content: Vec<u8> = (0..512).flat_map(|_| random.u64(..).to_le_bytes()).collect();
         ram.page(page).unwrap().write(&content);
     }
 }
@@ -811,22 +812,6 @@ fn bytes(range: &GuestRange<'_>) -> Vec<u8> {
     let mut bytes = vec![0; range.len()];
     range.read(&mut bytes);
     bytes
-}
-
-/// xorshift64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
 }
 
 /// For what happens at once, with room for a busy machine.
