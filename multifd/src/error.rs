@@ -95,6 +95,17 @@ pub enum Error {
         /// What came in place of the answer.
         reason: Box<Error>,
     },
+    /// The VM runs at the destination, which lacks a part of its memory: the guest waits at the next page it does not have.
+    ///
+    /// Nothing is lost as long as the file and the destination are there:
+    /// [`postcopy::Source::recover`](crate::postcopy::Source::recover) goes on.
+    #[error("the VM is at the destination, which lacks {}: {reason}", lacking(left))]
+    Incomplete {
+        /// Pages with content that were not sent, as far as it is known.
+        left: Option<u64>,
+        /// What ended the connections.
+        reason: Box<Error>,
+    },
     /// The guest was paused for longer than the options allow, and the destination had not been told to start it.
     #[error("the guest was paused for {:.1} s, which is the limit of the pause", limit.as_secs_f64())]
     PauseLimit {
@@ -222,6 +233,8 @@ pub enum Connection {
     Unknown(usize),
     /// The return path, from destination to source.
     ReturnPath,
+    /// The one that carries the pages a guest waits for, in a postcopy.
+    Preempt,
 }
 
 impl fmt::Display for Place {
@@ -237,6 +250,7 @@ impl fmt::Display for Connection {
             Connection::Channel(id) => write!(f, "channel {id}"),
             Connection::Unknown(index) => write!(f, "connection {index}"),
             Connection::ReturnPath => f.write_str("return path"),
+            Connection::Preempt => f.write_str("preempt connection"),
         }
     }
 }
@@ -417,6 +431,14 @@ pub enum Mismatch {
 
 fn because(reason: &Option<String>) -> String {
     reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"))
+}
+
+fn lacking(left: &Option<u64>) -> String {
+    match left {
+        Some(0) => "no page that was not sent, and has not confirmed that it has all".to_owned(),
+        Some(pages) => format!("at least {} pages of its memory", grouped(*pages)),
+        None => "a part of its memory".to_owned(),
+    }
 }
 
 fn io_message(error: &io::Error) -> String {

@@ -16,6 +16,7 @@ pub mod error;
 pub mod inspect;
 mod limiter;
 pub mod memory;
+pub mod postcopy;
 pub mod progress;
 mod pulse;
 mod round;

@@ -26,6 +26,8 @@ pub enum Phase {
     Switchover,
     /// Device state.
     Devices,
+    /// The guest runs at the destination, and gets its memory.
+    Postcopy,
     /// The destination has everything; its confirmation is awaited or given.
     Confirm,
     /// The VM belongs to the destination.
@@ -41,6 +43,7 @@ impl Phase {
             Phase::Rounds => "rounds",
             Phase::Switchover => "switchover",
             Phase::Devices => "devices",
+            Phase::Postcopy => "postcopy",
             Phase::Confirm => "confirm",
             Phase::Done => "done",
         }
@@ -122,6 +125,7 @@ struct Counters {
     normal: AtomicU64,
     zero: AtomicU64,
     skipped: AtomicU64,
+    requests: AtomicU64,
     main_bytes: AtomicU64,
     channel_bytes: [AtomicU64; 256],
 }
@@ -146,6 +150,8 @@ pub struct Snapshot {
     pub zero: u64,
     /// Pages not sent because they were never touched.
     pub skipped: u64,
+    /// Requests of a guest that runs at the destination already.
+    pub requests: u64,
     /// Bytes on main.
     pub main_bytes: u64,
     /// Bytes on all channels.
@@ -171,6 +177,7 @@ impl Progress {
                 normal: AtomicU64::new(0),
                 zero: AtomicU64::new(0),
                 skipped: AtomicU64::new(0),
+                requests: AtomicU64::new(0),
                 main_bytes: AtomicU64::new(0),
                 channel_bytes: [const { AtomicU64::new(0) }; 256],
             }),
@@ -189,6 +196,7 @@ impl Progress {
             normal: counters.normal.load(Relaxed),
             zero: counters.zero.load(Relaxed),
             skipped: counters.skipped.load(Relaxed),
+            requests: counters.requests.load(Relaxed),
             main_bytes: counters.main_bytes.load(Relaxed),
             channel_bytes: counters.channel_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum(),
         }
@@ -223,6 +231,10 @@ impl Progress {
         self.counters.skipped.fetch_add(pages, Relaxed);
     }
 
+    pub(crate) fn add_request(&self) {
+        self.counters.requests.fetch_add(1, Relaxed);
+    }
+
     pub(crate) fn add_main_bytes(&self, bytes: u64) {
         self.counters.main_bytes.fetch_add(bytes, Relaxed);
     }
@@ -235,8 +247,16 @@ impl Progress {
 /// Rounds at either end of a migration that are kept.
 const KEPT_ROUNDS: usize = 500;
 
-const PHASES: [Phase; 7] =
-    [Phase::Connect, Phase::Setup, Phase::Rounds, Phase::Switchover, Phase::Devices, Phase::Confirm, Phase::Done];
+const PHASES: [Phase; 8] = [
+    Phase::Connect,
+    Phase::Setup,
+    Phase::Rounds,
+    Phase::Switchover,
+    Phase::Devices,
+    Phase::Postcopy,
+    Phase::Confirm,
+    Phase::Done,
+];
 
 #[cfg(test)]
 mod tests {

@@ -72,6 +72,8 @@ pub enum ThreadRole {
     SendChannel(ChannelId),
     /// Reads what the destination says on main, on the source.
     ReturnPath,
+    /// Sends the pages that the guest waits for over a connection of their own, on the source of a postcopy.
+    Urgent,
     /// Ends waits that have a limit, on either side.
     Watchdog,
     /// Accepts connections, on the destination.
@@ -86,6 +88,7 @@ impl ThreadRole {
         match self {
             ThreadRole::SendChannel(id) => format!("mfd send {id}"),
             ThreadRole::ReturnPath => "mfd return path".to_owned(),
+            ThreadRole::Urgent => "mfd urgent".to_owned(),
             ThreadRole::Watchdog => "mfd watchdog".to_owned(),
             ThreadRole::Accept => "mfd accept".to_owned(),
             ThreadRole::Connection(index) => format!("mfd conn {}", index % 1_000_000),
@@ -98,6 +101,7 @@ impl fmt::Display for ThreadRole {
         match self {
             ThreadRole::SendChannel(id) => write!(f, "sends channel {id}"),
             ThreadRole::ReturnPath => f.write_str("reads the return path"),
+            ThreadRole::Urgent => f.write_str("sends the pages that the guest waits for"),
             ThreadRole::Watchdog => f.write_str("watches the limits"),
             ThreadRole::Accept => f.write_str("accepts connections"),
             ThreadRole::Connection(index) => write!(f, "serves connection {index}"),

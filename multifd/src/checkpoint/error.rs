@@ -105,6 +105,12 @@ pub enum CheckpointError {
         /// Its length.
         len: u64,
     },
+    /// A process has the file open for writing.
+    #[error("{path:?} is open for writing: a process may be changing it, and a guest would run with parts of both")]
+    BeingWritten {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is not what it was when it was opened.
     #[error("{path:?} was changed while it was read")]
     Changed {

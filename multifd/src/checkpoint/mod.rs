@@ -35,6 +35,7 @@ mod tests;
 pub(crate) use self::{
     directory::unnamed_file,
     pages::FilePages,
+    read::Stamp,
     tail::{Tail, section_beside_ram},
 };
 pub use self::{

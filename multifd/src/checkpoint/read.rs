@@ -160,7 +160,7 @@ impl Checkpoint {
     }
 
     /// What the file was like when it was opened.
-    pub(super) fn stamp(&self) -> Stamp {
+    pub(crate) fn stamp(&self) -> Stamp {
         self.stamp
     }
 
@@ -178,7 +178,7 @@ impl Checkpoint {
 
 /// What tells that a file was changed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Stamp {
+pub(crate) struct Stamp {
     len: u64,
     /// Seconds and nanoseconds.
     modified: (i64, i64),
@@ -186,7 +186,7 @@ pub(super) struct Stamp {
 
 impl Stamp {
     /// What `file` is like now.
-    pub(super) fn of(file: &File) -> io::Result<Stamp> {
+    pub(crate) fn of(file: &File) -> io::Result<Stamp> {
         let metadata = file.metadata()?;
         Ok(Stamp { len: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
     }

@@ -11,11 +11,13 @@ pub(crate) mod heap;
 pub(crate) mod holes;
 pub(crate) mod inherited;
 pub(crate) mod kvm;
+pub(crate) mod lease;
 pub(crate) mod mapping;
 pub(crate) mod pagemap;
 #[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod signals;
 pub(crate) mod uffd;
+pub(crate) mod unsent;
 pub(crate) mod vectored;
 #[cfg(feature = "vm-memory")]
 pub(crate) mod vm_memory;

@@ -46,6 +46,16 @@ pub trait SendHalf: Send {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this kind of connection does not have it"))
     }
 
+    /// Has [`write`](Self::write) wait as long as the kernel keeps more than about `bytes` that it has not sent: what is
+    /// written next goes out soon after. Transports that keep little ignore it.
+    ///
+    /// # Errors
+    /// Why it is not possible; the connection works as before then.
+    fn limit_unsent(&mut self, bytes: usize) -> io::Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// Ends this direction: the peer reads all that was written, and then 0. The other direction goes on. Every
     /// [`write`](Self::write) fails from now on, whether this succeeds or not; to call it again does nothing.
     ///

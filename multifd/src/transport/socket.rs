@@ -24,7 +24,7 @@ use super::{Listen, RecvHalf, SendHalf, Stopper, Stream, stop_event::StopEvent, 
 use crate::{
     ram::GuestRange,
     sys::{
-        vectored,
+        unsent, vectored,
         zerocopy::{ZeroCopy, ZeroCopyCounters},
     },
 };
@@ -90,6 +90,14 @@ impl SendHalf for SocketStream {
             self.zero_copy = Some(ZeroCopy::enable(self.socket.as_fd(), counters.clone())?);
         }
         Ok(())
+    }
+
+    fn limit_unsent(&mut self, bytes: usize) -> io::Result<()> {
+        match sockopt::socket_domain(&self.socket)? {
+            AddressFamily::INET | AddressFamily::INET6 => unsent::limit(self.socket.as_fd(), bytes),
+            // What is in the buffer of a unix socket waits for the peer to read it.
+            _ => Ok(sockopt::set_socket_send_buffer_size(&self.socket, bytes)?),
+        }
     }
 
     fn finish(&mut self) -> io::Result<()> {
