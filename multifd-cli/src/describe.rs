@@ -72,6 +72,31 @@ pub fn digest_of(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
+/// SHA-256 of everything in a checkpoint but the contents of its pages.
+pub fn digest_of_all_but_pages(checkpoint: &Checkpoint) -> String {
+    let mut hash = Sha256::new();
+    let mut add = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    add(checkpoint.machine().as_bytes());
+    add(&checkpoint.uuid().unwrap_or_default());
+    for block in checkpoint.blocks() {
+        add(block.name.as_str().as_bytes());
+        add(&block.bytes.to_le_bytes());
+        add(&block.pages_offset.to_le_bytes());
+    }
+    for words in checkpoint.present().words().chunks(1024) {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        add(&bytes);
+    }
+    let beside_ram = checkpoint.beside_ram();
+    for bytes in [beside_ram.early(), beside_ram.in_parts(), checkpoint.sections(), checkpoint.vmdescription()] {
+        add(bytes);
+    }
+    hex(&hash.finalize())
+}
+
 /// `bytes` in hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()

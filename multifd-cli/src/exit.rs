@@ -28,6 +28,8 @@ pub enum Exit {
     Different = 6,
     /// It is not known which side has the guest; it is paused here.
     InDoubt = 7,
+    /// The VM is at the destination, which lacks a part of its memory: it can go on.
+    Incomplete = 8,
 }
 
 impl Exit {
@@ -53,6 +55,7 @@ impl From<&Error> for Exit {
             Error::DoesNotConverge { .. } => Exit::DoesNotConverge,
             Error::NotResumed { first, .. } => Exit::from(&**first),
             Error::InDoubt { .. } => Exit::InDoubt,
+            Error::Incomplete { .. } => Exit::Incomplete,
             error if error.is_peers_fault() => Exit::Peer,
             _ => Exit::Failed,
         }
@@ -65,7 +68,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-const ALL: [Exit; 8] = [
+const ALL: [Exit; 9] = [
     Exit::Done,
     Exit::Failed,
     Exit::Usage,
@@ -74,6 +77,7 @@ const ALL: [Exit; 8] = [
     Exit::DoesNotConverge,
     Exit::Different,
     Exit::InDoubt,
+    Exit::Incomplete,
 ];
 
 #[cfg(test)]

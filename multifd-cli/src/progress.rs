@@ -170,7 +170,8 @@ fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress
             (None, 0) => String::new(),
             (None, done) => format!("{} pages  ", table::grouped(done)),
         };
-        bar.set_message(format!("{pages}{moved}  {}/s{expected}", table::decimal_bytes(rate)));
+        let faults = faults(&snapshot);
+        bar.set_message(format!("{pages}{moved}  {}/s{expected}{faults}", table::decimal_bytes(rate)));
         bar.tick();
         if ended.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Disconnected) {
             return bar.finish_and_clear();
@@ -183,10 +184,21 @@ fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress
 fn whole_of(snapshot: &Snapshot) -> Option<u64> {
     let whole = match (snapshot.phase, snapshot.round_pages, snapshot.round) {
         (Some(Phase::Rounds | Phase::Switchover), 0, 0) | (Some(Phase::Setup), 0, 0) => snapshot.pages_total,
-        (Some(Phase::Rounds | Phase::Switchover), pages, _) => pages,
+        (Some(Phase::Rounds | Phase::Switchover | Phase::Postcopy), pages, _) => pages,
         _ => 0,
     };
     (whole > 0).then_some(whole)
+}
+
+/// Of a guest that runs elsewhere: what it asked for, and how much it lacks.
+fn faults(snapshot: &Snapshot) -> String {
+    match snapshot.phase {
+        Some(Phase::Postcopy) => {
+            let left = snapshot.round_pages.saturating_sub(snapshot.round_done);
+            format!("  {} faults, {} pages left", table::grouped(snapshot.requests), table::grouped(left))
+        }
+        _ => String::new(),
+    }
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -257,6 +269,9 @@ mod tests {
         // A source knows it.
         snapshot.round_pages = 10;
         assert_eq!(whole_of(&snapshot), Some(10));
+        snapshot.phase = Some(Phase::Postcopy);
+        (snapshot.requests, snapshot.round_done) = (1234, 4);
+        assert_eq!((whole_of(&snapshot), faults(&snapshot)), (Some(10), "  1,234 faults, 6 pages left".to_owned()));
         snapshot.phase = Some(Phase::Confirm);
         assert_eq!(whole_of(&snapshot), None);
     }

@@ -69,6 +69,9 @@ impl Outcome {
         if self.exit == Exit::InDoubt {
             object.insert("in-doubt".to_owned(), true.into());
         }
+        if self.exit == Exit::Incomplete {
+            object.insert("incomplete".to_owned(), true.into());
+        }
         object.extend(self.report.clone());
         Value::Object(object)
     }

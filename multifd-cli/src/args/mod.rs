@@ -5,6 +5,7 @@ mod link;
 mod machine;
 mod origin;
 mod output;
+mod postcopy;
 mod qemu;
 mod transfer;
 mod values;
@@ -16,6 +17,7 @@ pub use self::{
     link::{TOKEN_VARIABLE, Token},
     origin::Origin,
     output::{OutputArgs, ProgressMode},
+    postcopy::PostcopyArgs,
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     transfer::Compression,
     values::{destination_uri, uuid},

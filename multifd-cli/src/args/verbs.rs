@@ -11,6 +11,7 @@ use super::{
     machine::MachineArgs,
     origin::{Origin, origin},
     output::OutputArgs,
+    postcopy::PostcopyArgs,
     transfer::{Compression, TransferArgs},
     values::{channels, destination_uri, host, unix_uri, uuid},
 };
@@ -189,6 +190,9 @@ pub struct SendArgs {
     /// [default: the one in FILE, or none].
     #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = MIGRATION)]
     pub uuid: Option<[u8; 16]>,
+    /// Whether the VM runs before its memory is there.
+    #[command(flatten)]
+    pub postcopy: PostcopyArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -199,6 +203,7 @@ impl SendArgs {
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
         self.transfer.check()?;
+        self.postcopy.check(&self.transfer)?;
         match (self.peer, self.transfer.link.token) {
             (Some(Peer::Qemu), Some(_)) => {
                 Err("a QEMU knows no token; expected '--peer multifd' with '--token', or none".to_owned())

@@ -4,6 +4,7 @@ mod checkpoint;
 mod demo;
 mod guest;
 mod inspect;
+mod postcopy;
 mod receive;
 mod restore;
 mod send;

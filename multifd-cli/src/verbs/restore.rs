@@ -191,6 +191,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         transfer: args.transfer.clone(),
         peer: Some(crate::args::Peer::Qemu),
         uuid,
+        postcopy: crate::args::PostcopyArgs::default(),
         output: args.output.clone(),
     }
 }

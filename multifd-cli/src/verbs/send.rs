@@ -9,6 +9,7 @@ use multifd::{
 };
 use multifd_proto::machine::{Dialect, ZeroPages};
 
+use super::postcopy;
 use crate::{
     advice,
     args::SendArgs,
@@ -30,6 +31,9 @@ pub fn run(args: &SendArgs) -> Outcome {
             return Outcome::failed(Exit::from(&error), error);
         }
     };
+    if args.postcopy.is_asked_for() {
+        return postcopy::run(args, &checkpoint);
+    }
     let Some(options) = options(args, &checkpoint) else {
         let machine = checkpoint.machine();
         let message = format!(

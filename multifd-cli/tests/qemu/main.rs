@@ -12,6 +12,7 @@ mod hello;
 mod matrix;
 mod monitor_proxy;
 mod plain;
+mod postcopy;
 mod qmp_verbs;
 mod snapshot;
 mod streams;

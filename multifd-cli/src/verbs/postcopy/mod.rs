@@ -1,0 +1,253 @@
+//! `multifd send --postcopy` and `--recover`: a checkpoint whose VM runs at once, and gets its memory while it runs.
+
+mod lists;
+mod record;
+mod report;
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    checkpoint::{self, Checkpoint},
+    error::{Connection, Error},
+    postcopy::{Options, Source, Whereabouts},
+    transport::uri::Uri,
+};
+use serde_json::{Map, Value, json};
+
+use self::{record::Record, report::PostcopyReport};
+use crate::{
+    args::SendArgs,
+    connect::PatientConnector,
+    exit::Exit,
+    printable,
+    progress::Display,
+    report::{MigrationReport, Outcome, fields},
+    rounds::Rounds,
+    signals,
+    units::Limit,
+};
+
+/// Hands the VM in `checkpoint` over, or goes on with one that was.
+pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
+    if let Some(refused) = refused(args, checkpoint) {
+        return Outcome::failed(Exit::Usage, refused);
+    }
+    let options = match options(args, checkpoint) {
+        Ok(options) => options,
+        Err(message) => return Outcome::failed(Exit::Failed, message),
+    };
+    let source = match Source::new(checkpoint, options) {
+        Ok(source) => source,
+        Err(error) => return Outcome::failed(Exit::from(&error), error),
+    };
+    if let Err(error) = signals::cancel_on_interrupt(source.stop_handle()) {
+        return Outcome::failed(Exit::Failed, error);
+    }
+    let postcopy = &args.postcopy;
+    let path: PathBuf =
+        postcopy.state.clone().unwrap_or_else(|| Record::place(&args.file, postcopy.clone && !postcopy.recover));
+    let record = match postcopy.recover {
+        true => Record::resume(&path, checkpoint),
+        false => Record::begin(&path, checkpoint, &args.uri.to_string()),
+    };
+    match record {
+        Ok(record) => Sending { args, checkpoint, source, record, begun: Instant::now() }.run(),
+        Err(error) => Outcome::failed(Exit::Failed, error),
+    }
+}
+
+/// Why it cannot be a postcopy at all.
+fn refused(args: &SendArgs, checkpoint: &Checkpoint) -> Option<String> {
+    if checkpoint.machine().starts_with("multifd") {
+        return Some("the built-in guest takes no postcopy; expected the checkpoint of a QEMU".to_owned());
+    }
+    match &args.uri {
+        Uri::File(_) => Some(format!("{}: a file runs no VM; expected tcp:HOST:PORT or unix:PATH", args.uri)),
+        _ => None,
+    }
+}
+
+/// # Errors
+/// What is wrong with the list of pages.
+fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Result<Options, String> {
+    let mut options = Options::default();
+    options.preempt = args.postcopy.preempt;
+    options.uuid = args.uuid.or(checkpoint.uuid()).filter(|uuid| *uuid != [0; 16]);
+    options.max_bandwidth = args.transfer.max_bandwidth.and_then(|rate| rate.0);
+    options.stall_limit = args.transfer.link.stall_timeout.0;
+    options.prefetch_when = args.postcopy.prefetch_when.into();
+    options.record_faults = args.postcopy.record_faults.is_some();
+    if let Some(list) = &args.postcopy.prefetch {
+        options.prefetch = lists::read(list)?;
+    }
+    Ok(options)
+}
+
+/// A VM that is being sent.
+struct Sending<'a> {
+    args: &'a SendArgs,
+    checkpoint: &'a Checkpoint,
+    source: Source,
+    record: Record,
+    begun: Instant,
+}
+
+impl Sending<'_> {
+    fn run(mut self) -> Outcome {
+        let display = Display::new(&self.args.output, &self.source.progress());
+        let sent = match self.args.postcopy.recover {
+            true => self.recover(self.args.transfer.connect_timeout),
+            false => self.hand_over(),
+        };
+        let sent = sent.or_else(|error| self.go_on(error));
+        drop(display);
+        self.conclude(sent.err())
+    }
+
+    fn hand_over(&mut self) -> Result<(), Error> {
+        let connector = self.connector(self.args.transfer.connect_timeout)?;
+        let record = &mut self.record;
+        self.source.hand_over(&connector, &mut || Ok(record.hand_over()?))
+    }
+
+    fn recover(&mut self, limit: Limit<Duration>) -> Result<(), Error> {
+        let connector = self.connector(limit)?;
+        self.source.recover(&connector)
+    }
+
+    /// Tries again while the destination listens again and takes pages.
+    fn go_on(&mut self, mut error: Error) -> Result<(), Error> {
+        let limit = self.args.postcopy.recovery_limit();
+        while self.may_go_on(&error) && limit.0 != Some(Duration::ZERO) {
+            tracing::warn!(
+                "{error}; tries for {} s to go on: have the QEMU listen again, {}",
+                limit.0.unwrap_or_default().as_secs_f64(),
+                what_to_type(&self.args.uri)
+            );
+            let before = self.pages_sent();
+            match self.recover(limit) {
+                Ok(()) => return Ok(()),
+                // One that takes connections and no pages is not tried for ever.
+                Err(again) if self.pages_sent() == before => return Err(again),
+                Err(again) => error = again,
+            }
+        }
+        Err(error)
+    }
+
+    fn may_go_on(&self, error: &Error) -> bool {
+        let reason = match error {
+            Error::Incomplete { reason, .. } | Error::InDoubt { reason } => reason,
+            _ => return false,
+        };
+        let is_final = reason.is_peers_fault()
+            || matches!(
+                **reason,
+                Error::Cancelled | Error::Checkpoint(_) | Error::Panicked { .. } | Error::Thread { .. }
+            );
+        !is_final && matches!(self.source.vm(), Whereabouts::There | Whereabouts::InDoubt)
+    }
+
+    fn pages_sent(&self) -> u64 {
+        let report = self.source.report();
+        report.urgent_pages + report.background_pages + report.prefetched_pages
+    }
+
+    fn connector(&self, limit: Limit<Duration>) -> Result<PatientConnector, Error> {
+        let connector = PatientConnector::new(&self.args.uri, limit, self.source.stop_handle());
+        connector.map_err(|source| Error::Io {
+            at: multifd::error::Place { connection: Connection::Main, offset: 0 },
+            source,
+        })
+    }
+
+    fn conclude(self, error: Option<Error>) -> Outcome {
+        let mut report = self.report();
+        let list = self.args.postcopy.record_faults.as_deref();
+        let unwritten = list.and_then(|list| {
+            let written = lists::write(list, &self.source.faults(), self.checkpoint.machine());
+            written.err().map(|error| format!("{list:?}: {error}"))
+        });
+        let Sending { args, source, record, checkpoint, .. } = self;
+        let state = record.path().display().to_string();
+        match source.vm() {
+            Whereabouts::Here | Whereabouts::Complete => record.remove(),
+            Whereabouts::InDoubt | Whereabouts::There => {
+                report.insert("state".to_owned(), state.clone().into());
+            }
+        }
+        let text = PostcopyReport::from(&source.report()).text();
+        match (error, unwritten) {
+            (None, None) => Outcome::done(report, summary(args, checkpoint, &text)),
+            (None, Some(message)) => {
+                let message =
+                    format!("the destination has everything, but the list of pages could not be written: {message}");
+                Outcome { exit: Exit::Failed, error: Some(message), report, text: String::new() }
+            }
+            (Some(error), _) => {
+                let message = format!("{error}{}", advice(&error, args, &state));
+                Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
+            }
+        }
+    }
+
+    fn report(&self) -> Map<String, Value> {
+        let figures = self.source.report();
+        let progress = self.source.progress();
+        let migration =
+            MigrationReport::partial(&progress, &Rounds::default(), checkpoint::PAGE_SIZE, self.begun.elapsed());
+        let mut report = fields(&migration);
+        if let Some(Value::Object(ram)) = report.get_mut("ram") {
+            ram.insert("remaining".to_owned(), (figures.left * figures.page_size as u64).into());
+            ram.insert("postcopy-requests".to_owned(), figures.requests.into());
+        }
+        report.insert("machine".to_owned(), self.checkpoint.machine().into());
+        report.insert("postcopy".to_owned(), fields(&PostcopyReport::from(&figures)).into());
+        report
+    }
+}
+
+fn summary(args: &SendArgs, checkpoint: &Checkpoint, text: &str) -> String {
+    format!(
+        "sent {} from {} to {}; the destination has everything\n{text}",
+        printable::line(checkpoint.machine()),
+        args.file.display(),
+        args.uri,
+    )
+}
+
+/// What to do now, where there is something to do.
+fn advice(error: &Error, args: &SendArgs, state: &str) -> String {
+    let recover = || {
+        let preempt = if args.postcopy.preempt { " --preempt" } else { "" };
+        let default = Record::place(&args.file, false).display().to_string();
+        let state = if state == default { String::new() } else { format!(" --state {state}") };
+        format!("{}, then: multifd send {} URI --recover{preempt}{state}", what_to_type(&args.uri), args.file.display())
+    };
+    match error {
+        Error::Incomplete { .. } => format!(
+            ". The guest waits for the next page that it does not have, and nothing is lost while that QEMU and the file are \
+             there. To go on, at the QEMU (status postcopy-paused): {}",
+            recover()
+        ),
+        Error::InDoubt { .. } => format!(
+            ". It was told to run the VM and has not said that it did. If that QEMU is there (status postcopy-paused): {}. If \
+             it has ended, remove {state} and start again",
+            recover()
+        ),
+        Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => ". The VM does not run there. A QEMU says nothing on the \
+             connection when it is set up otherwise: compare its -machine, -m and devices, -uuid; it needs capability \
+             postcopy-ram, and postcopy-preempt exactly with --preempt. It writes its reason to its stderr and to error-desc of \
+             query-migrate"
+            .to_owned(),
+        _ => String::new(),
+    }
+}
+
+/// What has a QEMU listen again.
+fn what_to_type(uri: &Uri) -> String {
+    format!("QMP {}", json!({ "execute": "migrate-recover", "arguments": { "uri": uri.to_string() } }))
+}

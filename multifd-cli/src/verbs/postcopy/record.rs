@@ -1,0 +1,270 @@
+//! The note beside a checkpoint that its VM was handed over: a file, locked by the process that sends.
+//!
+//! It is written and on disk before the first connection, and says "handed over" before the byte is sent that makes the
+//! destination run the VM. It is removed when the destination has everything, or certainly does not run the VM. So what a
+//! process that died leaves behind says whether there may be a VM that needs the file.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::fs::{FileExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use multifd::checkpoint::Checkpoint;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::describe;
+
+/// The note, locked by this process.
+#[derive(Debug)]
+pub struct Record {
+    path: PathBuf,
+    file: File,
+    note: Note,
+}
+
+/// What the file says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Note {
+    /// For people.
+    about: String,
+    /// 1 once the destination may run the VM. A digit, so that the length stays.
+    handed_over: u8,
+    destination: String,
+    process: u32,
+    /// Of this boot of the host: what was not on disk when it ended is not known.
+    boot: String,
+    checkpoint: Identity,
+}
+
+/// What the checkpoint was like when its VM was handed over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Identity {
+    bytes: u64,
+    /// Seconds and nanoseconds: a file that is written to gets another.
+    modified: String,
+    /// SHA-256 of everything in it but the contents of pages.
+    digest: String,
+}
+
+/// Why a VM cannot be handed over, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// Another process sends this VM.
+    #[error(
+        "process {process} is sending this VM to {destination} (it holds {path:?}): wait for it; to start one more VM from \
+         the checkpoint, use --clone"
+    )]
+    InUse { path: PathBuf, process: u32, destination: String },
+    /// The VM is somewhere else.
+    #[error(
+        "this VM was handed over to {destination}, and its sender (process {process}) has ended: --recover goes on with it; \
+         --clone starts one more VM from the checkpoint; if the VM runs nowhere any more, remove {path:?}"
+    )]
+    HandedOver { path: PathBuf, process: u32, destination: String },
+    /// There is nothing to recover.
+    #[error(
+        "there is no {path:?}, which --postcopy writes when it hands a VM over and removes when the destination has \
+         everything: was it another checkpoint, or is the note elsewhere (--state)?"
+    )]
+    Nothing { path: PathBuf },
+    /// The sender died too early.
+    #[error("this VM was not handed over: its sender ended before (says {path:?}); --postcopy starts it")]
+    NotHandedOver { path: PathBuf },
+    /// The file is not the one that the destination has a part of.
+    #[error(
+        "{checkpoint:?} is not the file whose VM was handed over: {what} (says {path:?}). The guest would get memory of two \
+         states; find the file as it was, or copy it with its times (cp -p)"
+    )]
+    Changed { path: PathBuf, checkpoint: PathBuf, what: &'static str },
+    /// What is there is something else.
+    #[error("{path:?} is not a note of a hand-over: {source}; --state names another place")]
+    Unreadable { path: PathBuf, source: serde_json::Error },
+    /// The file system did not do what it was asked.
+    #[error("{path:?}: {doing}: {source}; --state names another place for the note of the hand-over")]
+    Io { path: PathBuf, doing: &'static str, source: io::Error },
+}
+
+impl Record {
+    /// The default place for the note beside `checkpoint`: one of its own for a clone.
+    pub fn place(checkpoint: &Path, clone: bool) -> PathBuf {
+        let mut name = checkpoint.as_os_str().to_owned();
+        name.push(".postcopy");
+        if clone {
+            name.push(format!("-{}", std::process::id()));
+        }
+        name.into()
+    }
+
+    /// Notes, on disk, that the VM in `checkpoint` is about to be handed over to `destination`.
+    ///
+    /// # Errors
+    /// [`RecordError::InUse`], [`RecordError::HandedOver`]: it was handed over before, and has not got everything.
+    pub fn begin(path: &Path, checkpoint: &Checkpoint, destination: &str) -> Result<Record, RecordError> {
+        let file = locked(path, true)?;
+        if let Some(note) = read(path, &file)?
+            && note.may_be_handed_over()
+        {
+            let Note { process, destination, .. } = note;
+            return Err(RecordError::HandedOver { path: path.to_owned(), process, destination });
+        }
+        let note =
+            Note::new(Identity::of(checkpoint).map_err(io(path, "asking for the checkpoint's times"))?, destination);
+        let record = Record { path: path.to_owned(), file, note };
+        record.write().and_then(|()| record.sync()).map_err(io(path, "writing it"))?;
+        Ok(record)
+    }
+
+    /// The note of the VM in `checkpoint`, which was handed over by a process that ended.
+    ///
+    /// # Errors
+    /// Another process is at it; it was not handed over; or the file is not the same any more.
+    pub fn resume(path: &Path, checkpoint: &Checkpoint) -> Result<Record, RecordError> {
+        let file = match locked(path, false) {
+            Err(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(RecordError::Nothing { path: path.to_owned() });
+            }
+            other => other?,
+        };
+        let note = read(path, &file)?.filter(Note::may_be_handed_over);
+        let Some(mut note) = note else { return Err(RecordError::NotHandedOver { path: path.to_owned() }) };
+        let now = Identity::of(checkpoint).map_err(io(path, "asking for the checkpoint's times"))?;
+        if let Some(what) = note.checkpoint.difference(&now) {
+            let checkpoint = checkpoint.path().to_owned();
+            return Err(RecordError::Changed { path: path.to_owned(), checkpoint, what });
+        }
+        note.process = std::process::id();
+        let record = Record { path: path.to_owned(), file, note };
+        record.write().map_err(io(path, "writing it"))?;
+        Ok(record)
+    }
+
+    /// Notes that the destination may run the VM from now on.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn hand_over(&mut self) -> io::Result<()> {
+        self.note.handed_over = 1;
+        // Not to disk, which would keep the guest waiting: the kernel has it when this process dies. Should the host die as
+        // well, the note is one of an earlier boot.
+        self.write()
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the note: no VM needs the file any more.
+    pub fn remove(self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = ?self.path, %error, "the note of the hand-over could not be removed");
+        }
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let mut text = serde_json::to_string_pretty(&self.note).expect("text and numbers");
+        text.push('\n');
+        self.file.write_all_at(text.as_bytes(), 0)?;
+        self.file.set_len(text.len() as u64)
+    }
+
+    /// To disk, with its name.
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()?;
+        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+    }
+}
+
+impl Note {
+    fn new(checkpoint: Identity, destination: &str) -> Note {
+        Note {
+            about: "the VM in the checkpoint beside this was handed over by multifd send --postcopy; see --recover"
+                .to_owned(),
+            handed_over: 0,
+            destination: destination.to_owned(),
+            process: std::process::id(),
+            boot: boot(),
+            checkpoint,
+        }
+    }
+
+    fn may_be_handed_over(&self) -> bool {
+        self.handed_over != 0 || self.boot != boot()
+    }
+}
+
+impl Identity {
+    fn of(checkpoint: &Checkpoint) -> io::Result<Identity> {
+        let metadata = fs::metadata(checkpoint.path())?;
+        Ok(Identity {
+            bytes: checkpoint.bytes(),
+            modified: format!("{}.{:09}", metadata.mtime(), metadata.mtime_nsec()),
+            digest: describe::digest_of_all_but_pages(checkpoint),
+        })
+    }
+
+    /// What differs in `now`.
+    fn difference(&self, now: &Identity) -> Option<&'static str> {
+        if self.bytes != now.bytes {
+            return Some("its length differs");
+        }
+        if self.digest != now.digest {
+            return Some("its device state, its RAM blocks or which pages it has differ");
+        }
+        (self.modified != now.modified).then_some("it was written to since")
+    }
+}
+
+/// The file at `path`, opened and locked.
+fn locked(path: &Path, create: bool) -> Result<File, RecordError> {
+    loop {
+        let opened = File::options().read(true).write(true).create(create).truncate(false).open(path);
+        let file = opened.map_err(io(path, "opening it"))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let note = read(path, &file)?;
+                let (process, destination) =
+                    note.map_or((0, "a destination".to_owned()), |note| (note.process, note.destination));
+                return Err(RecordError::InUse { path: path.to_owned(), process, destination });
+            }
+            Err(error) => return Err(io(path, "locking it")(error.into())),
+        }
+        // The process that had it may have removed it just now, and another one made a new one.
+        let ours = file.metadata().map_err(io(path, "looking at it"))?;
+        match fs::metadata(path) {
+            Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => return Ok(file),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(path, "looking at it")(error)),
+            _ => {}
+        }
+    }
+}
+
+/// What the file says; `None` where it is empty, as it is before the first word of a process that died.
+fn read(path: &Path, file: &File) -> Result<Option<Note>, RecordError> {
+    let mut bytes = Vec::new();
+    let mut whole = file.take(MAX_LEN);
+    io::Seek::rewind(&mut &*file).and_then(|()| whole.read_to_end(&mut bytes)).map_err(io(path, "reading it"))?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let note = serde_json::from_slice(&bytes);
+    note.map(Some).map_err(|source| RecordError::Unreadable { path: path.to_owned(), source })
+}
+
+fn boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> RecordError {
+    move |source| RecordError::Io { path: path.to_owned(), doing, source }
+}
+
+/// A note has some hundred bytes.
+const MAX_LEN: u64 = 64 << 10;
