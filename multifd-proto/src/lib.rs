@@ -56,6 +56,7 @@ pub mod convergence;
 pub mod encoder;
 pub mod extension;
 pub mod ids;
+pub mod libvirt;
 pub mod machine;
 pub mod mapped_ram;
 pub mod membership;

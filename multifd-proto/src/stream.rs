@@ -138,12 +138,18 @@ impl MainDecoder {
 
     /// A decoder at the first byte of a stream in a file that has `file_len` bytes from there on, at most `i64::MAX`.
     pub fn for_file(page_size: usize, file_len: u64) -> Self {
+        Self::within_file(page_size, 0, file_len)
+    }
+
+    /// A decoder of a stream that begins at byte `begin` of a file of `file_len` bytes, at most `i64::MAX`. All positions and
+    /// offsets are those in the file.
+    pub fn within_file(page_size: usize, begin: u64, file_len: u64) -> Self {
         let file_len = file_len.min(i64::MAX as u64);
         debug_assert!(page_size.is_power_of_two() && page_size >= 1024, "flags of RAM words need 10 bits");
         Self {
             page_size,
             file_len,
-            position: 0,
+            position: begin,
             state: State::Header,
             configuration: Configuration::default(),
             return_path: false,

@@ -15,6 +15,7 @@
 mod directory;
 mod error;
 mod kind;
+mod output;
 mod pages;
 mod pending;
 mod read;

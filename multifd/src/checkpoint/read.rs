@@ -57,15 +57,31 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError::NotMappedRam`] for a migration stream of another kind; whatever else is wrong with it.
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open_at(path, 0)
+    }
+
+    /// The same for a file in which the stream begins at byte `begin`, such as a libvirt save image in the format *sparse*. Its
+    /// offsets count from the beginning of the file.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_at(path: &Path, begin: u64) -> Result<Checkpoint, CheckpointError> {
         let io = |doing| move |source| CheckpointError::Io { path: path.to_owned(), doing, source };
         // A FIFO would have us wait until it is written to.
         let file = File::options().read(true).custom_flags(NONBLOCK).open(path).map_err(io("opening it"))?;
+        Checkpoint::of_file(file, path, begin)
+    }
+
+    /// The same for `file`, which is called `path`.
+    pub(super) fn of_file(file: File, path: &Path, begin: u64) -> Result<Checkpoint, CheckpointError> {
+        let io = |doing| move |source| CheckpointError::Io { path: path.to_owned(), doing, source };
         let metadata = file.metadata().map_err(io("asking for its length"))?;
         if let Some(kind) = kind::of_special(&metadata) {
             return Err(CheckpointError::Special { path: path.to_owned(), kind });
         }
         let stamp = Stamp::of(&file).map_err(io("asking for its length"))?;
-        let stream = FileReader { path, file: &file, len: metadata.len(), at: 0, buf: Vec::new() }.stream()?;
+        let stream =
+            FileReader { path, file: &file, len: metadata.len(), begin, at: begin, buf: Vec::new() }.stream()?;
         let ram = |source| CheckpointError::Ram { path: path.to_owned(), source };
         let lengths = stream.blocks.iter().map(|entry| (entry.name.clone(), entry.used_len));
         let layout = Layout::new(PAGE_SIZE, lengths).map_err(ram)?;
@@ -263,6 +279,8 @@ struct FileReader<'a> {
     path: &'a Path,
     file: &'a File,
     len: u64,
+    /// Where the stream begins.
+    begin: u64,
     /// Where `buf` begins.
     at: u64,
     /// Bytes not used yet.
@@ -271,7 +289,7 @@ struct FileReader<'a> {
 
 impl FileReader<'_> {
     fn stream(mut self) -> Result<Stream, CheckpointError> {
-        let mut decoder = MainDecoder::for_file(PAGE_SIZE, self.len);
+        let mut decoder = MainDecoder::within_file(PAGE_SIZE, self.begin, self.len);
         let mut stream = Stream::default();
         if self.len == 0 {
             let kind = kind::describe(&[]).expect("an empty file can be told");
@@ -396,6 +414,7 @@ impl FileReader<'_> {
     fn of_other_kind(&self, offset: u64, source: ProtocolError) -> CheckpointError {
         let mut beginning = vec![0; self.len.min(kind::LOOKED_AT as u64) as usize];
         if offset == 0
+            && self.begin == 0
             && self.file.read_exact_at(&mut beginning, 0).is_ok()
             && let Some(kind) = kind::describe(&beginning)
         {

@@ -2,11 +2,15 @@
 //!
 //! Every page of every block is named, so a reader can tell that none is missing.
 
-use std::io::{self, Read, Write};
+use std::{
+    io::{self, Read, Write},
+    path::Path,
+};
 
 use multifd_proto::{command::Command, encoder::MainEncoder, machine::sends_switchover_start, ram::BlockEntry};
 
-use super::{Checkpoint, PAGE_SIZE};
+use super::{Checkpoint, PAGE_SIZE, pending::PendingFile};
+use crate::{error::Error, stop::StopHandle};
 
 impl Checkpoint {
     /// Writes all of it to `out` as a plain migration stream, which a QEMU loads from `exec:`, `fd:` or `file:`.
@@ -24,6 +28,29 @@ impl Checkpoint {
         flush(&mut encoder, out)?;
         self.check_unchanged()?;
         out.flush()
+    }
+
+    /// Writes all of it to the new file `path` as a plain migration stream, behind `preamble`. The file has its name when it is
+    /// complete and on disk; one that has the name is replaced only if `replace` says so. Returns its length.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] when `stop` was told to; [`Error::Checkpoint`]. The file is not there then, and one that was to be
+    /// replaced still is, unless the error is [`Published`](super::CheckpointError::Published).
+    pub fn save_stream(&self, path: &Path, replace: bool, preamble: &[u8], stop: &StopHandle) -> Result<u64, Error> {
+        let mut pending = PendingFile::create(path, replace)?;
+        let mut out = UntilStopped { out: &**pending.file(), stop, written: 0 };
+        let written = out.write_all(preamble).and_then(|()| self.write_stream(&mut out)).map(|()| out.written);
+        if stop.is_stopped() {
+            return Err(stop.take_first().unwrap_or(Error::Stopped));
+        }
+        let written = written.map_err(pending.error("writing to it"))?;
+        pending.sync()?;
+        // A cancel that came before wins.
+        if stop.decide().is_err() {
+            return Err(stop.take_first().unwrap_or(Error::Stopped));
+        }
+        pending.publish()?;
+        Ok(written)
     }
 
     /// Everything up to the first page.
@@ -80,6 +107,28 @@ impl Checkpoint {
         if !self.vmdescription().is_empty() {
             encoder.vm_description(self.vmdescription());
         }
+    }
+}
+
+/// Writes until it is told to stop.
+struct UntilStopped<'a, W> {
+    out: W,
+    stop: &'a StopHandle,
+    written: u64,
+}
+
+impl<W: Write> Write for UntilStopped<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.stop.is_stopped() {
+            return Err(io::Error::other("it was stopped"));
+        }
+        let n = self.out.write(bytes)?;
+        self.written += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 

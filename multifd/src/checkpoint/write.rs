@@ -19,7 +19,9 @@ use multifd_proto::{
     stream::{MAPPED_RAM, Section},
 };
 
-use super::{CheckpointError, FilePages, MAX_RAM, PAGE_SIZE, Tail, pending::PendingFile, tail};
+use super::{
+    Checkpoint, CheckpointError, FilePages, MAX_RAM, PAGE_SIZE, Tail, output::Output, pending::PendingFile, tail,
+};
 use crate::{
     beside_ram::BesideRam,
     destination::{Body, Destination, MainReader, PageSink, Report, StreamHead, Target},
@@ -32,7 +34,9 @@ use crate::{
 
 /// A checkpoint that is yet to be received.
 pub struct Writer {
-    file: PendingFile,
+    file: Output,
+    /// What stands in the file before the stream.
+    preamble: Vec<u8>,
     ram: Option<ReceivedRam>,
     beside_ram: BesideRam,
     tail: Tail,
@@ -54,8 +58,37 @@ impl Writer {
     /// # Errors
     /// The directory is not there or takes no files; something is in the way.
     pub fn create(path: &Path, replace: bool) -> Result<Writer, CheckpointError> {
-        let file = PendingFile::create(path, replace)?;
-        Ok(Writer { file, ram: None, beside_ram: BesideRam::default(), tail: Tail::default() })
+        Ok(Writer::into_output(Output::Named(PendingFile::create(path, replace)?)))
+    }
+
+    /// The same for a file without a name in `directory`, which goes away with its last user. It is not put on disk, and
+    /// [`into_checkpoint`](Self::into_checkpoint) gives it.
+    ///
+    /// # Errors
+    /// The directory is not there or takes no files.
+    pub fn unnamed(directory: &Path) -> Result<Writer, CheckpointError> {
+        Ok(Writer::into_output(Output::unnamed(directory)?))
+    }
+
+    fn into_output(file: Output) -> Writer {
+        let (beside_ram, tail) = (BesideRam::default(), Tail::default());
+        Writer { file, preamble: Vec::new(), ram: None, beside_ram, tail }
+    }
+
+    /// Has the file begin with `bytes`, behind which the stream begins. Offsets in the stream count from the beginning of the
+    /// file, as in a libvirt save image in the format *sparse*.
+    #[must_use]
+    pub fn preamble(self, bytes: Vec<u8>) -> Writer {
+        Writer { preamble: bytes, ..self }
+    }
+
+    /// The checkpoint that was [received](Self::receive).
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn into_checkpoint(self) -> Result<Checkpoint, CheckpointError> {
+        let file = self.file.file().try_clone().map_err(self.file.error("opening it once more"))?;
+        Checkpoint::of_file(file, self.file.path(), self.preamble.len() as u64)
     }
 
     /// Waits for a source at `from` and takes its VM into the file.
@@ -126,7 +159,7 @@ impl Writer {
     /// Everything up to the block list.
     fn beginning(&self, machine: &str, uuid: Option<[u8; 16]>, ram_section: u32, total: u64) -> MainEncoder {
         let mut out = MainEncoder::new();
-        out.header().configuration(machine).config_capabilities(&[MAPPED_RAM]);
+        out.raw(&self.preamble).header().configuration(machine).config_capabilities(&[MAPPED_RAM]);
         if let Some(uuid) = uuid {
             out.config_uuid(&uuid);
         }
