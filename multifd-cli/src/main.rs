@@ -7,6 +7,7 @@ mod connect;
 mod control;
 mod describe;
 mod exit;
+mod image;
 mod lend;
 mod log;
 mod monitor;

@@ -1,6 +1,7 @@
 //! The command line: the verbs and their options. What belongs together is in one file: options, their checks, and how a
 //! process of the demo is given the same ones.
 
+mod convert;
 mod link;
 mod machine;
 mod origin;
@@ -14,6 +15,7 @@ mod verbs;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 pub use self::{
+    convert::{ConvertArgs, OutputFormat},
     link::{TOKEN_VARIABLE, Token},
     origin::Origin,
     output::{OutputArgs, ProgressMode},
@@ -48,6 +50,8 @@ pub enum Verb {
     Checkpoint(CheckpointArgs),
     /// Restore a checkpoint into a QEMU that waits for it, driven by its monitor.
     Restore(RestoreArgs),
+    /// Make a checkpoint, a plain stream or a libvirt save image of any of them.
+    Convert(ConvertArgs),
     /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
     Inspect(InspectArgs),
 }
@@ -62,6 +66,7 @@ impl Verb {
             Verb::Send(args) => &args.output,
             Verb::Checkpoint(args) => &args.output,
             Verb::Restore(args) => &args.output,
+            Verb::Convert(args) => &args.output,
             Verb::Inspect(args) => &args.output,
         }
     }
@@ -80,7 +85,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Checkpoint(args) => args.check(),
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
-        Verb::Inspect(_) => Ok(()),
+        Verb::Convert(_) | Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

@@ -7,7 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use liblzma::read::XzDecoder;
 use multifd::{
     checkpoint::{Checkpoint, CheckpointError},
     error::Error,
@@ -20,6 +19,7 @@ use crate::{
     args::InspectArgs,
     describe::{self, Block, Devices, counted},
     exit::Exit,
+    image::{Content, Image, LibvirtImage, Packing},
     printable,
     report::{Outcome, compression_name, dialect_name},
     table::{self, grouped},
@@ -30,11 +30,7 @@ pub fn run(args: &InspectArgs) -> Outcome {
     let described = if args.path.is_dir() {
         recording(args)
     } else {
-        match Checkpoint::open(&args.path) {
-            Ok(checkpoint) => inspect_checkpoint(args, &checkpoint),
-            Err(CheckpointError::NotMappedRam { .. }) => stream(args),
-            Err(error) => Err(error.into()),
-        }
+        Image::open(&args.path).map_err(Failure::from).and_then(|image| file(args, image))
     };
     described.unwrap_or_else(|failure| match failure {
         Failure::Engine(error) => Outcome::failed(Exit::from(&error), error),
@@ -58,6 +54,50 @@ impl From<String> for Failure {
     fn from(error: String) -> Failure {
         Failure::Other(error)
     }
+}
+
+/// A single file.
+fn file(args: &InspectArgs, image: Image) -> Result<Outcome, Failure> {
+    let mut outcome = match image.content {
+        Content::Checkpoint(checkpoint) => inspect_checkpoint(args, &checkpoint)?,
+        // Main of a migration without channels.
+        Content::Stream(stream) => {
+            inspect_recorded(args, "stream", Recorded { main: stream.into_bytes(), channels: Vec::new() })?
+        }
+    };
+    if let Some(libvirt) = &image.libvirt {
+        outcome.text = format!("{}{}", libvirt_text(args, libvirt), outcome.text);
+        if let Some(content) = outcome.report.insert("kind".to_owned(), "libvirt-image".into()) {
+            outcome.report.insert("content".to_owned(), content);
+        }
+        outcome.report.insert("libvirt".to_owned(), libvirt_json(libvirt));
+    }
+    Ok(outcome)
+}
+
+fn libvirt_json(image: &LibvirtImage) -> Value {
+    let header = &image.header;
+    json!({
+        "version": header.version, "format": header.format.name(), "was-running": header.was_running,
+        "domain": image.domain(), "xml-bytes": image.xml.len(), "cookie-bytes": image.cookie.len(),
+        "stream-offset": header.stream_offset(),
+    })
+}
+
+fn libvirt_text(args: &InspectArgs, image: &LibvirtImage) -> String {
+    let header = &image.header;
+    let domain = image.domain().map_or_else(|| "without a name".to_owned(), |name| format!("{name:?}"));
+    format!(
+        "{}: libvirt save image, version {}, format {}\n  domain {}, {} when it was saved; description of {}; the stream begins at \
+         byte {}\n",
+        args.path.display(),
+        header.version,
+        header.format.name(),
+        printable::line(&domain),
+        if header.was_running { "running" } else { "paused" },
+        table::bytes(image.xml.len() as u64),
+        grouped(header.stream_offset()),
+    )
 }
 
 fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Outcome, Failure> {
@@ -99,12 +139,6 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Out
     Ok(Outcome::done(report, text))
 }
 
-/// A single file: main of a migration without channels.
-fn stream(args: &InspectArgs) -> Result<Outcome, Failure> {
-    let recorded = Recorded { main: open(&args.path)?, channels: Vec::new() };
-    inspect_recorded(args, "stream", recorded)
-}
-
 /// A directory with a file for each connection.
 fn recording(args: &InspectArgs) -> Result<Outcome, Failure> {
     let find = |name: &str| {
@@ -125,9 +159,7 @@ fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
     let file = BufReader::with_capacity(1 << 20, file);
     Ok(match path.extension() {
         Some(extension) if extension == "xz" => {
-            let decoder = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, liblzma::stream::CONCATENATED);
-            let decoder = decoder.map_err(|error| format!("{}: {error}", path.display()))?;
-            Box::new(XzDecoder::new_stream(file, decoder))
+            Packing::Xz.unpack(file).map_err(|error| format!("{}: {error}", path.display()))?
         }
         _ => Box::new(file),
     })
@@ -445,7 +477,5 @@ fn extract(from: &mut dyn Read, to: &Path) -> Result<String, String> {
     Ok(format!("\n  {} written to {}\n", table::bytes(total), to.display()))
 }
 
-/// The most memory that unpacking may take: `xz -9` needs 65 MiB, and a file can ask for 4 GiB.
-const XZ_MEMORY: u64 = 128 << 20;
 /// The page size of everything that is inspected.
 const PAGE_SIZE: u64 = 4096;

@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 mod checkpoint;
+mod convert;
 mod demo;
 mod guest;
 mod inspect;
@@ -18,6 +19,7 @@ pub fn run(verb: &Verb) -> Outcome {
         Verb::Guest(args) => guest::run(args),
         Verb::Checkpoint(args) => checkpoint::run(args),
         Verb::Restore(args) => restore::run(args),
+        Verb::Convert(args) => convert::run(args),
         Verb::Inspect(args) => inspect::run(args),
         Verb::Receive(args) => receive::run(args),
         Verb::Send(args) => send::run(args),

@@ -16,6 +16,7 @@ use crate::{
     connect::PatientConnector,
     describe,
     exit::Exit,
+    image::{Content, Image, Stop},
     printable,
     progress::Display,
     report::{MigrationReport, Outcome, fields},
@@ -24,12 +25,10 @@ use crate::{
 
 /// Sends the checkpoint.
 pub fn run(args: &SendArgs) -> Outcome {
-    let checkpoint = match Checkpoint::open(&args.file) {
+    let stop = Stop::default();
+    let checkpoint = match open(args, &stop) {
         Ok(checkpoint) => checkpoint,
-        Err(error) => {
-            let error = Error::from(error);
-            return Outcome::failed(Exit::from(&error), error);
-        }
+        Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
     if args.postcopy.is_asked_for() {
         return postcopy::run(args, &checkpoint);
@@ -46,6 +45,21 @@ pub fn run(args: &SendArgs) -> Outcome {
         Ok(outcome) => outcome,
         Err(error) => Outcome::failed(Exit::Failed, error),
     }
+}
+
+/// The VM in the file. A plain stream, which QEMU and libvirt write front to back, is first read into a file without a name
+/// in the directory for temporary files.
+fn open(args: &SendArgs, stop: &Stop) -> Result<Box<Checkpoint>, Error> {
+    let image = Image::open(&args.file)?;
+    if matches!(image.content, Content::Stream(_)) {
+        let interrupted = stop.clone();
+        let listened = signals::on_interrupt(signals::Hangup::Interrupts, move || interrupted.cancel());
+        if let Err(error) = listened {
+            tracing::warn!(%error, "an interrupt ends the process at once");
+        }
+    }
+    let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
+    if stop.is_cancelled() { Err(Error::Cancelled) } else { Ok(checkpoint) }
 }
 
 /// How to send it; nothing where that cannot be known. A token is for another multifd.

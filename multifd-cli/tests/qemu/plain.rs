@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, listen, migrate_away, vm,
+    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, listen, load_file, migrate_away, vm,
 };
 
 const TABLE: &str = "streams without a way back";
@@ -153,4 +153,47 @@ fn a_mapped_ram_file_is_named_and_left_as_it_is() {
         receive(&format!("file:{file}"), &to).end().failed(4, "is a mapped-ram migration file (a checkpoint)");
         assert!(!to.exists());
     });
+}
+
+/// A QEMU of this shape that has been told to load `uri` by itself.
+fn load(installed: &Installed, machine: &str, uri: &str) -> Qemu {
+    let mut destination = vm(installed, machine).incoming().start().unwrap();
+    destination.qmp().migrate_incoming(uri).unwrap();
+    destination
+}
+
+#[test]
+fn a_stream_is_converted_to_a_checkpoint_and_back_and_its_guest_goes_on() {
+    for (version, machine) in SOURCES {
+        let Some(installed) = Installed::require(version) else { return };
+        let Some(newest) = Installed::require(Version::V10_0) else { return };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let [stream, checkpoint, again] = ["stream", "checkpoint", "again"].map(|name| dir.join(name));
+            let text = |path: &Path| path.display().to_string();
+            let mut source = source(&installed, machine);
+            migrate_away(&mut source, &format!("exec:cat > {}", stream.display()));
+            let converted = Multifd::start(["convert", &text(&stream), &text(&checkpoint), "--digest"]).done();
+            assert_same_memory(&mut source, &converted);
+            Multifd::start(["convert", &text(&checkpoint), &text(&again), "--format", "stream"]).done();
+            let mut destination = load(&installed, machine, &format!("exec:cat {}", again.display()));
+            assert_goes_on(&source, &mut destination);
+            drop(destination);
+            if version != Version::V7_2 {
+                let mut destination = load(&installed, machine, &format!("file:{}", again.display()));
+                assert_goes_on(&source, &mut destination);
+                drop(destination);
+                assert_goes_on(&source, &mut load_file(vm(&installed, machine), &checkpoint, &[]));
+            } else {
+                assert_goes_on(&source, &mut load_file(vm(&newest, machine), &checkpoint, &[]));
+            }
+            // A stream is sent like a checkpoint.
+            let mut destination = vm(&installed, machine).incoming().start().unwrap();
+            Settings::default().apply(&mut destination);
+            let uri = listen(&mut destination, false);
+            Multifd::start(["send", &text(&stream), &uri]).done();
+            assert_goes_on(&source, &mut destination);
+        });
+        report(TABLE, &format!("{:4} stream -> checkpoint -> stream -> QEMU: ok", version.name()));
+    }
 }

@@ -82,6 +82,11 @@ impl Writer {
         Writer { preamble: bytes, ..self }
     }
 
+    /// Where the stream begins in the file.
+    pub fn stream_offset(&self) -> u64 {
+        self.preamble.len() as u64
+    }
+
     /// The checkpoint that was [received](Self::receive).
     ///
     /// # Errors

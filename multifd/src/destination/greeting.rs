@@ -157,6 +157,8 @@ fn hear(stream: &mut dyn Stream, mut into: &mut [u8], deadline: Deadline) -> Res
             Ok(0) => return Err(gone("ends before it has said what it is")),
             Ok(n) => into = &mut into[n..],
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {}
+            // A packed stream that is damaged.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(stranger(error)),
             Err(error) => return Err(gone(format!("breaks before it has said what it is: {error}"))),
         }
     }

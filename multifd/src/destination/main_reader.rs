@@ -221,7 +221,8 @@ impl MainReader {
             self.buf.resize(self.buf.len() * 2, 0);
         }
         let at = self.end_place();
-        let n = self.receives.read(&mut self.buf[self.end..]).map_err(Error::io(at))?;
+        // A packed stream may be damaged.
+        let n = self.receives.read(&mut self.buf[self.end..]).map_err(Error::payload(at))?;
         self.end += n;
         self.pulse.add(n);
         self.progress.add_main_bytes(n as u64);
