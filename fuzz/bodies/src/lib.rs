@@ -10,6 +10,7 @@ mod destination;
 mod files;
 mod mutate;
 mod postcopy;
+mod save_image;
 mod seeds;
 
 pub use self::mutate::Mutator;
@@ -34,6 +35,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "postcopy", body: postcopy::postcopy, seeds: postcopy::seeds, tries: 20_000 },
     Target { name: "vmdesc", body: codecs::vmdesc, seeds: seeds::vmdescs, tries: 1_000 },
     Target { name: "mapped_ram", body: files::mapped_ram, seeds: seeds::files, tries: 2_000 },
+    Target { name: "save_image", body: save_image::save_image, seeds: save_image::seeds, tries: 20_000 },
     Target { name: "decompress", body: codecs::decompress, seeds: seeds::payloads, tries: 3_000 },
     Target { name: "inspect", body: files::inspect, seeds: seeds::recordings, tries: 3_000 },
     Target { name: "destination", body: destination::destination, seeds: seeds::scripts, tries: 1_500 },
@@ -105,6 +107,11 @@ mod tests {
     #[test]
     fn mapped_ram() {
         run_without_fuzzer("mapped_ram");
+    }
+
+    #[test]
+    fn save_image() {
+        run_without_fuzzer("save_image");
     }
 
     #[test]
