@@ -181,6 +181,16 @@ fn an_image_of_each_format_is_inspected_and_converted() {
     });
 }
 
+/// What such a file is unpacked into goes away with the process, and the guest would run already.
+#[test]
+fn only_a_file_with_a_place_for_each_page_is_sent_to_a_guest_that_runs() {
+    let dir = TempDir::new().unwrap();
+    let path = write(&dir, "image", &image(&recorded("q10.0-xbzrle-0ch"), SaveFormat::Gzip));
+    let mut send = multifd("send --json --postcopy");
+    let sent = send.arg(path).arg(format!("unix:{}", dir.join("none").display())).output().unwrap();
+    failed(ended(&sent), 4, "multifd convert FILE CHECKPOINT");
+}
+
 fn from_stdin(to: &Path) -> Child {
     let mut command = multifd("convert - --json --digest");
     command.arg(to).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use multifd::{
-    checkpoint::{self, Checkpoint, CheckpointSource},
+    checkpoint::{self, Checkpoint, CheckpointError, CheckpointSource},
     error::Error,
     source::{self, Source},
 };
@@ -52,6 +52,11 @@ pub fn run(args: &SendArgs) -> Outcome {
 fn open(args: &SendArgs, stop: &Stop) -> Result<Box<Checkpoint>, Error> {
     let image = Image::open(&args.file)?;
     if matches!(image.content, Content::Stream(_)) {
+        if args.postcopy.is_asked_for() {
+            // What is unpacked goes away with this process, and with it the guest's only memory.
+            let path = args.file.clone();
+            return Err(CheckpointError::OtherKind { path, kind: NO_PLACES.to_owned() }.into());
+        }
         let interrupted = stop.clone();
         let listened = signals::on_interrupt(signals::Hangup::Interrupts, move || interrupted.cancel());
         if let Err(error) = listened {
@@ -61,6 +66,10 @@ fn open(args: &SendArgs, stop: &Stop) -> Result<Box<Checkpoint>, Error> {
     let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
     if stop.is_cancelled() { Err(Error::Cancelled) } else { Ok(checkpoint) }
 }
+
+/// Of a file that cannot be sent to a guest which runs already.
+const NO_PLACES: &str = "read front to back, and --postcopy needs a place for each page, for another process to go on from \
+                         after this one died: `multifd convert FILE CHECKPOINT` makes one";
 
 /// How to send it; nothing where that cannot be known. A token is for another multifd.
 pub(super) fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {
