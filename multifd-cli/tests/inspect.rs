@@ -15,8 +15,13 @@ const CAPTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/te
 
 /// Unpacks the recordings, one directory each.
 fn unpack() -> TempDir {
+    unpacked("streams.tar.xz")
+}
+
+/// The same of another archive.
+fn unpacked(archive: &str) -> TempDir {
     let dir = TempDir::new().unwrap();
-    let archive = fs::File::open(Path::new(CAPTURES).join("streams.tar.xz")).unwrap();
+    let archive = fs::File::open(Path::new(CAPTURES).join(archive)).unwrap();
     let mut tar = liblzma::read::XzDecoder::new(archive);
     let mut head = [0; 512];
     // A tar archive ends with a block of zeros.
@@ -243,4 +248,68 @@ fn a_file_that_claims_more_memory_than_there_may_be_is_an_error() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("no room for an array of"), "{stderr}");
+}
+
+#[test]
+fn recorded_switches_to_postcopy_are_understood() {
+    let dir = unpacked("postcopy.tar.xz");
+    let manifest: Value =
+        serde_json::from_str(&fs::read_to_string(Path::new(CAPTURES).join("postcopy.json")).unwrap()).unwrap();
+    for capture in manifest.as_array().unwrap() {
+        let (name, expect) = (capture["name"].as_str().unwrap(), &capture["expect"]);
+        let (status, report) = inspect(&dir.join(name), &["--digest"]);
+        assert_eq!((status, &report["broken-rule"]), (0, &Value::Null), "{name}");
+        assert_eq!((&report["mode"], &report["complete"]), (&"postcopy".into(), &true.into()), "{name}");
+        assert_eq!(
+            report["channels"].as_array().unwrap().len() as u64,
+            capture["channels"].as_u64().unwrap(),
+            "{name}"
+        );
+        for (ours, theirs) in [
+            ("discarded-pages", "discarded"),
+            ("package-bytes", "package"),
+            ("package-pings", "package_pings"),
+            ("main-pages", "main_pages"),
+            ("preempt-pages", "preempt_pages"),
+            ("preempt-ended", "preempt_ended"),
+        ] {
+            assert_eq!(report["postcopy"][ours], expect[theirs], "{name} {ours}");
+        }
+        assert_eq!(report["device-state-bytes"], expect["devices"], "{name}");
+        assert_eq!(report["device-state-digest"], expect["devices_sha256"], "{name}");
+        for block in report["ram-blocks"].as_array().unwrap() {
+            if let Some(digests) = expect["ram_sha256"].as_object() {
+                assert_eq!(block["digest"], digests[block["name"].as_str().unwrap()], "{name}");
+            }
+        }
+    }
+}
+
+/// A page that is missing, one too many, and a connection that is not there.
+#[test]
+fn a_switch_with_one_thing_broken_is_noticed() {
+    let dir = unpacked("postcopy.tar.xz");
+    let recording = dir.join("q10.0-preempt-0ch");
+    let preempt = recording.join("preempt.bin");
+    let whole = fs::read(&preempt).unwrap();
+    let rule = |bytes: Option<&[u8]>| {
+        match bytes {
+            Some(bytes) => fs::write(&preempt, bytes).unwrap(),
+            None => fs::remove_file(&preempt).unwrap(),
+        }
+        let (status, report) = inspect(&recording, &[]);
+        assert_eq!(status, 4, "{report}");
+        report["broken-rule"]["rule"].as_str().unwrap().to_owned()
+    };
+    // A word with CONTINUE and its page.
+    let last = whole.len() - 8 - 4096;
+    assert!(
+        rule(Some(&whole[..last]))
+            .contains("1 of the 513 pages that were discarded at the switch to postcopy are missing")
+    );
+    assert!(
+        rule(Some(&[&whole[..], &whole[last..]].concat())).contains("is not one that was discarded and is missing")
+    );
+    assert!(rule(Some(&whole[..whole.len() - 1])).contains("ended in the middle"));
+    assert!(rule(None).contains("321 of the 513 pages"));
 }

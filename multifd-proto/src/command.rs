@@ -112,12 +112,12 @@ impl Command {
         name(self.number())
     }
 
-    /// Why this command ends a precopy migration, if it does.
+    /// Why this command ends a migration wherever it stands on main, if it does.
     pub const fn refusal(&self) -> Option<Violation> {
         match self {
-            Self::OpenReturnPath | Self::Ping(_) | Self::PostcopyAdvise(_) | Self::SwitchoverStart | Self::Go => None,
             Self::EnableColo => Some(Violation::ColoRefused),
-            _ => Some(Violation::PostcopyRefused { command: self.name() }),
+            Self::PostcopyResume | Self::RecvBitmap { .. } => Some(Violation::RecoveryRefused { command: self.name() }),
+            _ => None,
         }
     }
 
@@ -323,10 +323,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_precopy_is_refused_by_name() {
+    fn what_continues_or_replicates_a_migration_is_refused_by_name() {
         let refused: Vec<_> = every_command().iter().filter_map(Command::refusal).collect();
-        assert_eq!(refused.len(), 7);
+        assert_eq!(refused.len(), 3);
         assert!(refused.contains(&Violation::ColoRefused));
-        assert!(refused.contains(&Violation::PostcopyRefused { command: "PACKAGED" }));
+        assert!(refused.contains(&Violation::RecoveryRefused { command: "RECV_BITMAP" }));
     }
 }

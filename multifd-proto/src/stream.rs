@@ -14,6 +14,15 @@
 //! is needed early only if another PART or the END of `ram` follows it; where the end of state follows instead, it was part of
 //! the devices' state ([`MainDecoder::may_be_snapshot`], [`MainDecoder::is_snapshot`]).
 //!
+//! A source that announced postcopy may switch to it after any PART, instead of ending `ram`:
+//!
+//! ```text
+//! PART ram { words } … · RAM_DISCARD for every block · PING · PACKAGED { LISTEN · FULL device … · PING … · RUN } · PING
+//!          · PART ram { every page that was discarded } … · END ram { } · end of state
+//! ```
+//!
+//! The package is the payload of its command; [`crate::postcopy::package`] knows its parts.
+//!
 //! Elements, by their first byte:
 //!
 //! | byte | element       | followed by                                                          |
@@ -56,6 +65,9 @@ pub struct MainDecoder {
     configuration: Configuration,
     return_path: bool,
     advised: bool,
+    /// The source may switch to postcopy of `ram`.
+    may_switch: bool,
+    postcopy: Postcopy,
     /// Whether any command came.
     commands: bool,
     ram: Ram,
@@ -100,6 +112,17 @@ enum RamPhase {
     Started,
     End,
     Ended,
+}
+
+/// How far the switch to postcopy has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Postcopy {
+    /// It has not begun, and most often never will.
+    Before,
+    /// Pages are discarded: nothing else may come before the package.
+    Discarding,
+    /// The package has come. Only discarded pages follow.
+    Begun,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,10 +177,19 @@ impl MainDecoder {
             configuration: Configuration::default(),
             return_path: false,
             advised: false,
+            may_switch: false,
+            postcopy: Postcopy::Before,
             commands: false,
             ram: Ram::default(),
             open: Vec::new(),
         }
+    }
+
+    /// A decoder at the first section of a package of postcopy: it holds the state of devices, and nothing else.
+    pub fn for_package(page_size: usize) -> Self {
+        let mut decoder = Self::new(page_size);
+        (decoder.state, decoder.ram.phase) = (State::Elements, RamPhase::Ended);
+        decoder
     }
 
     /// Takes the next item from the start of `input`, or says how many bytes it must be shown in total.
@@ -245,6 +277,21 @@ impl MainDecoder {
     /// Whether all pages came is for the caller to know: nothing in such a stream says that they have.
     pub fn is_snapshot(&self) -> bool {
         self.state_ended() && self.ram.phase == RamPhase::Started
+    }
+
+    /// Whether the source has announced that it may switch to postcopy.
+    pub const fn may_switch_to_postcopy(&self) -> bool {
+        self.may_switch
+    }
+
+    /// Whether the source has begun to discard pages: it switches to postcopy, and what came on channels is over.
+    pub fn switches_to_postcopy(&self) -> bool {
+        self.postcopy != Postcopy::Before
+    }
+
+    /// Whether the package has come: the source has given its VM away.
+    pub fn is_postcopy(&self) -> bool {
+        self.postcopy == Postcopy::Begun
     }
 
     /// The dialect the stream turned out to have, once the START section of `ram` is complete. In a stream without channels it
@@ -376,6 +423,8 @@ impl MainDecoder {
                 State::Footer { section: section.id }
             }
             Item::Footer { .. } => State::Elements,
+            // No description follows in postcopy.
+            Item::Eof if self.is_postcopy() => State::Finished,
             Item::Eof => State::Tail,
             Item::VmDescription { .. } => State::Finished,
         };
@@ -385,8 +434,10 @@ impl MainDecoder {
         self.commands = true;
         match command {
             Command::OpenReturnPath => self.return_path = true,
+            Command::PostcopyRamDiscard { .. } => self.postcopy = Postcopy::Discarding,
+            Command::Packaged { .. } => self.postcopy = Postcopy::Begun,
             Command::PostcopyAdvise(advice) => {
-                self.advised = true;
+                (self.advised, self.may_switch) = (true, advice.is_some());
                 self.configuration.layout.backing_page_size =
                     advice.is_some_and(|advice| advice.page_size_summary != self.page_size as u64);
             }
@@ -431,6 +482,12 @@ impl MainDecoder {
             }
             // A section other than ram that has nothing to say after its START has no END.
             EOF => Ok(Item::Eof),
+            START | FULL if self.switches_to_postcopy() => {
+                Err(unexpected(element_name(byte)?, "after the switch to postcopy"))
+            }
+            PART | END if self.postcopy == Postcopy::Discarding => {
+                Err(unexpected(element_name(byte)?, "between POSTCOPY_RAM_DISCARD and PACKAGED"))
+            }
             START | FULL => {
                 self.section_head(reader, if byte == START { SectionKind::Start } else { SectionKind::Full })
             }
@@ -505,8 +562,43 @@ impl MainDecoder {
                 self.check_advice(advice)?;
                 Ok(Item::Command(command))
             }
+            Command::PostcopyListen | Command::PostcopyRun => Err(unexpected(command.name(), "outside of a package")),
+            Command::PostcopyRamDiscard { .. } | Command::Packaged { .. } => {
+                self.check_switch(&command)?;
+                Ok(Item::Command(command))
+            }
             _ => Ok(Item::Command(command)),
         }
+    }
+
+    /// Checks a command of the switch to postcopy.
+    fn check_switch(&self, command: &Command) -> Result<(), Stop> {
+        let name = command.name();
+        if !self.may_switch || !self.return_path {
+            return Err(unexpected(name, "from a source that has not announced postcopy"));
+        }
+        if self.ram.phase != RamPhase::Started {
+            return Err(unexpected(name, "while there is no RAM to be sent"));
+        }
+        if self.is_postcopy() {
+            return Err(unexpected(name, "after the package"));
+        }
+        match command {
+            Command::PostcopyRamDiscard { block: name, ranges } => {
+                let Some(&index) = self.ram.index.get(name) else {
+                    return Err(Violation::UnknownBlock { name: name.clone() }.into());
+                };
+                let block = &self.ram.blocks[index];
+                for range in ranges {
+                    range.check(&block.name, block.used_len, self.page_size as u64)?;
+                }
+            }
+            Command::Packaged { len } if *len > MAX_PACKAGE => {
+                return Err(Violation::PackageTooLong { len: *len, limit: MAX_PACKAGE }.into());
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn check_advice(&self, advice: &PostcopyAdvice) -> Result<(), ProtocolError> {
@@ -548,6 +640,9 @@ impl MainDecoder {
             RamWord::MemSize { .. } => Err(unexpected("block list", "after the first word of ram")),
             RamWord::Flush if self.configuration.layout.mapped_ram => {
                 Err(Violation::NotAllowed { what: "FLUSH in a mapped-ram file" }.into())
+            }
+            RamWord::Flush | RamWord::Xbzrle { .. } | RamWord::CompressPage { .. } if self.is_postcopy() => {
+                Err(Violation::NotAllowed { what: "a word other than a whole page in postcopy" }.into())
             }
             RamWord::Flush if self.ram.phase != RamPhase::Start && !self.ram.flush_at_start => {
                 Err(unexpected("FLUSH", "in a stream without one in the START section of ram"))
@@ -627,7 +722,7 @@ pub enum Item {
     ConfigUuid([u8; 16]),
     /// Subsection of the configuration: what an end of this implementation offers.
     ConfigOffer(Offer),
-    /// A command that a precopy migration may contain.
+    /// A command. That of a package has the package as its payload.
     Command(Command),
     /// The START section of `ram` begins; the block list follows.
     RamStart {
@@ -707,6 +802,7 @@ impl Item {
             | Self::Xbzrle { len, .. }
             | Self::CompressPage { len, .. }
             | Self::VmDescription { len } => *len as u64,
+            Self::Command(Command::Packaged { len }) => *len as u64,
             Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => {
                 header.next_entry(*used_len) - header.bitmap_offset
             }
@@ -882,6 +978,9 @@ pub const MAX_CAPABILITIES: u32 = 16;
 pub const MAX_SECTIONS: usize = 256;
 /// The longest vmdescription accepted. A small VM's has 100 KB.
 pub const MAX_VMDESC: u32 = 16 << 20;
+
+/// The longest package of a postcopy migration accepted: the state of all devices. A small VM's has 14 KB.
+pub const MAX_PACKAGE: u32 = 1 << 30;
 
 /// The end of the VM's state.
 pub const EOF: u8 = 0x00;

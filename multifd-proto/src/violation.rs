@@ -310,11 +310,35 @@ pub enum Violation {
         /// The instance of the section.
         instance: u32,
     },
-    /// The peer starts postcopy.
-    #[error("{command}: postcopy is refused")]
-    PostcopyRefused {
-        /// The command that starts it.
+    /// The peer continues a postcopy migration that was interrupted.
+    #[error("{command}: an interrupted postcopy migration cannot be continued here, take it from its beginning")]
+    RecoveryRefused {
+        /// The command.
         command: &'static str,
+    },
+    /// A package of postcopy is longer than any device state.
+    #[error("package of {len} bytes exceeds {limit}")]
+    PackageTooLong {
+        /// Its length.
+        len: u32,
+        /// The limit.
+        limit: u32,
+    },
+    /// Pages were discarded that had been discarded before.
+    #[error("range to discard at {start:#x} of {block:?} has pages that were discarded before")]
+    DiscardedTwice {
+        /// The block.
+        block: BlockName,
+        /// The offset of the range inside it.
+        start: u64,
+    },
+    /// A page came in postcopy that was not discarded before, or that had come since.
+    #[error("page at {offset:#x} of {block:?} comes in postcopy and is not one that was discarded and is missing")]
+    PageNotMissing {
+        /// The block.
+        block: BlockName,
+        /// The page's offset inside it.
+        offset: u64,
     },
     /// A range to be discarded that is empty, not aligned or not inside its block.
     #[error("range to discard at {start:#x}, {len:#x} bytes, does not fit {block:?} ({block_len:#x} bytes)")]

@@ -347,6 +347,32 @@ pub fn look_whole(blob: &[u8]) -> bool {
     }
 }
 
+/// Cuts `blob` into sections by the rule of [`look_whole`]; nothing where it does not look whole.
+///
+/// This is for states that no description comes with. Bytes inside of a body can look like its end and another section: then there are
+/// more sections than devices, and together they are still all of the bytes.
+pub fn cut_by_shape(blob: &[u8]) -> Option<Vec<DeviceSection>> {
+    let (mut sections, mut begin) = (Vec::new(), 0);
+    while begin < blob.len() {
+        let Head::Is { id, len } = head(&blob[begin..]) else { return None };
+        let (body, footer) = (begin + len, footer_of(id));
+        let ends = |at: usize| match &blob[at + footer.len()..] {
+            [] => true,
+            behind => matches!(head(behind), Head::Is { id: next, .. } if next != id),
+        };
+        let footers = blob[body..].windows(footer.len()).enumerate().filter(|(_, window)| **window == footer);
+        let end = footers.map(|(at, _)| body + at).find(|&at| ends(at))?;
+        // The head has been looked at: element, id, name, instance, version.
+        let mut reader = Reader::new(&blob[begin..body]);
+        let name = reader.bytes(5).and_then(|_| reader.pstr()).ok()?;
+        let (instance, version) = (reader.u32().ok()?, reader.u32().ok()?);
+        let name = String::from_utf8_lossy(name).into_owned();
+        sections.push(DeviceSection { id, name, instance, version, body: body..end, device: sections.len() });
+        begin = end + footer.len();
+    }
+    Some(sections)
+}
+
 /// The same, where `rest` begins inside the body of the section `id`.
 fn ends_whole(mut rest: &[u8], mut id: u32) -> bool {
     loop {

@@ -405,10 +405,12 @@ fn command_rules() {
     };
     let what = "huge pages in a stream with x-ignore-shared or mapped-ram and postcopy";
     assert_eq!(refusal(shared, &advise(0x20_0000, 4096)), Violation::NotAllowed { what }.into());
-    let refused = Violation::PostcopyRefused { command: "POSTCOPY_LISTEN" };
-    assert_eq!(refusal(start, &command(Command::PostcopyListen)), refused.into());
-    let refused = Violation::PostcopyRefused { command: "PACKAGED" };
-    assert_eq!(refusal(start, &command(Command::Packaged { len: 9 })), refused.into());
+    let outside = unexpected("POSTCOPY_LISTEN", "outside of a package");
+    assert_eq!(refusal(start, &command(Command::PostcopyListen)), outside);
+    let unannounced = unexpected("PACKAGED", "from a source that has not announced postcopy");
+    assert_eq!(refusal(start, &command(Command::Packaged { len: 9 })), unannounced);
+    let refused = Violation::RecoveryRefused { command: "POSTCOPY_RESUME" };
+    assert_eq!(refusal(start, &command(Command::PostcopyResume)), refused.into());
     assert_eq!(refusal(start, &command(Command::EnableColo)), Violation::ColoRefused.into());
 }
 

@@ -13,7 +13,7 @@ use multifd_proto::postcopy::{
 use multifd_proto::ram::{BlockEntry, BlockLayout, RamWord};
 use multifd_proto::return_path::Message;
 use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind};
-use multifd_proto::vmdesc::{TailScanner, VmDescription, WholeScanner, cut, look_whole};
+use multifd_proto::vmdesc::{TailScanner, VmDescription, WholeScanner, cut, cut_by_shape, look_whole};
 use multifd_proto::wire::Step;
 use multifd_proto::{BlockName, ChannelId, xbzrle};
 use proptest::collection::vec;
@@ -464,6 +464,11 @@ proptest! {
             end = blob.len().min(end + pieces.next().unwrap());
             prop_assert_eq!(scanner.scan(&blob[..end]), look_whole(&blob[..end]), "{:?}", &blob[..end]);
         }
+        let cut = cut_by_shape(&blob);
+        prop_assert_eq!(cut.is_some(), look_whole(&blob), "{:?}", &blob);
+        // Nothing lies between two sections, and nothing behind the last.
+        let lens = cut.iter().flatten().map(|section| 14 + section.name.len() + section.body.len() + 5);
+        prop_assert!(cut.is_none() || lens.sum::<usize>() == blob.len(), "{:?}", cut);
     }
 
     #[test]

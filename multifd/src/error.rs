@@ -106,6 +106,14 @@ pub enum Error {
         /// What ended the connections.
         reason: Box<Error>,
     },
+    /// It failed after the source had begun to switch to postcopy, where it gives its VM away before all memory has moved.
+    ///
+    /// The VM does not run here. The source still has all of it; from the end of its package on it does not let it run again by itself.
+    #[error("{reason}; {AFTER_RUN}")]
+    AfterRun {
+        /// Why it ended.
+        reason: Box<Error>,
+    },
     /// The guest was paused for longer than the options allow, and the destination had not been told to start it.
     #[error("the guest was paused for {:.1} s, which is the limit of the pause", limit.as_secs_f64())]
     PauseLimit {
@@ -178,6 +186,7 @@ impl Error {
             Error::Protocol { .. } | Error::Mismatch(_) => true,
             Error::Checkpoint(error) => error.is_peers_fault(),
             Error::NotResumed { first, .. } => first.is_peers_fault(),
+            Error::AfterRun { reason } => reason.is_peers_fault(),
             _ => false,
         }
     }
@@ -233,7 +242,7 @@ pub enum Connection {
     Unknown(usize),
     /// The return path, from destination to source.
     ReturnPath,
-    /// The one that carries the pages a guest waits for, in a postcopy.
+    /// The one that carries the pages a guest waits for in postcopy, beside main.
     Preempt,
 }
 
@@ -361,6 +370,16 @@ pub enum Mismatch {
          of channels"
     )]
     ChannelsUnknown,
+    /// The stream ended in postcopy, and pages that were discarded have not come again.
+    #[error(
+        "the stream ended and {missing} of the {discarded} pages that were discarded at the switch to postcopy are missing"
+    )]
+    PagesMissing {
+        /// Pages that have not come.
+        missing: u64,
+        /// Pages that were discarded.
+        discarded: u64,
+    },
     /// The stream ended as a background snapshot does, without an END section of `ram`, and its pages are not those of one
     /// instant.
     #[error(
@@ -428,6 +447,10 @@ pub enum Mismatch {
         then: String,
     },
 }
+
+/// What follows from a failure in postcopy, and what to do about it.
+const AFTER_RUN: &str = "this was after the source had begun to switch to postcopy: its VM runs nowhere, is whole there and stays \
+     paused (QEMU: postcopy-paused); no part of it runs or will run here";
 
 fn because(reason: &Option<String>) -> String {
     reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"))

@@ -60,7 +60,7 @@ pub(crate) fn inspect(input: &[u8]) {
     let mut wires = crate::destination::wires(frames).into_iter().map(|wire| Box::new(Cursor::new(wire.bytes)) as _);
     let Some(main) = wires.next() else { return };
     let directory = (first % 2 == 1).then(|| TempDir::in_memory().expect("a temporary directory"));
-    let recorded = Recorded { main, channels: wires.collect() };
+    let recorded = Recorded { main, channels: wires.collect(), preempt: None };
     let inspection = Inspection::of(recorded, directory.as_ref().map(TempDir::path)).expect("a file in memory");
     assert!(inspection.account.main.bytes <= total as u64);
 }
@@ -74,7 +74,7 @@ mod tests {
         for (index, seed) in crate::seeds::recordings().iter().enumerate() {
             let mut wires =
                 crate::destination::wires(&seed[1..]).into_iter().map(|wire| Box::new(Cursor::new(wire.bytes)) as _);
-            let recorded = Recorded { main: wires.next().unwrap(), channels: wires.collect() };
+            let recorded = Recorded { main: wires.next().unwrap(), channels: wires.collect(), preempt: None };
             let inspection = Inspection::of(recorded, None).unwrap();
             assert!(inspection.broken.is_none(), "seed {index}: {:?}", inspection.broken);
         }

@@ -61,9 +61,11 @@ fn file(args: &InspectArgs, image: Image) -> Result<Outcome, Failure> {
     let mut outcome = match image.content {
         Content::Checkpoint(checkpoint) => inspect_checkpoint(args, &checkpoint)?,
         // Main of a migration without channels.
-        Content::Stream(stream) => {
-            inspect_recorded(args, "stream", Recorded { main: stream.into_bytes(), channels: Vec::new() })?
-        }
+        Content::Stream(stream) => inspect_recorded(
+            args,
+            "stream",
+            Recorded { main: stream.into_bytes(), channels: Vec::new(), preempt: None },
+        )?,
     };
     if let Some(libvirt) = &image.libvirt {
         outcome.text = format!("{}{}", libvirt_text(args, libvirt), outcome.text);
@@ -151,7 +153,8 @@ fn recording(args: &InspectArgs) -> Result<Outcome, Failure> {
     };
     let channels = (0..=u8::MAX).map_while(|id| find(&format!("ch{id}.bin")));
     let channels = channels.map(|path| open(&path)).collect::<Result<_, String>>()?;
-    inspect_recorded(args, "recording", Recorded { main: open(&main)?, channels })
+    let preempt = find("preempt.bin").map(|path| open(&path)).transpose()?;
+    inspect_recorded(args, "recording", Recorded { main: open(&main)?, channels, preempt })
 }
 
 fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
@@ -274,7 +277,16 @@ fn stream_json(account: &Account) -> Map<String, Value> {
         "return-path": main.commands.contains(&Command::OpenReturnPath),
         "commands": commands,
         "complete": account.complete,
-        "mode": if account.snapshot { "snapshot" } else { "live" },
+        "mode": match &account.postcopy {
+            Some(_) => "postcopy",
+            None if account.snapshot => "snapshot",
+            None => "live",
+        },
+        "postcopy": account.postcopy.as_ref().map(|postcopy| json!({
+            "discarded-pages": postcopy.discarded, "package-bytes": postcopy.package,
+            "package-pings": postcopy.package_pings, "main-pages": postcopy.main_pages,
+            "preempt-pages": postcopy.preempt_pages, "preempt-ended": postcopy.preempt_ended,
+        })),
         "dialect": account.dialect.map(dialect_name),
         "zero-pages": zero_pages(account).map(|zero_pages| zero_pages.to_string()),
         "main": {
@@ -304,6 +316,15 @@ fn stream_text(args: &InspectArgs, account: &Account) -> String {
     }
     if account.snapshot {
         out.push_str("  background snapshot: the state of one instant; the guest ran on at the source\n");
+    }
+    if let Some(postcopy) = &account.postcopy {
+        out.push_str(&format!(
+            "  postcopy: {} pages discarded at the switch, package of {} bytes; {} pages pushed on main, {} on the preempt connection\n",
+            grouped(postcopy.discarded),
+            grouped(postcopy.package),
+            grouped(postcopy.main_pages),
+            grouped(postcopy.preempt_pages),
+        ));
     }
     let machine = if main.machine.is_empty() { "unknown" } else { &main.machine };
     out.push_str(&format!("  machine {}", printable::line(machine)));

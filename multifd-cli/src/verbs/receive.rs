@@ -159,6 +159,7 @@ fn read_back(
 fn mode(mode: Mode) -> (&'static str, &'static str) {
     match mode {
         Mode::Snapshot => ("snapshot", "start"),
+        Mode::Postcopy => ("postcopy", "switchover"),
         _ => ("live", "switchover"),
     }
 }

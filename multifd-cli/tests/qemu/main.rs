@@ -2,7 +2,7 @@
 //!
 //! `matrix` moves the guest through a checkpoint in combinations that cover each pair of values; `files` lets QEMU read our
 //! checkpoints and us read QEMU's; `plain` has streams without a way back, in files and pipes; `streams` has sources with
-//! other capabilities; `snapshot` has background snapshots; `failures` breaks things in the middle; `hello` looks at
+//! other capabilities; `switched` has sources that switch to postcopy; `snapshot` has background snapshots; `failures` breaks things in the middle; `hello` looks at
 //! bytes that QEMU does not use; `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`).
 
 mod failures;
@@ -16,3 +16,4 @@ mod postcopy;
 mod qmp_verbs;
 mod snapshot;
 mod streams;
+mod switched;

@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io::{self, IoSlice},
+    ops::Range,
     os::unix::fs::FileExt,
     path::PathBuf,
 };
@@ -186,6 +187,13 @@ impl PageSink for FilePages {
         for &offset in offsets {
             self.valid.clear(block.page_at(offset));
         }
+        Ok(())
+    }
+
+    fn discard(&self, block: usize, range: Range<u64>) -> io::Result<()> {
+        let (block, page_size) = (&self.layout.blocks()[block], self.layout.page_size() as u64);
+        let first = block.first_page() + range.start / page_size;
+        self.valid.clear_range(first..first + (range.end - range.start) / page_size);
         Ok(())
     }
 

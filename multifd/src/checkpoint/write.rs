@@ -17,6 +17,7 @@ use multifd_proto::{
     mapped_ram::BlockHeader,
     ram::BlockEntry,
     stream::{MAPPED_RAM, Section},
+    vmdesc::{self, OpaqueSection, VmDescription},
 };
 
 use super::{
@@ -231,6 +232,21 @@ impl Target for Writer {
 
     fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error> {
         self.keep_beside_ram(section, main)
+    }
+
+    fn devices(&mut self, sections: &[u8], _page_size: usize) -> Result<(), Error> {
+        // In postcopy no source describes them. A QEMU that loads the file waits for a description, of which it uses nothing.
+        let all =
+            [self.beside_ram.early(), sections].map(|part| vmdesc::cut_by_shape(part).unwrap_or_default()).concat();
+        let described = all.iter().map(|section| OpaqueSection {
+            name: &section.name,
+            instance: section.instance,
+            version: section.version,
+            len: section.body.len() as u64,
+        });
+        let vmdescription = VmDescription::opaque(PAGE_SIZE as u64, described).to_json();
+        self.tail = Tail { sections: sections.to_vec(), vmdescription };
+        Ok(())
     }
 
     fn takes_snapshots(&self) -> bool {

@@ -178,6 +178,7 @@ fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Servin
             }
             None => shared.connections.remove(number, true),
         }
+        shared.switch.look_again();
         guard.disarm();
     })?;
     connections.push((number, thread));

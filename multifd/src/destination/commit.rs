@@ -22,7 +22,10 @@ impl Run {
                 place: "before the END section of ram",
             }));
         }
-        self.nothing_is_missing()?;
+        match self.report.mode {
+            Mode::Postcopy => self.postcopy_is_whole(target)?,
+            _ => self.nothing_is_missing()?,
+        }
         // A source without uuid names one of zeros.
         let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
         // What it takes to make everything durable is not the source's silence.

@@ -46,7 +46,7 @@ pub(super) enum Stage {
     Silent,
     /// It says that it is a channel.
     Candidate,
-    /// It is main, or a channel that has joined.
+    /// It is main, a channel that has joined, or a preempt connection that has brought a page or its end.
     Member,
 }
 
@@ -141,6 +141,11 @@ impl Connections {
         let mut state = lock(&self.state);
         state.complete = true;
         state.open.values().filter(|entry| entry.stage != Stage::Member).for_each(|entry| entry.stopper.stop());
+    }
+
+    /// Whether there is a connection that has not said what it is.
+    pub(super) fn any_is_silent(&self) -> bool {
+        lock(&self.state).open.values().any(|entry| entry.stage == Stage::Silent)
     }
 
     /// Whether strangers are ended.

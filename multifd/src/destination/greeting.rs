@@ -9,13 +9,15 @@ use std::{fmt, io, time::Duration};
 use multifd_proto::{
     Mismatch as ProtoMismatch,
     membership::{Evidence, Stranger},
-    packet::{self, HELLO_LEN, Hello},
-    stream::{self, Item, MainDecoder, Step},
+    packet::{HELLO_LEN, Hello},
+    postcopy::Beginning,
+    stream::{Item, MainDecoder, Step},
 };
 
 use super::{
     channel::ReceiveChannel,
     connections::Stage,
+    preempt::PreemptReader,
     shared::{MainConnection, Shared},
 };
 use crate::{
@@ -84,9 +86,13 @@ fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<S
         hear(stream, &mut first[..1], Deadline::after(None))?;
     }
     let deadline = Deadline::after(shared.options.setup_timeout);
-    hear(stream, &mut first[usize::from(shared.single)..], deadline)?;
-    match u32::from_be_bytes(*first.first_chunk().expect("four bytes")) {
-        stream::MAGIC => {
+    if !hear_beginning(stream, &mut first[usize::from(shared.single)..], deadline, shared)? {
+        // QEMU from 10.0 on ends a preempt connection so, if no page was asked for.
+        tracing::debug!(peer = stream.peer(), "a connection has ended without a word");
+        return Ok(());
+    }
+    match Beginning::of(*first.first_chunk().expect("four bytes")) {
+        Beginning::Main => {
             let mut heard = first.to_vec();
             if let Some(token) = &shared.options.token {
                 hear_token(stream, &mut heard, shared.page_size, token, deadline)?;
@@ -94,8 +100,8 @@ fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<S
             unlimited(stream)?;
             shared.take_main(connection, heard, number)
         }
-        packet::MAGIC if shared.single => Err(stranger("is one channel of a migration, without its main")),
-        packet::MAGIC => {
+        Beginning::Channel if shared.single => Err(stranger("is one channel of a migration, without its main")),
+        Beginning::Channel => {
             hear(stream, rest, deadline)?;
             unlimited(stream)?;
             let hello = Hello::decode(&hello).map_err(|error| stranger(format!("says hello wrongly: {error}")))?;
@@ -110,7 +116,34 @@ fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<S
             }
             ReceiveChannel::new(hello, number, stream, shared.clone()).run()
         }
-        _ => Err(stranger(language(first))),
+        Beginning::Recovery => Err(stranger(
+            "continues a postcopy migration that was interrupted (RECV_BITMAP): it can only be taken from its beginning",
+        )),
+        Beginning::Bare if shared.may_be_preempt(first, deadline) => {
+            unlimited(stream)?;
+            PreemptReader::new(stream, first, number, shared).run()
+        }
+        Beginning::Bare => Err(stranger(language(first))),
+    }
+}
+
+/// Fills `into` with the first bytes of a connection before `deadline`. A preempt connection says nothing before the switch to postcopy:
+/// where the source has announced that, one that is silent is left in peace. Returns whether it has said anything then.
+fn hear_beginning(
+    stream: &mut dyn Stream,
+    into: &mut [u8],
+    deadline: Deadline,
+    shared: &Shared,
+) -> Result<bool, Refused> {
+    let (first, rest) = into.split_at_mut(1);
+    match hear(stream, first, deadline) {
+        Ok(()) => hear(stream, rest, deadline).map(|()| true),
+        Err(_) if shared.may_have_preempt() && !deadline.is_over() => Ok(false),
+        Err(_) if shared.may_have_preempt() => match hear(stream, first, Deadline::after(None)) {
+            Ok(()) => hear(stream, rest, Deadline::after(shared.options.setup_timeout)).map(|()| true),
+            Err(_) => Ok(false),
+        },
+        Err(refused) => Err(refused),
     }
 }
 
@@ -219,6 +252,17 @@ impl Shared {
         drop(slot);
         self.main_changed.notify_all();
         Ok(())
+    }
+
+    /// Whether the source may have a preempt connection. No token can be named on it.
+    fn may_have_preempt(&self) -> bool {
+        self.switch.is_announced() && self.options.token.is_none()
+    }
+
+    /// Whether a connection may be one of postcopy's that begins with `first`: part of a RAM word, not of another protocol.
+    fn may_be_preempt(&self, first: &[u8], deadline: Deadline) -> bool {
+        // A word is an offset, and that of a block with less than 2^56 bytes.
+        first[0] == 0 && self.options.token.is_none() && self.switch.await_announcement(deadline)
     }
 
     /// Whether the channel that said `hello` is one of this migration and may join now.

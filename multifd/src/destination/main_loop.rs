@@ -52,9 +52,22 @@ impl Run {
                     lock(&self.shared.seen).main_token = offer.token;
                     self.offer = Some(offer);
                 }
+                Item::Command(Command::PostcopyRamDiscard { block, ranges }) => {
+                    self.discard(&block, &ranges, observer)?
+                }
+                Item::Command(Command::Packaged { len }) => self.package(len, observer)?,
                 Item::Command(command) => self.command(&command)?,
-                Item::RamStart { .. } => {}
+                // POSTCOPY_ADVISE comes before it.
+                Item::RamStart { .. } => self.shared.switch.announce(false),
                 Item::BlocksEnd => self.open_ram(target)?,
+                // What the switch has begun goes on.
+                Item::RamPart { .. } | Item::Eos if self.main().decoder().is_postcopy() => {}
+                Item::ZeroPage { block, offset } if self.main().decoder().is_postcopy() => {
+                    self.pushed_page(block, offset, None)?
+                }
+                Item::Page { block, offset, len } if self.main().decoder().is_postcopy() => {
+                    self.pushed_page(block, offset, Some(len))?
+                }
                 Item::RamPart { end } => self.ram_part(end, observer)?,
                 Item::ZeroPage { block, offset } => {
                     self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
@@ -88,6 +101,7 @@ impl Run {
                         return Ok(());
                     }
                 }
+                Item::Eof if self.main().decoder().is_postcopy() => return self.main().nothing_follows(),
                 Item::Eof => {
                     if self.main().decoder().is_snapshot() {
                         self.report.mode = Mode::Snapshot;
@@ -141,6 +155,10 @@ impl Run {
                 if self.ack_timing.due_at_once(&self.report.machine) {
                     self.main().reply(&Message::SwitchoverAck)?;
                 }
+                Ok(())
+            }
+            Command::PostcopyAdvise(Some(_)) => {
+                self.shared.switch.announce(true);
                 Ok(())
             }
             Command::Ping(value) => self.main().reply(&Message::Pong(*value)),

@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Run {
-    /// Finds out whether all channels are here. Then no further connection is needed.
+    /// Finds out whether all channels are here. Then no further connection is needed, but for one of postcopy.
     pub(super) fn look_at_members(&mut self) {
         if self.complete {
             return;
@@ -22,7 +22,10 @@ impl Run {
         if complete {
             tracing::debug!(channels = joined, ?evidence, "all channels are here");
             self.complete = true;
-            self.acceptor.close();
+            // A preempt connection may come as late as at the switch.
+            if !self.shared.switch.is_announced() {
+                self.acceptor.close();
+            }
         }
     }
 

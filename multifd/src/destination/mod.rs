@@ -18,6 +18,8 @@ mod main_watch;
 mod members;
 mod named;
 mod options;
+mod postcopy;
+mod preempt;
 mod report;
 mod rounds;
 mod shared;
@@ -82,8 +84,9 @@ impl Destination {
     /// Waits for a source at `from`, receives its VM into `vm` and starts it.
     ///
     /// On `Ok` the VM runs here. On `Err` it does not and never will, and the source was not told that we have it, so that it
-    /// can run there. With a source that is not one of ours there is an exception: where [`DestinationVm::start`] fails, the
-    /// source was told before.
+    /// can run there. With a source that is not one of ours there are two exceptions: where [`DestinationVm::start`] fails, the
+    /// source was told before; and one that has switched to postcopy does not let its VM run again by itself
+    /// ([`Error::AfterRun`]).
     ///
     /// # Errors
     /// The first thing that went wrong on any connection, with its place; [`Error::Mismatch`] where `vm` is not like the
@@ -143,6 +146,8 @@ struct Run {
     complete: bool,
     /// Pages that main has named, as long as there may be no channels, or the stream may be a background snapshot.
     named: Option<NamedPages>,
+    /// The state of all devices, once a package of postcopy has brought it.
+    package: Option<Vec<u8>>,
     sink: Option<Arc<dyn PageSink>>,
     audit: Option<Arc<Audit>>,
     begun: Duration,
@@ -181,6 +186,7 @@ impl Run {
             identified: false,
             complete: false,
             named: None,
+            package: None,
             sink: None,
             audit: None,
             begun,
@@ -258,6 +264,7 @@ impl Run {
     /// Ends all threads.
     fn finish(mut self, target: &mut dyn Target, outcome: Result<(), Error>) -> Result<Report, Error> {
         self.shared.bound_the_end();
+        let switched = self.main.as_ref().is_some_and(|main| main.decoder().switches_to_postcopy());
         let failure = outcome.err().map(|error| {
             let not_first = self.shared.stop.stop(error);
             // The source learns it sooner than by a closed connection; it is no matter if it does not.
@@ -283,6 +290,11 @@ impl Run {
             return Ok(self.report);
         };
         target.abandon();
-        Err(self.shared.explained(first.or(not_first).or(late).unwrap_or(Error::Stopped)))
+        let error = self.shared.explained(first.or(not_first).or(late).unwrap_or(Error::Stopped));
+        Err(match error {
+            Error::InDoubt { .. } => error,
+            error if switched => Error::AfterRun { reason: Box::new(error) },
+            error => error,
+        })
     }
 }

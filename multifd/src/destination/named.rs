@@ -32,6 +32,11 @@ impl NamedPages {
         self.pages.set(page);
     }
 
+    /// The pages that were named.
+    pub(super) fn pages(&self) -> &DirtyBitmap {
+        &self.pages
+    }
+
     /// How many pages were named.
     pub(super) fn count(&self) -> u64 {
         self.pages.count()

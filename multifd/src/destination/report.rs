@@ -16,6 +16,8 @@ pub enum Mode {
     Live,
     /// A background snapshot: the state is that of the start, and the guest runs on at the source.
     Snapshot,
+    /// Rounds while the guest ran, then the devices, then what was missing: the state is that of the switch.
+    Postcopy,
 }
 
 /// The figures of one migration.

@@ -9,7 +9,11 @@ use multifd_proto::{
     rounds::{Party, Sync},
 };
 
-use super::{Options, PageSink, connections::Connections};
+use super::{
+    Options, PageSink,
+    connections::Connections,
+    postcopy::{Switch, SwitchStopper},
+};
 use crate::{
     compress::Windows,
     error::{Error, Place},
@@ -52,6 +56,8 @@ pub(super) struct Shared {
     pub(super) channel_pages: AtomicU64,
     /// A SYNC packet has come that QEMU 7.2 does not send.
     pub(super) newer_packets: AtomicBool,
+    /// The switch to postcopy.
+    pub(super) switch: Arc<Switch>,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
     pub(super) connections: Arc<Connections>,
     #[cfg(any(test, feature = "broken-variants"))]
@@ -96,9 +102,11 @@ impl Shared {
         progress: Progress,
         timers: Timers,
     ) -> Arc<Shared> {
+        let switch = SwitchStopper::registered(&stop);
         let shared = Arc::new(Shared {
             page_size,
             single,
+            switch,
             barrier: RoundBarrier::open(options.channels.map(usize::from)),
             windows: Arc::default(),
             #[cfg(any(test, feature = "broken-variants"))]

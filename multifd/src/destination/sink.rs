@@ -3,12 +3,12 @@
 //! Blocks are named by their position in the source's list. Callers have checked every offset against the block's length
 //! there; what is behind this trait maps it to memory or to a file.
 
-use std::io;
+use std::{io, ops::Range};
 
 use super::first_touch::{Filler, FirstTouch};
 use crate::{
     dirty::untouched::untouched,
-    dirty_bitmap::DirtyBitmap,
+    dirty_bitmap::{DirtyBitmap, word_masks},
     layout::Layout,
     ram::{GuestRange, Ram, RamBlock},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -29,6 +29,9 @@ pub(crate) trait PageSink: Send + Sync {
 
     /// Makes the pages at `offsets` zero.
     fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()>;
+
+    /// Makes the pages in the bytes `range` of `block`, which are whole pages, zero. They come again.
+    fn discard(&self, block: usize, range: Range<u64>) -> io::Result<()>;
 
     /// Copies the page at `offset` out.
     fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()>;
@@ -173,6 +176,13 @@ impl PageSink for MemorySink {
         Ok(())
     }
 
+    fn discard(&self, block: usize, range: Range<u64>) -> io::Result<()> {
+        for offset in range.step_by(self.ram.layout().page_size()) {
+            self.zero(block, &[offset])?;
+        }
+        Ok(())
+    }
+
     fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.page(block, offset)?.1.read(into);
         Ok(())
@@ -229,6 +239,16 @@ impl PageBits {
         let (word, bit) = (&self.words[(page / 64) as usize], 1 << (page % 64));
         if word.load(Relaxed) & bit != 0 {
             word.fetch_and(!bit, Relaxed);
+        }
+    }
+
+    /// Takes all of `pages` out of the set.
+    pub(crate) fn clear_range(&self, pages: Range<u64>) {
+        for (word, mask) in word_masks(pages) {
+            let word = &self.words[word];
+            if word.load(Relaxed) & mask != 0 {
+                word.fetch_and(!mask, Relaxed);
+            }
         }
     }
 

@@ -1,17 +1,17 @@
 //! Who takes a stream: a VM of the VMM, or a checkpoint file.
 
-use std::io::Read;
+use std::io::{self, Read};
 
 use multifd_proto::{
     BlockName,
     bodies::{DIRTY_BITMAP, NO_BITMAPS},
     ram::BlockEntry,
-    stream::Section,
+    stream::{Item, MainDecoder, Section, Step},
 };
 
 use super::{FirstTouch, MainReader, PageSink, sink::MemorySink};
 use crate::{
-    error::{Error, Mismatch},
+    error::{Connection, Error, Mismatch, Place},
     layout::Layout,
     ram::Access,
     sync::Arc,
@@ -50,6 +50,9 @@ pub(crate) trait Target {
 
     /// Takes the body of `section`, which comes in parts, as `ram` does. `main` gives it next.
     fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error>;
+
+    /// Takes the state of all devices, whole sections that came before their memory was there. All pages are in place now.
+    fn devices(&mut self, sections: &[u8], page_size: usize) -> Result<(), Error>;
 
     /// Whether it takes the VM of a source that runs on: it will not be started here.
     fn takes_snapshots(&self) -> bool {
@@ -128,6 +131,27 @@ impl Target for VmTarget<'_> {
             true => Ok(()),
             false => Err(Mismatch::IterableSection { name: section.name.clone() }.into()),
         }
+    }
+
+    fn devices(&mut self, sections: &[u8], page_size: usize) -> Result<(), Error> {
+        let mut decoder = MainDecoder::for_package(page_size);
+        let mut rest = sections;
+        while !rest.is_empty() {
+            let at = Place { connection: Connection::Main, offset: decoder.position() };
+            let step = decoder.step(rest).map_err(|error| Error::protocol(at)(error.source))?;
+            let Step::Item { item, used } = step else {
+                return Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+            };
+            rest = &rest[used..];
+            if let Item::Section(section) = item {
+                let id = SectionId { name: section.name, instance: section.instance, version: section.version };
+                let before = rest.len();
+                let loaded = self.vm.load(&id, &mut rest as &mut dyn Read);
+                loaded.map_err(|source| Error::Load { section: id, source })?;
+                decoder.body_taken((before - rest.len()) as u64);
+            }
+        }
+        Ok(())
     }
 
     fn prepare(&mut self, _uuid: Option<[u8; 16]>) -> Result<(), Error> {

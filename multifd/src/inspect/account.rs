@@ -1,11 +1,11 @@
 //! What is counted in a recorded migration.
 
-use std::io;
+use std::{io, ops::Range};
 
 use multifd_proto::{BlockName, ChannelId, command::Command, machine::Dialect, packet::Compression, ram::BlockEntry};
 
 use super::{
-    Bearer, Contents, PAGE_SIZE,
+    Bearer, Contents, PAGE_SIZE, PostcopyAccount,
     contents::{self, Scratch},
 };
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Mismatch, Place},
     layout::Layout,
+    round::discarded::Discarded,
 };
 
 /// The account of a whole migration.
@@ -44,6 +45,8 @@ pub struct Account {
     pub complete: bool,
     /// It is a background snapshot: all is of the instant at which it began, and the guest ran on at the source.
     pub snapshot: bool,
+    /// What was counted of the switch to postcopy, if there was one.
+    pub postcopy: Option<PostcopyAccount>,
 }
 
 impl Account {
@@ -74,7 +77,7 @@ pub struct MainAccount {
     pub capabilities: Vec<String>,
     /// The VM's UUID, where it is validated.
     pub uuid: Option<[u8; 16]>,
-    /// Commands, in their order; the first 4096.
+    /// Commands, in their order; the first 4096. Those that discard are without their ranges.
     pub commands: Vec<Command>,
     /// How many more commands there are.
     pub commands_left_out: u64,
@@ -156,6 +159,8 @@ pub(super) struct Pages {
     round: RoundAccount,
     sent_again: u64,
     repeated: u64,
+    /// What was discarded at the switch to postcopy.
+    pub(super) discarded: Option<Discarded>,
     contents: Option<Contents>,
 }
 
@@ -179,6 +184,7 @@ impl Pages {
             round,
             sent_again: 0,
             repeated: 0,
+            discarded: None,
             contents,
         })
     }
@@ -205,6 +211,14 @@ impl Pages {
             Some(contents) => contents.load(block, offset, into).map(|()| true),
             None => Ok(false),
         }
+    }
+
+    /// The pages with the numbers `pages`, `range` of `block`, are discarded: they count as never named from here on.
+    pub(super) fn forget(&mut self, block: usize, range: Range<u64>, pages: Range<u64>) -> io::Result<()> {
+        for known in [&mut self.in_round, &mut self.ever, &mut self.content] {
+            known.clear_range(pages.clone());
+        }
+        self.contents.as_ref().map_or(Ok(()), |contents| contents.discard(block, range))
     }
 
     fn name(&mut self, block: usize, offsets: &[u64], from: Bearer, content: bool) {
@@ -282,6 +296,11 @@ impl Pages {
 
 impl MainAccount {
     pub(super) fn add_command(&mut self, command: Command) {
+        let command = match command {
+            // There may be thousands of them in each.
+            Command::PostcopyRamDiscard { block, .. } => Command::PostcopyRamDiscard { block, ranges: Vec::new() },
+            command => command,
+        };
         if self.commands.len() < MAX_COMMANDS { self.commands.push(command) } else { self.commands_left_out += 1 }
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -51,6 +52,10 @@ impl Contents {
 
     pub(super) fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()> {
         self.pages.zero(block, offsets)
+    }
+
+    pub(super) fn discard(&self, block: usize, range: Range<u64>) -> io::Result<()> {
+        self.pages.discard(block, range)
     }
 
     pub(super) fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {

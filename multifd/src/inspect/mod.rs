@@ -8,6 +8,7 @@ mod account;
 mod channel;
 mod contents;
 mod main_stream;
+mod postcopy;
 
 use std::{io::Read, path::Path};
 
@@ -15,6 +16,7 @@ use self::{account::Pages, channel::Channel, main_stream::MainStream};
 pub use self::{
     account::{Account, ChannelAccount, MainAccount, RoundAccount},
     contents::{BlockContents, Contents},
+    postcopy::PostcopyAccount,
 };
 use crate::{
     checkpoint::CheckpointError,
@@ -23,6 +25,7 @@ use crate::{
 };
 use multifd_proto::{
     ChannelId, Violation,
+    command::Command,
     machine::Dialect,
     packet::Hello,
     stream::{Item, Section, SectionKind},
@@ -35,6 +38,8 @@ pub struct Recorded {
     pub main: Box<dyn Read + Send>,
     /// What was sent on each channel, in any order; none in a plain migration.
     pub channels: Vec<Box<dyn Read + Send>>,
+    /// What was sent on the preempt connection of postcopy, if there was one.
+    pub preempt: Option<Box<dyn Read + Send>>,
 }
 
 /// What was found in a recorded migration.
@@ -58,6 +63,7 @@ impl Inspection {
         let mut reader = RecordedReader {
             main: MainStream::new(recorded.main),
             channels: Vec::new(),
+            preempt: recorded.preempt,
             account: Account::default(),
             pages: None,
             scratch,
@@ -75,6 +81,8 @@ struct RecordedReader {
     main: MainStream,
     /// By id.
     channels: Vec<Channel>,
+    /// Until main has ended.
+    preempt: Option<Box<dyn Read + Send>>,
     account: Account,
     /// What pages are known of, once the block list was read.
     pages: Option<Pages>,
@@ -117,7 +125,14 @@ impl RecordedReader {
                 Item::Configuration { machine } => main.machine = machine,
                 Item::ConfigCapabilities(names) => main.capabilities = names,
                 Item::ConfigUuid(uuid) => main.uuid = Some(uuid),
-                Item::Command(command) => main.add_command(command),
+                Item::Command(command) => {
+                    main.add_command(command.clone());
+                    match command {
+                        Command::PostcopyRamDiscard { block, ranges } => self.discard(&block, &ranges)?,
+                        Command::Packaged { len } => self.package(len)?,
+                        _ => {}
+                    }
+                }
                 Item::BlocksEnd => {
                     let blocks = self.main.decoder().blocks().to_vec();
                     let pages = Pages::new(&blocks, !self.channels.is_empty(), self.scratch.take())?;
@@ -127,10 +142,16 @@ impl RecordedReader {
                 Item::RamPart { end } => main.parts += u64::from(!end),
                 Item::ZeroPage { block, offset } => {
                     main.zero += 1;
+                    if self.main.decoder().is_postcopy() {
+                        self.pushed(block, offset)?;
+                    }
                     self.zero(block, offset)?;
                 }
                 Item::Page { block, offset, len } => {
                     main.page += 1;
+                    if self.main.decoder().is_postcopy() {
+                        self.pushed(block, offset)?;
+                    }
                     let page = self.main.payload(len)?;
                     self.store(block, offset, &page)?;
                 }
@@ -163,7 +184,7 @@ impl RecordedReader {
                     let dialect = self.main.decoder().dialect();
                     if !self.channels.is_empty() {
                         self.account.dialect = dialect;
-                        if dialect == Some(Dialect::PerSection) {
+                        if dialect == Some(Dialect::PerSection) && !self.main.decoder().is_postcopy() {
                             self.sync_point()?;
                         }
                     }
@@ -192,6 +213,7 @@ impl RecordedReader {
         }
         self.main.nothing_follows()?;
         self.account.complete = true;
+        self.finish_postcopy()?;
         let Some(pages) = &mut self.pages else { return Ok(()) };
         if self.account.snapshot || self.main.decoder().is_snapshot() {
             self.account.snapshot = true;

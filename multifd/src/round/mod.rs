@@ -2,4 +2,5 @@
 
 pub(crate) mod audit;
 pub(crate) mod barrier;
+pub(crate) mod discarded;
 pub(crate) mod scan;

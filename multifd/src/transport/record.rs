@@ -1,7 +1,7 @@
 //! Keeps a copy of every byte that arrives: one file for each connection, to be looked at later.
 //!
-//! Files are named after what the connection turns out to be, by its first bytes: `main.bin`, `ch0.bin`, …; what is
-//! neither, or is there already, is `connection0.bin`, … in the order of arrival. Sent bytes are not recorded.
+//! Files are named after what the connection turns out to be, by its first bytes: `main.bin`, `ch0.bin`, …, and
+//! `preempt.bin` for the bare words of postcopy; what is none of these, or is there already, is `connection0.bin`, … in the order of arrival. Sent bytes are not recorded.
 
 use std::{
     collections::HashSet,
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use multifd_proto::{packet, stream};
+use multifd_proto::{packet, postcopy::Beginning};
 
 use super::{FarEnd, Listen, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, socket::context};
 use crate::{
@@ -228,8 +228,12 @@ impl Drop for Tape {
 
 /// The file for connection `number`, which begins with `head`; `None` where that is too little to tell.
 fn name_by(head: &[u8], number: usize) -> Option<String> {
-    if u32::from_be_bytes(*head.first_chunk()?) == stream::MAGIC {
-        return Some("main.bin".to_owned());
+    match Beginning::of(*head.first_chunk()?) {
+        Beginning::Main => return Some("main.bin".to_owned()),
+        // The upper half of an offset, as its first word begins.
+        Beginning::Bare if head[0] == 0 => return Some("preempt.bin".to_owned()),
+        Beginning::Bare | Beginning::Recovery => return Some(unknown(number)),
+        Beginning::Channel => {}
     }
     match packet::Hello::decode(head.first_chunk()?) {
         Ok(hello) => Some(format!("ch{}.bin", hello.channel.0)),

@@ -115,13 +115,21 @@ fn a_configuration_that_does_not_fit_is_refused() {
 fn commands_of_postcopy_and_replication_are_refused_by_name() {
     let good = Wire::main();
     for (number, payload, message) in [
-        (4, &b""[..], "POSTCOPY_LISTEN: postcopy is refused"),
-        (5, b"", "POSTCOPY_RUN: postcopy is refused"),
-        (6, b"\0\x03ram\0", "POSTCOPY_RAM_DISCARD: postcopy is refused"),
-        (7, b"\0\0\x10\0", "PACKAGED: postcopy is refused"),
+        (4, &b""[..], "POSTCOPY_LISTEN outside of a package"),
+        (5, b"", "POSTCOPY_RUN outside of a package"),
+        (6, b"\0\x03ram\0", "POSTCOPY_RAM_DISCARD from a source that has not announced postcopy"),
+        (7, b"\0\0\x10\0", "PACKAGED from a source that has not announced postcopy"),
         (8, b"", "ENABLE_COLO: continuous replication is refused"),
-        (9, b"", "POSTCOPY_RESUME: postcopy is refused"),
-        (10, b"\x03ram", "RECV_BITMAP: postcopy is refused"),
+        (
+            9,
+            b"",
+            "POSTCOPY_RESUME: an interrupted postcopy migration cannot be continued here, take it from its beginning",
+        ),
+        (
+            10,
+            b"\x03ram",
+            "RECV_BITMAP: an interrupted postcopy migration cannot be continued here, take it from its beginning",
+        ),
         (0, b"", "command 0 is unknown"),
         (12, b"", "command 12 is unknown"),
         (2, b"\0", "command PING with 1 bytes of payload"),

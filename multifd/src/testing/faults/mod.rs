@@ -9,6 +9,7 @@ mod injected;
 mod late;
 mod panics;
 mod pause;
+mod postcopy;
 mod refusals;
 mod reused_memory;
 mod set_up;

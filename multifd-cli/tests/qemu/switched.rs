@@ -1,0 +1,174 @@
+//! Sources that switch to postcopy while `multifd receive` takes their VM.
+
+use std::{thread, time::Duration};
+
+use qemu_peer::{Installed, Qemu, Version};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use test_support::{TempDir, report, time_limit};
+
+use crate::harness::{
+    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, entries, listen, load_file,
+    receive_uri, vm,
+};
+
+const TABLE: &str = "switches to postcopy";
+
+/// A source that can switch to postcopy.
+#[derive(Clone, Copy, Debug)]
+struct Source {
+    version: Version,
+    machine: &'static str,
+    /// Channels; 0 for none.
+    channels: u8,
+    preempt: bool,
+}
+
+const fn source(version: Version, machine: &'static str, channels: u8, preempt: bool) -> Source {
+    Source { version, machine, channels, preempt }
+}
+
+const SOURCES: [Source; 9] = [
+    source(Version::V7_2, "pc-i440fx-7.2", 0, false),
+    source(Version::V7_2, "pc-i440fx-7.2", 0, true),
+    source(Version::V10_0, "pc-q35-10.0", 0, false),
+    source(Version::V10_0, "pc-i440fx-7.2", 0, true),
+    source(Version::V11_1, "pc-i440fx-11.1", 0, false),
+    source(Version::V11_1, "pc-q35-11.1", 0, true),
+    source(Version::V11_1, "pc-i440fx-11.1", 3, false),
+    source(Version::V11_1, "pc-q35-10.0", 4, true),
+    source(Version::V11_1, "pc-i440fx-7.2", 2, true),
+];
+
+impl Source {
+    /// Starts it, ready to migrate, slowly.
+    fn start(self, installed: &Installed) -> Qemu {
+        let mut source = vm(installed, self.machine).start().unwrap();
+        if self.channels > 0 {
+            Settings { channels: self.channels, ..Settings::default() }.apply(&mut source);
+        }
+        source.qmp().set_capabilities(&[("postcopy-ram", true), ("postcopy-preempt", self.preempt)]).unwrap();
+        source.qmp().set_parameters(&[("max-bandwidth", json!(60 << 20)), ("downtime-limit", json!(1))]).unwrap();
+        source.wait_passes(3, LIMIT).unwrap();
+        source
+    }
+
+    fn name(self) -> String {
+        let channels = if self.channels > 0 { format!(", {} channels", self.channels) } else { String::new() };
+        let preempt = if self.preempt { ", preempt" } else { "" };
+        format!("{:4} {}{channels}{preempt}", self.version.name(), self.machine)
+    }
+}
+
+/// Migrates `source` to `uri` and has it switch once it has sent `bytes`.
+fn switch_after(source: &mut Qemu, uri: &str, bytes: u64) {
+    source.qmp().migrate(uri).unwrap();
+    loop {
+        let answer = source.qmp().query_migrate().unwrap();
+        assert!(matches!(answer["status"].as_str(), Some("setup" | "active")), "{answer}");
+        if answer["ram"]["transferred"].as_u64().unwrap_or_default() >= bytes && answer["status"] == "active" {
+            break;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    source.qmp().execute("migrate-start-postcopy", json!({})).unwrap();
+}
+
+/// Waits until `source` says `status`.
+fn wait_status(source: &mut Qemu, status: &str) -> Value {
+    let deadline = std::time::Instant::now() + LIMIT;
+    loop {
+        let answer = source.qmp().query_migrate().unwrap();
+        if answer["status"] == status {
+            return answer;
+        }
+        assert!(std::time::Instant::now() < deadline, "{status} awaited: {answer}\n{}", source.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_source_that_switches_to_postcopy_is_taken_whole() {
+    for source in SOURCES {
+        let Some(installed) = Installed::require(source.version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let (file, record) = (dir.join("checkpoint"), dir.join("recorded").display().to_string());
+            let mut qemu = source.start(&installed);
+            let more = ["--digest", "--record", &record];
+            let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), true), &file, &more);
+            switch_after(&mut qemu, &uri, 20 << 20);
+            let received = receive.done();
+            wait_status(&mut qemu, "completed");
+            assert_eq!((&received["mode"], &received["instant"]), (&"postcopy".into(), &"switchover".into()));
+            assert_eq!(received["channels"], source.channels);
+            assert_same_memory(&mut qemu, &received);
+
+            let inspected = Multifd::start(["inspect", &record, "--digest"]).done();
+            assert_eq!((&inspected["mode"], &inspected["broken-rule"]), (&"postcopy".into(), &Value::Null));
+            let switch = &inspected["postcopy"];
+            // QEMU from 10.0 on may end it without a word if no page was asked for.
+            let ended = (source.preempt, source.version == Version::V7_2, switch["preempt-ended"].as_bool());
+            assert!(matches!(ended, (false, _, None) | (true, true, Some(true)) | (true, false, _)), "{switch}");
+            let pushed = switch["main-pages"].as_u64().unwrap() + switch["preempt-pages"].as_u64().unwrap();
+            assert_eq!(pushed, switch["discarded-pages"].as_u64().unwrap(), "{switch}");
+            assert!(pushed > 0, "{switch}");
+            for known in received["ram-blocks"].as_array().unwrap() {
+                assert_eq!(block(&inspected, known["name"].as_str().unwrap())["digest"], known["digest"], "{known}");
+            }
+
+            let mut destination = match source.version {
+                Version::V7_2 => {
+                    let mut destination = vm(&installed, source.machine).incoming().start().unwrap();
+                    Settings::default().apply(&mut destination);
+                    let uri = listen(&mut destination, false);
+                    Multifd::start(["send", &file.display().to_string(), &uri]).done();
+                    destination
+                }
+                _ => load_file(vm(&installed, source.machine), &file, &[]),
+            };
+            assert_goes_on(&qemu, &mut destination);
+        });
+        report(TABLE, &format!("{}: ok", source.name()));
+    }
+}
+
+/// A source whose pages come so slowly that it can be caught among them, after `receive` has seen its switch.
+fn among_the_pages(source: Source, installed: &Installed, dir: &TempDir) -> (Qemu, Multifd) {
+    let mut qemu = source.start(installed);
+    let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &[]);
+    qemu.qmp().set_parameters(&[("max-postcopy-bandwidth", json!(4 << 20))]).unwrap();
+    switch_after(&mut qemu, &uri, 20 << 20);
+    let transferred = |answer: &Value| answer["ram"]["transferred"].as_u64().unwrap();
+    let switched = transferred(&wait_status(&mut qemu, "postcopy-active"));
+    // More than a socket and a reader hold, so that the package has been taken.
+    while transferred(&wait_status(&mut qemu, "postcopy-active")) < switched + (3 << 20) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    (qemu, receive)
+}
+
+#[test]
+fn what_ends_among_the_pages_leaves_no_file_and_says_where_the_vm_is() {
+    for source in [SOURCES[0], SOURCES[3], SOURCES[6]] {
+        let Some(installed) = Installed::require(source.version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            for killed in [true, false] {
+                let dir = TempDir::new().unwrap();
+                let (mut qemu, receive) = among_the_pages(source, &installed, &dir);
+                match killed {
+                    true => qemu.kill().unwrap(),
+                    false => receive.signal(Signal::INT),
+                }
+                let ended = receive.end();
+                ended.failed(if killed { 1 } else { 3 }, "its VM runs nowhere, is whole there and stays paused");
+                assert_eq!(entries(dir.path()), [""; 0]);
+                if !killed {
+                    wait_status(&mut qemu, "postcopy-paused");
+                    assert!(qemu.qmp().cont().is_err(), "its guest cannot be resumed by a word alone");
+                }
+            }
+        });
+        report(TABLE, &format!("{}, ended among the pages: ok", source.name()));
+    }
+}
