@@ -15,7 +15,7 @@ const SAME: &str = "--guest process --memory 32MiB --working-set 8MiB";
 
 #[track_caller]
 fn begin(source: &Guest, uri: &str) {
-    let answer = source.ask(&json!({ "migrate": uri })).unwrap();
+    let answer = source.ask("migrate", json!({ "uri": uri })).unwrap();
     assert!(answer.get("return").is_some(), "{answer}");
 }
 
@@ -32,9 +32,9 @@ fn move_and_check(dir: &TempDir, source: Guest) {
     begin(&source, &uri);
     let (exit, report) = source.end();
     assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
-    let finish = json!({ "finish": { "passes": 2, "within": 100.0 } });
+    let finish = json!({ "passes": 2, "within": 100.0 });
     // Also before the destination itself has noticed that the guest is there.
-    assert!(destination.ask(&finish).unwrap().get("return").is_some());
+    assert!(destination.ask("x-guest-finish", finish).unwrap().get("return").is_some());
     let (exit, report) = destination.end();
     assert_eq!(exit, 0, "{report}");
     assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0);
@@ -56,10 +56,11 @@ fn the_guest_survives_a_destination_killed_at_any_moment_and_moves_at_the_next_a
             begin(&source, &uri);
             thread::sleep(Duration::from_millis(attempt * 61));
             destination.kill();
-            while source.ask(&json!("status")).is_some_and(|answer| answer["return"]["state"] == "outgoing") {
+            while source.ask("x-guest-status", json!({})).is_some_and(|answer| answer["return"]["state"] == "outgoing")
+            {
                 thread::sleep(Duration::from_millis(5));
             }
-            let Some(mut answer) = source.ask(&json!("status")) else {
+            let Some(mut answer) = source.ask("x-guest-status", json!({})) else {
                 // Too late: the destination had confirmed. Then the guest was there and must not be here.
                 let (exit, report) = source.end();
                 assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
@@ -88,12 +89,12 @@ fn a_destination_whose_source_is_killed_ends_without_a_guest() {
             source.wait_for(|_| true);
             begin(&source, &uri);
             thread::sleep(Duration::from_millis(11 + attempt * 71));
-            let before = destination.ask(&json!("status")).unwrap();
+            let before = destination.ask("x-guest-status", json!({})).unwrap();
             source.kill();
             if before["return"]["state"] != "incoming" {
                 continue;
             }
-            let (exit, report) = match destination.ask(&json!("status")) {
+            let (exit, report) = match destination.ask("x-guest-status", json!({})) {
                 // Confirmed in the last moment: then the guest is here, and nowhere else.
                 Some(status) if status["return"]["state"] == "running" => continue,
                 _ => destination.end(),
@@ -135,7 +136,7 @@ fn an_interrupt_cancels_and_the_source_guest_runs_on() {
 }
 
 #[test]
-fn a_source_without_control_socket_shows_that_its_guest_runs_on_and_ends() {
+fn a_source_without_a_monitor_shows_that_its_guest_runs_on_and_ends() {
     time_limit(LIMIT, || {
         let dir = TempDir::new().unwrap();
         let (_destination, uri) = Guest::incoming(dir.path(), "d", SAME);
@@ -186,7 +187,7 @@ fn the_next_destination_is_tried_when_one_fails() {
         let (exit, report) = source.end();
         assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
         destination.runs_on();
-        assert!(destination.ask(&json!("quit")).unwrap().get("return").is_some());
+        assert!(destination.ask("quit", json!({})).unwrap().get("return").is_some());
         assert_eq!(destination.end().0, 0);
     });
 }

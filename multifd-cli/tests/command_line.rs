@@ -116,7 +116,7 @@ fn a_wrong_uri_is_a_usage_error() {
         ("--incoming", "tcp:localhost", "tcp:HOST:PORT"),
         ("--migrate-to", "localhost:4444", "unix:PATH"),
         ("--migrate-to", "tcp:::1:4444", "brackets"),
-        ("--control", "tcp:localhost:1", "unix:PATH"),
+        ("--qmp", "tcp:localhost:1", "unix:PATH"),
     ] {
         let output = time_limit(LIMIT, || run(&format!("guest {option} {value}")));
         let message = String::from_utf8_lossy(&output.stderr);

@@ -148,7 +148,7 @@ fn a_guest_outlives_its_terminal_also_while_it_migrates() {
         source.runs_on();
         let (destination, uri) = Guest::incoming(dir.path(), "destination", SMALL);
         destination.signal(Signal::HUP);
-        source.ask(&json!({ "migrate": uri })).unwrap();
+        source.ask("migrate", json!({ "uri": uri })).unwrap();
         source.wait_for(|status| status["state"] == "outgoing");
         source.signal(Signal::HUP);
         destination.signal(Signal::HUP);
@@ -344,7 +344,7 @@ fn a_destination_that_never_answers_is_given_up_and_the_guest_runs_on() {
         });
         let source = Guest::start(dir.path(), "source", &format!("{SMALL} --stall-timeout 300ms"));
         source.wait_for(|status| status["state"] == "running");
-        source.ask(&json!({ "migrate": uri })).unwrap();
+        source.ask("migrate", json!({ "uri": uri })).unwrap();
         let status = source.wait_for(|status| status["state"] != "outgoing");
         assert_eq!((&status["state"], &status["status"]), (&json!("running"), &json!("failed")), "{status}");
         assert!(status["error"].as_str().unwrap().contains("within 0.3 s"), "{status}");
@@ -354,24 +354,24 @@ fn a_destination_that_never_answers_is_given_up_and_the_guest_runs_on() {
 
 /// It was in the way of the next guest.
 #[test]
-fn the_control_socket_of_a_killed_guest_is_replaced() {
+fn the_monitor_of_a_killed_guest_is_replaced() {
     time_limit(LIMIT, || {
         let dir = TempDir::new().unwrap();
-        let first = Guest::start(dir.path(), "control", SMALL);
+        let first = Guest::start(dir.path(), "monitor", SMALL);
         first.wait_for(|_| true);
         first.kill();
-        assert!(dir.join("control").exists());
-        let second = Guest::start(dir.path(), "control", SMALL);
+        assert!(dir.join("monitor").exists());
+        let second = Guest::start(dir.path(), "monitor", SMALL);
         second.runs_on();
         // One that lives keeps it.
-        let third = Guest::start(dir.path(), "control", SMALL);
+        let third = Guest::start(dir.path(), "monitor", SMALL);
         let (exit, report) = third.end();
         assert_eq!(exit, 1, "{report}");
         assert!(report["error"].as_str().unwrap().contains("another process listens there"), "{report}");
         second.runs_on();
-        assert!(second.ask(&json!("quit")).unwrap().get("return").is_some());
+        assert!(second.ask("quit", json!({})).unwrap().get("return").is_some());
         assert_eq!(second.end().0, 0);
-        assert!(!dir.join("control").exists());
+        assert!(!dir.join("monitor").exists());
     });
 }
 
@@ -421,7 +421,7 @@ fn a_token_keeps_a_source_without_it_away_and_lets_the_right_one_in() {
         for (name, other) in [("none", ""), ("wrong", "--token ffeeddccbbaa99887766554433221100")] {
             let source = Guest::start(dir.path(), name, &format!("{SMALL} {other}"));
             source.wait_for(|status| status["state"] == "running");
-            source.ask(&serde_json::json!({ "migrate": uri })).unwrap();
+            source.ask("migrate", serde_json::json!({ "uri": uri })).unwrap();
             source.wait_for(|status| status["state"] == "running" && status["error"].is_string());
             source.runs_on();
             source.kill();
@@ -429,7 +429,7 @@ fn a_token_keeps_a_source_without_it_away_and_lets_the_right_one_in() {
         }
         let source = Guest::start(dir.path(), "right", &with);
         source.wait_for(|status| status["state"] == "running");
-        source.ask(&serde_json::json!({ "migrate": uri })).unwrap();
+        source.ask("migrate", serde_json::json!({ "uri": uri })).unwrap();
         assert_eq!(source.end().0, 0);
         destination.runs_on();
         destination.kill();

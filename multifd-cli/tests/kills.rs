@@ -10,14 +10,14 @@
 
 use std::{
     env,
-    io::{BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
+    io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant, SystemTime},
 };
 
 use fastrand::Rng;
+use multifd_qmp::{Client, Error};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
@@ -25,19 +25,19 @@ use test_support::{TempDir, report, time_limit};
 /// One `multifd guest`.
 struct Process {
     child: Child,
-    control: PathBuf,
+    monitor: PathBuf,
     uri: String,
 }
 
 impl Process {
     /// Starts a guest, or a process that waits for one.
     fn start(directory: &TempDir, number: usize, incoming: bool) -> Process {
-        let control = directory.join(format!("c{number}"));
+        let monitor = directory.join(format!("c{number}"));
         let uri = format!("unix:{}", directory.join(format!("d{number}")).display());
         let mut command = Command::new(env!("CARGO_BIN_EXE_multifd"));
         command.args(["guest", "--guest=process", "--dirty-log=bitmap", "--memory=24MiB", "--working-set=4MiB"]);
         command.args(["--write-rate=40MB/s", "--channels=2", "--json", "--progress=never", "-q"]);
-        command.arg(format!("--control=unix:{}", control.display()));
+        command.arg(format!("--qmp=unix:{}", monitor.display()));
         if incoming {
             command.arg(format!("--incoming={uri}"));
         }
@@ -48,32 +48,32 @@ impl Process {
             BufReader::new(stderr).read_line(&mut line).unwrap();
             assert!(line.starts_with("listening on "), "{line:?}");
         }
-        let mut process = Process { child, control, uri };
+        let mut process = Process { child, monitor, uri };
         process.until(|status| status.is_some());
         process
     }
 
     /// Asks; `None` from a process that has ended, or whose end is near.
-    fn ask(&self, command: &Value) -> Option<Value> {
-        let mut stream = UnixStream::connect(&self.control).ok()?;
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        writeln!(stream, "{command}").ok()?;
-        let mut answer = String::new();
-        BufReader::new(stream).read_line(&mut answer).ok()?;
-        serde_json::from_str::<Value>(&answer).ok()
+    fn ask(&self, command: &str, arguments: Value) -> Option<Value> {
+        let client = Client::builder().limit(LIMIT).connect(&self.monitor);
+        match client.and_then(|mut client| client.execute(command, arguments)) {
+            Ok(answer) => Some(json!({ "return": answer })),
+            Err(Error::Refused { description, .. }) => Some(json!({ "error": description })),
+            Err(_) => None,
+        }
     }
 
     /// Begins to migrate the guest, which is here, to `there`.
     fn migrate(&mut self, there: &Process) {
         // No answer: the guest has left, and the process with it, before the answer could be written.
-        if let Some(answer) = self.ask(&json!({ "migrate": there.uri })) {
+        if let Some(answer) = self.ask("migrate", json!({ "uri": there.uri })) {
             assert!(answer["return"].is_object(), "{answer}");
         }
     }
 
     /// Its status; nothing from a process that has ended, or is about to.
     fn status(&self) -> Option<Value> {
-        Some(self.ask(&json!("status"))?["return"].take()).filter(Value::is_object)
+        Some(self.ask("x-guest-status", json!({}))?["return"].take()).filter(Value::is_object)
     }
 
     /// Its status once `enough` says so; `None` if it has ended.
@@ -108,7 +108,7 @@ impl Process {
 
     /// Says that the guest, which is paused in doubt here, runs nowhere else.
     fn resume(&mut self) {
-        let answer = self.ask(&json!("resume")).expect("it waits for this");
+        let answer = self.ask("x-guest-resume", json!({})).expect("it waits for this");
         assert_eq!(answer, json!({ "return": {} }));
         assert!(self.until(|status| status.is_some_and(|status| status["state"] == "running")).is_some());
     }
@@ -150,7 +150,7 @@ impl Process {
 
     /// Ends the guest and asserts that all its memory is right.
     fn finish(mut self) {
-        self.ask(&json!({ "finish": { "passes": 2, "within": 20.0 } })).expect("it runs");
+        self.ask("x-guest-finish", json!({ "passes": 2, "within": 20.0 })).expect("it runs");
         let mut text = String::new();
         self.child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
         self.child.wait().unwrap();

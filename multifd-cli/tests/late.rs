@@ -392,7 +392,7 @@ impl Pause {
 fn arrives(source: Guest, destination: Guest, context: &str) {
     let (exit, left) = source.end();
     assert_eq!(exit, 0, "{context}: {left}, {}", destination.stderr());
-    destination.ask(&json!({ "finish": { "passes": 2, "within": 60.0 } })).expect("the guest is there");
+    destination.ask("x-guest-finish", json!({ "passes": 2, "within": 60.0 })).expect("the guest is there");
     let (exit, report) = destination.end();
     assert_eq!(exit, 0, "{context}: {report}");
     assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0, "{context}: {report}");

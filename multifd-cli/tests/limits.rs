@@ -67,7 +67,13 @@ impl Process {
 
     /// Its status; nothing from a process that has ended, or is about to.
     fn status(&mut self) -> Option<Value> {
-        Some(self.client.try_ask(&json!("status"))?["return"].take()).filter(Value::is_object)
+        let status = self.client.try_ask("x-guest-status", json!({}))?["return"].take();
+        if status["state"] == "migrated" {
+            // It stays for its client.
+            self.client.try_ask("quit", json!({}));
+            return None;
+        }
+        Some(status).filter(Value::is_object)
     }
 
     /// Its status once `over` says so; `None` if it has ended.
@@ -153,7 +159,7 @@ fn run(wanted: u32, random: &mut Rng, seed: u64) {
     }
     let Some(mut there) = start(true) else { return };
     assert_eq!(migrate(&mut here, &mut there, "without limits"), Owner::Destination);
-    there.client.try_ask(&json!({ "finish": { "passes": 2, "within": 20.0 } }));
+    there.client.try_ask("x-guest-finish", json!({ "passes": 2, "within": 20.0 }));
     let (exit, last) = there.guest.end();
     assert_eq!((&last["guest-errors"], &last["pages-wrong"]), (&json!(0), &json!(0)), "{exit}: {last}");
     let [source, destination, in_doubt] = owners;
@@ -169,7 +175,7 @@ fn run(wanted: u32, random: &mut Rng, seed: u64) {
 /// Tries to move the guest, and finds it. The limits are lifted afterwards.
 fn migrate(here: &mut Process, there: &mut Process, context: &str) -> Owner {
     // No answer: the guest has left, and the process with it, before the answer could be written.
-    if let Some(answer) = here.client.try_ask(&json!({ "migrate": there.uri })) {
+    if let Some(answer) = here.client.try_ask("migrate", json!({ "uri": there.uri })) {
         assert!(answer["return"].is_object(), "{context}: {answer}");
     }
     let at_source = here.until(|status| status["state"] != "outgoing");
@@ -207,7 +213,7 @@ fn migrate(here: &mut Process, there: &mut Process, context: &str) -> Owner {
                 return Owner::Destination;
             }
             here.release();
-            assert_eq!(here.client.ask(&json!("resume")), json!({ "return": {} }), "{context}");
+            assert_eq!(here.client.ask("x-guest-resume", json!({})), json!({ "return": {} }), "{context}");
             here.client.runs_on();
             Owner::InDoubt
         }
@@ -227,7 +233,7 @@ fn save(dir: &TempDir, here: &mut Process, random: &mut Rng, context: &str) {
     BufReader::new(receive.stderr.take().unwrap()).read_line(&mut line).unwrap();
     assert_eq!(line, format!("listening on {uri}\n"), "{context}");
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
-    if let Some(answer) = here.client.try_ask(&json!({ "migrate": uri })) {
+    if let Some(answer) = here.client.try_ask("migrate", json!({ "uri": uri })) {
         assert!(answer["return"].is_object(), "{context}: {answer}");
     }
     let status = here.until(|status| status["state"] != "outgoing").unwrap_or_else(|| panic!("{context}: lost"));

@@ -92,7 +92,7 @@ fn undisturbed(left: &Host, right: &Host) -> Duration {
     let dir = TempDir::new().unwrap();
     let (source, destination, uri) = guests(left, right, &dir);
     let begun = Instant::now();
-    source.ask(&json!({ "migrate": uri })).unwrap();
+    source.ask("migrate", json!({ "uri": uri })).unwrap();
     while !runs(&state(&destination)) {
         assert!(begun.elapsed() < LIMIT);
         thread::sleep(Duration::from_millis(1));
@@ -110,7 +110,7 @@ fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round:
     let context = format!("round {round}: {cut:?} after {wait:?} for {hold:?}");
 
     let begun = Instant::now();
-    source.ask(&json!({ "migrate": uri })).unwrap();
+    source.ask("migrate", json!({ "uri": uri })).unwrap();
     thread::sleep(wait);
     left.reaches(RIGHT.0, RIGHT.1, cut != Cut::Back);
     right.reaches(LEFT.0, LEFT.1, cut != Cut::There);
@@ -151,12 +151,12 @@ fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round:
         Owner::Destination | Owner::KeptPaused => destination.runs_on(),
         Owner::Source => source.runs_on(),
         Owner::ResumedByOperator => {
-            assert_eq!(source.ask(&json!("resume")), Some(json!({ "return": {} })), "{context}");
+            assert_eq!(source.ask("x-guest-resume", json!({})), Some(json!({ "return": {} })), "{context}");
             source.runs_on();
         }
     }
     let keeper = if matches!(owner, Owner::Destination | Owner::KeptPaused) { destination } else { source };
-    assert!(keeper.ask(&json!("quit")).is_some(), "{context}");
+    assert!(keeper.ask("quit", json!({})).is_some(), "{context}");
     let (exit, report) = keeper.end();
     assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0, "{context}: {exit} {report}");
     owner
@@ -164,7 +164,7 @@ fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round:
 
 /// Its status; nothing from a process that has ended, or is about to.
 fn state(guest: &Guest) -> Option<Value> {
-    guest.ask(&json!("status")).map(|mut answer| answer["return"].take()).filter(Value::is_object)
+    guest.ask("x-guest-status", json!({})).map(|mut answer| answer["return"].take()).filter(Value::is_object)
 }
 
 fn runs(state: &Option<Value>) -> bool {

@@ -34,7 +34,7 @@ fn the_guest_survives_a_source_without_threads_and_moves_once_there_are_some() {
             let (destination, uri) = Guest::incoming(dir.path(), &format!("d{more}"), SAME);
             fs::set_permissions(dir.path().join(format!("d{more}.socket")), fs::Permissions::from_mode(0o777)).unwrap();
             user.allow(source.pid(), more);
-            assert!(client.ask(&json!({ "migrate": uri })).get("return").is_some());
+            assert!(client.ask("migrate", json!({ "uri": uri })).get("return").is_some());
             let status = client.settled();
             assert_eq!((&status["state"], &status["status"]), (&json!("running"), &json!("failed")), "{status}");
             let error = status["error"].as_str().unwrap();
@@ -45,7 +45,9 @@ fn the_guest_survives_a_source_without_threads_and_moves_once_there_are_some() {
         user.allow(source.pid(), 100);
         let (destination, uri) = Guest::incoming(dir.path(), "last", SAME);
         fs::set_permissions(dir.path().join("last.socket"), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(client.ask(&json!({ "migrate": uri })).get("return").is_some());
+        assert!(client.ask("migrate", json!({ "uri": uri })).get("return").is_some());
+        // The source stays for its client.
+        drop(client);
         let (exit, report) = source.end();
         assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
         destination.runs_on();
@@ -67,7 +69,7 @@ fn the_guest_survives_a_source_without_memory_for_its_threads() {
         for kib in (0..20).map(|step| step * 256) {
             let used = address_space(source.pid());
             user.limit(source.pid(), &format!("--as={}:", used + (kib << 10)));
-            assert!(client.ask(&json!({ "migrate": uri })).get("return").is_some());
+            assert!(client.ask("migrate", json!({ "uri": uri })).get("return").is_some());
             let status = client.settled();
             assert_eq!((&status["state"], &status["status"]), (&json!("running"), &json!("failed")), "{status}");
             let error = status["error"].as_str().unwrap();
@@ -92,7 +94,7 @@ fn the_guest_stays_at_the_source_when_the_destination_gets_no_threads() {
             command.args(["--incoming", &uri]);
             let destination = Guest::start_by(command, dir.path(), &format!("d{more}"), SAME);
             assert_eq!(destination.listening(), uri);
-            // It listens before the threads are made that serve the listener and the control socket.
+            // It listens before the threads are made that serve the listener and the monitor.
             let mut client = Client::new(&dir.path().join(format!("d{more}")));
             let deadline = Instant::now() + LIMIT;
             let accepts = || {
@@ -107,7 +109,7 @@ fn the_guest_stays_at_the_source_when_the_destination_gets_no_threads() {
             }
             assert_eq!(client.status()["state"], "incoming");
             user.allow(destination.pid(), more);
-            assert!(source.ask(&json!({ "migrate": uri })).unwrap().get("return").is_some());
+            assert!(source.ask("migrate", json!({ "uri": uri })).unwrap().get("return").is_some());
             let status = source.wait_for(|status| status["state"] != "outgoing");
             assert_eq!((&status["state"], &status["status"]), (&json!("running"), &json!("failed")), "{status}");
             source.runs_on();

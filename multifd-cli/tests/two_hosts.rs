@@ -24,7 +24,7 @@ fn a_guest_moves_to_another_host_and_back() {
             let uri = destination.listening();
             assert!(uri.starts_with(&format!("tcp:{address}:")), "{uri}");
             let before = from.sent("cable");
-            source.ask(&json!({ "migrate": uri })).unwrap();
+            source.ask("migrate", json!({ "uri": uri })).unwrap();
             let (exit, report) = source.end();
             assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{name}: {report}");
             let (sent, transferred) = (from.sent("cable") - before, number(&report, "/ram/transferred"));
@@ -32,7 +32,7 @@ fn a_guest_moves_to_another_host_and_back() {
             destination.runs_on();
             source = destination;
         }
-        assert!(source.ask(&json!("quit")).unwrap().get("return").is_some());
+        assert!(source.ask("quit", json!({})).unwrap().get("return").is_some());
         let (exit, report) = source.end();
         assert_eq!(exit, 0, "{report}");
         assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0);

@@ -70,7 +70,7 @@ fn a_guest_in_doubt_is_paused_until_it_is_told_to_resume() {
         source.wait_for(|status| status["state"] == "running");
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        source.ask(&json!({ "migrate": format!("tcp:{address}") })).unwrap();
+        source.ask("migrate", json!({ "uri": format!("tcp:{address}") })).unwrap();
         let (mut main, connections) = take_everything(&listener);
 
         let sockets = match sockets_of(source.pid(), address.port()) {
@@ -91,8 +91,13 @@ fn a_guest_in_doubt_is_paused_until_it_is_told_to_resume() {
         let error = status["error"].as_str().unwrap();
         assert!(error.contains("it is not known whether the other side runs the VM"), "{error}");
         // Only the command of an operator who knows resumes it.
-        for refused in [json!({ "migrate": "unix:nowhere" }), json!({ "finish": { "passes": 1, "within": 1.0 } })] {
-            let answer = source.ask(&refused).unwrap();
+        for (refused, arguments) in [
+            ("migrate", json!({ "uri": "unix:nowhere" })),
+            ("x-guest-finish", json!({ "passes": 1, "within": 1.0 })),
+            // Clients say it after a migration that failed, without a look at the destination.
+            ("cont", json!({})),
+        ] {
+            let answer = source.ask(refused, arguments).unwrap();
             assert!(answer["error"].is_string(), "{refused}: {answer}");
         }
         thread::sleep(Duration::from_millis(300));
@@ -101,27 +106,27 @@ fn a_guest_in_doubt_is_paused_until_it_is_told_to_resume() {
         assert_eq!(later["pages-written"], status["pages-written"], "it is paused");
 
         drop((main, connections, sockets));
-        assert_eq!(source.ask(&json!("resume")).unwrap(), json!({ "return": {} }));
+        assert_eq!(source.ask("x-guest-resume", json!({})).unwrap(), json!({ "return": {} }));
         source.runs_on();
-        let again = source.ask(&json!("resume")).unwrap();
+        let again = source.ask("x-guest-resume", json!({})).unwrap();
         assert!(again["error"].as_str().unwrap().contains("is not paused in doubt"), "{again}");
 
         // It is whole, and can move.
         let (destination, uri) = Guest::incoming(dir.path(), "destination", SMALL);
-        source.ask(&json!({ "migrate": uri })).unwrap();
+        source.ask("migrate", json!({ "uri": uri })).unwrap();
         let (exit, report) = source.end();
         assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
         destination.runs_on();
-        assert!(destination.ask(&json!("quit")).unwrap().get("return").is_some());
+        assert!(destination.ask("quit", json!({})).unwrap().get("return").is_some());
         let (exit, report) = destination.end();
         assert_eq!(exit, 0, "{report}");
         assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0);
     });
 }
 
-/// Without a control socket the process ended, and what may have been the only copy of the guest with it.
+/// Without a QMP socket the process ended, and what may have been the only copy of the guest with it.
 #[test]
-fn a_guest_in_doubt_without_a_control_socket_stays_until_a_signal_resumes_it() {
+fn a_guest_in_doubt_without_a_monitor_stays_until_a_signal_resumes_it() {
     time_limit(LIMIT, || {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();

@@ -21,9 +21,9 @@ pub use self::{
     output::{OutputArgs, ProgressMode},
     postcopy::PostcopyArgs,
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
-    transfer::Compression,
-    values::{destination_uri, uuid},
-    verbs::{DemoArgs, GuestArgs, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
+    transfer::{Compression, TransferArgs},
+    values::uuid,
+    verbs::{DemoArgs, GuestArgs, Incoming, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
 };
 
 /// Moves running virtual machines between processes and hosts, in QEMU's multifd format.
@@ -80,7 +80,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
     let cli = Cli::try_parse()?;
     let checked = match &cli.verb {
         Verb::Demo(args) => args.check(),
-        Verb::Guest(args) => args.machine.check().and_then(|()| args.transfer.check()),
+        Verb::Guest(args) => args.check(),
         Verb::Send(args) => args.check(),
         Verb::Checkpoint(args) => args.check(),
         Verb::Restore(args) => args.check(),

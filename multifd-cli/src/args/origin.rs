@@ -48,6 +48,14 @@ impl Origin {
         })
     }
 
+    /// Where the source connects to.
+    pub fn address(&self) -> Option<&Uri> {
+        match self {
+            Origin::Uri(uri) => Some(uri),
+            Origin::StandardInput | Origin::File { .. } => None,
+        }
+    }
+
     /// Whether there is a single connection, without a way back.
     pub fn is_one_way(&self) -> bool {
         !matches!(self, Origin::Uri(_))

@@ -187,6 +187,7 @@ impl CheckpointArgs {
             return_path_ack: ReturnPathAck::Auto,
             channels: NonZeroU8::new(self.channels()).filter(|_| live),
             compression: live.then_some(compression),
+            qmp: None,
             uuid: None,
             link: LinkArgs { stall_timeout: self.stall_timeout, token: None },
             output: self.output.clone(),

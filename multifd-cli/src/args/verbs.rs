@@ -1,9 +1,12 @@
 //! The options of each verb.
 
-use std::{num::NonZeroU8, path::PathBuf, time::Duration};
+use std::{num::NonZeroU8, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
-use multifd::{source, transport::uri::Uri};
+use multifd::{
+    source,
+    transport::uri::{Uri, UriError},
+};
 
 use super::{
     MIGRATION,
@@ -71,9 +74,10 @@ fn no_address(option: &str) -> String {
 /// Options of `multifd guest`.
 #[derive(Debug, Args)]
 pub struct GuestArgs {
-    /// Wait for a guest at this address, and run it.
-    #[arg(long, value_name = "URI", conflicts_with_all = ["migrate_to", "after"], help_heading = MIGRATION)]
-    pub incoming: Option<Uri>,
+    /// Wait for a guest at this address, and run it; defer: at the one that QMP's migrate-incoming names.
+    #[arg(long, value_name = "URI", value_parser = Incoming::from_str, conflicts_with_all = ["migrate_to", "after"],
+        help_heading = MIGRATION)]
+    pub incoming: Option<Incoming>,
     /// Migrate the guest there; given several times, the next is tried when one fails.
     #[arg(long, value_name = "URI", value_parser = destination_uri, help_heading = MIGRATION)]
     pub migrate_to: Vec<Uri>,
@@ -85,9 +89,9 @@ pub struct GuestArgs {
     /// has arrived, 1s when it could not be migrated].
     #[arg(long, value_name = "TIME", value_parser = units::time, help_heading = MIGRATION)]
     pub run_for: Option<Duration>,
-    /// Take commands there, one JSON value a line: "status", {"migrate": URI}, "cancel", "resume", "quit".
+    /// Be driven there as a QEMU by its monitor (QMP).
     #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
-    pub control: Option<Uri>,
+    pub qmp: Option<Uri>,
     /// Check while the guest arrives that no page is written from an older round than it already holds; if one is, exit with
     /// status 6.
     #[arg(long, requires = "incoming", help_heading = MIGRATION)]
@@ -110,6 +114,39 @@ pub struct GuestArgs {
     /// Ends with the process of this id, which reports errors in its place.
     #[arg(long, value_name = "PID", hide = true)]
     pub child_of: Option<i32>,
+}
+
+/// Where a guest comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// It connects there.
+    At(Uri),
+    /// A client says it later.
+    Defer,
+}
+
+impl FromStr for Incoming {
+    type Err = UriError;
+
+    fn from_str(text: &str) -> Result<Incoming, UriError> {
+        if text == "defer" { Ok(Incoming::Defer) } else { text.parse().map(Incoming::At) }
+    }
+}
+
+impl GuestArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.machine.check()?;
+        self.transfer.check()?;
+        match (&self.incoming, &self.qmp) {
+            (Some(Incoming::Defer), None) => {
+                Err("nothing can say where the guest comes from; expected '--qmp unix:PATH' with '--incoming defer'"
+                    .to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Options of `multifd receive`.
@@ -146,6 +183,9 @@ pub struct ReceiveArgs {
     /// Compression that the source is expected to use [default: any].
     #[arg(long, value_enum)]
     pub compression: Option<Compression>,
+    /// Be looked at and cancelled there as a QEMU by its monitor (QMP).
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_uri)]
+    pub qmp: Option<Uri>,
     /// UUID of the VM that is expected; a source with another one is refused [default: any].
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     pub uuid: Option<[u8; 16]>,
@@ -183,6 +223,9 @@ pub struct SendArgs {
     /// QEMU does not write those that it finds in packets.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// Be looked at and steered there as a QEMU by its monitor (QMP).
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_uri, help_heading = MIGRATION)]
+    pub qmp: Option<Uri>,
     /// What waits there [default: multifd for the built-in guest or with --token, else qemu].
     #[arg(long, value_enum, help_heading = MIGRATION)]
     pub peer: Option<Peer>,

@@ -11,14 +11,14 @@ use std::{
 };
 
 use multifd_guest::pace::Rate;
+use multifd_qmp::Client;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::{
     args::{DemoArgs, Token, Transport},
     child::{Ending, GuestProcess, Said},
-    control::{self, Command},
     exit::Exit,
     progress,
     report::{Audit, MigrationReport, Outcome, fields},
@@ -145,8 +145,7 @@ impl<'a> Demo<'a> {
             Transport::Tcp if args.ipv6 => "tcp:[::1]:0".to_owned(),
             Transport::Tcp => format!("tcp:{}:0", args.address.as_deref().unwrap_or("127.0.0.1")),
         };
-        let mut options =
-            vec![format!("--incoming={incoming}"), format!("--control=unix:{}", self.control().display())];
+        let mut options = vec![format!("--incoming={incoming}"), format!("--qmp=unix:{}", self.monitor().display())];
         options.extend(args.machine.to_args());
         options.extend(args.transfer.to_args());
         options.extend(args.audit.then(|| "--audit".to_owned()));
@@ -177,8 +176,8 @@ impl<'a> Demo<'a> {
         move |said| drop(events.send(Event::Said(side, said)))
     }
 
-    fn control(&self) -> PathBuf {
-        self.dir.path().join("control")
+    fn monitor(&self) -> PathBuf {
+        self.dir.path().join("qmp")
     }
 
     fn wait_until_it_listens(&mut self) -> Result<(), Box<Outcome>> {
@@ -213,7 +212,8 @@ impl<'a> Demo<'a> {
     fn finish_destination(&mut self) -> Result<(), Box<Outcome>> {
         let passes = if self.args.machine.write_rate.0 == Rate::Idle { 0 } else { PASSES };
         let within = self.args.machine.time_for_passes(passes).as_secs_f64();
-        let answer = control::ask(&self.control(), &Command::Finish { passes, within });
+        let finish = json!({ "passes": passes, "within": within });
+        let answer = Client::connect(&self.monitor()).and_then(|mut client| client.execute("x-guest-finish", finish));
         answer.map(drop).map_err(|error| {
             let ending = self.wait_for_destination(Some(Instant::now() + AFTER_THE_SOURCE)).ok();
             let error = ending.and_then(|ending| ending.error).unwrap_or_else(|| error.to_string());

@@ -10,7 +10,12 @@ use std::{
 };
 
 use multifd::{
-    destination::Destination, error::Error, source::Source, stop::StopHandle, threads, transport::uri::Uri,
+    destination::Destination,
+    error::Error,
+    source::{self, Source},
+    stop::StopHandle,
+    threads,
+    transport::uri::Uri,
     vm::SourceVm,
 };
 use multifd_guest::{
@@ -21,12 +26,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    args::{GuestArgs, destination_uri},
+    args::{GuestArgs, Incoming},
     connect::PatientConnector,
-    control::{Command, Control, Request},
     exit::Exit,
     lend::lend,
     progress::Display,
+    qmp::{Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
     report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
     signals::{self, Hangup},
     table, terminal,
@@ -52,7 +57,7 @@ enum Event {
     Interrupt,
     /// SIGUSR1.
     Resume,
-    /// A command on the control socket.
+    /// A command of a QMP client.
     Request(Request),
     /// The migration is over.
     Migrated(Box<Migrated>),
@@ -60,6 +65,24 @@ enum Event {
     FirstPass(Instant),
     /// The guest has made the passes that it was to make before the end, or the time for it is over.
     Finish,
+}
+
+/// A command that waits for its answer.
+struct Request {
+    command: Command,
+    answer: mpsc::Sender<Result<Value, String>>,
+}
+
+/// Has the main loop run the commands of QMP clients.
+struct ByTheLoop(mpsc::Sender<Event>);
+
+impl Commands for ByTheLoop {
+    fn run(&self, command: Command) -> Result<Value, String> {
+        let (answer, answered) = mpsc::channel();
+        let gone = |_| "the guest has ended".to_owned();
+        self.0.send(Event::Request(Request { command, answer })).map_err(|_| gone(mpsc::RecvError))?;
+        answered.recv().map_err(gone)?
+    }
 }
 
 /// How a migration ended.
@@ -83,6 +106,8 @@ struct Failed {
 enum State {
     /// It runs here.
     Running,
+    /// It is here, and paused by a QMP client.
+    Stopped,
     /// It is on its way to us.
     Incoming,
     /// It runs here and is on its way to another process.
@@ -146,7 +171,8 @@ struct Session<'a> {
     details: Vec<String>,
     /// Passes and time after which to end, once the guest has come.
     finish_when_here: Option<(u64, Duration)>,
-    _control: Option<Control>,
+    qmp: Qmp,
+    _listening: Listening,
 }
 
 impl<'a> Session<'a> {
@@ -161,14 +187,11 @@ impl<'a> Session<'a> {
         let guest = if args.incoming.is_some() { Guest::create_incoming(&config) } else { Guest::create(&config) };
         let guest = guest.map_err(|error| failed(&error))?;
         tracing::info!("{}", guest.kind_reason());
-        let control = match &args.control {
-            Some(Uri::Unix(path)) => {
-                let events = events.clone();
-                let listen = Control::listen(path, move |request| drop(events.send(Event::Request(request))));
-                Some(listen.map_err(|error| failed(&format!("unix:{}: {error}", path.display())))?)
-            }
-            _ => None,
-        };
+        let run_state = if args.incoming.is_some() { RunState::InMigrate } else { RunState::Running };
+        let settings = Settings::of(&args.transfer);
+        let commands = ByTheLoop(events.clone());
+        let (qmp, _listening) =
+            Qmp::listen(args.qmp.as_ref(), run_state, settings, true, commands).map_err(|error| failed(&error))?;
         let mut report = Map::new();
         report.insert("guest".to_owned(), guest.kind().name().into());
         report.insert("guest-reason".to_owned(), guest.kind_reason().into());
@@ -192,13 +215,17 @@ impl<'a> Session<'a> {
             details: Vec::new(),
             finish_when_here: None,
             events,
-            _control: control,
+            qmp,
+            _listening,
         })
     }
 
     fn run(mut self, arrivals: &mpsc::Receiver<Event>) -> Outcome {
-        if let Some(uri) = &self.args.incoming {
-            if let Err(error) = self.receive(uri) {
+        if let Some(incoming) = &self.args.incoming {
+            self.set_state(State::Incoming);
+            if let Incoming::At(uri) = incoming
+                && let Err(error) = self.receive(uri)
+            {
                 return Outcome::failed(Exit::Failed, error);
             }
         } else {
@@ -220,8 +247,8 @@ impl<'a> Session<'a> {
                 Event::Interrupt => match &self.stop {
                     Some(stop) => stop.cancel(),
                     None => {
-                        if self.targets.len() > 0 {
-                            // It was to leave and has not even begun.
+                        if self.targets.len() > 0 || self.state == State::Incoming {
+                            // It was to leave, or to come, and has not even begun.
                             self.failure = Some((Exit::Cancelled, Error::Cancelled.to_string()));
                         }
                         break;
@@ -250,7 +277,11 @@ impl<'a> Session<'a> {
                 Event::Finish => break,
             }
         }
-        self.finish()
+        let qmp = self.qmp.clone();
+        let outcome = self.finish();
+        // Whose command ended it gets the answer.
+        qmp.wait_clients(LAST_ANSWER);
+        outcome
     }
 
     /// The next event; `None` when the time of the guest is over.
@@ -266,7 +297,7 @@ impl<'a> Session<'a> {
                 Err(RecvTimeoutError::Timeout) => {
                     self.deadline = None;
                     let uri = self.targets.next()?;
-                    self.send(uri);
+                    self.send(uri, self.args.transfer.source_options(MACHINE));
                 }
             }
         }
@@ -280,11 +311,13 @@ impl<'a> Session<'a> {
         options.audit = self.args.audit;
         let destination = Destination::new(options);
         self.stop = Some(destination.stop_handle());
-        self.state = State::Incoming;
+        self.qmp.begin(Role::Destination, destination.progress(), None, Some(listener.uri().clone()));
+        let qmp = self.qmp.clone();
         let mut display = Display::new(&self.args.output, &destination.progress());
         self.spawn(move |guest| {
             let (progress, begun) = (destination.progress(), Instant::now());
-            let result = destination.run(guest, Box::new(listener), &mut display);
+            let watched = &mut Watched::new(&mut display, qmp, Role::Destination);
+            let result = destination.run(guest, Box::new(listener), watched);
             let page_size = multifd_guest::pattern::PAGE_SIZE;
             match result {
                 Ok(report) => Ok(MigrationReport::received(&report, page_size, guest.verify_time())),
@@ -298,17 +331,20 @@ impl<'a> Session<'a> {
     }
 
     /// Begins to migrate the guest to `uri`.
-    fn send(&mut self, uri: Uri) {
-        let source = Source::new(self.args.transfer.source_options(MACHINE));
+    fn send(&mut self, uri: Uri, options: source::Options) {
+        let source = Source::new(options);
         self.stop = Some(source.stop_handle());
         self.state = State::Outgoing;
+        self.qmp.begin(Role::Source, source.progress(), Some(source.handle()), None);
+        let qmp = self.qmp.clone();
         let mut display = Display::new(&self.args.output, &source.progress());
         let limit = self.args.transfer.connect_timeout;
         self.spawn(move |guest| {
             let (progress, begun) = (source.progress(), Instant::now());
             let connector = PatientConnector::new(&uri, limit, source.stop_handle());
             let connector = connector.map_err(|error| Failed::by_io(&error))?;
-            let result = source.run(guest, &connector, &mut display);
+            let watched = &mut Watched::new(&mut display, qmp, Role::Source);
+            let result = source.run(guest, &connector, watched);
             let page_size = multifd_guest::pattern::PAGE_SIZE;
             match result {
                 Ok(report) => Ok(MigrationReport::sent(&report, guest.verify_time())),
@@ -347,20 +383,23 @@ impl<'a> Session<'a> {
         match migrated.result {
             Ok(report) => {
                 self.failure = None;
+                let left = was == State::Outgoing;
+                let run_state = if left { RunState::PostMigrate } else { RunState::Running };
+                self.qmp.end(End::Completed(Box::new(report.clone())), run_state);
                 self.report.extend(fields(&report));
                 self.details = report.auto_compression.iter().map(ChannelCompression::text).collect();
                 self.details.extend(report.zero_copy.map(|zero_copy| format!("zero-copy: {}", zero_copy.text())));
                 self.audit = report.audit.or(self.audit.take());
                 if was == State::Outgoing {
-                    self.state = State::Migrated;
-                    return true;
+                    self.set_state(State::Migrated);
+                    return !self.stays_for_clients();
                 }
-                self.state = State::Running;
                 self.compared = guest.verified().map(|verified| Compared {
                     pages_compared: verified.pages_compared,
                     pages_different: verified.pages_different,
                     differences: verified.differences.clone(),
                 });
+                self.set_state(State::Running);
                 self.say("the guest runs here");
                 self.deadline = self.args.run_for.map(|time| Instant::now() + time);
                 if let Some((passes, within)) = self.finish_when_here.take()
@@ -372,22 +411,32 @@ impl<'a> Session<'a> {
             }
             Err(failed) => {
                 self.report.extend(failed.report);
+                let end = match failed.exit {
+                    Exit::Cancelled => End::Cancelled,
+                    _ => End::Failed(failed.message.clone()),
+                };
+                let run_state = match (was, failed.stands_still) {
+                    (State::Incoming, _) => RunState::InMigrate,
+                    (_, true) => RunState::FinishMigrate,
+                    (_, false) => RunState::Running,
+                };
+                self.qmp.end(end, run_state);
                 if was == State::Incoming {
                     self.failure = Some((failed.exit, failed.message));
                     return true;
                 }
                 if failed.stands_still {
                     // Another target would get a guest that may run already.
-                    self.state = State::Paused;
+                    self.set_state(State::Paused);
                     if self.args.child_of.is_none() {
                         // Not even --quiet hides it: this process has what may be the only copy.
                         terminal::say(&format!("{}\n{}", failed.message, what_now()));
                     }
                     self.failure = Some((failed.exit, failed.message));
                     // The demo gives no commands; it ends.
-                    return self.args.control.is_none() && self.args.child_of.is_some();
+                    return self.args.qmp.is_none() && self.args.child_of.is_some();
                 }
-                self.state = State::Running;
+                self.set_state(State::Running);
                 self.say(&format!("{}; the guest runs on here", failed.message));
                 let cancelled = failed.exit == Exit::Cancelled;
                 self.failure = Some((failed.exit, failed.message));
@@ -395,7 +444,7 @@ impl<'a> Session<'a> {
                     // A cancel of one attempt is meant for the following ones, too.
                     self.targets = Vec::new().into_iter();
                 }
-                let lasting = match (&self.args.run_for, &self.args.control) {
+                let lasting = match (&self.args.run_for, &self.args.qmp) {
                     (Some(time), _) => Some(*time),
                     (None, Some(_)) => None,
                     (None, None) => Some(AFTER_FAILURE),
@@ -411,33 +460,114 @@ impl<'a> Session<'a> {
 
     /// The answer to a command, and whether it was the last.
     fn answer(&mut self, command: &Command) -> (Result<Value, String>, bool) {
-        match command {
-            Command::Status => (Ok(self.status()), false),
-            Command::Migrate(uri) => (self.answer_migrate(uri), false),
-            Command::Cancel => match &self.stop {
-                Some(stop) => {
-                    stop.cancel();
-                    (Ok(json!({})), false)
-                }
-                None => (Err("no migration is under way".to_owned()), false),
+        let answer = match command {
+            Command::GuestStatus => Ok(self.status()),
+            Command::Migrate(uri) => self.answer_migrate(uri),
+            Command::Incoming(uri) => self.answer_incoming(uri),
+            Command::Cancel => Ok(self.cancel()),
+            Command::Stop => self.answer_stop(),
+            Command::Cont => self.answer_cont(),
+            Command::GuestResume => self.answer_resume(),
+            Command::GuestFinish { passes, within } => self.answer_finish(*passes, *within),
+            Command::Quit => match (&self.stop, self.state) {
+                // It ends with the migration.
+                (Some(_), State::Incoming) => Ok(self.cancel()),
+                (Some(_), _) => Err("a migration is under way; cancel it first".to_owned()),
+                (None, _) => return (Ok(json!({})), true),
             },
-            Command::Resume => (self.answer_resume(), false),
-            Command::Finish { passes, within } => (self.answer_finish(*passes, *within), false),
-            Command::Quit => match &self.stop {
-                Some(_) => (Err("a migration is under way; cancel it first".to_owned()), false),
-                None => (Ok(json!({})), true),
-            },
+        };
+        (answer, false)
+    }
+
+    /// Without effect where no migration is under way, as in QEMU.
+    fn cancel(&self) -> Value {
+        if let Some(stop) = &self.stop {
+            self.qmp.cancelling();
+            stop.cancel();
+        }
+        json!({})
+    }
+
+    fn answer_migrate(&mut self, uri: &Uri) -> Result<Value, String> {
+        match self.state {
+            State::Running => {}
+            State::Outgoing => return Err("There's a migration process in progress".to_owned()),
+            State::Stopped => return Err("the guest is paused; expected cont before it is migrated".to_owned()),
+            State::Incoming | State::Paused | State::Migrated => return Err("the guest does not run here".to_owned()),
+        }
+        self.deadline = None;
+        let mut options = self.args.transfer.source_options(MACHINE);
+        self.qmp.settings().apply_to(&mut options);
+        self.send(uri.clone(), options);
+        Ok(json!({}))
+    }
+
+    fn answer_incoming(&mut self, uri: &Uri) -> Result<Value, String> {
+        match (self.state, &self.args.incoming, &self.stop) {
+            (State::Incoming, Some(Incoming::Defer), None) => {
+                self.receive(uri).map_err(|error| error.to_string())?;
+                Ok(json!({}))
+            }
+            (_, None, _) => Err("'-incoming' was not specified on the command line".to_owned()),
+            _ => Err("The incoming migration has already been started".to_owned()),
         }
     }
 
-    fn answer_migrate(&mut self, uri: &str) -> Result<Value, String> {
-        let uri = destination_uri(uri)?;
-        if self.state != State::Running {
-            return Err("the guest does not run here, or is on its way already".to_owned());
+    fn answer_stop(&mut self) -> Result<Value, String> {
+        match (self.state, &mut self.guest) {
+            (State::Running, Some(guest)) => {
+                guest.stop().map_err(|error| error.to_string())?;
+                self.set_state(State::Stopped);
+                Ok(json!({}))
+            }
+            (State::Stopped | State::Paused | State::Migrated, _) => Ok(json!({})),
+            _ => Err("a migration has the guest; cancel it first".to_owned()),
         }
-        self.deadline = None;
-        self.send(uri);
-        Ok(json!({}))
+    }
+
+    fn answer_cont(&mut self) -> Result<Value, String> {
+        match (self.state, &mut self.guest) {
+            (State::Stopped, Some(guest)) => {
+                guest.run();
+                self.set_state(State::Running);
+                Ok(json!({}))
+            }
+            (State::Running | State::Outgoing, _) => Ok(json!({})),
+            // Clients say cont after a migration that failed, without a look at the destination.
+            (State::Paused, _) => {
+                Err("the guest is paused in doubt: it may run at the destination. x-guest-resume resumes \
+                                       it once it is known that it does not"
+                    .to_owned())
+            }
+            (State::Migrated, _) => Err("the guest has left".to_owned()),
+            _ => Err("Guest is waiting for an incoming migration".to_owned()),
+        }
+    }
+
+    /// Whether clients are connected, who may want to see how the migration went. Then the process ends when they have gone,
+    /// or one says quit.
+    fn stays_for_clients(&self) -> bool {
+        if !self.qmp.has_clients() {
+            return false;
+        }
+        let (qmp, events) = (self.qmp.clone(), self.events.clone());
+        let waits = move || {
+            while !qmp.wait_clients(Duration::from_secs(3600)) {}
+            // The main loop is only gone when the process is about to end.
+            let _ = events.send(Event::Finish);
+        };
+        threads::spawn("qmp clients", waits).is_ok()
+    }
+
+    fn set_state(&mut self, state: State) {
+        self.state = state;
+        self.qmp.set_run_state(match state {
+            State::Running | State::Outgoing => RunState::Running,
+            State::Stopped => RunState::Paused,
+            State::Incoming => RunState::InMigrate,
+            State::Paused => RunState::FinishMigrate,
+            State::Migrated => RunState::PostMigrate,
+        });
     }
 
     fn answer_finish(&mut self, passes: u64, within: f64) -> Result<Value, String> {
@@ -448,7 +578,9 @@ impl<'a> Session<'a> {
             }
             // The source may know that we have the guest before this loop does.
             State::Incoming => self.finish_when_here = Some((passes, within)),
-            State::Outgoing | State::Paused | State::Migrated => return Err("the guest does not stay here".to_owned()),
+            State::Stopped | State::Outgoing | State::Paused | State::Migrated => {
+                return Err("the guest does not stay here".to_owned());
+            }
         }
         Ok(json!({}))
     }
@@ -458,7 +590,7 @@ impl<'a> Session<'a> {
         match (self.state, &mut self.guest) {
             (State::Paused, Some(guest)) => {
                 guest.resume().map_err(|error| error.to_string())?;
-                self.state = State::Running;
+                self.set_state(State::Running);
                 self.failure = None;
                 Ok(json!({}))
             }
@@ -510,7 +642,7 @@ impl<'a> Session<'a> {
             outcome.exit = exit;
             outcome.error = Some(message);
         }
-        if self.state == State::Running {
+        if matches!(self.state, State::Running | State::Stopped) {
             match self.account() {
                 Ok((account, check)) => {
                     outcome.report.extend(fields(&account));
@@ -618,8 +750,8 @@ impl Failed {
 fn what_now() -> String {
     let pid = std::process::id();
     format!(
-        "Look whether the guest runs at the destination. If it does not: \"resume\" on the control socket, or kill -USR1 {pid}, \
-         resumes it here. If it does: \"quit\", or kill {pid}, ends this process and its paused copy. Until then it waits."
+        "Look whether the guest runs at the destination. If it does not: x-guest-resume on the QMP socket, or kill -USR1 \
+         {pid}, resumes it here. If it does: quit, or kill {pid}, ends this process and its paused copy. Until then it waits."
     )
 }
 
@@ -640,5 +772,7 @@ fn end_with(parent: i32) -> io::Result<()> {
 
 /// What our guests are called in the stream.
 const MACHINE: &str = "multifd";
+/// How long a process that is done stays until its clients have gone.
+const LAST_ANSWER: Duration = Duration::from_millis(200);
 /// How long a guest that could not leave runs on, to show that it does.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);

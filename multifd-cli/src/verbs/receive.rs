@@ -23,6 +23,7 @@ use crate::{
     exit::Exit,
     printable,
     progress::Display,
+    qmp::{Qmp, Role, RunState, Settings, Steered, Watched},
     report::{MigrationReport, Outcome, fields},
     signals, table, terminal,
 };
@@ -51,15 +52,23 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     })?;
     let listener = listener(&args.from, args.record.as_deref())?;
     let progress = destination.progress();
+    let commands = Steered { verb: "receives", stop: destination.stop_handle() };
+    let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::InMigrate, Settings::default(), false, commands)?;
+    qmp.begin(Role::Destination, progress.clone(), None, args.from.address().cloned());
     let mut display = Display::new(&args.output, &progress);
     let begun = Instant::now();
-    let received = writer.receive(destination, listener, &mut display);
+    let watched = &mut Watched::new(&mut display, qmp.clone(), Role::Destination);
+    let received = writer.receive(destination, listener, watched);
     let rounds = display.rounds();
     drop(display);
     match received {
-        Ok(report) => Ok(described(args, &report, &|| interrupted.load(Ordering::Relaxed))),
+        Ok(report) => {
+            qmp.finish(&MigrationReport::received(&report, checkpoint::PAGE_SIZE, std::time::Duration::ZERO), None);
+            Ok(described(args, &report, &|| interrupted.load(Ordering::Relaxed)))
+        }
         Err(error) => {
             let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
+            qmp.finish(&partial, Some(&error));
             let mut outcome = Outcome::migration_failed(&error, fields(&partial));
             if writer.is_published() {
                 let path = &args.file;

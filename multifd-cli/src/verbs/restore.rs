@@ -189,6 +189,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         file: args.file.clone(),
         uri,
         transfer: args.transfer.clone(),
+        qmp: None,
         peer: Some(crate::args::Peer::Qemu),
         uuid,
         postcopy: crate::args::PostcopyArgs::default(),

@@ -19,6 +19,7 @@ use crate::{
     image::{Content, Image, Stop},
     printable,
     progress::Display,
+    qmp::{Qmp, Role, RunState, Settings, Steered, Watched},
     report::{MigrationReport, Outcome, fields},
     signals, table,
 };
@@ -108,11 +109,15 @@ pub(super) fn send(
     let zero_pages = options.format.zero_pages;
     let source = Source::new(options.clone());
     signals::cancel_on_interrupt(source.stop_handle())?;
+    let commands = Steered { verb: "sends", stop: source.stop_handle() };
+    let settings = Settings::in_force(&options);
+    let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::Paused, settings, false, commands)?;
+    qmp.begin(Role::Source, source.progress(), Some(source.handle()), None);
     let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout, source.stop_handle())?;
     let progress = source.progress();
     let mut display = Display::new(&args.output, &progress);
     let begun = Instant::now();
-    let sent = source.run(&mut vm, &connector, &mut display);
+    let sent = source.run(&mut vm, &connector, &mut Watched::new(&mut display, qmp.clone(), Role::Source));
     let rounds = display.rounds();
     drop(display);
     let (migration, error) = match &sent {
@@ -122,6 +127,7 @@ pub(super) fn send(
             (partial, Some(error))
         }
     };
+    qmp.finish(&migration, error);
     let mut report = fields(&migration);
     report.insert("machine".to_owned(), checkpoint.machine().into());
     report.insert("zero-pages".to_owned(), zero_pages.to_string().into());

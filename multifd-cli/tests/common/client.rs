@@ -1,8 +1,6 @@
-//! A client of a control socket that stays connected.
+//! A client of a monitor that stays connected.
 
 use std::{
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -10,38 +8,34 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{LIMIT, number};
+use super::{LIMIT, answered, number};
 
-/// A connection to a control socket that is made while there is a thread for it.
-pub struct Client(BufReader<UnixStream>);
+/// A connection to a monitor that is made while there is a thread for it.
+pub struct Client(multifd_qmp::Client);
 
 impl Client {
     pub fn new(path: &Path) -> Client {
         let deadline = Instant::now() + LIMIT;
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
+        loop {
+            match multifd_qmp::Client::connect(path) {
+                Ok(client) => return Client(client),
                 Err(error) => assert!(Instant::now() < deadline, "{}: {error}", path.display()),
             }
             thread::sleep(Duration::from_millis(10));
-        };
-        Client(BufReader::new(stream))
+        }
     }
 
-    pub fn ask(&mut self, command: &Value) -> Value {
-        self.try_ask(command).unwrap_or_else(|| panic!("no answer to {command}"))
+    pub fn ask(&mut self, command: &str, arguments: Value) -> Value {
+        self.try_ask(command, arguments).unwrap_or_else(|| panic!("no answer to {command}"))
     }
 
     /// The answer; `None` from a process that has ended, or is about to.
-    pub fn try_ask(&mut self, command: &Value) -> Option<Value> {
-        writeln!(self.0.get_mut(), "{command}").ok()?;
-        let mut line = String::new();
-        self.0.read_line(&mut line).ok()?;
-        serde_json::from_str(&line).ok()
+    pub fn try_ask(&mut self, command: &str, arguments: Value) -> Option<Value> {
+        answered(self.0.execute(command, arguments))
     }
 
     pub fn status(&mut self) -> Value {
-        self.ask(&json!("status"))["return"].take()
+        self.ask("x-guest-status", json!({}))["return"].take()
     }
 
     /// The status, once no attempt is under way.

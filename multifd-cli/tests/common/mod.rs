@@ -9,7 +9,6 @@ pub mod user;
 
 use std::{
     io::{BufRead, BufReader, Read},
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Output, Stdio},
     sync::{Arc, Mutex, OnceLock, mpsc},
@@ -17,8 +16,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use multifd_qmp::Client;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// No test takes that long, even on a busy machine with two cores.
 pub const LIMIT: Duration = Duration::from_secs(180);
@@ -66,25 +66,40 @@ pub fn kvm_or_skip() -> bool {
     reason.is_none()
 }
 
+/// What the process whose QMP socket is at `monitor` answers to `command`; `None` if it does not answer (any more).
+pub fn ask(monitor: &Path, command: &str, arguments: Value) -> Option<Value> {
+    let answer = Client::connect(monitor).and_then(|mut client| client.execute(command, arguments));
+    answered(answer)
+}
+
+/// An answer as it comes over the socket.
+pub fn answered(answer: Result<Value, multifd_qmp::Error>) -> Option<Value> {
+    match answer {
+        Ok(answer) => Some(json!({ "return": answer })),
+        Err(multifd_qmp::Error::Refused { description, .. }) => Some(json!({ "error": description })),
+        Err(_) => None,
+    }
+}
+
 /// A `multifd guest` that runs beside the test and is killed with it.
 pub struct Guest {
     child: Child,
     stdout: Option<thread::JoinHandle<String>>,
     stderr: Arc<Mutex<String>>,
     listening: mpsc::Receiver<String>,
-    control: PathBuf,
+    monitor: PathBuf,
 }
 
 impl Guest {
-    /// Starts one with `args` and a control socket called `name` in `dir`.
+    /// Starts one with `args` and a QMP socket called `name` in `dir`.
     pub fn start(dir: &Path, name: &str, args: &str) -> Guest {
         Guest::start_by(multifd("guest --json"), dir, name, args)
     }
 
     /// The same by `command`, to which all but `guest --json` is added.
     pub fn start_by(mut command: Command, dir: &Path, name: &str, args: &str) -> Guest {
-        let control = dir.join(name);
-        command.args(args.split_whitespace()).arg("--control").arg(format!("unix:{}", control.display()));
+        let monitor = dir.join(name);
+        command.args(args.split_whitespace()).arg("--qmp").arg(format!("unix:{}", monitor.display()));
         // The kernel ends it with this thread, also when a time limit ends the test.
         command.args(["--child-of", &std::process::id().to_string()]);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -98,7 +113,7 @@ impl Guest {
         let errors = child.stderr.take().unwrap();
         let kept = stderr.clone();
         thread::spawn(move || keep(errors, &kept, &listens));
-        Guest { child, stdout: Some(stdout), stderr, listening, control }
+        Guest { child, stdout: Some(stdout), stderr, listening, monitor }
     }
 
     /// Starts one that waits at a new socket in `dir`.
@@ -128,12 +143,8 @@ impl Guest {
     }
 
     /// Its answer to `command`; `None` if it does not answer (any more).
-    pub fn ask(&self, command: &Value) -> Option<Value> {
-        let mut stream = UnixStream::connect(&self.control).ok()?;
-        std::io::Write::write_all(&mut stream, format!("{command}\n").as_bytes()).ok()?;
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).ok()?;
-        serde_json::from_str(&line).ok()
+    pub fn ask(&self, command: &str, arguments: Value) -> Option<Value> {
+        ask(&self.monitor, command, arguments)
     }
 
     /// Its status, once `wanted` says that this is it.
@@ -142,7 +153,7 @@ impl Guest {
         let deadline = Instant::now() + LIMIT;
         let mut last = None;
         while Instant::now() < deadline {
-            last = self.ask(&"status".into()).map(|mut answer| answer["return"].take());
+            last = self.ask("x-guest-status", json!({})).map(|mut answer| answer["return"].take());
             match last.take() {
                 Some(status) if wanted(&status) => return status,
                 other => last = other,
