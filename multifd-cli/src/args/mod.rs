@@ -19,7 +19,6 @@ pub use self::{
     link::{TOKEN_VARIABLE, Token},
     origin::Origin,
     output::{OutputArgs, ProgressMode},
-    postcopy::PostcopyArgs,
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     transfer::{Compression, TransferArgs},
     values::uuid,

@@ -10,6 +10,7 @@ use super::{
     link::LinkArgs,
     origin::Origin,
     output::OutputArgs,
+    postcopy::PostcopyArgs,
     transfer::{Compression, DEFAULT_CHANNELS, TransferArgs},
     values::{channels, meeting_uri, unix_uri},
     verbs::{ReceiveArgs, ReturnPathAck},
@@ -84,6 +85,9 @@ pub struct RestoreArgs {
     /// Let the guest run at once, and bring its memory while it runs.
     #[arg(long, help_heading = MIGRATION)]
     pub postcopy: bool,
+    /// Send pages that the guest waits for over a connection of their own.
+    #[arg(long, requires = "postcopy", help_heading = MIGRATION)]
+    pub preempt: bool,
     /// The connection to QEMU.
     #[command(flatten)]
     pub monitor: MonitorArgs,
@@ -205,10 +209,16 @@ impl CheckpointArgs {
 }
 
 impl RestoreArgs {
+    /// The same for `multifd send`.
+    pub fn as_postcopy(&self) -> PostcopyArgs {
+        PostcopyArgs { postcopy: self.postcopy, preempt: self.preempt, ..PostcopyArgs::default() }
+    }
+
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
         self.transfer.check()?;
+        self.as_postcopy().check(&self.transfer)?;
         if self.transfer.compression == Some(Compression::Auto) {
             return Err("a QEMU takes packets of one kind; expected '--compression none', 'zlib' or 'zstd'".to_owned());
         }

@@ -25,6 +25,15 @@ impl Wanted {
         wanted
     }
 
+    /// A destination that runs the guest before its memory is there.
+    pub fn postcopy(preempt: bool) -> Wanted {
+        let mut wanted = Wanted::plain();
+        for (name, on) in &mut wanted.capabilities {
+            *on |= *name == "postcopy-ram" || (preempt && *name == "postcopy-preempt");
+        }
+        wanted
+    }
+
     /// A snapshot of the state at the beginning: a plain stream without an answer, while the guest runs on.
     pub fn snapshot() -> Wanted {
         let mut wanted = Wanted::plain();

@@ -13,7 +13,7 @@ use multifd::{checkpoint::Checkpoint, error::Error, transport::uri::Uri};
 use multifd_qmp::Status;
 use serde_json::{Value, json};
 
-use super::send;
+use super::{postcopy, send};
 use crate::{
     args::{RestoreArgs, SendArgs},
     describe,
@@ -37,10 +37,6 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
         let error = Error::from(error);
         Refusal::new(Exit::from(&error), error.to_string())
     })?;
-    if args.postcopy {
-        let message = "--postcopy is not there yet; without it, the guest runs once all of its memory has arrived";
-        return Err(Refusal::new(Exit::Usage, message));
-    }
     let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
     let look = monitor.look()?;
     check(&look, &checkpoint)?;
@@ -130,6 +126,9 @@ fn check_memory(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
 }
 
 fn wanted(args: &RestoreArgs) -> Wanted {
+    if args.postcopy {
+        return Wanted::postcopy(args.preempt);
+    }
     let compression = args.transfer.compression.map_or("none", |compression| match compression.required() {
         Some(method) => crate::report::compression_name(method),
         None => unreachable!("the command line refuses auto"),
@@ -151,6 +150,11 @@ fn migrate(
         return Err(Refusal::new(Exit::Cancelled, Error::Cancelled.to_string()));
     }
     let args = as_send(args, uri, look);
+    if args.postcopy.is_asked_for() {
+        let sent = postcopy::run(&args, checkpoint);
+        monitor.put_in_order();
+        return Ok(settle(sent, monitor, meeting, &args.file));
+    }
     let Some(options) = send::options(&args, checkpoint) else {
         let message = format!("the version of machine type {:?} is not known; --sync says how", checkpoint.machine());
         return Err(Refusal::new(Exit::Usage, message));
@@ -192,7 +196,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         qmp: None,
         peer: Some(crate::args::Peer::Qemu),
         uuid,
-        postcopy: crate::args::PostcopyArgs::default(),
+        postcopy: args.as_postcopy(),
         output: args.output.clone(),
     }
 }

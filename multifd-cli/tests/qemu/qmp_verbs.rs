@@ -167,6 +167,28 @@ fn a_guest_that_writes_faster_than_the_link_is_checkpointed_at_one_instant() {
     });
 }
 
+/// Its memory comes while it runs; what the QEMU was set to is back in the end.
+#[test]
+fn a_guest_is_restored_before_its_memory_is_there() {
+    each_version("restore --postcopy", |installed, machine| {
+        let dir = TempDir::new().unwrap();
+        let (mut source, qmp) = odd_source(&dir, installed, machine);
+        let file = dir.join("checkpoint");
+        checkpoint(&qmp, &file, &["--resume"]).done();
+        assert_runs_on(&mut source);
+        for (name, more) in [("plain", &["--postcopy"][..]), ("preempt", &["--postcopy", "--preempt"])] {
+            let (mut destination, qmp) = start(&dir, name, vm(installed, machine).uuid(UUID).incoming());
+            let before = settings(destination.qmp());
+            let report = restore(&file, &qmp, more).done();
+            assert!(report["postcopy"]["resume-time"].is_number() && report["guest-state"] == "running", "{report}");
+            assert_eq!(settings(destination.qmp()), before);
+            assert_restored(&mut destination);
+        }
+        let ended = restore(&file, &qmp, &["--postcopy", "--channels=2"]).end();
+        assert_eq!(ended.status.code(), Some(2), "{}", ended.log);
+    });
+}
+
 #[test]
 fn another_host_is_reached_by_an_address() {
     newest("--listen", |installed, machine| {

@@ -165,10 +165,8 @@ impl Session<'_> {
 /// The command that `message` is, in QEMU's words if it is none.
 fn request(mut message: Map<String, Value>, out_of_band: bool) -> Result<Request, CommandError> {
     let wrong = |member: &str, what: &str| Err(CommandError::generic(format!("QMP input member '{member}' {what}")));
-    if let Some(name) = message
-        .keys()
-        .find(|name| !matches!(name.as_str(), "execute" | "arguments") && !(out_of_band && name.as_str() == "exec-oob"))
-    {
+    let is_known = |name: &str| matches!(name, "execute" | "arguments") || (out_of_band && name == "exec-oob");
+    if let Some(name) = message.keys().find(|name| !is_known(name)) {
         return wrong(name, "is unexpected");
     }
     let (execute, exec_oob) = (message.remove("execute"), message.remove("exec-oob"));
