@@ -1,15 +1,21 @@
 //! Checkpoints whose VM runs at once: real QEMUs as destinations of `multifd send --postcopy`.
 
 use std::{
+    env, fs,
     io::{self, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
+    os::unix::net::{UnixListener, UnixStream},
     path::Path,
+    sync::mpsc,
     thread,
-    time::Duration,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use qemu_peer::{Installed, Qemu, Version};
-use serde_json::Value;
+use fastrand::Rng;
+use multifd_qmp::Client;
+use qemu_peer::{Installed, Qemu, Status, Version};
+use rustix::process::Signal;
+use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
@@ -184,4 +190,358 @@ fn a_page_that_is_later_than_the_end_is_not_lost_in_10_0() {
 #[test]
 fn a_page_that_is_later_than_the_end_is_not_lost_in_11_1() {
     a_page_that_is_later_than_the_end_is_not_lost(Version::V11_1, "pc-i440fx-11.1");
+}
+
+/// A QEMU as above, and a monitor that answers also while its main thread waits for a page.
+struct Recoverable {
+    qemu: Qemu,
+    monitor: Client,
+    times: usize,
+    /// Where it was last told to listen again.
+    listens: Option<String>,
+}
+
+impl Recoverable {
+    fn start(installed: &Installed, machine: &str, preempt: bool, dir: &TempDir) -> (Recoverable, String) {
+        let socket = dir.join("monitor");
+        let _ = fs::remove_file(&socket);
+        let monitor = format!("unix:{},server=on,wait=off", socket.display());
+        let mut qemu = vm(installed, machine).incoming().arguments(&["-qmp", &monitor]).start().unwrap();
+        let capabilities = [("postcopy-ram", true), ("postcopy-preempt", preempt)];
+        qemu.qmp().set_capabilities(&capabilities).unwrap();
+        let uri = listen(&mut qemu, false);
+        let monitor = Client::builder().out_of_band().limit(LIMIT).connect(&socket).unwrap();
+        (Recoverable { qemu, monitor, times: 0, listens: None }, uri)
+    }
+
+    /// Has the QEMU, whose connections broke, listen again, unless it needs nothing more.
+    fn listens_again(&mut self) -> Broken {
+        self.times += 1;
+        let uri = format!("unix:{}", self.qemu.path(&format!("again{}", self.times)).display());
+        let (begun, deadline) = (Instant::now(), Instant::now() + LIMIT);
+        loop {
+            if self.qemu.try_wait().unwrap().is_some() {
+                return Broken::NeverRan;
+            }
+            let refused = match self.monitor.execute_out_of_band("migrate-recover", json!({ "uri": uri })) {
+                Ok(_) => {
+                    self.listens = Some(uri.clone());
+                    return Broken::Listens(uri);
+                }
+                // Not before it has noticed that the connection broke.
+                Err(error) => error,
+            };
+            // Not at once: its main thread may wait for a page, and answers nothing until it gets it.
+            if begun.elapsed() > Duration::from_secs(2) {
+                let status = self.qemu.qmp().migration_status();
+                match (&status, &self.listens) {
+                    (Ok(Status::Completed), _) => return Broken::Complete,
+                    // The sender died before it came.
+                    (Ok(Status::PostcopyPaused), Some(uri)) => return Broken::Listens(uri.clone()),
+                    (Ok(Status::None | Status::Setup), _) => return Broken::NeverRan,
+                    (Ok(_), _) if Instant::now() < deadline => {}
+                    // QEMU 11.1 hangs when the connection ends before it is in postcopy-active: it does not run the guest yet.
+                    (Err(_), _) if self.qemu.log().contains("loadvm failed during postcopy") => {
+                        assert!(self.qemu.output().unwrap().letters.is_empty(), "the guest has run");
+                        return Broken::NeverRan;
+                    }
+                    _ => panic!("{status:?}; {refused}; {}; {}", threads(self.qemu.pid()), self.qemu.log()),
+                }
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// What the threads of a process wait for.
+fn threads(pid: u32) -> String {
+    let read = |path: &Path, name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_owned();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().map(|task| task.path());
+    tasks.map(|task| format!("{} in {}", read(&task, "comm"), read(&task, "wchan"))).collect::<Vec<_>>().join(", ")
+}
+
+/// What a QEMU whose connections broke needs.
+enum Broken {
+    /// The rest of the memory, there.
+    Listens(String),
+    /// Nothing: it had everything when the sender died.
+    Complete,
+    /// Nothing: it never ran the guest, and the file has all of it.
+    NeverRan,
+}
+
+impl Broken {
+    fn listens(self) -> String {
+        match self {
+            Broken::Listens(uri) => uri,
+            _ => panic!("the VM runs there, and has not got everything"),
+        }
+    }
+}
+
+/// Senders that are killed at random moments, each while it sends or goes on: no VM is lost.
+///
+/// `MULTIFD_POSTCOPY_KILLS` says how many for each QEMU, `MULTIFD_SEED` repeats a run.
+fn senders_die_at_random(version: Version, machine: &str, preempt: bool) {
+    let Some(installed) = Installed::require(version) else { return };
+    let wanted: usize = env::var("MULTIFD_POSTCOPY_KILLS").map_or(3, |text| text.parse().expect("a number"));
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let seed = env::var("MULTIFD_SEED").map_or_else(|_| clock(), |text| text.parse().expect("a number"));
+    println!("seed {seed}");
+    let mut random = Rng::with_seed(seed);
+    let limit = TEST_LIMIT + wanted as u32 * Duration::from_secs(20);
+    time_limit(limit, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let source = checkpoint(&installed, machine, &file, &dir);
+        let (mut kills, mut early, mut vms, mut recoveries) = (0, 0, 0, 0);
+        while kills < wanted {
+            let (mut destination, uri) = Recoverable::start(&installed, machine, preempt, &dir);
+            // Slow enough for several deaths of one VM.
+            let mut sender = send(&file, &uri, preempt, &["--max-bandwidth=40MB/s"]);
+            let mut last = false;
+            let arrived = loop {
+                if last {
+                    break sender.done();
+                }
+                // Most within what the sending takes, some in its very beginning.
+                let most = if random.bool() { 1200 } else { 60 };
+                thread::sleep(Duration::from_millis(random.u64(0..most)));
+                sender.signal(Signal::KILL);
+                let ended = sender.end();
+                if ended.status.success() {
+                    break ended.report;
+                }
+                kills += 1;
+                let note = fs::read_to_string(dir.join("checkpoint.postcopy")).unwrap_or_default();
+                let uri = match destination.listens_again() {
+                    Broken::Listens(uri) => uri,
+                    // Whether the sender knew it or not.
+                    Broken::Complete => {
+                        let _ = fs::remove_file(dir.join("checkpoint.postcopy"));
+                        break json!({});
+                    }
+                    // It died before RUN, or just after it.
+                    Broken::NeverRan => {
+                        early += 1;
+                        let _ = fs::remove_file(dir.join("checkpoint.postcopy"));
+                        break Value::Null;
+                    }
+                };
+                assert!(note.contains("\"handed-over\": 1"), "a VM without a note: {note:?}");
+                recoveries += 1;
+                last = kills >= wanted || random.u8(0..5) == 0;
+                let slow: &[&str] = if last { &[] } else { &["--max-bandwidth=40MB/s"] };
+                let preempt: &[&str] = if preempt { &["--preempt"] } else { &[] };
+                let file = file.display().to_string();
+                sender = Multifd::start(["send", &file, &uri, "--recover"].iter().chain(preempt).chain(slow));
+            };
+            if !arrived.is_null() {
+                vms += 1;
+                assert_goes_on(&source, &mut destination.qemu);
+            }
+        }
+        report(
+            TABLE,
+            &format!(
+                "{} {machine}, preempt {preempt}: {kills} senders killed (seed {seed}), {early} before the guest ran, {recoveries} recoveries, \
+                 {vms} VMs arrived, 0 lost",
+                version.name()
+            ),
+        );
+    });
+}
+
+#[test]
+fn senders_to_7_2_die_and_no_vm_is_lost() {
+    senders_die_at_random(Version::V7_2, "pc-i440fx-7.2", false);
+}
+
+#[test]
+fn senders_to_10_0_die_and_no_vm_is_lost() {
+    senders_die_at_random(Version::V10_0, "pc-i440fx-10.0", false);
+}
+
+#[test]
+fn senders_to_10_0_with_preempt_die_and_no_vm_is_lost() {
+    senders_die_at_random(Version::V10_0, "pc-q35-10.0", true);
+}
+
+#[test]
+fn senders_to_11_1_with_preempt_die_and_no_vm_is_lost() {
+    senders_die_at_random(Version::V11_1, "pc-q35-11.1", true);
+}
+
+/// Passes connections on to what `next` says, one after the other. The first is cut after `most` bytes.
+fn cut_after(most: u64, path: &Path, next: mpsc::Receiver<String>) {
+    let listener = UnixListener::bind(path).unwrap();
+    thread::spawn(move || {
+        for (number, to) in next.iter().enumerate() {
+            let Ok((from, _)) = listener.accept() else { return };
+            let to = UnixStream::connect(to.strip_prefix("unix:").unwrap()).unwrap();
+            let (back_from, back_to) = (to.try_clone().unwrap(), from.try_clone().unwrap());
+            thread::spawn(move || {
+                io::copy(&mut &back_from, &mut &back_to).and_then(|_| back_to.shutdown(Shutdown::Both))
+            });
+            let most = if number == 0 { most } else { u64::MAX };
+            thread::spawn(move || {
+                let _ = io::copy(&mut (&from).take(most), &mut &to);
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+            });
+        }
+    });
+}
+
+/// The connection breaks, and no one does anything but have the QEMU listen again.
+#[test]
+fn a_break_is_gone_over_by_the_sender_itself() {
+    let Some(installed) = Installed::require(Version::V10_0) else { return };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let source = checkpoint(&installed, "pc-i440fx-10.0", &file, &dir);
+        let (mut destination, uri) = Recoverable::start(&installed, "pc-i440fx-10.0", false, &dir);
+        let (next, targets) = mpsc::channel();
+        cut_after(10 << 20, &dir.join("proxy"), targets);
+        next.send(uri).unwrap();
+        let mut sending =
+            send(&file, &format!("unix:{}", dir.join("proxy").display()), false, &["--recover-timeout=60s"]);
+        let said = sending.wait_line_with("tries for 60 s to go on");
+        assert!(said.contains("migrate-recover"), "{said}");
+        next.send(destination.listens_again().listens()).unwrap();
+        let sent = sending.done();
+        assert_eq!(figure(&sent, "recoveries"), 1);
+        assert_goes_on(&source, &mut destination.qemu);
+        assert!(!dir.join("checkpoint.postcopy").exists());
+    });
+}
+
+/// Waits until the VM in the checkpoint `file` is noted as handed over.
+fn wait_handed_over(file: &Path) {
+    let note = format!("{}.postcopy", file.display());
+    let deadline = Instant::now() + LIMIT;
+    while !fs::read_to_string(&note).unwrap_or_default().contains("\"handed-over\": 1") {
+        assert!(Instant::now() < deadline, "it is not handed over");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_vm_is_not_started_twice_and_goes_on_from_the_same_file_only() {
+    let Some(installed) = Installed::require(Version::V10_0) else { return };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let machine = "pc-i440fx-10.0";
+        let source = checkpoint(&installed, machine, &file, &dir);
+        let (mut first, first_uri) = Recoverable::start(&installed, machine, false, &dir);
+        let sending = send(&file, &first_uri, false, &["--max-bandwidth=8MB/s"]);
+        wait_handed_over(&file);
+        // Another one only on purpose.
+        let (mut second, second_uri) = destination(&installed, machine, false, false);
+        send(&file, &second_uri, false, &[]).end().failed(1, "is sending this VM to unix:");
+        send(&file, &second_uri, false, &["--clone"]).done();
+        assert_goes_on(&source, &mut second);
+        drop(second);
+        // Nor is it forgotten when the sender dies.
+        sending.signal(Signal::KILL);
+        assert!(!sending.end().status.success());
+        let (_third, third_uri) = destination(&installed, machine, false, false);
+        send(&file, &third_uri, false, &[]).end().failed(1, "was handed over to unix:");
+        // A file that was written to is another one.
+        let recover = |uri: &str, more: &[&str]| {
+            Multifd::start(["send", &file.display().to_string(), uri, "--recover"].iter().chain(more))
+        };
+        let again = first.listens_again().listens();
+        let modified = fs::metadata(&file).unwrap().modified().unwrap();
+        let touched = fs::File::options().append(true).open(&file).unwrap();
+        touched.set_modified(modified).unwrap();
+        recover(&again, &[]).end().failed(1, "is open for writing");
+        touched.set_modified(modified + Duration::from_millis(1)).unwrap();
+        drop(touched);
+        recover(&again, &[]).end().failed(1, "was written to since");
+        fs::File::options().append(true).open(&file).unwrap().set_modified(modified).unwrap();
+        // Two at a time would send pages twice.
+        let recovering = recover(&again, &["--max-bandwidth=8MB/s"]);
+        let note = dir.join("checkpoint.postcopy");
+        let deadline = Instant::now() + LIMIT;
+        while first.qemu.path("again1").exists() && Instant::now() < deadline && fs::metadata(&note).is_ok() {
+            thread::sleep(Duration::from_millis(100));
+            let second = recover(&again, &[]).end();
+            if second.status.code() == Some(1) {
+                second.failed(1, "is sending this VM");
+                break;
+            }
+        }
+        recovering.done();
+        assert_goes_on(&source, &mut first.qemu);
+        recover(&again, &[]).end().failed(1, "there is no");
+    });
+}
+
+#[test]
+fn a_destination_that_is_set_up_otherwise_or_dies_is_told_apart() {
+    let Some(installed) = Installed::require(Version::V10_0) else { return };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let machine = "pc-i440fx-10.0";
+        drop(checkpoint(&installed, machine, &file, &dir));
+        // Another machine, and one without the capability.
+        let (_other, uri) = destination(&installed, "pc-q35-10.0", false, true);
+        send(&file, &uri, false, &[]).end().failed(1, "The VM does not run there");
+        let mut plain = vm(&installed, machine).incoming().start().unwrap();
+        let uri = listen(&mut plain, true);
+        send(&file, &uri, false, &[]).end().failed(1, "postcopy-ram");
+        assert_eq!(entries(dir.path()), ["checkpoint"]);
+        // One that dies with a part of the memory: the file has it still, and the note says so.
+        let (mut dies, uri) = destination(&installed, machine, true, true);
+        let sending = send(&file, &uri, true, &["--max-bandwidth=8MB/s", "--recover-timeout=0s"]);
+        wait_handed_over(&file);
+        dies.wait_passes(1, LIMIT).unwrap();
+        dies.kill().unwrap();
+        let ended = sending.end();
+        ended.failed(8, "the VM is at the destination, which lacks at least");
+        assert_eq!(ended.report["incomplete"], true);
+        assert_eq!(entries(dir.path()), ["checkpoint", "checkpoint.postcopy"]);
+    });
+}
+
+/// What one guest asked for is sent first to the next one.
+#[test]
+fn pages_that_a_guest_asked_for_are_sent_first() {
+    let Some(installed) = Installed::require(Version::V10_0) else { return };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let machine = "pc-i440fx-10.0";
+        let source = checkpoint(&installed, machine, &file, &dir);
+        let list = dir.join("faults").display().to_string();
+        let (mut qemu, uri) = destination(&installed, machine, false, true);
+        let slow = "--max-bandwidth=20MB/s";
+        let sent = send(&file, &uri, false, &["--record-faults", &list, slow]).done();
+        assert_goes_on(&source, &mut qemu);
+        let faults = fs::read_to_string(&list).unwrap();
+        let faults: Vec<&str> = faults.lines().filter(|line| line.starts_with("0x")).collect();
+        assert!(!faults.is_empty() && faults.len() as u64 <= figure(&sent, "requests"), "{faults:?}");
+        for when in ["before-run", "after-run"] {
+            let (mut qemu, uri) = destination(&installed, machine, false, true);
+            let again = send(&file, &uri, false, &["--prefetch", &list, "--prefetch-when", when, slow]).done();
+            assert_goes_on(&source, &mut qemu);
+            assert!(figure(&again, "prefetched-pages") > 0, "{again}");
+            report(
+                TABLE,
+                &format!(
+                    "{machine} at 20 MB/s, {} pages listed, {when}: told to run after {} ms, {} requests instead of {}, {} asked \
+                     for instead of {}",
+                    faults.len(),
+                    again["postcopy"]["resume-time"],
+                    figure(&again, "requests"),
+                    figure(&sent, "requests"),
+                    figure(&again, "urgent-pages"),
+                    figure(&sent, "urgent-pages"),
+                ),
+            );
+        }
+    });
 }
