@@ -1,5 +1,11 @@
 //! What to look at when a QEMU destination hangs up: it says why in its own log, and on the wire nothing at all.
 
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
 use multifd::{
     checkpoint::Checkpoint,
     error::{Connection, Error},
@@ -8,7 +14,7 @@ use multifd::{
 };
 use multifd_proto::packet::Compression;
 
-use crate::{describe, report::compression_name, units};
+use crate::{describe, report::compression_name, terminal, units};
 
 /// The message for `error`, which ended the sending of `checkpoint` with `options`: with what was sent and what to compare
 /// where a QEMU may have hung up because of it.
@@ -19,6 +25,45 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
     if is_ours || !was_connected || !hung_up(error) {
         return error.to_string();
     }
+    format!("{error}. {}", what_to_compare(checkpoint, options))
+}
+
+/// Says what to compare once the destination has taken nothing for [`PATIENCE`], in a thread that ends when this is dropped.
+pub struct Impatience {
+    _end: mpsc::Sender<()>,
+}
+
+impl Impatience {
+    /// Watches the sending of `checkpoint` with `options`, which `progress` counts. A destination of ours says itself what is
+    /// wrong, so there is nothing to watch.
+    pub fn watch(checkpoint: &Checkpoint, options: &source::Options, progress: &Progress) -> Option<Impatience> {
+        if options.peer != source::Peer::Qemu {
+            return None;
+        }
+        let (end, ended) = mpsc::channel();
+        let (progress, advice) = (progress.clone(), what_to_compare(checkpoint, options));
+        let watch = move || {
+            let (mut bytes, mut since) = (0, Instant::now());
+            while ended.recv_timeout(LOOK_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let now = progress.snapshot().bytes();
+                if now != bytes {
+                    (bytes, since) = (now, Instant::now());
+                } else if bytes > 0 && since.elapsed() >= PATIENCE {
+                    let seconds = PATIENCE.as_secs();
+                    return terminal::say(&format!(
+                        "no progress for {seconds} s: the destination takes nothing. {advice}"
+                    ));
+                }
+            }
+        };
+        // Without it, all but the message is as it was.
+        thread::Builder::new().name("impatience".to_owned()).spawn(watch).ok()?;
+        Some(Impatience { _end: end })
+    }
+}
+
+/// What a QEMU was sent, and where to look.
+fn what_to_compare(checkpoint: &Checkpoint, options: &source::Options) -> String {
     let blocks: Vec<String> =
         checkpoint.blocks().iter().map(|block| format!("{:?} {}", block.name, units::show_size(block.bytes))).collect();
     let compression = match options.format.compression {
@@ -30,7 +75,7 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
         uuid => format!("UUID {}", describe::uuid(&uuid)),
     };
     format!(
-        "{error}. A QEMU says nothing on the connection when it is set up otherwise. It was sent: machine {}, {}, {compression}, \
+        "A QEMU says nothing on the connection when it is set up otherwise. It was sent: machine {}, {}, {compression}, \
          {uuid}, RAM blocks {}. Compare its -machine, -m and devices, -uuid, the capability multifd, and the parameters \
          multifd-channels, multifd-compression and tls-creds (query-migrate-parameters). It writes its reason to its \
          stderr (with libvirt: /var/log/libvirt/qemu/NAME.log) and to error-desc of query-migrate",
@@ -51,3 +96,8 @@ fn hung_up(error: &Error) -> bool {
         _ => false,
     }
 }
+
+/// A QEMU that is set up otherwise waits for what never comes, without a word; one that is only slow takes some bytes in this
+/// time.
+const PATIENCE: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(500);

@@ -117,7 +117,9 @@ pub(super) fn send(
     let progress = source.progress();
     let mut display = Display::new(&args.output, &progress);
     let begun = Instant::now();
+    let impatience = advice::Impatience::watch(checkpoint, &options, &progress);
     let sent = source.run(&mut vm, &connector, &mut Watched::new(&mut display, qmp.clone(), Role::Source));
+    drop(impatience);
     let rounds = display.rounds();
     drop(display);
     let (migration, error) = match &sent {

@@ -2,13 +2,16 @@
 //!
 //! `matrix` moves the guest through a checkpoint in combinations that cover each pair of values; `files` lets QEMU read our
 //! checkpoints and us read QEMU's; `plain` has streams without a way back, in files and pipes; `streams` has sources with
-//! other capabilities; `switched` has sources that switch to postcopy; `snapshot` has background snapshots; `failures` breaks things in the middle; `hello` looks at
-//! bytes that QEMU does not use; `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`).
+//! other capabilities; `switched` has sources that switch to postcopy; `snapshot` has background snapshots; `failures` breaks
+//! things in the middle; `impatience` has a QEMU that says nothing; `hello` looks at bytes that QEMU does not use;
+//! `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`); `libvirt` has images that libvirt saves
+//! and restores.
 
 mod failures;
 mod files;
 mod harness;
 mod hello;
+mod impatience;
 mod matrix;
 mod monitor_proxy;
 mod plain;
