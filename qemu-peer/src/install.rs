@@ -161,6 +161,11 @@ impl Installed {
         &self.binary
     }
 
+    /// Where it was unpacked; `None` for a binary named by the environment.
+    pub fn prefix(&self) -> Option<&Path> {
+        self.prefix.as_deref()
+    }
+
     /// A command that starts this QEMU with its own libraries, modules and firmware; the caller adds the machine.
     ///
     /// `wrapper` is a program, with arguments, that executes QEMU in its own place.
@@ -235,17 +240,40 @@ fn install(version: Version, root: &Path) -> Result<(), String> {
         .download(&["-t", &version.suite(), "qemu-system-x86"])
         .map_err(|reason| format!("{reason} (before that, apt-get update said: {warnings})"))?;
 
-    let partial = root.join(format!("{}.partial", version.name()));
-    let _ = fs::remove_dir_all(&partial);
-    for package in &packages {
-        let mut unpack = Command::new("dpkg");
-        unpack.arg("-x").arg(package).arg(&partial);
-        run(unpack, &state.log(), STEP_LIMIT)?;
-        let _ = fs::remove_file(package);
-    }
+    let partial = state.unpack(root, version.name(), &packages)?;
     let unpacked = Installed { version, binary: partial.join(BINARY), prefix: Some(partial.clone()) };
     unpacked.check(Some(version.name()))?;
     fs::rename(&partial, root.join(version.name())).map_err(|error| format!("{}: {error}", partial.display()))
+}
+
+/// Has `packages` of this machine's release, and what they need that is not installed, unpacked into the directory `name`
+/// beside the QEMUs, with all of it below `usr`. Returns where.
+pub(crate) fn packages_beside(name: &str, packages: &[&str]) -> Result<PathBuf, String> {
+    let root = root();
+    let prefix = root.join(name);
+    if prefix.exists() {
+        return Ok(prefix);
+    }
+    let text = |error: io::Error| format!("{}: {error}", root.display());
+    fs::create_dir_all(&root).map_err(text)?;
+    let lock = File::create(root.join("lock")).map_err(text)?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).map_err(|error| text(error.into()))?;
+    if prefix.exists() {
+        return Ok(prefix);
+    }
+    check_release()?;
+    let state = PrivateApt::create(&root, RELEASE)?;
+    state.apt_get(&["update"])?;
+    let downloaded = state.download(packages)?;
+    let partial = state.unpack(&root, name, &downloaded)?;
+    if partial.join("lib").is_dir() {
+        // On the machine itself the one is a link to the other.
+        let mut merge = Command::new("cp");
+        merge.arg("-a").arg(partial.join("lib/.")).arg(partial.join("usr/lib"));
+        run(merge, &state.log(), STEP_LIMIT)?;
+    }
+    fs::rename(&partial, &prefix).map_err(text)?;
+    Ok(prefix)
 }
 
 /// Checks that the machine runs the Debian release whose apt sources and libraries the packages go with.
@@ -308,6 +336,19 @@ impl PrivateApt {
         // `-c` is read after all of the system's configuration, so it wins; proxies set there stay in force.
         command.arg("-c").arg(self.directory.join("apt.conf")).arg("-q").args(arguments);
         run(command, &self.log(), STEP_LIMIT)
+    }
+
+    /// Unpacks `packages`, which are removed, into a directory in `root` that is yet to be called `name`.
+    fn unpack(&self, root: &Path, name: &str, packages: &[PathBuf]) -> Result<PathBuf, String> {
+        let partial = root.join(format!("{name}.partial"));
+        let _ = fs::remove_dir_all(&partial);
+        for package in packages {
+            let mut unpack = Command::new("dpkg");
+            unpack.arg("-x").arg(package).arg(&partial);
+            run(unpack, &self.log(), STEP_LIMIT)?;
+            let _ = fs::remove_file(package);
+        }
+        Ok(partial)
     }
 
     /// Downloads the packages named by `arguments` and everything they need that is not installed.

@@ -12,6 +12,7 @@ mod files;
 mod harness;
 mod hello;
 mod impatience;
+mod libvirt;
 mod matrix;
 mod monitor_proxy;
 mod plain;
