@@ -12,7 +12,7 @@ use super::{Guest, LIMIT};
 
 /// A network namespace, for as long as this lives.
 pub struct Host {
-    /// Does nothing but keep the namespace. It ends by itself if the test does not end it.
+    /// Does nothing but keep the namespace. It ends with the pipe to it, and so with the test however that ends.
     keeper: Child,
 }
 
@@ -20,7 +20,7 @@ impl Host {
     /// A new namespace; the error says why there is none.
     pub fn new() -> Result<Host, String> {
         let mut command = Command::new("unshare");
-        command.args(["--net", "--", "sleep", "600"]).stdin(Stdio::null()).stderr(Stdio::piped());
+        command.args(["--net", "--", "cat"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let keeper = command.spawn().map_err(|error| format!("unshare: {error}"))?;
         let mut host = Host { keeper };
         let ours = fs::read_link("/proc/self/ns/net").map_err(|error| error.to_string())?;
