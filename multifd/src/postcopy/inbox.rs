@@ -45,8 +45,6 @@ pub(super) struct Mail {
     pub(super) end_sent: bool,
     /// The destination has everything.
     pub(super) is_complete: bool,
-    /// It has ended main, and not because of this side.
-    pub(super) hung_up: bool,
     /// Nothing more will come.
     pub(super) is_over: bool,
 }

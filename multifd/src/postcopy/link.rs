@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Attempt, Job, Whereabouts, connection::PageConnection, inbox::Inbox, return_path, whereabouts::Evidence};
+use super::{Attempt, Job, Whereabouts, connection::PageConnection, inbox::Inbox, return_path};
 use crate::{
     error::{Connection, Error, Place},
     progress::Phase,
@@ -170,12 +170,10 @@ impl<'a> Link<'a> {
             return (Whereabouts::Complete, Ok(()));
         }
         let error = first.unwrap_or(Error::Stopped);
-        let evidence = attempt
-            .inbox
-            .update(|mail| Evidence { loaded: mail.is_loaded, closed: mail.hung_up && !attempt.refused.load(Relaxed) });
+        let loaded = attempt.inbox.update(|mail| mail.is_loaded);
         let job = self.job();
         let left = self.left_is_known.then(|| job.claims.count_free(job.pages.present()));
-        let (vm, error) = self.vm.after_failure(evidence, left, error);
+        let (vm, error) = self.vm.after_failure(loaded, left, error);
         (vm, Err(error))
     }
 

@@ -167,11 +167,7 @@ impl ReturnPath<'_> {
         let read = self.stream.read(&mut self.buf[have..]);
         self.buf.truncate(have + read.as_ref().copied().unwrap_or(0));
         match read {
-            Ok(0) => {
-                let hung_up = !self.attempt.stop.is_stopped();
-                self.attempt.inbox.update(|mail| mail.hung_up = hung_up);
-                Err(Error::Unconfirmed)
-            }
+            Ok(0) => Err(Error::Unconfirmed),
             Ok(n) => {
                 // Only bitmaps are owed. A destination that asks and asks, and takes nothing, is as silent as any.
                 if self.attempt.inbox.update(|mail| mail.bitmaps_due > 0) {

@@ -15,26 +15,17 @@ pub enum Whereabouts {
     Complete,
 }
 
-/// What an attempt has shown when it ends.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Evidence {
-    /// The destination has answered the PING between the devices and RUN, or asked for a page.
-    pub(super) loaded: bool,
-    /// The destination ended main after its last answer, and no byte sent to it was refused before that: nothing it said
-    /// was lost.
-    pub(super) closed: bool,
-}
-
 impl Whereabouts {
     /// Where the VM is after an attempt that began or was seen at `self` and failed with `error`, and the error to report.
-    /// `left`: how many pages with content the destination lacks, if it is known.
-    pub(super) fn after_failure(self, evidence: Evidence, left: Option<u64>, error: Error) -> (Whereabouts, Error) {
-        let vm = match (self, evidence) {
-            (Whereabouts::InDoubt, Evidence { loaded: true, .. }) => Whereabouts::There,
-            // Main carries the answers in their order. It ended without the one that precedes RUN.
-            (Whereabouts::InDoubt, Evidence { closed: true, .. }) => Whereabouts::Here,
-            (Whereabouts::InDoubt, _) if matches!(error, Error::Refused { .. }) => Whereabouts::Here,
-            (vm, _) => vm,
+    ///
+    /// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. `left`: how many pages
+    /// with content it lacks, if it is known. An end of the connection says nothing, however it comes: a proxy may have
+    /// ended it, and the destination may have RUN already and load the devices.
+    pub(super) fn after_failure(self, loaded: bool, left: Option<u64>, error: Error) -> (Whereabouts, Error) {
+        let vm = match self {
+            Whereabouts::InDoubt if loaded => Whereabouts::There,
+            Whereabouts::InDoubt if matches!(error, Error::Refused { .. }) => Whereabouts::Here,
+            vm => vm,
         };
         let error = match vm {
             Whereabouts::Here | Whereabouts::Complete => error,
@@ -49,37 +40,28 @@ impl Whereabouts {
 mod tests {
     use super::*;
 
-    fn after(vm: Whereabouts, evidence: Evidence, error: Error) -> (Whereabouts, Error) {
-        vm.after_failure(evidence, Some(7), error)
+    fn after(vm: Whereabouts, loaded: bool, error: Error) -> (Whereabouts, Error) {
+        vm.after_failure(loaded, Some(7), error)
     }
 
     #[test]
     fn before_run_an_error_is_only_an_error() {
-        let all = Evidence { loaded: true, closed: true };
-        assert!(matches!(after(Whereabouts::Here, all, Error::Unconfirmed), (Whereabouts::Here, Error::Unconfirmed)));
+        assert!(matches!(after(Whereabouts::Here, true, Error::Unconfirmed), (Whereabouts::Here, Error::Unconfirmed)));
     }
 
     #[test]
-    fn after_run_only_evidence_says_that_the_vm_does_not_run_there() {
-        let evidence = |loaded, closed| Evidence { loaded, closed };
+    fn after_run_only_its_own_word_says_that_the_vm_does_not_run_there() {
         let doubt = Whereabouts::InDoubt;
-        assert!(matches!(after(doubt, evidence(false, true), Error::Unconfirmed).0, Whereabouts::Here));
-        assert!(matches!(
-            after(doubt, evidence(false, false), Error::Refused { status: 1, reason: None }).0,
-            Whereabouts::Here
-        ));
-        assert!(matches!(
-            after(doubt, evidence(false, false), Error::Cancelled),
-            (Whereabouts::InDoubt, Error::InDoubt { .. })
-        ));
-        for closed in [false, true] {
-            assert!(matches!(
-                after(doubt, evidence(true, closed), Error::Unconfirmed),
-                (Whereabouts::There, Error::Incomplete { left: Some(7), .. })
-            ));
+        assert!(matches!(after(doubt, false, Error::Refused { status: 1, reason: None }).0, Whereabouts::Here));
+        for error in [Error::Cancelled, Error::Unconfirmed] {
+            assert!(matches!(after(doubt, false, error), (Whereabouts::InDoubt, Error::InDoubt { .. })));
         }
+        assert!(matches!(
+            after(doubt, true, Error::Unconfirmed),
+            (Whereabouts::There, Error::Incomplete { left: Some(7), .. })
+        ));
         // Even if it says later that it does not have it: vCPUs ran.
-        let refused = after(Whereabouts::There, evidence(false, true), Error::Refused { status: 1, reason: None });
+        let refused = after(Whereabouts::There, false, Error::Refused { status: 1, reason: None });
         assert!(matches!(refused, (Whereabouts::There, Error::Incomplete { .. })));
     }
 }
