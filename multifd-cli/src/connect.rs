@@ -1,9 +1,12 @@
 //! Connects to a destination that may not listen yet, or never answer.
 
 use std::{
-    cell::Cell,
     io,
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+        mpsc::{self, RecvTimeoutError},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -11,18 +14,26 @@ use std::{
 use multifd::{
     stop::StopHandle,
     threads,
-    transport::{Connect, Stream, uri::Uri},
+    transport::{Connect, Pending, Stopper, Stream, uri::Uri},
 };
 
 use crate::units::Limit;
 
 /// Opens connections to one destination. Each is given up when the time is over, or at once when the migration is
-/// cancelled. The first is tried again while it is refused; from then on the destination is there.
+/// cancelled. The first is tried again while it is refused; from then on the destination is there. Clones open connections to
+/// the same destination.
+#[derive(Clone)]
 pub struct PatientConnector {
     uri: Uri,
     limit: Limit<Duration>,
     stop: StopHandle,
-    is_connected: Cell<bool>,
+    is_connected: Arc<AtomicBool>,
+}
+
+/// A connection that is to be opened.
+struct PatientPending {
+    connector: PatientConnector,
+    given_up: Arc<AtomicBool>,
 }
 
 impl PatientConnector {
@@ -32,20 +43,26 @@ impl PatientConnector {
     /// As [`Uri::connector`].
     pub fn new(uri: &Uri, limit: Limit<Duration>, stop: StopHandle) -> io::Result<PatientConnector> {
         uri.connector()?;
-        Ok(PatientConnector { uri: uri.clone(), limit, stop, is_connected: Cell::new(false) })
+        Ok(PatientConnector { uri: uri.clone(), limit, stop, is_connected: Arc::default() })
+    }
+}
+
+impl PatientPending {
+    fn is_stopped(&self) -> bool {
+        self.given_up.load(SeqCst) || self.connector.stop.is_stopped()
     }
 
     /// One attempt, in a thread of its own: nothing ends a look-up of a name, and a connect to a host that does not answer
     /// ends by itself after ten seconds for each address. A thread that is given up ends then.
     fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
-        let (uri, (done, is_done)) = (self.uri.clone(), mpsc::channel());
+        let (uri, (done, is_done)) = (self.connector.uri.clone(), mpsc::channel());
         // A result that is not wanted any more is a connection that is closed again.
         let thread = threads::spawn("connect", move || {
             drop(done.send(uri.connector().and_then(|connector| connector.connect())))
         });
         if let Err(error) = thread {
             tracing::debug!(%error, "no thread to connect in, a cancel has to wait");
-            return self.uri.connector()?.connect();
+            return self.connector.uri.connector()?.connect();
         }
         loop {
             match is_done.recv_timeout(PAUSE) {
@@ -53,11 +70,11 @@ impl PatientConnector {
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(io::Error::other("the thread that connects panicked"));
                 }
-                Err(RecvTimeoutError::Timeout) if self.stop.is_stopped() => {
+                Err(RecvTimeoutError::Timeout) if self.is_stopped() => {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
                 Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{}: no answer", self.uri)));
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{}: no answer", self.connector.uri)));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -66,24 +83,47 @@ impl PatientConnector {
 }
 
 impl Connect for PatientConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(Box::new(PatientPending { connector: self.clone(), given_up: Arc::default() }))
+    }
+}
+
+struct GiveUp(Arc<AtomicBool>);
+
+impl Stopper for GiveUp {
+    fn stop(&self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
+impl Pending for PatientPending {
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(GiveUp(self.given_up.clone())))
+    }
+
+    fn peer(&self) -> String {
+        self.connector.uri.to_string()
+    }
+
+    fn establish(self: Box<Self>, limit: Option<Duration>) -> io::Result<Box<dyn Stream>> {
         let (begun, mut told) = (Instant::now(), false);
-        let deadline = self.limit.0.and_then(|limit| begun.checked_add(limit));
+        let limit = self.connector.limit.0.into_iter().chain(limit).min();
+        let deadline = limit.and_then(|limit| begun.checked_add(limit));
         loop {
             let error = match self.attempt(deadline) {
                 Ok(stream) => {
-                    self.is_connected.set(true);
+                    self.connector.is_connected.store(true, SeqCst);
                     return Ok(stream);
                 }
                 Err(error) => error,
             };
-            let refused = error.kind() == io::ErrorKind::ConnectionRefused && !self.is_connected.get();
+            let refused = error.kind() == io::ErrorKind::ConnectionRefused && !self.connector.is_connected.load(SeqCst);
             let over = deadline.is_some_and(|deadline| Instant::now() + PAUSE > deadline);
             if over && (refused || error.kind() == io::ErrorKind::TimedOut) {
                 let message = format!("{error}; tried for {:.1} s (--connect-timeout)", begun.elapsed().as_secs_f64());
                 return Err(io::Error::new(error.kind(), message));
             }
-            if !refused || self.stop.is_stopped() {
+            if !refused || self.is_stopped() {
                 return Err(error);
             }
             if !std::mem::replace(&mut told, true) {

@@ -14,7 +14,7 @@ use multifd::{
     ram::GuestRange,
     source::{self, Source},
     testing::{broken::Broken, memory},
-    transport::{Listen, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, wrapped},
 };
 use multifd_guest::{
     guest::{Guest, GuestConfig, Kind},
@@ -32,22 +32,25 @@ struct SlowListener {
 }
 
 impl SlowListener {
-    fn slow(&mut self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
+    fn slow(&mut self, pending: Box<dyn Pending>) -> Box<dyn Pending> {
         self.accepted += 1;
         // The first is main, which is as fast as it can: it must not be what holds the rounds apart.
-        if self.accepted.is_multiple_of(2) { Box::new(SlowStream { inner: stream }) } else { stream }
+        match self.accepted.is_multiple_of(2) {
+            true => wrapped(pending, |inner| Ok(Box::new(SlowStream { inner }))),
+            false => pending,
+        }
     }
 }
 
 impl Listen for SlowListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
-        let stream = self.inner.accept(timeout)?;
-        Ok(self.slow(stream))
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
+        let pending = self.inner.accept(timeout)?;
+        Ok(self.slow(pending))
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        let stream = self.inner.try_accept()?;
-        Ok(stream.map(|stream| self.slow(stream)))
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        let pending = self.inner.try_accept()?;
+        Ok(pending.map(|pending| self.slow(pending)))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {

@@ -205,7 +205,8 @@ fn receive_raw(uri: &Uri, mib: usize, channels: u8) -> Outcome {
     say(&format!("listening on {}", listener.uri()));
     let cpu = cpu_seconds();
     let threads = (0..channels).map(|channel| {
-        let (ram, stream) = (ram.clone(), listener.accept(Some(Duration::from_secs(60))));
+        let stream = listener.accept(Some(Duration::from_secs(60))).and_then(|pending| pending.establish(None));
+        let ram = ram.clone();
         thread::spawn(move || -> Outcome {
             let mut stream = stream?;
             for offset in share(&ram, channel, channels) {

@@ -17,7 +17,7 @@ use multifd::{
     error::Error,
     ram::{GuestRange, Ram},
     testing::{fuzzing::guarded_ram, memory},
-    transport::{Listen, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{Established, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream},
     vm::{DestinationVm, SectionId, VmError},
 };
 
@@ -140,18 +140,18 @@ impl Script {
 struct Listener(Arc<Script>);
 
 impl Listener {
-    fn next(&self, state: &mut State) -> Option<Box<dyn Stream>> {
+    fn next(&self, state: &mut State) -> Option<Box<dyn Pending>> {
         let (stream, pauses) = state.waiting.pop()?;
         state.open += 1;
         let pauses = Arc::new(Mutex::new(Pauses { position: 0, pauses }));
         let stream: Box<dyn Stream> = Box::new(stream);
-        Some(Box::new(Counted { pauses, open: Open(self.0.clone()), stream }))
+        Some(Box::new(Established::new(Counted { pauses, open: Open(self.0.clone()), stream })))
     }
 }
 
 impl Listen for Listener {
     /// Waits for ever only while something may still happen on another connection.
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let mut state = self.0.lock();
         loop {
             if state.interrupted {
@@ -170,7 +170,7 @@ impl Listen for Listener {
         }
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
         Ok(self.next(&mut self.0.lock()))
     }
 

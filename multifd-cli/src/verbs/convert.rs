@@ -136,7 +136,7 @@ impl Input {
             signals::on_interrupt(signals::Hangup::Interrupts, move || interrupted.cancel())?;
             return Ok(Input { image: Image::open(&args.input)? });
         }
-        let mut stream = FdListener::standard_input()?.accept(None)?;
+        let mut stream = FdListener::standard_input()?.accept(None)?.establish(None)?;
         let stopper = stream.stopper()?;
         signals::on_interrupt(signals::Hangup::Interrupts, move || {
             interrupted.cancel();

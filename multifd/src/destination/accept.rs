@@ -16,7 +16,7 @@ use crate::{
     stop::PanicGuard,
     sync::Arc,
     threads::{Task, ThreadRole},
-    transport::{Listen, Stopper, Stream},
+    transport::{Listen, Pending, Stopper},
 };
 
 /// The thread that accepts, and what came of it.
@@ -97,10 +97,10 @@ fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut
     let mut failing = false;
     loop {
         match listener.accept(None) {
-            Ok(stream) => {
+            Ok(pending) => {
                 failing = false;
                 reap(shared, connections);
-                greet(stream, shared, connections)?;
+                greet(pending, shared, connections)?;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
             Err(error) if passes(&error) => {
@@ -150,15 +150,15 @@ fn reap(shared: &Shared, connections: &mut Serving) {
     }
 }
 
-/// Gives `stream` a thread that finds out what it is.
+/// Gives `pending` a thread that establishes it and finds out what it is.
 ///
 /// # Errors
 /// [`Error::Thread`]: it may be a connection of ours, which would be waited for.
-fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Serving) -> Result<(), Error> {
-    let stopper = match stream.stopper() {
+fn greet(pending: Box<dyn Pending>, shared: &Arc<Shared>, connections: &mut Serving) -> Result<(), Error> {
+    let stopper = match pending.stopper() {
         Ok(stopper) => stopper,
         Err(error) => {
-            shared.drop_stranger(&stream.peer(), &format!("cannot be ended: {error}"));
+            shared.drop_stranger(&pending.peer(), &format!("cannot be ended: {error}"));
             return Ok(());
         }
     };
@@ -167,16 +167,15 @@ fn greet(stream: Box<dyn Stream>, shared: &Arc<Shared>, connections: &mut Servin
     let shared = shared.clone();
     let thread = Task::spawn(&*threads, ThreadRole::Connection(number), &stop, move || {
         // Outlives the guard: an error or a panic is known as the reason before the source sees the connection close.
-        let mut connection = Some(stream);
+        let mut connection = None;
         let guard = PanicGuard::new(&shared.stop, Connection::Unknown(number));
-        let goes_on = greeting::serve(&mut connection, number, &shared);
+        let goes_on = greeting::serve(pending, &mut connection, number, &shared);
         match connection.take() {
             Some(stream) if !goes_on => shared.connections.park(number, stream),
-            Some(stream) => {
+            stream => {
                 drop(stream);
-                shared.connections.remove(number, false);
+                shared.connections.remove(number);
             }
-            None => shared.connections.remove(number, true),
         }
         shared.switch.look_again();
         guard.disarm();
@@ -197,11 +196,11 @@ mod tests {
     struct Defective;
 
     impl Listen for Defective {
-        fn accept(&mut self, _timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        fn accept(&mut self, _timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
             panic!("a defect of the transport");
         }
 
-        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
             Ok(None)
         }
 
@@ -234,7 +233,7 @@ mod tests {
     }
 
     impl Listen for OutOfDescriptors {
-        fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
             match self.failures.checked_sub(1) {
                 Some(left) => {
                     self.failures = left;
@@ -244,7 +243,7 @@ mod tests {
             }
         }
 
-        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
             self.then.try_accept()
         }
 

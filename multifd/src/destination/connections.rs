@@ -35,6 +35,10 @@ struct State {
 struct Entry {
     stage: Stage,
     stopper: Box<dyn Stopper>,
+    /// It had to make room, perhaps before it was established.
+    dropped: bool,
+    /// It outlives its thread: it is main.
+    lives_on: bool,
     /// The connection itself, once its thread has failed.
     parked: Option<Box<dyn Stream>>,
 }
@@ -74,9 +78,23 @@ impl Connections {
         if state.stopped || state.complete {
             stopper.stop();
         }
-        state.open.insert(number, Entry { stage: Stage::Silent, stopper, parked: None });
+        state
+            .open
+            .insert(number, Entry { stage: Stage::Silent, stopper, dropped: false, lives_on: false, parked: None });
         state.make_room(Stage::Silent);
         number
+    }
+
+    /// A connection is established; from now on `stopper` ends it.
+    pub(super) fn established(&self, number: usize, stopper: Box<dyn Stopper>) {
+        let mut state = lock(&self.state);
+        let ends = state.stopped || state.complete;
+        if let Some(entry) = state.open.get_mut(&number) {
+            if ends || std::mem::replace(&mut entry.dropped, false) {
+                stopper.stop();
+            }
+            entry.stopper = stopper;
+        }
     }
 
     /// More is known about a connection. Returns whether it may go on.
@@ -90,10 +108,10 @@ impl Connections {
         goes_on
     }
 
-    /// A connection's thread ends. Its connection may live on: main has been handed over.
-    pub(super) fn remove(&self, number: usize, lives_on: bool) {
+    /// A connection's thread ends, and its connection with it, unless it is main.
+    pub(super) fn remove(&self, number: usize) {
         let mut state = lock(&self.state);
-        if !lives_on {
+        if !state.open.get(&number).is_some_and(|entry| entry.lives_on) {
             state.open.remove(&number);
         }
         state.ended.push(number);
@@ -113,9 +131,12 @@ impl Connections {
         drop(late);
     }
 
-    /// There is main, whose waiting `interrupter` ends.
-    pub(super) fn main_is_here(&self, interrupter: Box<dyn Stopper>) {
+    /// Connection `number` is main, whose waiting `interrupter` ends.
+    pub(super) fn main_is_here(&self, number: usize, interrupter: Box<dyn Stopper>) {
         let mut state = lock(&self.state);
+        if let Some(entry) = state.open.get_mut(&number) {
+            entry.lives_on = true;
+        }
         if state.interrupted {
             interrupter.stop();
         }
@@ -169,11 +190,12 @@ impl Stopper for Connections {
 
 impl State {
     /// Ends the oldest at `stage` if there are too many. Its thread notices.
-    fn make_room(&self, stage: Stage) {
-        let mut alike = self.open.values().filter(|entry| entry.stage == stage);
-        let too_many = alike.clone().count().saturating_sub(stage.limit());
-        for entry in alike.by_ref().take(too_many) {
+    fn make_room(&mut self, stage: Stage) {
+        let alike = self.open.values().filter(|entry| entry.stage == stage).count();
+        let too_many = alike.saturating_sub(stage.limit());
+        for entry in self.open.values_mut().filter(|entry| entry.stage == stage).take(too_many) {
             tracing::warn!(limit = stage.limit(), "too many connections of strangers: the oldest are dropped");
+            entry.dropped = true;
             entry.stopper.stop();
         }
     }
@@ -229,7 +251,7 @@ mod tests {
         let (late, late_stopped) = counted(&connections);
         assert_eq!(late_stopped.load(Relaxed), 1);
         assert!(!connections.advance(late, Stage::Candidate));
-        connections.remove(late, false);
+        connections.remove(late);
         assert_eq!((connections.ended(), connections.ended()), (vec![late], vec![]));
     }
 }

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     sync::{Arc, Deadline, lock},
-    transport::Stream,
+    transport::{Pending, Stream},
 };
 
 /// Why a connection goes no further.
@@ -42,16 +42,24 @@ impl From<Error> for Refused {
     }
 }
 
-/// Finds out what `connection` is and treats it so, until it ends. Takes it if it is main, which lives on in another thread.
-/// Returns whether the migration goes on.
+/// Establishes `pending` as `connection`, finds out what it is and treats it so, until it ends. Takes it if it is main, which lives
+/// on in another thread. Returns whether the migration goes on.
 ///
 /// Else the caller closes it, and an error is known as the reason before: the source sees the closed connection, ends main,
 /// and main's thread would take that for the reason.
-pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) -> bool {
-    match greet(connection, number, shared) {
+pub(super) fn serve(
+    pending: Box<dyn Pending>,
+    connection: &mut Option<Box<dyn Stream>>,
+    number: usize,
+    shared: &Arc<Shared>,
+) -> bool {
+    let peer = pending.peer();
+    let deadline = Deadline::after(shared.options.setup_timeout);
+    let greeted = establish(pending, connection, number, shared, deadline)
+        .and_then(|()| greet(connection, number, shared, deadline));
+    match greeted {
         Ok(()) => true,
         Err(Refused::Stranger(what)) => {
-            let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
             if shared.single {
                 // No other connection can be the migration.
                 shared.stop.stop(Mismatch::NoMigration { peer, what }.into());
@@ -61,7 +69,6 @@ pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, sha
             !shared.single
         }
         Err(Refused::Gone(what)) => {
-            let peer = connection.as_ref().map(|stream| stream.peer()).unwrap_or_default();
             let at = Place { connection: Connection::Unknown(number), offset: 0 };
             if shared.single {
                 shared.stop.stop(Error::Io { at, source: io::Error::other(format!("{peer} {what}")) });
@@ -77,7 +84,27 @@ pub(super) fn serve(connection: &mut Option<Box<dyn Stream>>, number: usize, sha
     }
 }
 
-fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<Shared>) -> Result<(), Refused> {
+/// Waits until the connection is established, which its peer may delay or prevent.
+fn establish(
+    pending: Box<dyn Pending>,
+    connection: &mut Option<Box<dyn Stream>>,
+    number: usize,
+    shared: &Shared,
+    deadline: Deadline,
+) -> Result<(), Refused> {
+    let stream = pending.establish(deadline.left()).map_err(|error| gone(format!("is not established: {error}")))?;
+    let stopper = stream.stopper().map_err(|error| gone(format!("cannot be ended: {error}")))?;
+    shared.connections.established(number, stopper);
+    *connection = Some(stream);
+    Ok(())
+}
+
+fn greet(
+    connection: &mut Option<Box<dyn Stream>>,
+    number: usize,
+    shared: &Arc<Shared>,
+    deadline: Deadline,
+) -> Result<(), Refused> {
     let Some(stream) = connection.as_deref_mut() else { return Ok(()) };
     let mut hello = [0; HELLO_LEN];
     let (first, rest) = hello.split_at_mut(4);
@@ -85,7 +112,7 @@ fn greet(connection: &mut Option<Box<dyn Stream>>, number: usize, shared: &Arc<S
         // It was opened before its source was there, as a FIFO is: how long that takes is as open as with a listener.
         hear(stream, &mut first[..1], Deadline::after(None))?;
     }
-    let deadline = Deadline::after(shared.options.setup_timeout);
+    let deadline = if shared.single { Deadline::after(shared.options.setup_timeout) } else { deadline };
     if !hear_beginning(stream, &mut first[usize::from(shared.single)..], deadline, shared)? {
         // QEMU from 10.0 on ends a preempt connection so, if no page was asked for.
         tracing::debug!(peer = stream.peer(), "a connection has ended without a word");
@@ -246,7 +273,7 @@ impl Shared {
             let at = Place { connection: Connection::Main, offset: 0 };
             let (far_end, peer) = (stream.far_end(), stream.peer());
             let (sends, mut receives) = stream.split().map_err(Error::io(at))?;
-            self.connections.main_is_here(receives.interrupter().map_err(Error::io(at))?);
+            self.connections.main_is_here(number, receives.interrupter().map_err(Error::io(at))?);
             slot.connection = Some(MainConnection { sends, receives, far_end, peer, heard });
         }
         drop(slot);

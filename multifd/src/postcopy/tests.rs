@@ -137,7 +137,11 @@ struct Incoming {
 
 impl Incoming {
     fn accept(listener: &mut MemoryListener) -> Incoming {
-        Incoming { stream: listener.accept(None).unwrap(), words: PreemptDecoder::new(), pages: Vec::new() }
+        Incoming {
+            stream: listener.accept(None).unwrap().establish(None).unwrap(),
+            words: PreemptDecoder::new(),
+            pages: Vec::new(),
+        }
     }
 
     fn take(&mut self, len: usize) -> Vec<u8> {

@@ -20,13 +20,14 @@ use crate::{
     round::scan::Batch,
     stop::PanicGuard,
     sync::{Arc, atomic::Ordering, lock},
-    transport::Stream,
+    transport::{Pending, Stream},
 };
 
 /// A channel's thread and all that it owns.
 pub(super) struct SendChannel {
     id: ChannelId,
-    stream: Box<dyn Stream>,
+    /// Set once it is established.
+    stream: Option<Box<dyn Stream>>,
     shared: Arc<Shared>,
     /// The encoded header of the current packet, and behind it the payload if it is compressed: one write sends both.
     packet: Vec<u8>,
@@ -38,7 +39,7 @@ pub(super) struct SendChannel {
 }
 
 impl SendChannel {
-    pub(super) fn new(id: ChannelId, stream: Box<dyn Stream>, shared: &Arc<Shared>) -> Result<SendChannel, Error> {
+    pub(super) fn new(id: ChannelId, shared: &Arc<Shared>) -> Result<SendChannel, Error> {
         let page_size = shared.ram.layout().page_size();
         let options = &shared.options;
         let compressor = match options.format.compression {
@@ -50,7 +51,7 @@ impl SendChannel {
         };
         Ok(SendChannel {
             id,
-            stream,
+            stream: None,
             shared: shared.clone(),
             packet: vec![0; packet::header_len(page_size)],
             auto: (options.format.auto_compression && compressor.is_some()).then(AutoCompression::default),
@@ -59,15 +60,27 @@ impl SendChannel {
         })
     }
 
-    /// Says which channel this is.
-    pub(super) fn hello(&mut self) -> Result<(), Error> {
-        let options = &self.shared.options;
+    /// Establishes the connection and says which channel this is. The connection is kept also where that fails, until the error
+    /// is known.
+    fn open(&mut self, pending: Box<dyn Pending>) -> Result<(), Error> {
+        let at = self.place();
+        let shared = self.shared.clone();
+        let stream = self.stream.insert(pending.establish(None).map_err(Error::io(at))?);
+        shared.stop.register(stream.stopper().map_err(Error::io(at))?);
+        if let Some(counters) = &shared.zero_copy {
+            shared.copies(&stream.peer(), stream.send_without_copy(counters));
+        }
+        let options = &shared.options;
         let uuid = options.format.token.unwrap_or(options.format.uuid);
         // QEMU ignores the number of channels; a destination of ours waits for all of them.
         let hello = Hello { uuid, channel: self.id, channels: NonZeroU8::new(options.plan.channels) }.encode();
-        self.stream.write(&hello, &[]).map_err(Error::io(self.place()))?;
+        stream.write(&hello, &[]).map_err(Error::io(at))?;
         self.count(hello.len() as u64);
         Ok(())
+    }
+
+    fn stream(&mut self) -> &mut dyn Stream {
+        &mut **self.stream.as_mut().expect(OPEN)
     }
 
     /// What it made of the choice to compress, where it had one.
@@ -77,17 +90,17 @@ impl SendChannel {
 
     /// Ends the connection in order: there is no more to be sent.
     pub(super) fn finish(&mut self) -> io::Result<()> {
-        self.stream.finish()
+        self.stream.as_mut().map_or(Ok(()), |stream| stream.finish())
     }
 
-    /// Sends section after section until there are no more.
+    /// Establishes the connection, then sends section after section until there are no more.
     ///
     /// # Errors
     /// [`Error::Stopped`]: the migration has ended, with this channel's error if it came first.
-    pub(super) fn run(mut self) -> Result<SendChannel, Error> {
+    pub(super) fn run(mut self, pending: Box<dyn Pending>) -> Result<SendChannel, Error> {
         let stop = self.shared.stop.clone();
         let guard = PanicGuard::new(&stop, Connection::Channel(self.id));
-        let outcome = self.sections();
+        let outcome = self.open(pending).and_then(|()| self.sections());
         guard.disarm();
         if let Err(error) = outcome {
             // Before the connection closes: the destination sees that, ends main, and main's thread would take that for
@@ -195,7 +208,7 @@ impl SendChannel {
         let total = (header_len + payload_len) as u64;
         let is_limited = shared.live.limiter.take(total);
         let taken = shared.options.clock.now();
-        self.stream.write(&self.packet, ranges).map_err(Error::io(place))?;
+        self.stream.as_mut().expect(OPEN).write(&self.packet, ranges).map_err(Error::io(place))?;
         if let Some((first, last)) = span {
             block.release(first, last, page_size);
         }
@@ -220,8 +233,8 @@ impl SendChannel {
         self.packet.truncate(packet::header_len(page_size));
         PacketHeader::sync_packet(self.shared.scan.packet_number()).encode_into(&mut self.packet, page_size);
         let place = self.place();
-        self.stream.write(&self.packet, &[]).map_err(Error::io(place))?;
-        self.stream.flush().map_err(Error::io(place))?;
+        self.stream.as_mut().expect(OPEN).write(&self.packet, &[]).map_err(Error::io(place))?;
+        self.stream().flush().map_err(Error::io(place))?;
         self.count(self.packet.len() as u64);
         Ok(())
     }
@@ -236,3 +249,5 @@ impl SendChannel {
         self.shared.progress.add_channel_bytes(self.id, bytes);
     }
 }
+
+const OPEN: &str = "open() has established it";

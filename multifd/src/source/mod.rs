@@ -6,6 +6,7 @@
 
 mod auto_compression;
 mod channel;
+mod connections;
 mod handle;
 mod main_channel;
 mod options;
@@ -17,7 +18,6 @@ mod return_path;
 use std::{io, time::Duration};
 
 use multifd_proto::{
-    ChannelId,
     commit::{SourceAction, SourceCommit, SourceEvent},
     convergence::{Convergence, Decision, RoundReport},
     extension::{Extension, Extensions},
@@ -47,7 +47,7 @@ use crate::{
     sections::Sections,
     stop::StopHandle,
     sync::{Arc, Mutex, atomic::AtomicBool, atomic::Ordering, lock},
-    threads::{Task, ThreadRole, caught},
+    threads::{Task, caught},
     transport::{Connect, ZeroCopyCounters},
     vm::{SourceVm, Throttled},
     watchdog::Watchdog,
@@ -118,6 +118,9 @@ pub(super) struct Shared {
     options: Options,
     /// Zero pages that channels found and main has to name, in legacy mode.
     legacy_zeros: Mutex<Option<DirtyBitmap>>,
+    /// Counts what is sent without a copy, where that was asked for; and why it is not possible, if so.
+    zero_copy: Option<Arc<ZeroCopyCounters>>,
+    copies_because: Mutex<Option<String>>,
     /// No section follows; read by channels after the barrier has opened, which orders it.
     finished: AtomicBool,
 }
@@ -137,8 +140,6 @@ struct Run {
     watchdog: Watchdog,
     convergence: Convergence,
     report: Report,
-    /// Of all channels.
-    zero_copy: Arc<ZeroCopyCounters>,
     tracking: bool,
     paused: bool,
     /// Rounds sent so far.
@@ -173,9 +174,11 @@ impl Run {
         progress.set_pages_total(ram.layout().pages());
         let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
+        let report = Report::new(&options, ram.layout());
+        let zero_copy = report.zero_copy.as_ref().map(|_| Arc::default());
         Ok(Run {
             convergence: Convergence::new(live.get().limits),
-            report: Report::new(&options, ram.layout()),
+            report,
             watchdog: Watchdog::start(&*options.threads, &stop)?,
             extensions: Extensions::default(),
             commit: SourceCommit::one_step(),
@@ -191,13 +194,14 @@ impl Run {
                 stop,
                 options,
                 legacy_zeros: Mutex::new(legacy_zeros),
+                zero_copy,
+                copies_because: Mutex::default(),
                 finished: AtomicBool::new(false),
             }),
             main: None,
             channels: Vec::new(),
             ended: Vec::new(),
             return_path: None,
-            zero_copy: Arc::default(),
             tracking: false,
             paused: false,
             begun,
@@ -241,43 +245,6 @@ impl Run {
         tracing::debug!(phase = phase.name(), "enters");
         self.shared.progress.set_phase(phase);
         observer.event(&Event::Phase(phase));
-    }
-
-    /// Opens main, then the channels, each with its first bytes: a destination may take the first connection for main, and
-    /// may wait for those bytes before it accepts the next.
-    fn connect(&mut self, to: &dyn Connect) -> Result<(), Error> {
-        let shared = &self.shared;
-        let open = |connection: Connection| {
-            let at = Place { connection, offset: 0 };
-            let stream = to.connect().map_err(Error::io(at))?;
-            shared.stop.register(stream.stopper().map_err(Error::io(at))?);
-            Ok::<_, Error>(stream)
-        };
-        let stream = open(Connection::Main)?;
-        let at = Place { connection: Connection::Main, offset: 0 };
-        let stopper = stream.stopper().map_err(Error::io(at))?;
-        let (sends, receives) = stream.split().map_err(Error::io(at))?;
-        let mut main = MainChannel::new(sends, shared);
-        main.header()?;
-        let offered = shared.options.offer().map(|offer| offer.extensions);
-        let (pulse, threads) = (shared.pulse.clone(), &*shared.options.threads);
-        self.return_path = Some(ReturnPath::listen(receives, Some(stopper), offered, pulse, &shared.stop, threads)?);
-        main.open_return_path()?;
-        for id in 0..shared.options.plan.channels {
-            let mut stream = open(Connection::Channel(ChannelId(id)))?;
-            if let Some(report) = self.report.zero_copy.as_mut().filter(|report| report.refused.is_none())
-                && let Err(error) = stream.send_without_copy(&self.zero_copy)
-            {
-                tracing::warn!(peer = stream.peer(), %error, "zero-copy is not possible here, pages are copied");
-                report.refused = Some(error.to_string());
-            }
-            let mut channel = SendChannel::new(ChannelId(id), stream, shared)?;
-            channel.hello()?;
-            let role = ThreadRole::SendChannel(ChannelId(id));
-            self.channels.push(Task::spawn(&*shared.options.threads, role, &shared.stop, move || channel.run())?);
-        }
-        self.main = Some(main);
-        Ok(())
     }
 
     /// Announces the RAM blocks and meets all channels for the first time.
@@ -614,8 +581,9 @@ impl Run {
             vm.throttle(0);
         }
         let Some(error) = failure else {
-            if let Some(report) = &mut self.report.zero_copy {
-                report.count(&self.zero_copy);
+            if let (Some(report), Some(counters)) = (&mut self.report.zero_copy, &self.shared.zero_copy) {
+                report.count(counters);
+                report.refused = lock(&self.shared.copies_because).take();
             }
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
             return Ok(self.report);
@@ -627,16 +595,6 @@ impl Run {
             return Err(Error::NotResumed { first: Box::new(error), resume });
         }
         Err(error)
-    }
-
-    /// Ends all connections in order: there is no more to be sent.
-    fn say_goodbye(&mut self) {
-        let main = self.main.as_mut().map(MainChannel::finish);
-        for outcome in main.into_iter().chain(self.ended.iter_mut().map(SendChannel::finish)) {
-            if let Err(error) = outcome {
-                tracing::debug!(%error, "at the end of a connection");
-            }
-        }
     }
 
     /// Ends all threads. Returns the first error of the migration, of which `error` is one.

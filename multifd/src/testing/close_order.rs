@@ -26,7 +26,7 @@ use crate::{
         Threads,
         test_doubles::{FailsAt, LosesAt},
     },
-    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, wrapped},
 };
 
 /// How the first transfer of pages on a channel fails.
@@ -55,7 +55,7 @@ impl Closed {
 
 /// A connection on which pages fail to move.
 struct Breaking {
-    /// Nothing once it was split.
+    /// Nothing before it is established, and once it was split.
     stream: Option<Box<dyn Stream>>,
     plan: Plan,
     failed: bool,
@@ -69,8 +69,13 @@ struct Plan {
 }
 
 impl Plan {
-    fn stream(&self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
-        Box::new(Breaking { stream: Some(stream), plan: self.clone(), failed: self.failure == Failure::NoThread })
+    fn pending(&self, pending: Box<dyn Pending>) -> Box<dyn Pending> {
+        let failed = self.failure == Failure::NoThread;
+        let mut breaking = Breaking { stream: None, plan: self.clone(), failed };
+        wrapped(pending, move |stream| {
+            breaking.stream = Some(stream);
+            Ok(Box::new(breaking))
+        })
     }
 }
 
@@ -142,12 +147,12 @@ impl Drop for Breaking {
 struct BreakingListener(memory::MemoryListener, Plan);
 
 impl Listen for BreakingListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
-        Ok(self.1.stream(self.0.accept(timeout)?))
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
+        Ok(self.1.pending(self.0.accept(timeout)?))
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        Ok(self.0.try_accept()?.map(|stream| self.1.stream(stream)))
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        Ok(self.0.try_accept()?.map(|pending| self.1.pending(pending)))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
@@ -158,8 +163,8 @@ impl Listen for BreakingListener {
 struct BreakingConnector(memory::MemoryConnector, Plan);
 
 impl Connect for BreakingConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(self.1.stream(self.0.connect()?))
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(self.1.pending(self.0.dial()?))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
         atomic::{AtomicBool, Ordering::SeqCst},
         lock, wait,
     },
-    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters},
+    transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, wrapped},
 };
 
 /// What happens to one operation.
@@ -207,6 +207,10 @@ impl<S: SendHalf + ?Sized> SendHalf for FaultyStream<S> {
         self.stream.send_without_copy(counters)
     }
 
+    fn limit_unsent(&mut self, bytes: usize) -> io::Result<()> {
+        self.stream.limit_unsent(bytes)
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.stream.finish()
     }
@@ -285,12 +289,36 @@ pub struct FaultyConnector {
 }
 
 impl Connect for FaultyConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        match self.faults.next(&Ended::default(), Direction::Sends) {
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        let ended = Arc::new(Ended::default());
+        Ok(Box::new(FaultyDial { pending: self.connector.dial()?, faults: self.faults.clone(), ended }))
+    }
+}
+
+/// A connect that may be refused.
+struct FaultyDial {
+    pending: Box<dyn Pending>,
+    faults: Faults,
+    ended: Arc<Ended>,
+}
+
+impl Pending for FaultyDial {
+    fn establish(self: Box<Self>, limit: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let FaultyDial { pending, faults, ended } = *self;
+        match faults.next(&ended, Direction::Sends) {
             Some(Fault::Fail(kind)) => Err(io::Error::new(kind, "a planned fault")),
             Some(Fault::Cut | Fault::Shorten(_)) => Err(io::ErrorKind::ConnectionRefused.into()),
-            Some(Fault::Delay(_) | Fault::Hold) | None => Ok(Box::new(self.faults.stream(self.connector.connect()?))),
+            Some(Fault::Delay(_) | Fault::Hold) | None => Ok(Box::new(faults.stream(pending.establish(limit)?))),
         }
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        let (stopper, faults, ended) = (self.pending.stopper()?, self.faults.clone(), self.ended.clone());
+        Ok(Box::new(FaultyStopper { stopper, faults, ended, reads_only: false }))
+    }
+
+    fn peer(&self) -> String {
+        self.pending.peer()
     }
 }
 
@@ -300,15 +328,22 @@ pub struct FaultyListener {
     faults: Faults,
 }
 
+impl FaultyListener {
+    fn pending(&self, pending: Box<dyn Pending>) -> Box<dyn Pending> {
+        let faults = self.faults.clone();
+        wrapped(pending, move |stream| Ok(Box::new(faults.stream(stream))))
+    }
+}
+
 impl Listen for FaultyListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
-        let stream = self.listener.accept(timeout)?;
-        Ok(Box::new(self.faults.stream(stream)))
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
+        let pending = self.listener.accept(timeout)?;
+        Ok(self.pending(pending))
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        let stream = self.listener.try_accept()?;
-        Ok(stream.map(|stream| Box::new(self.faults.stream(stream)) as Box<dyn Stream>))
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        let pending = self.listener.try_accept()?;
+        Ok(pending.map(|pending| self.pending(pending)))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
@@ -447,7 +482,7 @@ mod tests {
         let mut ours = connector.connect().unwrap();
         assert_eq!(connector.connect().err().unwrap().kind(), io::ErrorKind::ConnectionRefused);
         ours.write(b"x", &[]).unwrap();
-        let mut theirs = listener.accept(None).unwrap();
+        let mut theirs = listener.accept(None).unwrap().establish(None).unwrap();
         theirs.read_exact(&mut [0]).unwrap();
         assert_eq!(faults.operations(), 4);
         assert!(listener.try_accept().unwrap().is_none());

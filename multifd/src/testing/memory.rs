@@ -8,7 +8,7 @@ use std::{collections::VecDeque, io, time::Duration};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait},
-    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{Connect, Established, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream},
 };
 
 /// A listener and the connector that reaches it. `capacity` bytes fit in each direction of each connection.
@@ -108,16 +108,48 @@ pub struct MemoryConnector {
 }
 
 impl Connect for MemoryConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let (ours, theirs) = pair(self.capacity);
-        let mut state = lock(&self.shared.state);
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(Box::new(PendingMemory { to: self.clone(), stopped: Arc::new(Mutex::new(false)) }))
+    }
+}
+
+/// A connection that is to be opened.
+struct PendingMemory {
+    to: MemoryConnector,
+    stopped: Arc<Mutex<bool>>,
+}
+
+impl Pending for PendingMemory {
+    fn establish(self: Box<Self>, _limit: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        if *lock(&self.stopped) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let (ours, theirs) = pair(self.to.capacity);
+        let shared = &self.to.shared;
+        let mut state = lock(&shared.state);
         if state.closed {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         state.waiting.push_back(theirs);
         drop(state);
-        self.shared.changed.notify_all();
+        shared.changed.notify_all();
         Ok(Box::new(ours))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(DialStopper(self.stopped.clone())))
+    }
+
+    fn peer(&self) -> String {
+        "memory".to_owned()
+    }
+}
+
+struct DialStopper(Arc<Mutex<bool>>);
+
+impl Stopper for DialStopper {
+    fn stop(&self) {
+        *lock(&self.0) = true;
     }
 }
 
@@ -127,21 +159,22 @@ pub struct MemoryListener {
 }
 
 impl Listen for MemoryListener {
-    fn accept(&mut self, _timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, _timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let mut state = lock(&self.shared.state);
         loop {
             if state.stopped {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             if let Some(stream) = state.waiting.pop_front() {
-                return Ok(Box::new(stream));
+                return Ok(Box::new(Established::new(stream)));
             }
             state = wait(&self.shared.changed, state);
         }
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        Ok(lock(&self.shared.state).waiting.pop_front().map(|stream| Box::new(stream) as Box<dyn Stream>))
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        let stream = lock(&self.shared.state).waiting.pop_front();
+        Ok(stream.map(|stream| Box::new(Established::new(stream)) as Box<dyn Pending>))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {

@@ -311,7 +311,7 @@ fn a_destination_that_confirms_before_it_has_the_vm_is_not_believed() {
     let (mut listener, connector) = memory::listener(100_000);
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let mut main = listener.accept(None).unwrap();
+            let mut main = listener.accept(None).unwrap().establish(None).unwrap();
             let mut shut = Vec::new();
             Message::Shut(0).encode(&mut shut);
             main.write(&shut, &[]).unwrap();

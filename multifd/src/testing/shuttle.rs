@@ -43,7 +43,7 @@ use crate::{
     testing::broken::Broken,
     testing::memory,
     testing::vm::{TestDestination, TestSource, Writer},
-    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, wrapped},
     vm::SourceVm,
 };
 
@@ -628,7 +628,7 @@ fn a_peer_that_stops_in_the_middle_leaves_the_guest_running() {
         let peer = thread::spawn(move || {
             let mut accepted = Vec::new();
             for _ in 0..=which {
-                accepted.extend(listener.accept(None));
+                accepted.extend(listener.accept(None).and_then(|pending| pending.establish(None)));
             }
             if let Some(stream) = accepted.get_mut(which) {
                 // Ends early where the source has.
@@ -709,8 +709,8 @@ fn tracking_that_is_rearmed_after_reading_is_caught() {
 struct Legacy(Box<dyn Connect>);
 
 impl Connect for Legacy {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(LegacyStream { inner: self.0.connect()?, held: None }))
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(wrapped(self.0.dial()?, |inner| Ok(Box::new(LegacyStream { inner, held: None }))))
     }
 }
 
@@ -803,10 +803,12 @@ struct Vanishing {
 }
 
 impl Connect for Vanishing {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let inner = self.inner.connect()?;
-        lock(&self.all).push(inner.stopper()?);
-        Ok(Box::new(VanishingStream { inner, left: self.left.clone(), all: self.all.clone() }))
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        let (left, all) = (self.left.clone(), self.all.clone());
+        Ok(wrapped(self.inner.dial()?, move |inner| {
+            lock(&all).push(inner.stopper()?);
+            Ok(Box::new(VanishingStream { inner, left, all }))
+        }))
     }
 }
 
@@ -898,19 +900,22 @@ impl Fault {
         Beside { listen: Box::new(listen), ..Default::default() }
     }
 
-    /// Has the fault happen to `inner`, if it is the one.
-    fn apply(self: &Arc<Fault>, inner: Box<dyn Stream>) -> io::Result<Box<dyn Stream>> {
+    /// Has the fault happen to `pending`, if it is the one.
+    fn apply(self: &Arc<Fault>, pending: Box<dyn Pending>) -> Box<dyn Pending> {
         let index = {
             let mut opened = lock(&self.opened);
             *opened += 1;
             *opened - 1
         };
         if self.connection.is_some_and(|connection| connection != index) {
-            return Ok(inner);
+            return pending;
         }
-        let stopper = inner.stopper()?;
-        lock(&self.broken).push(stopper);
-        Ok(Box::new(FailingStream { inner, fault: self.clone() }))
+        let fault = self.clone();
+        wrapped(pending, move |inner| {
+            let stopper = inner.stopper()?;
+            lock(&fault.broken).push(stopper);
+            Ok(Box::new(FailingStream { inner, fault }))
+        })
     }
 
     fn operation(&self) -> io::Result<()> {
@@ -934,8 +939,8 @@ struct FailingConnector {
 }
 
 impl Connect for FailingConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        self.fault.apply(self.inner.connect()?)
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(self.fault.apply(self.inner.dial()?))
     }
 }
 
@@ -945,12 +950,12 @@ struct FailingListener {
 }
 
 impl Listen for FailingListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
-        self.fault.apply(self.inner.accept(timeout)?)
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
+        Ok(self.fault.apply(self.inner.accept(timeout)?))
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        self.inner.try_accept()?.map(|stream| self.fault.apply(stream)).transpose()
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        Ok(self.inner.try_accept()?.map(|pending| self.fault.apply(pending)))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
@@ -1049,11 +1054,13 @@ impl Watched {
 }
 
 impl Connect for WatchingConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
         self.watched.operation();
-        let inner = self.inner.connect()?;
-        let stopper = std::sync::Arc::from(inner.stopper()?);
-        Ok(Box::new(WatchingStream { watched: self.watched.clone(), stopper, inner }))
+        let watched = self.watched.clone();
+        Ok(wrapped(self.inner.dial()?, move |inner| {
+            let stopper = std::sync::Arc::from(inner.stopper()?);
+            Ok(Box::new(WatchingStream { watched, stopper, inner }))
+        }))
     }
 }
 

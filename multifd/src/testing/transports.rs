@@ -19,13 +19,14 @@ use crate::{
     sync::Arc,
     sys::signals::interrupt,
     transport::{
-        Connect, Listen, RecvHalf, SendHalf, Stream, ZeroCopyCounters,
+        Connect, Listen, Pending, RecvHalf, SendHalf, Stream, ZeroCopyCounters,
         fd::{FdConnector, FdListener},
         record::Recording,
         socket::{SocketListener, SocketStream},
         tcp::{self, TcpConnector},
         unix::{self, UnixConnector},
         uri::Uri,
+        wrapped,
     },
 };
 
@@ -98,7 +99,7 @@ impl Transport {
 
     fn pair(&mut self) -> (Box<dyn Stream>, Box<dyn Stream>) {
         let ours = self.connector.connect().unwrap();
-        let theirs = self.listener.accept(Some(SOON)).unwrap();
+        let theirs = self.listener.accept(Some(SOON)).unwrap().establish(Some(SOON)).unwrap();
         (ours, theirs)
     }
 }
@@ -107,10 +108,11 @@ impl Transport {
 struct WithoutCopy(TcpConnector);
 
 impl Connect for WithoutCopy {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let mut stream = self.0.connect()?;
-        stream.send_without_copy(&Arc::default())?;
-        Ok(stream)
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(wrapped(self.0.dial()?, |mut stream| {
+            stream.send_without_copy(&Arc::default())?;
+            Ok(stream)
+        }))
     }
 }
 
@@ -156,6 +158,8 @@ conformance! {
     stop_releases_a_blocked_reader
     a_dropped_peer_ends_the_stream_after_its_bytes
     an_end_within_pages_is_an_error
+    what_was_stopped_before_is_not_established
+    an_accepted_connection_can_be_stopped_before_it_is_established
     a_stopper_outlives_its_connection_and_does_not_keep_it_open
     two_halves_read_and_write_at_the_same_time
     finish_ends_one_direction_and_the_other_goes_on
@@ -271,6 +275,26 @@ fn a_dropped_peer_ends_the_stream_after_its_bytes(mut transport: Transport) {
     assert_eq!(&received, b"the end");
     assert_eq!(theirs.read(&mut received).unwrap(), 0);
     assert_eq!(theirs.read_exact(&mut received).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+}
+
+fn what_was_stopped_before_is_not_established(transport: Transport) {
+    let pending = transport.connector.dial().unwrap();
+    assert!(!pending.peer().is_empty());
+    pending.stopper().unwrap().stop();
+    // A connected socket is there already, and has ended.
+    if let Ok(mut stream) = pending.establish(Some(SOON)) {
+        assert!(stream.write(b"x", &[]).is_err());
+    }
+}
+
+fn an_accepted_connection_can_be_stopped_before_it_is_established(mut transport: Transport) {
+    let _ours = transport.connector.connect().unwrap();
+    let pending = transport.listener.accept(Some(SOON)).unwrap();
+    assert!(!pending.peer().is_empty());
+    pending.stopper().unwrap().stop();
+    if let Ok(mut stream) = pending.establish(Some(SOON)) {
+        assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+    }
 }
 
 fn an_end_within_pages_is_an_error(mut transport: Transport) {
@@ -454,7 +478,7 @@ fn every_connection_in_the_backlog_is_found(mut transport: Transport) {
     let mut ours: Vec<_> = (0..256).map(|_| transport.connector.connect().unwrap()).collect();
     let mut theirs = Vec::new();
     while let Some(stream) = transport.listener.try_accept().unwrap() {
-        theirs.push(stream);
+        theirs.push(stream.establish(Some(SOON)).unwrap());
     }
     assert_eq!(theirs.len(), 256);
     for (index, stream) in ours.iter_mut().enumerate() {
@@ -728,7 +752,7 @@ fn an_inherited_non_blocking_socket_blocks_again() {
 fn a_connected_socket_is_one_connection_and_then_a_listener_to_which_no_more_come() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut listener = FdListener::new(ours.into(), Uri::Fd(3)).unwrap();
-    let mut stream = listener.accept(None).unwrap();
+    let mut stream = listener.accept(None).unwrap().establish(None).unwrap();
     (&theirs).write_all(b"x").unwrap();
     stream.read_exact(&mut [0]).unwrap();
     let error = listener.accept(Some(Duration::from_millis(5))).err().unwrap();

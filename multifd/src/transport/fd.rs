@@ -16,7 +16,7 @@ use rustix::{
 };
 
 use super::{
-    Connect, Listen, Stopper, Stream,
+    Connect, Established, Listen, Pending, Stopper,
     one_way::OneWayListener,
     socket::{SocketListener, SocketStream, context, invalid},
     stop_event::StopEvent,
@@ -67,9 +67,9 @@ impl FdConnector {
 }
 
 impl Connect for FdConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
         match lock(&self.stream).take() {
-            Some(stream) => Ok(Box::new(stream)),
+            Some(stream) => Ok(Box::new(Established::new(stream))),
             None => Err(invalid(
                 "a connected socket is one connection, and a source has channels beside main: it needs an address, \
                  tcp:HOST:PORT or unix:PATH",
@@ -137,21 +137,23 @@ impl FdListener {
 
 impl Listen for FdListener {
     /// After the only connection, this waits as it does for any listener to which no more come.
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         match &mut self.kind {
             Kind::Listening(listener) => listener.accept(timeout),
             Kind::Connected { stream, stopped } => match stream.take() {
-                Some(stream) if !stopped.is_set()? => Ok(Box::new(stream)),
+                Some(stream) if !stopped.is_set()? => Ok(Box::new(Established::new(stream))),
                 _ => Err(stopped.wait(timeout)?.into()),
             },
             Kind::OneWay(listener) => listener.accept(timeout),
         }
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
         match &mut self.kind {
             Kind::Listening(listener) => listener.try_accept(),
-            Kind::Connected { stream, .. } => Ok(stream.take().map(|stream| Box::new(stream) as Box<dyn Stream>)),
+            Kind::Connected { stream, .. } => {
+                Ok(stream.take().map(|stream| Box::new(Established::new(stream)) as Box<dyn Pending>))
+            }
             Kind::OneWay(listener) => listener.try_accept(),
         }
     }

@@ -5,11 +5,13 @@
 
 use std::io;
 
+pub use self::pending::{Established, Pending, wrapped};
 pub use crate::sys::zerocopy::ZeroCopyCounters;
 use crate::{ram::GuestRange, sync::Arc};
 
 pub mod fd;
 pub mod one_way;
+mod pending;
 pub mod record;
 pub mod socket;
 mod stop_event;
@@ -163,26 +165,37 @@ pub trait Stopper: Send + Sync {
 
 /// Opens connections to one destination: main first, then the channels.
 pub trait Connect {
-    /// Opens one more connection.
+    /// Begins one more connection. Does not wait: that is the part of [`Pending::establish`], which the engine calls for all
+    /// channels at the same time, each in the thread of its own.
     ///
     /// # Errors
-    /// The connection's.
-    fn connect(&self) -> io::Result<Box<dyn Stream>>;
+    /// The connection cannot be begun.
+    fn dial(&self) -> io::Result<Box<dyn Pending>>;
+
+    /// Opens one more connection, and waits until it is established.
+    ///
+    /// # Errors
+    /// As [`dial`](Self::dial) and [`Pending::establish`].
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        self.dial()?.establish(None)
+    }
 }
 
 /// Where connections of one source arrive.
 pub trait Listen: Send {
-    /// The next connection. Waits for at most `timeout` (`None`: no limit; transports without a clock ignore it).
+    /// The next connection, which is still to be [established](Pending::establish): a peer that is slow at that must not
+    /// keep the next one from being accepted. Waits for at most `timeout` (`None`: no limit; transports without a clock ignore
+    /// it).
     ///
     /// # Errors
     /// [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::Interrupted`] after [`Stopper::stop`]; the kernel's.
-    fn accept(&mut self, timeout: Option<std::time::Duration>) -> io::Result<Box<dyn Stream>>;
+    fn accept(&mut self, timeout: Option<std::time::Duration>) -> io::Result<Box<dyn Pending>>;
 
     /// A connection that is already waiting, if there is one. Works also after [`Stopper::stop`].
     ///
     /// # Errors
     /// The kernel's.
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>>;
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>>;
 
     /// Whether there is one connection only: main, without channels.
     fn is_single(&self) -> bool {

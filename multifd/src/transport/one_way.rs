@@ -24,7 +24,7 @@ use rustix::{
 };
 
 use super::{
-    FarEnd, Listen, RecvHalf, SendHalf, Stopper, Stream,
+    Established, FarEnd, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream,
     socket::{context, invalid},
     stop_event::StopEvent,
 };
@@ -103,15 +103,15 @@ impl OneWayListener {
 
 impl Listen for OneWayListener {
     /// After the only stream, this waits as it does for any listener to which no more come.
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         match self.stream.take() {
-            Some(stream) if !self.stopped.is_set()? => Ok(Box::new(stream)),
+            Some(stream) if !self.stopped.is_set()? => Ok(Box::new(Established::new(stream))),
             _ => Err(self.stopped.wait(timeout)?.into()),
         }
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        Ok(self.stream.take().map(|stream| Box::new(stream) as Box<dyn Stream>))
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        Ok(self.stream.take().map(|stream| Box::new(Established::new(stream)) as Box<dyn Pending>))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {

@@ -14,7 +14,7 @@ use std::{
 
 use multifd_proto::{packet, postcopy::Beginning};
 
-use super::{FarEnd, Listen, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, socket::context};
+use super::{FarEnd, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, socket::context, wrapped};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Mutex, lock},
@@ -60,12 +60,21 @@ impl Recording {
 
     /// The same connection, recorded from now on.
     pub fn stream(&self, stream: Box<dyn Stream>) -> RecordedStream {
+        RecordedStream { stream, tape: Arc::new(Mutex::new(self.tape())), staging: Vec::new() }
+    }
+
+    /// For the connection that has arrived now.
+    fn tape(&self) -> Tape {
         let mut state = lock(&self.shared.state);
         let number = state.arrived;
         state.arrived += 1;
         drop(state);
-        let tape = Tape { shared: self.shared.clone(), number, head: Vec::new(), file: None };
-        RecordedStream { stream, tape: Arc::new(Mutex::new(tape)), staging: Vec::new() }
+        Tape { shared: self.shared.clone(), number, head: Vec::new(), file: None }
+    }
+
+    fn pending(&self, pending: Box<dyn Pending>) -> Box<dyn Pending> {
+        let tape = Arc::new(Mutex::new(self.tape()));
+        wrapped(pending, |stream| Ok(Box::new(RecordedStream { stream, tape, staging: Vec::new() })))
     }
 
     /// The same listener, whose connections are recorded.
@@ -92,6 +101,10 @@ impl<S: SendHalf + ?Sized> SendHalf for RecordedStream<S> {
 
     fn send_without_copy(&mut self, counters: &Arc<ZeroCopyCounters>) -> io::Result<()> {
         self.stream.send_without_copy(counters)
+    }
+
+    fn limit_unsent(&mut self, bytes: usize) -> io::Result<()> {
+        self.stream.limit_unsent(bytes)
     }
 
     fn finish(&mut self) -> io::Result<()> {
@@ -154,14 +167,14 @@ pub struct RecordingListener {
 }
 
 impl Listen for RecordingListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
-        let stream = self.listener.accept(timeout)?;
-        Ok(Box::new(self.recording.stream(stream)))
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
+        let pending = self.listener.accept(timeout)?;
+        Ok(self.recording.pending(pending))
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
-        let stream = self.listener.try_accept()?;
-        Ok(stream.map(|stream| Box::new(self.recording.stream(stream)) as Box<dyn Stream>))
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        let pending = self.listener.try_accept()?;
+        Ok(pending.map(|pending| self.recording.pending(pending)))
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {

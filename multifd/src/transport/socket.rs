@@ -20,7 +20,9 @@ use rustix::{
     },
 };
 
-use super::{Listen, RecvHalf, SendHalf, Stopper, Stream, stop_event::StopEvent, unix::OwnPath, uri::Uri};
+use super::{
+    Established, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, stop_event::StopEvent, unix::OwnPath, uri::Uri,
+};
 use crate::{
     ram::GuestRange,
     sys::{
@@ -217,7 +219,7 @@ impl SocketListener {
 }
 
 impl Listen for SocketListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -228,7 +230,7 @@ impl Listen for SocketListener {
         }
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
         loop {
             match accept_with(&self.socket, SocketFlags::CLOEXEC) {
                 Ok(socket) => {
@@ -240,10 +242,11 @@ impl Listen for SocketListener {
                             continue;
                         }
                     };
-                    return Ok(Some(match self.uri {
-                        Uri::Unix(_) => Box::new(stream.with_peer(self.uri.to_string())),
-                        _ => Box::new(stream),
-                    }));
+                    let stream = match self.uri {
+                        Uri::Unix(_) => stream.with_peer(self.uri.to_string()),
+                        _ => stream,
+                    };
+                    return Ok(Some(Box::new(Established::new(stream))));
                 }
                 Err(Errno::AGAIN) => return Ok(None),
                 // A connection that was gone before it was accepted; the next one may be fine.

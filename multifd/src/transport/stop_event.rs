@@ -35,7 +35,7 @@ impl StopEvent {
 
     /// Waits until the event is set: [`io::ErrorKind::Interrupted`], or for `timeout`: [`io::ErrorKind::TimedOut`].
     pub(super) fn wait(&self, timeout: Option<Duration>) -> io::Result<io::ErrorKind> {
-        self.poll(None, timeout).map(|ended| ended.expect_err("nothing else was waited for"))
+        self.poll(None, PollFlags::IN, timeout).map(|ended| ended.expect_err("nothing else was waited for"))
     }
 
     /// Waits until a read of `descriptor` does not block.
@@ -43,12 +43,21 @@ impl StopEvent {
     /// # Errors
     /// [`io::ErrorKind::Interrupted`] once the event is set; [`io::ErrorKind::TimedOut`]; the kernel's.
     pub(super) fn wait_readable(&self, descriptor: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<()> {
-        self.poll(Some(descriptor), timeout)?.map_err(io::Error::from)
+        self.poll(Some(descriptor), PollFlags::IN, timeout)?.map_err(io::Error::from)
+    }
+
+    /// Waits until a write to `descriptor` does not block, or its connect has ended.
+    ///
+    /// # Errors
+    /// As [`wait_readable`](Self::wait_readable).
+    pub(super) fn wait_writable(&self, descriptor: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<()> {
+        self.poll(Some(descriptor), PollFlags::OUT, timeout)?.map_err(io::Error::from)
     }
 
     fn poll(
         &self,
         descriptor: Option<BorrowedFd<'_>>,
+        events: PollFlags,
         timeout: Option<Duration>,
     ) -> io::Result<Result<(), io::ErrorKind>> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
@@ -57,7 +66,7 @@ impl StopEvent {
             // A time beyond the kernel's range has no end either.
             let left = left.and_then(|left| Timespec::try_from(left).ok());
             let mut entries = vec![PollFd::new(&self.0, PollFlags::IN)];
-            entries.extend(descriptor.map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN)));
+            entries.extend(descriptor.map(|descriptor| PollFd::from_borrowed_fd(descriptor, events)));
             match poll(&mut entries, left.as_ref()) {
                 Err(Errno::INTR) => {}
                 Ok(0) => return Ok(Err(io::ErrorKind::TimedOut)),

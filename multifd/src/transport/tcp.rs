@@ -2,15 +2,23 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
+use rustix::{
+    io::Errno,
+    net::{self, AddressFamily, SocketFlags, SocketType, sockopt},
+};
+
 use super::{
-    Connect, Stream,
+    Connect, Pending, Stopper, Stream,
     socket::{SocketListener, SocketStream, context},
+    stop_event::StopEvent,
     uri::Uri,
 };
+use crate::sync::Deadline;
 
 /// Opens connections to one host and port.
 #[derive(Clone, Debug)]
@@ -26,24 +34,70 @@ impl TcpConnector {
         TcpConnector { host: host.into(), port }
     }
 
-    fn open(&self) -> io::Result<TcpStream> {
-        let host = if self.host.is_empty() { "localhost" } else { &self.host };
+    fn uri(&self) -> Uri {
+        Uri::Tcp { host: self.host.clone(), port: self.port }
+    }
+}
+
+impl Connect for TcpConnector {
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(Box::new(PendingTcp { to: self.clone(), stopped: StopEvent::new()? }))
+    }
+}
+
+/// A connection that is to be opened.
+struct PendingTcp {
+    to: TcpConnector,
+    stopped: StopEvent,
+}
+
+impl PendingTcp {
+    fn open(&self, deadline: Deadline) -> io::Result<OwnedFd> {
+        let host = if self.to.host.is_empty() { "localhost" } else { &self.to.host };
         let mut failure = None;
-        for address in resolve(host, self.port)? {
-            match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-                Ok(stream) => return Ok(stream),
+        for address in resolve(host, self.to.port)? {
+            match self.connect(address, deadline) {
+                Ok(socket) => return Ok(socket),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return Err(error),
                 Err(error) => failure = Some(context(address)(error)),
             }
         }
         Err(failure.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the host has no address")))
     }
+
+    fn connect(&self, address: SocketAddr, deadline: Deadline) -> io::Result<OwnedFd> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+        match net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            Err(Errno::INPROGRESS | Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let limit = deadline.left().map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT));
+        self.stopped.wait_writable(socket.as_fd(), Some(limit)).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => io::ErrorKind::ConnectionAborted.into(),
+            io::ErrorKind::TimedOut => io::Error::new(io::ErrorKind::TimedOut, "connection timed out"),
+            _ => error,
+        })?;
+        sockopt::socket_error(&socket)??;
+        Ok(socket)
+    }
 }
 
-impl Connect for TcpConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let uri = Uri::Tcp { host: self.host.clone(), port: self.port };
-        let stream = self.open().map_err(context(&uri))?;
-        Ok(Box::new(SocketStream::new(stream.into())?))
+impl Pending for PendingTcp {
+    fn establish(self: Box<Self>, limit: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let socket = self.open(Deadline::after(limit)).map_err(context(self.to.uri()))?;
+        Ok(Box::new(SocketStream::new(socket)?))
+    }
+
+    /// Nothing ends the look-up of a name.
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(self.stopped.clone()))
+    }
+
+    fn peer(&self) -> String {
+        self.to.uri().to_string()
     }
 }
 
@@ -70,6 +124,5 @@ fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     Ok((host, port).to_socket_addrs()?.collect())
 }
 
-/// For each address. The kernel alone would take over two minutes to give up one that does not answer, and nothing can
-/// cancel a connect.
+/// For each address. The kernel alone would take over two minutes to give up one that does not answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

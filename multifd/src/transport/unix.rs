@@ -7,24 +7,32 @@ use std::{
         fd::OwnedFd,
         unix::{
             fs::{FileTypeExt, MetadataExt},
-            net::{UnixDatagram, UnixListener, UnixStream},
+            net::{UnixDatagram, UnixListener},
         },
     },
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
 use rustix::{
     fs::{FlockOperation, Mode, flock},
     io::Errno,
-    net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+    net::{
+        self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType,
+        sockopt::{self, Timeout},
+    },
 };
 
 use super::{
-    Connect, Stream,
+    Connect, Pending, Stopper, Stream,
     socket::{BACKLOG, SocketListener, SocketStream, context},
     uri::Uri,
 };
+use crate::sync::Deadline;
 
 /// Opens connections to the socket at one path.
 #[derive(Clone, Debug)]
@@ -40,10 +48,62 @@ impl UnixConnector {
 }
 
 impl Connect for UnixConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let uri = Uri::Unix(self.path.clone());
-        let stream = UnixStream::connect(&self.path).map_err(context(&uri))?;
-        Ok(Box::new(SocketStream::new(stream.into())?.with_peer(uri.to_string())))
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(Box::new(PendingUnix { path: self.path.clone(), stopped: Arc::default() }))
+    }
+}
+
+/// A connection that is to be opened.
+struct PendingUnix {
+    path: PathBuf,
+    stopped: Arc<AtomicBool>,
+}
+
+impl PendingUnix {
+    /// Waits for room in the queue of the listener: nothing tells when there is some.
+    fn open(&self, deadline: Deadline) -> io::Result<OwnedFd> {
+        let address = SocketAddrUnix::new(&self.path)?;
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        // A connect waits as long as a send would.
+        sockopt::set_socket_timeout(&socket, Timeout::Send, Some(ROOM_PAUSE))?;
+        loop {
+            if self.stopped.load(SeqCst) {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+            match net::connect(&socket, &address) {
+                Ok(()) => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if !deadline.is_over() => {}
+                Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        sockopt::set_socket_timeout(&socket, Timeout::Send, None)?;
+        Ok(socket)
+    }
+}
+
+impl Pending for PendingUnix {
+    fn establish(self: Box<Self>, limit: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        let peer = self.peer();
+        let socket = self.open(Deadline::after(limit)).map_err(context(&peer))?;
+        Ok(Box::new(SocketStream::new(socket)?.with_peer(peer)))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Ok(Box::new(Stopped(self.stopped.clone())))
+    }
+
+    fn peer(&self) -> String {
+        Uri::Unix(self.path.clone()).to_string()
+    }
+}
+
+struct Stopped(Arc<AtomicBool>);
+
+impl Stopper for Stopped {
+    fn stop(&self) {
+        self.0.store(true, SeqCst);
     }
 }
 
@@ -159,9 +219,15 @@ impl Drop for OwnPath {
     }
 }
 
+/// How often a connect to a listener without room looks whether it is still wanted.
+const ROOM_PAUSE: Duration = Duration::from_millis(50);
+
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::PermissionsExt, thread};
+    use std::{
+        os::unix::{fs::PermissionsExt, net::UnixStream},
+        thread,
+    };
 
     use test_support::TempDir;
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Connect, Listen, Stopper, Stream,
+    Connect, Listen, Pending, Stopper,
     fd::{FdConnector, FdListener},
     one_way::OneWayListener,
     tcp::{self, TcpConnector},
@@ -128,11 +128,11 @@ impl UriListener {
 }
 
 impl Listen for UriListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         self.listener.accept(timeout)
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
         self.listener.try_accept()
     }
 

@@ -33,7 +33,7 @@ use crate::{
         memory::{self, MemoryConnector, MemoryListener},
     },
     threads::{StdThreads, Threads},
-    transport::{Connect, Listen, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, wrapped},
     vm::SourceVm,
 };
 
@@ -70,24 +70,25 @@ impl<T> Planned<T> {
         Planned { inner, plans, next: AtomicUsize::new(0) }
     }
 
-    fn wrap(&self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
-        Box::new(self.plans.0[self.next.fetch_add(1, SeqCst)].stream(stream))
+    fn wrap(&self, pending: Box<dyn Pending>) -> Box<dyn Pending> {
+        let plan = self.plans.0[self.next.fetch_add(1, SeqCst)].clone();
+        wrapped(pending, move |stream| Ok(Box::new(plan.stream(stream))))
     }
 }
 
 impl Connect for Planned<MemoryConnector> {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(self.wrap(self.inner.connect()?))
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        Ok(self.wrap(self.inner.dial()?))
     }
 }
 
 impl Listen for Planned<MemoryListener> {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let stream = self.inner.accept(timeout)?;
         Ok(self.wrap(stream))
     }
 
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Stream>>> {
+    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
         Ok(self.inner.try_accept()?.map(|stream| self.wrap(stream)))
     }
 
@@ -412,8 +413,9 @@ struct DeafConnector {
 }
 
 impl Connect for DeafConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        Ok(Box::new(Deaf { stream: self.inner.connect()?, error: self.error }))
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        let error = self.error;
+        Ok(wrapped(self.inner.dial()?, move |stream| Ok(Box::new(Deaf { error, stream }))))
     }
 }
 
