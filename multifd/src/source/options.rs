@@ -196,3 +196,12 @@ pub enum Untouched {
     /// They are sent as zero pages.
     Name,
 }
+
+/// A token that no other migration has.
+pub(super) fn fresh_token() -> std::io::Result<[u8; 16]> {
+    let mut token = [0; 16];
+    while token == [0; 16] {
+        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(token)
+}

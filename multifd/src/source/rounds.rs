@@ -1,0 +1,149 @@
+//! The rounds while the guest runs: what is sent, what is dirty then, and whether to go on.
+
+use std::time::Duration;
+
+use multifd_proto::convergence::{Decision, RoundReport};
+
+use super::{Run, Untouched};
+use crate::{
+    dirty_bitmap::DirtyBitmap,
+    error::Error,
+    progress::{Event, Observer, RoundStats},
+    vm::{SourceVm, Throttled},
+};
+
+impl Run {
+    /// Switches dirty tracking on and returns the pages of round 0: all of them, but for those never touched where the
+    /// destination needs not be told.
+    pub(super) fn start_tracking(&mut self, vm: &mut dyn SourceVm) -> Result<DirtyBitmap, Error> {
+        self.report.dirty_log = vm.dirty_log().name();
+        self.tracking = true;
+        let ram = self.shared.ram.clone();
+        if !self.tracking_starts_late() {
+            vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
+        }
+        let mut dirty = DirtyBitmap::full(ram.layout());
+        let mut untouched = DirtyBitmap::new(ram.layout());
+        vm.untouched(&mut untouched).map_err(Error::vm("tell which pages were never touched"))?;
+        match self.shared.options.format.untouched {
+            Untouched::Skip => {
+                dirty.subtract(&untouched);
+                self.report.skipped = untouched.count();
+                self.shared.progress.add_skipped(self.report.skipped);
+                self.shared.scan.set_zeros(None);
+            }
+            Untouched::Name => self.shared.scan.set_zeros(Some(untouched)),
+        }
+        self.rounds_begun = self.now();
+        Ok(dirty)
+    }
+
+    /// Sends all pages of `dirty` while the guest runs, then puts those written meanwhile into it.
+    pub(super) fn round(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        let mut stats = self.open_round(dirty, true);
+        let begun = self.now();
+        loop {
+            let pages = self.section_budget();
+            self.main().ram_part()?;
+            let section_begun = self.now();
+            self.section(pages)?;
+            self.measure_section(pages, self.now() - section_begun);
+            if self.shared.scan.is_empty() {
+                break;
+            }
+        }
+        // Zeros known from the beginning say nothing about what was written since.
+        self.shared.scan.set_zeros(None);
+        stats.took = self.now() - begun;
+        if self.tracking_starts_late() && self.rounds == 0 {
+            let ram = self.shared.ram.clone();
+            vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
+        }
+        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        stats.dirty_after = dirty.count();
+        self.close_round(stats);
+        Ok(())
+    }
+
+    /// Only in tests: see [`Broken`](crate::testing::broken::Broken).
+    #[cfg(any(test, feature = "broken-variants"))]
+    fn tracking_starts_late(&self) -> bool {
+        self.shared.options.broken == Some(crate::testing::broken::Broken::TrackingStartsLate)
+    }
+
+    #[cfg(not(any(test, feature = "broken-variants")))]
+    const fn tracking_starts_late(&self) -> bool {
+        false
+    }
+
+    /// Compares what is left with what the pause may take.
+    pub(super) fn decide(&mut self, dirty: &DirtyBitmap, observer: &mut dyn Observer) -> Decision {
+        let page_size = self.shared.ram.layout().page_size() as u64;
+        let elapsed = self.now() - self.rounds_begun;
+        self.convergence.set_limits(self.shared.live.get().limits);
+        let last = self.report.rounds.last_mut().expect("a round was sent");
+        let decision = self.convergence.decide(&RoundReport {
+            rounds: last.round + 1,
+            sent: last.normal * page_size,
+            took: last.took,
+            dirty: last.dirty_after * page_size,
+            elapsed,
+        });
+        last.expected_downtime = self.convergence.expected_downtime(dirty.count() * page_size);
+        observer.event(&Event::Round(last.clone()));
+        decision
+    }
+
+    pub(super) fn throttle(&mut self, percent: u8, vm: &mut dyn SourceVm, observer: &mut dyn Observer) {
+        match vm.throttle(percent) {
+            Throttled::Applied => {
+                self.report.throttle = percent;
+                observer.event(&Event::Throttle(percent));
+            }
+            Throttled::Unsupported => self.convergence.throttle_unsupported(),
+        }
+    }
+
+    pub(super) fn does_not_converge(&self, dirty: &DirtyBitmap) -> Error {
+        let remaining = dirty.count() * self.shared.ram.layout().page_size() as u64;
+        Error::DoesNotConverge {
+            rounds: self.rounds,
+            seconds: (self.now() - self.rounds_begun).as_secs_f64(),
+            remaining,
+            bytes_per_second: self.convergence.bytes_per_second(),
+            expected_downtime_ms: self.convergence.expected_downtime(remaining).as_secs_f64() * 1e3,
+            downtime_limit_ms: self.shared.live.get().limits.downtime.as_secs_f64() * 1e3,
+        }
+    }
+
+    pub(super) fn open_round(&mut self, dirty: &mut DirtyBitmap, guest_running: bool) -> RoundStats {
+        let round = self.rounds;
+        let dirty_pages = dirty.count();
+        self.shared.progress.open_round(round, dirty_pages);
+        self.shared.scan.load(dirty);
+        let before = self.shared.progress.snapshot();
+        RoundStats {
+            round,
+            dirty_pages,
+            // Totals so far, to be subtracted when the round is over.
+            normal: before.normal,
+            zero: before.zero,
+            bytes: before.bytes(),
+            took: Duration::ZERO,
+            guest_running,
+            dirty_after: 0,
+            expected_downtime: Duration::ZERO,
+            throttle: self.report.throttle,
+        }
+    }
+
+    pub(super) fn close_round(&mut self, mut stats: RoundStats) {
+        let now = self.shared.progress.snapshot();
+        stats.normal = now.normal - stats.normal;
+        stats.zero = now.zero - stats.zero;
+        stats.bytes = now.bytes() - stats.bytes;
+        tracing::debug!(?stats, "round");
+        self.rounds += 1;
+        stats.keep_in(&mut self.report.rounds);
+    }
+}
