@@ -324,8 +324,8 @@ fn clock_seed() -> u64 {
     now.as_nanos() as u64
 }
 
-/// For anything that a loaded machine may take its time for; less than the deadline for channels, which a destination whose
-/// source has died does not wait for.
-const LIMIT: Duration = Duration::from_secs(25);
+/// For anything that a loaded machine may take its time for. A source whose destination is killed before it has connected tries
+/// for 30 s to reach it.
+const LIMIT: Duration = Duration::from_secs(60);
 /// For all moments together, unless more are asked for.
 const ENOUGH: Duration = Duration::from_secs(75);
