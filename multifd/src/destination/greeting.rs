@@ -289,7 +289,8 @@ impl Shared {
     /// Whether a connection may be one of postcopy's that begins with `first`: part of a RAM word, not of another protocol.
     fn may_be_preempt(&self, first: &[u8], deadline: Deadline) -> bool {
         // A word is an offset, and that of a block with less than 2^56 bytes.
-        first[0] == 0 && self.options.token.is_none() && self.switch.await_announcement(deadline)
+        let possible = first[0] == 0 && !self.single && self.options.token.is_none();
+        possible && self.switch.await_announcement(deadline)
     }
 
     /// Whether the channel that said `hello` is one of this migration and may join now.
