@@ -8,7 +8,9 @@ mod look;
 mod settings;
 
 use std::{
+    fs::Permissions,
     io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -226,8 +228,7 @@ impl Meeting {
         if let Some(uri) = uri {
             return Ok(Meeting { uri: uri.clone(), _directory: None });
         }
-        // Made with the rights 0700.
-        let directory = tempfile::Builder::new().prefix("multifd-").tempdir()?;
+        let directory = private_directory()?;
         let uri = Uri::Unix(directory.path().join("migration"));
         Ok(Meeting { uri, _directory: Some(directory) })
     }
@@ -236,6 +237,15 @@ impl Meeting {
     pub fn is_private(&self) -> bool {
         self._directory.is_some()
     }
+}
+
+/// A new directory that only this user can enter, removed with its contents.
+///
+/// # Errors
+/// The kernel's.
+pub fn private_directory() -> io::Result<tempfile::TempDir> {
+    // By itself it leaves the rights to the umask.
+    tempfile::Builder::new().prefix("multifd-").permissions(Permissions::from_mode(0o700)).tempdir()
 }
 
 /// What QEMU says went wrong, with what to do about a socket that it cannot reach.
@@ -259,3 +269,28 @@ pub fn with_advice(reason: &str, meeting: &Meeting) -> String {
 pub const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a connection that broke may take to be made again.
 const RECONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_private_socket_that_qemu_cannot_reach_is_explained() {
+        let private = Meeting::at(None).unwrap();
+        let advice = with_advice("Failed to connect to '/tmp/x': Permission denied", &private);
+        assert!(advice.contains("Permission denied") && advice.contains("--listen"), "{advice}");
+        assert_eq!(with_advice("No space left", &private), "No space left");
+        let named = Meeting::at(Some(&"tcp:127.0.0.1:1".parse().unwrap())).unwrap();
+        assert_eq!(with_advice("Permission denied", &named), "Permission denied");
+    }
+
+    #[test]
+    fn the_private_directory_is_this_users_alone_and_goes_away() {
+        let meeting = Meeting::at(None).unwrap();
+        let Uri::Unix(path) = &meeting.uri else { panic!("{}", meeting.uri) };
+        let directory = path.parent().unwrap().to_owned();
+        assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
+        drop(meeting);
+        assert!(!directory.exists());
+    }
+}

@@ -20,7 +20,7 @@ use crate::{
     args::{DemoArgs, Token, Transport},
     child::{Ending, GuestProcess, Said},
     exit::Exit,
-    progress,
+    monitor, progress,
     report::{Audit, MigrationReport, Outcome, fields},
     signals::{self, Hangup},
     table, units,
@@ -113,7 +113,7 @@ impl<'a> Demo<'a> {
             interrupted: false,
             uri: String::new(),
             token: args.transfer.link.token.map_or_else(Token::random, Ok)?,
-            dir: tempfile::Builder::new().prefix("multifd-").tempdir()?,
+            dir: monitor::private_directory()?,
         })
     }
 
