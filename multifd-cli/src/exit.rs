@@ -54,7 +54,7 @@ impl From<&Error> for Exit {
             Error::Cancelled => Exit::Cancelled,
             Error::DoesNotConverge { .. } => Exit::DoesNotConverge,
             Error::NotResumed { first, .. } => Exit::from(&**first),
-            Error::AfterRun { reason } => Exit::from(&**reason),
+            Error::AfterRun { reason, .. } => Exit::from(&**reason),
             Error::InDoubt { .. } => Exit::InDoubt,
             Error::Incomplete { .. } => Exit::Incomplete,
             error if error.is_peers_fault() => Exit::Peer,

@@ -526,6 +526,12 @@ pub enum Mismatch {
         /// The name, escaped.
         name: String,
     },
+    /// The source leaves memory out that both sides are to map from files of their own.
+    #[error(
+        "the source has x-ignore-shared on: memory in files that both sides map is not in its stream, which has the devices' state \
+         only; switch the capability off, or keep those files and take the VM with a QEMU that maps them"
+    )]
+    MemoryElsewhere,
     /// The source says another number of channels than is known.
     #[error("the source has {told} channels, expected {known}")]
     ChannelCount {

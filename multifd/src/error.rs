@@ -108,11 +108,15 @@ pub enum Error {
     },
     /// It failed after the source had begun to switch to postcopy, where it gives its VM away before all memory has moved.
     ///
-    /// The VM does not run here. The source still has all of it; from the end of its package on it does not let it run again by itself.
+    /// The VM does not run here. The source still has all of it; from the end of its package on it does not let it run again by itself:
+    /// [`give_back`](crate::destination::give_back).
     #[error("{reason}; {AFTER_RUN}")]
     AfterRun {
         /// Why it ended.
         reason: Box<Error>,
+        /// The source's RAM blocks with their lengths in bytes: what it takes to
+        /// [give the VM back](crate::destination::give_back).
+        blocks: Vec<(BlockName, u64)>,
     },
     /// The guest was paused for longer than the options allow, and the destination had not been told to start it.
     #[error("the guest was paused for {:.1} s, which is the limit of the pause", limit.as_secs_f64())]
@@ -186,7 +190,7 @@ impl Error {
             Error::Protocol { .. } | Error::Mismatch(_) => true,
             Error::Checkpoint(error) => error.is_peers_fault(),
             Error::NotResumed { first, .. } => first.is_peers_fault(),
-            Error::AfterRun { reason } => reason.is_peers_fault(),
+            Error::AfterRun { reason, .. } => reason.is_peers_fault(),
             _ => false,
         }
     }
@@ -370,6 +374,12 @@ pub enum Mismatch {
          of channels"
     )]
     ChannelsUnknown,
+    /// A source wants its VM back, and has a block that is not among those that were given.
+    #[error("the source has RAM block {name:?}, whose size was not given")]
+    BlockSizeUnknown {
+        /// The block.
+        name: BlockName,
+    },
     /// The stream ended in postcopy, and pages that were discarded have not come again.
     #[error(
         "the stream ended and {missing} of the {discarded} pages that were discarded at the switch to postcopy are missing"

@@ -9,6 +9,7 @@ use multifd_proto::{
     extension::{Extensions, Offer},
     mapped_ram::BlockHeader,
     packet::{self, Compression, Hello, PacketHeader, RamPacket},
+    postcopy::{DiscardRange, package},
     ram::BlockEntry,
     return_path::Message,
     stream::{MAPPED_RAM, Section, SectionKind},
@@ -51,6 +52,7 @@ pub(crate) fn mains() -> Vec<Vec<u8>> {
     seeds.extend([true, false].map(|per_round| main(per_round, Words::All, None)));
     seeds.push([main(true, Words::All, Some(2)), go()].concat());
     seeds.push(huge_pages());
+    seeds.extend([snapshot(), switched(0), switched(3)]);
     seeds
 }
 
@@ -207,12 +209,91 @@ pub(crate) fn scripts() -> Vec<Vec<u8>> {
             }
         }
     }
+    // A switch to postcopy, with all pages on main and with some on a preempt connection.
+    for on_preempt in [0, 3] {
+        let mut script = vec![0];
+        frame(&mut script, 0, &switched(on_preempt));
+        if on_preempt > 0 {
+            frame(&mut script, 1, &preempt(on_preempt));
+        }
+        seeds.push(script);
+    }
     seeds
+}
+
+/// Every page of [`BLOCKS`].
+fn all_pages() -> Vec<(BlockName, u64)> {
+    BLOCKS.iter().flat_map(|&(block, pages)| (0..pages as u64).map(move |page| (name(block), page * 4096))).collect()
+}
+
+/// `pages`, every other one zeros.
+fn words(encoder: &mut MainEncoder, pages: &[(BlockName, u64)]) {
+    for (index, (block, offset)) in pages.iter().enumerate() {
+        match index % 2 {
+            0 => encoder.zero_page(block, *offset),
+            _ => encoder.page(block, *offset).raw(&[3; 4096]),
+        };
+    }
+}
+
+/// The block list behind `encoder`'s beginning of main.
+fn block_list(encoder: &mut MainEncoder) {
+    encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| *pages as u64 * 4096).sum());
+    for (block, pages) in BLOCKS {
+        encoder.block(&BlockEntry::new(name(block), pages as u64 * 4096));
+    }
+    encoder.eos().footer(1);
+}
+
+/// Main of a background snapshot: no END of ram.
+fn snapshot() -> Vec<u8> {
+    let mut encoder = MainEncoder::new();
+    encoder.header().configuration("multifd");
+    block_list(&mut encoder);
+    encoder.ram_part(1, false);
+    words(&mut encoder, &all_pages());
+    encoder.eos().footer(1).section(&section("cpu")).raw(&[14; 14]).footer(2).eof().vm_description(b"{}");
+    encoder.as_bytes().to_vec()
+}
+
+/// Main of a migration that switches to postcopy before its first page; all but the last `on_preempt` pages come on main.
+fn switched(on_preempt: usize) -> Vec<u8> {
+    let mut encoder = MainEncoder::new();
+    let advice = PostcopyAdvice { page_size_summary: 4096, page_size: 4096 };
+    encoder.header().configuration("multifd").command(&Command::OpenReturnPath).command(&Command::Ping(1));
+    encoder.command(&Command::PostcopyAdvise(Some(advice)));
+    block_list(&mut encoder);
+    for (block, pages) in BLOCKS {
+        let ranges = vec![DiscardRange { start: 0, len: pages as u64 * 4096 }];
+        encoder.command(&Command::PostcopyRamDiscard { block: name(block), ranges });
+    }
+    let mut devices = MainEncoder::new();
+    devices.section(&section("cpu")).raw(&[14; 14]).footer(2);
+    let mut packaged = Vec::new();
+    package::encode(devices.as_bytes(), &mut packaged);
+    encoder.command(&Command::Ping(2)).raw(&packaged).command(&Command::Ping(4)).ram_part(1, false);
+    let pages = all_pages();
+    words(&mut encoder, &pages[..pages.len() - on_preempt]);
+    encoder.eos().footer(1).ram_part(1, true).eos().footer(1).eof();
+    encoder.as_bytes().to_vec()
+}
+
+/// The preempt connection of the same.
+fn preempt(pages: usize) -> Vec<u8> {
+    let mut encoder = MainEncoder::new();
+    let all = all_pages();
+    words(&mut encoder, &all[all.len() - pages..]);
+    encoder.eos();
+    encoder.as_bytes().to_vec()
 }
 
 /// The same as recordings, with the contents and without.
 pub(crate) fn recordings() -> Vec<Vec<u8>> {
-    scripts().into_iter().enumerate().map(|(index, script)| [&[index as u8 % 2], &script[1..]].concat()).collect()
+    let mut scripts = scripts();
+    let mut script = vec![0];
+    frame(&mut script, 0, &snapshot());
+    scripts.push(script);
+    scripts.into_iter().enumerate().map(|(index, script)| [&[index as u8 % 2], &script[1..]].concat()).collect()
 }
 
 /// What main carries itself.

@@ -2,6 +2,7 @@
 //! process of the demo is given the same ones.
 
 mod convert;
+mod give_back;
 mod link;
 mod machine;
 mod origin;
@@ -16,6 +17,7 @@ use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 pub use self::{
     convert::{ConvertArgs, OutputFormat},
+    give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
     origin::Origin,
     output::{OutputArgs, ProgressMode},
@@ -51,6 +53,8 @@ pub enum Verb {
     Restore(RestoreArgs),
     /// Make a checkpoint, a plain stream or a libvirt save image of any of them.
     Convert(ConvertArgs),
+    /// Let a QEMU have its VM back that has switched to postcopy, after receive has failed.
+    GiveBack(GiveBackArgs),
     /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
     Inspect(InspectArgs),
 }
@@ -66,6 +70,7 @@ impl Verb {
             Verb::Checkpoint(args) => &args.output,
             Verb::Restore(args) => &args.output,
             Verb::Convert(args) => &args.output,
+            Verb::GiveBack(args) => &args.output,
             Verb::Inspect(args) => &args.output,
         }
     }
@@ -84,7 +89,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Checkpoint(args) => args.check(),
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
-        Verb::Convert(_) | Verb::Inspect(_) => Ok(()),
+        Verb::Convert(_) | Verb::GiveBack(_) | Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod convert;
 mod demo;
+mod give_back;
 mod guest;
 mod inspect;
 mod postcopy;
@@ -20,6 +21,7 @@ pub fn run(verb: &Verb) -> Outcome {
         Verb::Checkpoint(args) => checkpoint::run(args),
         Verb::Restore(args) => restore::run(args),
         Verb::Convert(args) => convert::run(args),
+        Verb::GiveBack(args) => give_back::run(args),
         Verb::Inspect(args) => inspect::run(args),
         Verb::Receive(args) => receive::run(args),
         Verb::Send(args) => send::run(args),

@@ -13,8 +13,10 @@ use std::{
 use multifd::{
     checkpoint::{self, Checkpoint, CheckpointError},
     destination::{self, Destination, Mode, SwitchoverAck},
+    error::Error,
     transport::{Listen, record::Recording},
 };
+use multifd_proto::BlockName;
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -70,6 +72,10 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
             let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             qmp.finish(&partial, Some(&error));
             let mut outcome = Outcome::migration_failed(&error, fields(&partial));
+            if let Error::AfterRun { blocks, .. } = &error {
+                let remedy = remedy(blocks);
+                outcome.error = Some(format!("{error}; {remedy}"));
+            }
             if writer.is_published() {
                 let path = &args.file;
                 outcome.error =
@@ -106,6 +112,17 @@ fn listener(from: &Origin, record: Option<&Path>) -> io::Result<Box<dyn Listen>>
         Some(recording) => Box::new(recording.listener(listener)),
         None => listener,
     })
+}
+
+/// What an operator has to do to have a VM run again whose source has switched to postcopy.
+fn remedy(blocks: &[(BlockName, u64)]) -> String {
+    // Names come from the peer; a shell must not read anything into them.
+    let quoted = |name: &BlockName| format!("'{}'", name.as_str().replace('\'', "'\\''"));
+    let blocks: Vec<String> = blocks.iter().map(|(name, bytes)| format!("{}={bytes}", quoted(name))).collect();
+    format!(
+        "to have it run there again: multifd give-back URI {}, then in the monitor of the source migrate -r URI and cont",
+        blocks.join(" ")
+    )
 }
 
 /// The report on a checkpoint that was received, from the file itself.

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_same_memory, block, entries, listen, load_file,
-    receive_uri, vm,
+    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_runs_on, assert_same_memory, block, entries, listen,
+    load_file, receive_uri, vm,
 };
 
 const TABLE: &str = "switches to postcopy";
@@ -148,8 +148,22 @@ fn among_the_pages(source: Source, installed: &Installed, dir: &TempDir) -> (Qem
     (qemu, receive)
 }
 
+/// Does what `error` says to have the guest of `qemu` run again.
+fn give_back(qemu: &mut Qemu, dir: &TempDir, error: &str) {
+    let (_, command) = error.split_once("multifd give-back URI ").unwrap();
+    let (blocks, _) = command.split_once(", then in the monitor of the source migrate -r URI and cont").unwrap();
+    let socket = format!("unix:{}", dir.join("back").display());
+    let args = ["give-back", &socket].map(str::to_owned).into_iter();
+    let mut back = Multifd::start(args.chain(blocks.split(' ').map(|block| block.replace('\'', ""))));
+    back.wait_line("listening on ");
+    qemu.qmp().execute("migrate", json!({ "uri": socket, "resume": true })).unwrap();
+    back.done();
+    wait_status(qemu, "completed");
+    qemu.qmp().cont().unwrap();
+}
+
 #[test]
-fn what_ends_among_the_pages_leaves_no_file_and_says_where_the_vm_is() {
+fn what_ends_among_the_pages_leaves_no_file_and_the_guest_can_run_on() {
     for source in [SOURCES[0], SOURCES[3], SOURCES[6]] {
         let Some(installed) = Installed::require(source.version) else { continue };
         time_limit(TEST_LIMIT, || {
@@ -166,9 +180,11 @@ fn what_ends_among_the_pages_leaves_no_file_and_says_where_the_vm_is() {
                 if !killed {
                     wait_status(&mut qemu, "postcopy-paused");
                     assert!(qemu.qmp().cont().is_err(), "its guest cannot be resumed by a word alone");
+                    give_back(&mut qemu, &dir, ended.report["error"].as_str().unwrap());
+                    assert_runs_on(&mut qemu);
                 }
             }
         });
-        report(TABLE, &format!("{}, ended among the pages: ok", source.name()));
+        report(TABLE, &format!("{}, ended among the pages, given back: ok", source.name()));
     }
 }

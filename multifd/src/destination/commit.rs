@@ -91,6 +91,10 @@ impl Run {
         }
         let ours = self.extensions.contains(Extension::TwoStepCommit);
         let Some(main) = &mut self.main else { return };
+        // A source that has switched to postcopy keeps its VM paused either way, and QEMU 7.2 does not take it back after a refusal.
+        if main.decoder().switches_to_postcopy() {
+            return;
+        }
         let told = if ours { main.reply(&Message::Reason(reason.to_owned())) } else { Ok(()) };
         if let Err(error) = told.and_then(|()| main.reply(&Message::Shut(1))) {
             tracing::debug!(%error, "the source could not be told that the VM does not run here");

@@ -5,7 +5,7 @@ use multifd_proto::{
     machine::Dialect,
     ram::BlockEntry,
     return_path::Message,
-    stream::{Item, MAPPED_RAM, Section, SectionKind},
+    stream::{Item, MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
     violation,
 };
 
@@ -238,5 +238,9 @@ fn is_configuration(item: &Item) -> bool {
 /// Refuses streams that leave out a part of the VM, or put it elsewhere.
 fn refuse_capabilities(names: Vec<String>) -> Result<(), violation::Mismatch> {
     // The decoder knows no capabilities that need nothing of us.
-    names.into_iter().next().map_or(Ok(()), |name| Err(violation::Mismatch::Capability { name }))
+    match names.into_iter().next() {
+        None => Ok(()),
+        Some(name) if name == X_IGNORE_SHARED => Err(violation::Mismatch::MemoryElsewhere),
+        Some(name) => Err(violation::Mismatch::Capability { name }),
+    }
 }

@@ -10,6 +10,7 @@ mod channel;
 mod commit;
 mod connections;
 mod first_touch;
+mod give_back;
 mod greeting;
 mod main_loop;
 mod main_pages;
@@ -36,6 +37,7 @@ pub(crate) use self::first_touch::Filler;
 use self::{accept::Acceptor, named::NamedPages, shared::Shared, switchover_ack::AckTiming, target::VmTarget};
 pub use self::{
     first_touch::FirstTouch,
+    give_back::give_back,
     options::{Options, SwitchoverAck},
     report::{Mode, Report},
 };
@@ -293,7 +295,7 @@ impl Run {
         let error = self.shared.explained(first.or(not_first).or(late).unwrap_or(Error::Stopped));
         Err(match error {
             Error::InDoubt { .. } => error,
-            error if switched => Error::AfterRun { reason: Box::new(error) },
+            error if switched => Error::AfterRun { reason: Box::new(error), blocks: self.report.blocks },
             error => error,
         })
     }

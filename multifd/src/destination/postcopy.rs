@@ -138,7 +138,10 @@ impl Switch {
     /// # Errors
     /// [`Mismatch::PagesMissing`]; [`Error::Stopped`].
     fn await_pages(&self, patience: Option<Duration>, more_may_come: impl Fn() -> bool) -> Result<(), Error> {
-        let (deadline, grace) = (Deadline::after(patience), Deadline::after(Some(ON_ITS_WAY)));
+        let (deadline, grace) = (
+            Deadline::after(patience),
+            Deadline::after(Some(patience.map_or(ON_ITS_WAY, |patience| patience.min(ON_ITS_WAY)))),
+        );
         let mut state = lock(&self.state);
         loop {
             if state.stopped {

@@ -111,6 +111,17 @@ fn a_configuration_that_does_not_fit_is_refused() {
     }
 }
 
+/// A checkpoint of such a stream would have zeros in place of the guest's memory.
+#[test]
+fn memory_that_is_not_in_the_stream_is_said_to_be_elsewhere() {
+    let mut main = MainEncoder::new();
+    main.header().configuration("multifd").config_capabilities(&["x-ignore-shared"]);
+    let received = receive(&[Wire::from_encoder(&main)], Options::default());
+    let error = received.outcome.unwrap_err();
+    assert!(error.to_string().contains("memory in files that both sides map is not in its stream"), "{error}");
+    assert!(error.is_peers_fault());
+}
+
 #[test]
 fn commands_of_postcopy_and_replication_are_refused_by_name() {
     let good = Wire::main();

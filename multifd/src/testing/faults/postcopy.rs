@@ -234,7 +234,9 @@ fn a_switch_that_breaks_a_rule_is_refused() {
         let error = received.outcome.unwrap_err();
         assert!(error.to_string().contains(message), "{error}");
         assert!(error.is_peers_fault() && received.calls.is_empty(), "{message}");
-        assert_eq!(received.answers.last(), Some(&Message::Shut(1)));
+        // After the switch has begun it is not refused: QEMU 7.2 would not take its VM back.
+        let refused = received.answers.last() == Some(&Message::Shut(1));
+        assert_eq!(refused, good.len() == announced.len(), "{message}: {:?}", received.answers);
     }
     let outside = "page at 0x1000 of \"ram\" comes in postcopy and is not one that was discarded and is missing";
     for (bad, message) in [
@@ -262,7 +264,7 @@ fn a_switch_that_breaks_a_rule_is_refused() {
     ] {
         let received = receive(&[given_away().then(&bad)], no_channels(true));
         let error = received.outcome.unwrap_err();
-        let crate::error::Error::AfterRun { reason } = &error else { panic!("{message}: {error}") };
+        let crate::error::Error::AfterRun { reason, .. } = &error else { panic!("{message}: {error}") };
         assert!(reason.to_string().ends_with(message), "{reason} and not {message}");
         assert!(error.is_peers_fault() && received.calls.is_empty(), "{message}");
     }
