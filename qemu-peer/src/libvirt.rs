@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use test_support::{TempDir, skip};
 
 use crate::{
@@ -143,7 +144,13 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // `unshare` takes the first process of its namespace along, and that one all others.
+        // With the first process of its namespace the kernel ends all others. `unshare` alone does not take it along: it has
+        // changed its user since.
+        let id = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        for child in children.split_whitespace().filter_map(|child| Pid::from_raw(child.parse().ok()?)) {
+            let _ = kill_process(child, Signal::KILL);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
