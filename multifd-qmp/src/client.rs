@@ -424,14 +424,13 @@ pub(crate) mod tests {
         let first = first.to_owned();
         let mut answers: VecDeque<String> = answers.iter().map(|&answer| answer.to_owned()).collect();
         let thread = thread::spawn(move || {
-            theirs.write_all(first.as_bytes()).unwrap();
-            theirs.write_all(b"\r\n").unwrap();
+            // In one write: the client closes the connection once it has read the answer.
+            theirs.write_all(format!("{first}\r\n").as_bytes()).unwrap();
             let mut received = Vec::new();
             for line in BufReader::new(theirs.try_clone().unwrap()).lines() {
                 received.push(line.unwrap());
                 if let Some(answer) = answers.pop_front() {
-                    theirs.write_all(answer.as_bytes()).unwrap();
-                    theirs.write_all(b"\r\n").unwrap();
+                    theirs.write_all(format!("{answer}\r\n").as_bytes()).unwrap();
                 }
             }
             received
