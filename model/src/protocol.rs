@@ -579,7 +579,7 @@ impl Protocol {
         }
         // Without faults nothing that the destination does before it confirms is seen by the source, and a step of the
         // source does no more to the destination than to put something behind all that is in a connection. So the steps
-        // of the one commute with those of the other and disable none of them, and all harm that is not a wait for ever
+        // of the one commute with those of the other and disable none of them, and all harm that is not a wait forever
         // shows at the destination: whatever can happen can also happen with the source's steps first.
         if self.config.order == Order::SourceFirst && !out.is_empty() {
             return;

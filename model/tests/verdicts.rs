@@ -76,7 +76,7 @@ fn all_interleavings_have_the_same_verdicts_and_the_same_ends() {
 fn states_with_equal_keys_have_successors_with_equal_keys() {
     let mut merged = 0;
     for Variant { name, dialects, faults, .. } in protocols().into_iter().chain(removals()) {
-        // Without this wait channels go on for ever, and only harm that was done ends the search.
+        // Without this wait channels go on forever, and only harm that was done ends the search.
         for dialect in dialects.into_iter().filter(|dialect| !dialect.without.contains(&Wait::SourceChannelsAtOpen)) {
             for (channels, rounds, pages, faults) in [(2, 2, 1, false), (1, 2, 2, faults), (2, 1, 1, faults)] {
                 let config =

@@ -1,7 +1,7 @@
 //! How far a worker may go before it has to rest: the write rate and the throttle, as arithmetic.
 //!
 //! A worker owns a [`Pacer`] and asks it whenever it has used up what it was granted. Time is an argument. At full speed
-//! the answer is "for ever", and the guest does not leave its loop at all.
+//! the answer is "forever", and the guest does not leave its loop at all.
 
 use std::time::{Duration, Instant};
 

@@ -161,7 +161,7 @@ struct Writer {
 
 impl Writer {
     fn run(mut self) {
-        /// Says so when the thread panics, so that nobody waits for it for ever.
+        /// Says so when the thread panics, so that nobody waits for it forever.
         struct Ending(Arc<Reins>);
         impl Drop for Ending {
             fn drop(&mut self) {

@@ -1,4 +1,4 @@
-//! A live guest of 512 bytes that rewrites its memory for ever and proves it at each pass.
+//! A live guest of 512 bytes that rewrites its memory forever and proves it at each pass.
 //!
 //! The boot sector (`boot.s`, assembled to `boot.bin`) visits a region page by page. In pass *n* it checks that each
 //! page still holds what it wrote in pass *n − 1*, counts what does not, and writes the values of pass *n*. A page that a

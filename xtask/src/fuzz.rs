@@ -59,7 +59,7 @@ fn fuzz(target: &str, seconds: u64, results: &mut Vec<String>) -> Outcome {
     let log = directory().join("target").join(format!("{target}.log"));
     let mut run = cargo(Some("nightly"));
     run.args(["fuzz", "run", target, "--"]);
-    // An input may take long on a busy machine, but not for ever; and nothing that a peer says asks for more memory.
+    // An input may take long on a busy machine, but not forever; and nothing that a peer says asks for more memory.
     run.arg(format!("-max_total_time={seconds}"));
     run.args(["-timeout=60", "-malloc_limit_mb=192", "-rss_limit_mb=4096", "-max_len=65536", "-print_final_stats=1"]);
     match fs::File::create(&log) {

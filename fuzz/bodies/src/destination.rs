@@ -150,7 +150,7 @@ impl Listener {
 }
 
 impl Listen for Listener {
-    /// Waits for ever only while something may still happen on another connection.
+    /// Waits forever only while something may still happen on another connection.
     fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let mut state = self.0.lock();
         loop {

@@ -307,7 +307,7 @@ struct Runner {
 
 impl Runner {
     fn run(mut self) {
-        /// Says so when the thread panics, so that nobody waits for it for ever.
+        /// Says so when the thread panics, so that nobody waits for it forever.
         struct Ending(Arc<Reins>, Option<String>);
         impl Drop for Ending {
             fn drop(&mut self) {

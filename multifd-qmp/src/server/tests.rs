@@ -1,3 +1,5 @@
+//! The server as clients see it: well-behaved ones, and those that break rules.
+
 use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,

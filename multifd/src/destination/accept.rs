@@ -215,7 +215,7 @@ mod tests {
         fn stop(&self) {}
     }
 
-    /// The main thread would have waited for main for ever.
+    /// The main thread would have waited for main forever.
     #[test]
     fn a_panic_of_the_accepting_thread_ends_the_migration() {
         test_support::time_limit(Duration::from_secs(60), || {

@@ -269,7 +269,7 @@ impl Suite<'_> {
                     self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
                     let running = &running;
                     scope.spawn(move || {
-                        // Also on a panic, or the drains below would wait for ever.
+                        // Also on a panic, or the drains below would wait forever.
                         let _done = Done(running);
                         for _ in 0..writes {
                             value += 1;

@@ -298,7 +298,7 @@ mod tests {
         }
     }
 
-    /// The main thread would have waited for ever, with the guest paused.
+    /// The main thread would have waited forever, with the guest paused.
     #[test]
     fn a_panic_of_the_thread_is_a_verdict() {
         test_support::time_limit(std::time::Duration::from_secs(60), || {

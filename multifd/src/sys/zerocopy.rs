@@ -164,7 +164,7 @@ impl ZeroCopy {
             if self.completed > before {
                 return Ok(());
             }
-            // A connection that is shut down polls ready for ever, so waiting on would burn a processor.
+            // A connection that is shut down polls ready forever, so waiting on would burn a processor.
             if entry[0].revents().contains(PollFlags::HUP) {
                 return Err(match sockopt::socket_error(socket)? {
                     Err(error) => error.into(),

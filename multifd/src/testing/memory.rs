@@ -236,7 +236,7 @@ impl Stopper for Interrupter {
     }
 }
 
-/// Closes the pipe when the reader is gone, so that the writer does not wait for ever.
+/// Closes the pipe when the reader is gone, so that the writer does not wait forever.
 struct ReadEnd(Arc<Pipe>);
 
 impl Drop for ReadEnd {

@@ -34,7 +34,7 @@ use crate::{
 struct Transport {
     listener: Box<dyn Listen>,
     connector: Box<dyn Connect + Send>,
-    /// Reads of a memory connection wait for ever.
+    /// Reads of a memory connection wait forever.
     has_clock: bool,
     _dir: Option<TempDir>,
 }
@@ -425,7 +425,7 @@ fn a_read_that_waits_too_long_times_out(mut transport: Transport) {
     assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind:?}");
     assert!(begin.elapsed() >= Duration::from_millis(20));
     theirs.set_read_timeout(Some(Duration::ZERO)).unwrap();
-    assert!(theirs.read(&mut [0]).is_err(), "no time is not for ever");
+    assert!(theirs.read(&mut [0]).is_err(), "no time is not forever");
     theirs.set_read_timeout(None).unwrap();
     ours.write(b"x", &[]).unwrap();
     assert_eq!(theirs.read(&mut [0]).unwrap(), 1, "the connection is as good as before");

@@ -105,7 +105,7 @@ pub fn writing(bench: &Bench) -> Result<Findings, String> {
     let mut findings = Findings::default();
     findings.say(&format!(
         "{} MB/s of bandwidth for both (`--max-bandwidth`, `max-bandwidth`), downtime limit 100 ms, 4 channels over TCP, 512 \
-         MiB of which the guest rewrites 64 MiB from first to last page for ever, at a share of the bandwidth. QEMU runs a \
+         MiB of which the guest rewrites 64 MiB from first to last page forever, at a share of the bandwidth. QEMU runs a \
          boot sector under TCG that is slowed down by counting; its rate was measured before each migration. It keeps a \
          core busy while it counts, which ours does not. No throttle on either side.",
         LINK / 1e6

@@ -130,7 +130,7 @@ impl Sending<'_> {
             let before = self.pages_sent();
             match self.recover(limit) {
                 Ok(()) => return Ok(()),
-                // One that takes connections and no pages is not tried for ever.
+                // A destination that takes connections and no pages is not tried again and again.
                 Err(again) if self.pages_sent() == before => return Err(again),
                 Err(again) => error = again,
             }

@@ -1,4 +1,4 @@
-//! Connections that take their time, or for ever, to be established: what a handshake of TLS may do.
+//! Connections that take their time, or forever, to be established: what a handshake of TLS may do.
 
 use std::{
     io,

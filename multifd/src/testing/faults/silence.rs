@@ -101,7 +101,7 @@ fn hear(receiver: Receiver, main: &Wire, patience: Duration, dir: &TempDir) -> H
     })
 }
 
-/// Found with a QEMU that was told `suppress-vmdesc=on`: it waited for SHUT, and we for its description, for ever.
+/// Found with a QEMU that was told `suppress-vmdesc=on`: it waited for SHUT, and we for its description, forever.
 #[test]
 fn at_the_end_of_state_it_means_that_nothing_is_described() {
     time_limit(LIMIT, || {
