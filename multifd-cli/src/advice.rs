@@ -2,7 +2,6 @@
 
 use std::{
     sync::mpsc,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -10,7 +9,7 @@ use multifd::{
     checkpoint::Checkpoint,
     error::{Connection, Error},
     progress::Progress,
-    source,
+    source, threads,
 };
 use multifd_proto::packet::Compression;
 
@@ -57,7 +56,7 @@ impl Impatience {
             }
         };
         // Without it, all but the message is as it was.
-        thread::Builder::new().name("impatience".to_owned()).spawn(watch).ok()?;
+        threads::spawn("impatience", watch).ok()?;
         Some(Impatience { _end: end })
     }
 }

@@ -4,7 +4,10 @@
 //! connection, that every page was received. It sends nothing more, its migration is completed, and its guest can be resumed by
 //! the operator. This is only right where nothing runs on the memory that was sent, as with a checkpoint that was not completed.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use multifd_proto::{
     BlockName, Violation,
@@ -54,7 +57,7 @@ fn accept(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle)
             }
         };
         stop.register(stream.stopper().map_err(Error::io(at))?);
-        let mut main = Continued { stream: &mut *stream, buf: Vec::new(), used: 0 };
+        let mut main = Continued { stream: &mut *stream, buf: Vec::new(), used: 0, since: Instant::now() };
         main.stream.set_read_timeout(Some(PATIENCE)).map_err(Error::io(at))?;
         let begins = main.fill(Beginning::LEN).map(|()| Beginning::of(*main.buf.first_chunk().expect("so many bytes")));
         match begins {
@@ -73,6 +76,7 @@ struct Continued<'a> {
     /// What was received and not used.
     buf: Vec<u8>,
     used: u64,
+    since: Instant,
 }
 
 impl Continued<'_> {
@@ -91,8 +95,8 @@ impl Continued<'_> {
             }
         }
         self.reply(&Message::Shut(0), &[])?;
-        // It closes the connection when it has read that.
-        while self.stream.read(&mut [0; 512]).map_err(Error::io(self.place()))? > 0 {}
+        // It was told. It closes the connection when it has read that; what else happens on it changes nothing.
+        while self.since.elapsed() <= LONGEST && self.stream.read(&mut [0; 512]).is_ok_and(|n| n > 0) {}
         Ok(())
     }
 
@@ -152,6 +156,10 @@ impl Continued<'_> {
     fn fill(&mut self, total: usize) -> Result<(), Error> {
         let mut more = [0; 512];
         while self.buf.len() < total {
+            // A byte now and then, or commands without end, are no recovery.
+            if self.since.elapsed() > LONGEST {
+                return Err(Error::Stalled { limit: LONGEST });
+            }
             let n = self.stream.read(&mut more).map_err(Error::io(self.place()))?;
             if n == 0 {
                 return Err(Error::Io { at: self.place(), source: io::ErrorKind::UnexpectedEof.into() });
@@ -187,6 +195,8 @@ const SECTION: usize = 1 + 4 + 8 + 5;
 const PAGE_SIZE: u64 = 4096;
 /// How long a connection may say nothing.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long all that it has to say may take: some hundred bytes.
+const LONGEST: Duration = Duration::from_secs(60);
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
@@ -284,6 +294,29 @@ mod tests {
             assert!(error.contains(message), "{error}");
             assert!(!heard[0].ends_with(&[0, 1, 0, 4, 0, 0, 0, 0]), "{message}: told that it is done");
         }
+    }
+
+    /// The result said that it was not told.
+    #[test]
+    fn a_source_that_was_told_was_told_whatever_happens_then() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let (mut listener, connector) = memory::listener(1 << 20);
+            let stop = StopHandle::new();
+            let cancel = stop.clone();
+            let source = thread::spawn(move || {
+                let mut stream = connector.connect().unwrap();
+                stream.write(&[recovery(&["ram", "rom"]), ENDS.to_vec()].concat(), &[]).unwrap();
+                let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+                while !bytes.ends_with(&[0, 1, 0, 4, 0, 0, 0, 0]) {
+                    let n = stream.read(&mut part).unwrap();
+                    bytes.extend_from_slice(&part[..n]);
+                }
+                cancel.cancel();
+                stream
+            });
+            give_back(&mut listener, &blocks(), &stop).unwrap();
+            source.join().unwrap();
+        });
     }
 
     #[test]
