@@ -25,6 +25,7 @@ use crate::units::Limit;
 #[derive(Clone)]
 pub struct PatientConnector {
     uri: Uri,
+    connector: Arc<dyn Connect + Send + Sync>,
     limit: Limit<Duration>,
     stop: StopHandle,
     is_connected: Arc<AtomicBool>,
@@ -42,8 +43,8 @@ impl PatientConnector {
     /// # Errors
     /// As [`Uri::connector`].
     pub fn new(uri: &Uri, limit: Limit<Duration>, stop: StopHandle) -> io::Result<PatientConnector> {
-        uri.connector()?;
-        Ok(PatientConnector { uri: uri.clone(), limit, stop, is_connected: Arc::default() })
+        let connector = uri.connector()?.into();
+        Ok(PatientConnector { uri: uri.clone(), connector, limit, stop, is_connected: Arc::default() })
     }
 }
 
@@ -55,14 +56,12 @@ impl PatientPending {
     /// One attempt, in a thread of its own: nothing ends a look-up of a name, and a connect to a host that does not answer
     /// ends by itself after ten seconds for each address. A thread that is given up ends then.
     fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
-        let (uri, (done, is_done)) = (self.connector.uri.clone(), mpsc::channel());
+        let (connector, (done, is_done)) = (self.connector.connector.clone(), mpsc::channel());
         // A result that is not wanted any more is a connection that is closed again.
-        let thread = threads::spawn("connect", move || {
-            drop(done.send(uri.connector().and_then(|connector| connector.connect())))
-        });
+        let thread = threads::spawn("connect", move || drop(done.send(connector.connect())));
         if let Err(error) = thread {
             tracing::debug!(%error, "no thread to connect in, a cancel has to wait");
-            return self.connector.uri.connector()?.connect();
+            return self.connector.connector.connect();
         }
         loop {
             match is_done.recv_timeout(PAUSE) {

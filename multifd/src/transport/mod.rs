@@ -166,7 +166,8 @@ pub trait Stopper: Send + Sync {
 /// Opens connections to one destination: main first, then the channels.
 pub trait Connect {
     /// Begins one more connection. Does not wait: that is the part of [`Pending::establish`], which the engine calls for all
-    /// channels at the same time, each in the thread of its own.
+    /// channels at the same time, each in the thread of its own. (TCP's handshakes with one listener take turns all the same; what comes
+    /// after them, such as one of TLS, does not.)
     ///
     /// # Errors
     /// The connection cannot be begun.

@@ -18,20 +18,26 @@ use super::{
     stop_event::StopEvent,
     uri::Uri,
 };
-use crate::sync::Deadline;
+use crate::sync::{Arc, Deadline, Mutex, lock};
 
 /// Opens connections to one host and port.
 #[derive(Clone, Debug)]
 pub struct TcpConnector {
     host: String,
     port: u16,
+    /// Held from a SYN to the end of its handshake. Clones take turns.
+    ///
+    /// A listener with a full accept queue ignores a SYN, which is sent again. But several SYNs that come while there is one place
+    /// left are all answered: the connections look established here, and what is sent on all but one of them is answered by a
+    /// reset. So connections to one listener are not begun at the same time.
+    turn: Arc<Mutex<()>>,
 }
 
 impl TcpConnector {
     /// Connects to `port` of `host`: a name, which is looked up at each connect and whose addresses are tried in turn,
     /// or an address, IPv6 without brackets. An empty host is this one.
     pub fn new(host: impl Into<String>, port: u16) -> TcpConnector {
-        TcpConnector { host: host.into(), port }
+        TcpConnector { host: host.into(), port, turn: Arc::default() }
     }
 
     fn uri(&self) -> Uri {
@@ -68,6 +74,8 @@ impl PendingTcp {
     fn connect(&self, address: SocketAddr, deadline: Deadline) -> io::Result<OwnedFd> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // Ends with the waits of those before: each has a limit, and a stop ends all.
+        let _turn = lock(&self.to.turn);
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
         match net::connect(&socket, &address) {
             Ok(()) => return Ok(socket),

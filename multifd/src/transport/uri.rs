@@ -40,7 +40,7 @@ impl Uri {
     ///
     /// # Errors
     /// [`io::ErrorKind::Unsupported`] for a file; for a descriptor, what is wrong with it.
-    pub fn connector(&self) -> io::Result<Box<dyn Connect + Send>> {
+    pub fn connector(&self) -> io::Result<Box<dyn Connect + Send + Sync>> {
         Ok(match self {
             Uri::Tcp { host, port } => Box::new(TcpConnector::new(host, *port)),
             Uri::Unix(path) => Box::new(UnixConnector::new(path)),
