@@ -66,6 +66,10 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     if !reasons.is_empty() {
         println!("\n=== skipped tests\n{}", reasons.trim_end());
     }
+    let failures = totals.failures();
+    if !failures.is_empty() {
+        println!("\n=== failed tests\n{failures}");
+    }
     println!("\n=== summary\n{}\n{totals}", steps.table());
     let passed = steps.all_passed() && totals.all_passed();
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

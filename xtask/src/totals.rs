@@ -14,7 +14,13 @@ pub struct Totals {
     /// Tests that called `test_support::skip`. Their test programs count them as passed.
     skipped: usize,
     running: Option<Running>,
+    /// What each failed test said, under its name.
+    failures: Vec<Vec<String>>,
+    in_failure: bool,
 }
+
+/// Lines kept of what a failed test said: its message, and where it was.
+const FAILURE_LINES: usize = 12;
 
 /// The program whose result has not come yet.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -22,11 +28,14 @@ struct Running {
     tests: usize,
     ok: usize,
     ignored: usize,
+    /// The last test that was told of.
+    last: String,
 }
 
 impl Totals {
     /// Takes one line of a test program's output.
     pub fn observe(&mut self, line: &str) {
+        self.observe_failure(line);
         if let Some(tests) = announced(line) {
             self.crashed();
             self.running = Some(Running { tests, ..Running::default() });
@@ -40,7 +49,29 @@ impl Totals {
         {
             running.ok += usize::from(line.ends_with("... ok"));
             running.ignored += usize::from(line.contains("... ignored"));
+            line.clone_into(&mut running.last);
         }
+    }
+
+    /// Keeps the first lines of what a test program prints of each test that failed.
+    fn observe_failure(&mut self, line: &str) {
+        if line.starts_with("---- ") && line.ends_with(" stdout ----") {
+            self.in_failure = true;
+            self.failures.push(Vec::new());
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.in_failure = false;
+        }
+        if self.in_failure
+            && let Some(failure) = self.failures.last_mut()
+            && failure.len() < FAILURE_LINES
+        {
+            failure.push(line.to_owned());
+        }
+    }
+
+    /// What failed tests said, for the end of a long output.
+    pub fn failures(&self) -> String {
+        self.failures.concat().join("\n")
     }
 
     /// Declares that no more lines come; `succeeded` is what the command said that ran the programs.
@@ -67,6 +98,7 @@ impl Totals {
             self.passed += running.ok;
             self.ignored += running.ignored;
             self.failed += running.tests.saturating_sub(running.ok + running.ignored);
+            self.failures.push(vec![format!("---- a test program ended in the middle, after: {}", running.last)]);
         }
     }
 }
@@ -124,6 +156,20 @@ mod tests {
                       test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
         assert_eq!(totals(output, false, 0), "2 passed, 2 failed, 1 skipped");
         assert_eq!(totals("running 1 test\n", false, 0), "0 passed, 1 failed, 0 skipped");
+    }
+
+    #[test]
+    fn what_failed_tests_said_is_kept() {
+        let mut totals = Totals::default();
+        let output = "running 2 tests\ntest a ... FAILED\ntest b ... ok\n\nfailures:\n\n---- a stdout ----\n\n\
+                      thread 'a' panicked at a.rs:1:2:\nwrong\n\n\nfailures:\n    a\n\n\
+                      test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 4 filtered out\n\
+                      running 2 tests\ntest c ... ok\n";
+        output.lines().for_each(|line| totals.observe(line));
+        totals.end(false);
+        let failures = totals.failures();
+        assert!(failures.starts_with("---- a stdout ----\n\nthread 'a' panicked at a.rs:1:2:\nwrong\n"), "{failures}");
+        assert!(failures.ends_with("---- a test program ended in the middle, after: test c ... ok"), "{failures}");
     }
 
     #[test]
