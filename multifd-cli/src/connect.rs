@@ -3,38 +3,30 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::SeqCst},
-        mpsc::{self, RecvTimeoutError},
     },
-    thread,
     time::{Duration, Instant},
 };
 
-use multifd::{
-    stop::StopHandle,
-    threads,
-    transport::{Connect, Pending, Stopper, Stream, uri::Uri},
-};
+use multifd::transport::{Connect, Pending, Stopper, Stream, uri::Uri};
 
 use crate::units::Limit;
 
-/// Opens connections to one destination. Each is given up when the time is over, or at once when the migration is
-/// cancelled. The first is tried again while it is refused; from then on the destination is there. Clones open connections to
-/// the same destination.
+/// Opens connections to one destination, each within a limit. The first is tried again while it is refused; from then on the
+/// destination is there. Clones open connections to the same destination.
 #[derive(Clone)]
 pub struct PatientConnector {
     uri: Uri,
     connector: Arc<dyn Connect + Send + Sync>,
     limit: Limit<Duration>,
-    stop: StopHandle,
     is_connected: Arc<AtomicBool>,
 }
 
 /// A connection that is to be opened.
 struct PatientPending {
     connector: PatientConnector,
-    given_up: Arc<AtomicBool>,
+    attempts: Attempts,
 }
 
 impl PatientConnector {
@@ -42,62 +34,29 @@ impl PatientConnector {
     ///
     /// # Errors
     /// As [`Uri::connector`].
-    pub fn new(uri: &Uri, limit: Limit<Duration>, stop: StopHandle) -> io::Result<PatientConnector> {
+    pub fn new(uri: &Uri, limit: Limit<Duration>) -> io::Result<PatientConnector> {
         let connector = uri.connector()?.into();
-        Ok(PatientConnector { uri: uri.clone(), connector, limit, stop, is_connected: Arc::default() })
+        Ok(PatientConnector { uri: uri.clone(), connector, limit, is_connected: Arc::default() })
     }
 }
 
 impl PatientPending {
-    fn is_stopped(&self) -> bool {
-        self.given_up.load(SeqCst) || self.connector.stop.is_stopped()
-    }
-
-    /// One attempt, in a thread of its own: nothing ends a look-up of a name, and a connect to a host that does not answer
-    /// ends by itself after ten seconds for each address. A thread that is given up ends then.
     fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
-        let (connector, (done, is_done)) = (self.connector.connector.clone(), mpsc::channel());
-        // A result that is not wanted any more is a connection that is closed again.
-        let thread = threads::spawn("connect", move || drop(done.send(connector.connect())));
-        if let Err(error) = thread {
-            tracing::debug!(%error, "no thread to connect in, a cancel has to wait");
-            return self.connector.connector.connect();
-        }
-        loop {
-            match is_done.recv_timeout(PAUSE) {
-                Ok(connected) => return connected,
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(io::Error::other("the thread that connects panicked"));
-                }
-                Err(RecvTimeoutError::Timeout) if self.is_stopped() => {
-                    return Err(io::ErrorKind::Interrupted.into());
-                }
-                Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{}: no answer", self.connector.uri)));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-        }
+        let pending = self.connector.connector.dial()?;
+        self.attempts.begin(pending.stopper()?);
+        pending.establish(deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())))
     }
 }
 
 impl Connect for PatientConnector {
     fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        Ok(Box::new(PatientPending { connector: self.clone(), given_up: Arc::default() }))
-    }
-}
-
-struct GiveUp(Arc<AtomicBool>);
-
-impl Stopper for GiveUp {
-    fn stop(&self) {
-        self.0.store(true, SeqCst);
+        Ok(Box::new(PatientPending { connector: self.clone(), attempts: Attempts::default() }))
     }
 }
 
 impl Pending for PatientPending {
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        Ok(Box::new(GiveUp(self.given_up.clone())))
+        Ok(Box::new(self.attempts.clone()))
     }
 
     fn peer(&self) -> String {
@@ -122,23 +81,68 @@ impl Pending for PatientPending {
                 let message = format!("{error}; tried for {:.1} s (--connect-timeout)", begun.elapsed().as_secs_f64());
                 return Err(io::Error::new(error.kind(), message));
             }
-            if !refused || self.is_stopped() {
+            if !refused || self.attempts.is_stopped_within(PAUSE) {
                 return Err(error);
             }
             if !std::mem::replace(&mut told, true) {
                 tracing::warn!(%error, "tries again until the destination listens");
             }
-            thread::sleep(PAUSE);
         }
     }
 }
 
-/// Between two attempts; the longest that a cancel has to wait for.
+/// What ends the attempts of one connection. Clones are the same.
+#[derive(Clone, Default)]
+struct Attempts {
+    state: Arc<Mutex<AttemptsState>>,
+    stopped: Arc<Condvar>,
+}
+
+#[derive(Default)]
+struct AttemptsState {
+    is_stopped: bool,
+    /// Ends the attempt that goes on, or went on last.
+    current: Option<Box<dyn Stopper>>,
+}
+
+impl Attempts {
+    /// Has `stopper` end the attempt that begins; at once where it was stopped before.
+    fn begin(&self, stopper: Box<dyn Stopper>) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.is_stopped {
+            stopper.stop();
+        }
+        state.current = Some(stopper);
+    }
+
+    /// Waits for `pause`, or until it is stopped. Returns whether it was.
+    fn is_stopped_within(&self, pause: Duration) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.stopped.wait_timeout_while(state, pause, |state| !state.is_stopped);
+        waited.unwrap_or_else(PoisonError::into_inner).0.is_stopped
+    }
+}
+
+impl Stopper for Attempts {
+    fn stop(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.is_stopped = true;
+        self.stopped.notify_all();
+        if let Some(current) = &state.current {
+            current.stop();
+        }
+    }
+}
+
+/// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::{
+        net::{TcpListener, TcpStream},
+        thread,
+    };
 
     use super::*;
 
@@ -148,11 +152,19 @@ mod tests {
         (Uri::from(address), address.to_string())
     }
 
-    /// The error, and whether it came in less than the ten seconds after which a connect ends by itself.
-    fn fails(uri: &Uri, limit: Limit<Duration>, stop: StopHandle) -> (io::Error, bool) {
-        let begun = Instant::now();
-        let error = PatientConnector::new(uri, limit, stop).unwrap().connect().err().unwrap();
-        (error, begun.elapsed() < Duration::from_secs(8))
+    fn fails(uri: &Uri, limit: Duration) -> io::Error {
+        PatientConnector::new(uri, Limit(Some(limit))).unwrap().connect().err().unwrap()
+    }
+
+    /// The error of a connect without a limit that is stopped, and whether it was stopped before it ended by itself.
+    fn is_stopped(uri: &Uri) -> (io::Error, bool) {
+        let pending = PatientConnector::new(uri, Limit(None)).unwrap().dial().unwrap();
+        let stopper = pending.stopper().unwrap();
+        let waiting = thread::spawn(move || pending.establish(None).err().unwrap());
+        thread::sleep(3 * PAUSE);
+        let ended = waiting.is_finished();
+        stopper.stop();
+        (waiting.join().unwrap(), !ended)
     }
 
     #[test]
@@ -163,36 +175,25 @@ mod tests {
                 thread::sleep(3 * PAUSE);
                 TcpListener::bind(address).unwrap().accept().unwrap()
             });
-            let limit = Limit(Some(Duration::from_secs(50)));
-            PatientConnector::new(&uri, limit, StopHandle::new()).unwrap().connect().unwrap();
+            PatientConnector::new(&uri, Limit(Some(Duration::from_secs(50)))).unwrap().connect().unwrap();
             listener.join().unwrap();
         });
     }
 
     #[test]
-    fn the_time_and_a_cancel_end_the_attempts() {
+    fn the_time_and_a_stop_end_the_attempts() {
         test_support::time_limit(Duration::from_secs(60), || {
             let (uri, _) = free();
-            let (error, _) = fails(&uri, Limit(Some(Duration::from_millis(300))), StopHandle::new());
-            let message = error.to_string();
+            let message = fails(&uri, 3 * PAUSE).to_string();
             assert!(message.contains("--connect-timeout") && message.contains(&uri.to_string()), "{message}");
-
-            let stop = StopHandle::new();
-            let cancel = thread::spawn({
-                let stop = stop.clone();
-                move || {
-                    thread::sleep(3 * PAUSE);
-                    stop.cancel();
-                }
-            });
-            assert_eq!(fails(&uri, Limit(None), stop).0.kind(), io::ErrorKind::ConnectionRefused);
-            cancel.join().unwrap();
+            let (error, in_time) = is_stopped(&uri);
+            assert_eq!((error.kind(), in_time), (io::ErrorKind::ConnectionRefused, true), "{error}");
         });
     }
 
     /// Nothing could cancel it for ten seconds and each address.
     #[test]
-    fn the_time_and_a_cancel_end_a_connect_that_is_not_answered() {
+    fn the_time_and_a_stop_end_a_connect_that_is_not_answered() {
         test_support::time_limit(Duration::from_secs(60), || {
             // The kernel does not answer once the queue of a listener is full.
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -202,13 +203,21 @@ mod tests {
                 (0..8).map_while(|_| TcpStream::connect_timeout(&address, 2 * PAUSE).ok()).collect();
             assert!(full.len() < 8, "the queue is never full");
             let uri = Uri::from(address);
-            let (error, soon) = fails(&uri, Limit(Some(3 * PAUSE)), StopHandle::new());
-            assert_eq!((error.kind(), soon), (io::ErrorKind::TimedOut, true), "{error}");
+            let error = fails(&uri, 3 * PAUSE);
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
             assert!(error.to_string().contains("--connect-timeout"), "{error}");
-            let stop = StopHandle::new();
-            stop.cancel();
-            let (error, soon) = fails(&uri, Limit(None), stop);
-            assert_eq!((error.kind(), soon), (io::ErrorKind::Interrupted, true), "{error}");
+            let (error, _) = is_stopped(&uri);
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+        });
+    }
+
+    #[test]
+    fn a_stop_before_the_connect_holds() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let (uri, _) = free();
+            let pending = PatientConnector::new(&uri, Limit(None)).unwrap().dial().unwrap();
+            pending.stopper().unwrap().stop();
+            assert!(pending.establish(None).is_err());
         });
     }
 }

@@ -4,6 +4,9 @@
 //! seccomp filters, CPUs, priorities or a cgroup supplies its own [`Threads`] in the options of either side. A thread that
 //! cannot be created ends the migration with [`Error::Thread`] and nothing else: the VM runs on at the source.
 //!
+//! One thread is made otherwise: the [TCP connector](crate::transport::tcp::TcpConnector) looks a *name* up in a thread of the standard
+//! library, since nothing can interrupt the resolver. It is not joined. An address takes none.
+//!
 //! # Panics
 //! A panic of one of these threads, or of a callback of the VMM in the thread that called `run`, is a defect. It ends the
 //! migration with [`Error::Panicked`], and the VM runs on at the source; after the commit with [`Error::InDoubt`], and

@@ -341,7 +341,7 @@ impl<'a> Session<'a> {
         let limit = self.args.transfer.connect_timeout;
         self.spawn(move |guest| {
             let (progress, begun) = (source.progress(), Instant::now());
-            let connector = PatientConnector::new(&uri, limit, source.stop_handle());
+            let connector = PatientConnector::new(&uri, limit);
             let connector = connector.map_err(|error| Failed::by_io(&error))?;
             let watched = &mut Watched::new(&mut display, qmp, Role::Source);
             let result = source.run(guest, &connector, watched);

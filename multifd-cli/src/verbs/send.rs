@@ -113,7 +113,7 @@ pub(super) fn send(
     let settings = Settings::in_force(&options);
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::Paused, settings, false, commands)?;
     qmp.begin(Role::Source, source.progress(), Some(source.handle()), None);
-    let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout, source.stop_handle())?;
+    let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout)?;
     let progress = source.progress();
     let mut display = Display::new(&args.output, &progress);
     let begun = Instant::now();

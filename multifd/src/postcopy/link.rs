@@ -179,7 +179,9 @@ impl<'a> Link<'a> {
 
     fn open(&self, connection: Connection) -> Result<Box<dyn Stream>, Error> {
         let at = Place { connection, offset: 0 };
-        let stream = self.to.connect().map_err(Error::io(at))?;
+        let pending = self.to.dial().map_err(Error::io(at))?;
+        self.attempt.stop.register(pending.stopper().map_err(Error::io(at))?);
+        let stream = pending.establish(None).map_err(Error::io(at))?;
         self.attempt.stop.register(stream.stopper().map_err(Error::io(at))?);
         Ok(stream)
     }

@@ -10,6 +10,7 @@ pub use crate::sys::zerocopy::ZeroCopyCounters;
 use crate::{ram::GuestRange, sync::Arc};
 
 pub mod fd;
+mod look_up;
 pub mod one_way;
 mod pending;
 pub mod record;

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    net::{SocketAddr, TcpListener},
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -14,6 +14,7 @@ use rustix::{
 
 use super::{
     Connect, Pending, Stopper, Stream,
+    look_up::{self, Resolver},
     socket::{SocketListener, SocketStream, context},
     stop_event::StopEvent,
     uri::Uri,
@@ -31,13 +32,17 @@ pub struct TcpConnector {
     /// left are all answered: the connections look established here, and what is sent on all but one of them is answered by a
     /// reset. So connections to one listener are not begun at the same time.
     turn: Arc<Mutex<()>>,
+    resolver: Resolver,
 }
 
 impl TcpConnector {
     /// Connects to `port` of `host`: a name, which is looked up at each connect and whose addresses are tried in turn,
     /// or an address, IPv6 without brackets. An empty host is this one.
+    ///
+    /// A name is looked up in a thread of its own, which is made by the standard library and which a stop or a limit leaves behind until
+    /// the resolver answers. An address takes no thread.
     pub fn new(host: impl Into<String>, port: u16) -> TcpConnector {
-        TcpConnector { host: host.into(), port, turn: Arc::default() }
+        TcpConnector { host: host.into(), port, turn: Arc::default(), resolver: look_up::by_system }
     }
 
     fn uri(&self) -> Uri {
@@ -60,15 +65,16 @@ struct PendingTcp {
 impl PendingTcp {
     fn open(&self, deadline: Deadline) -> io::Result<OwnedFd> {
         let host = if self.to.host.is_empty() { "localhost" } else { &self.to.host };
+        let addresses = look_up::addresses(host, self.to.port, self.to.resolver, &self.stopped, deadline);
         let mut failure = None;
-        for address in resolve(host, self.to.port)? {
+        for address in addresses.map_err(aborted)? {
             match self.connect(address, deadline) {
                 Ok(socket) => return Ok(socket),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return Err(error),
                 Err(error) => failure = Some(context(address)(error)),
             }
         }
-        Err(failure.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the host has no address")))
+        Err(failure.expect("a host that was found has an address"))
     }
 
     fn connect(&self, address: SocketAddr, deadline: Deadline) -> io::Result<OwnedFd> {
@@ -84,9 +90,8 @@ impl PendingTcp {
         }
         let limit = deadline.left().map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT));
         self.stopped.wait_writable(socket.as_fd(), Some(limit)).map_err(|error| match error.kind() {
-            io::ErrorKind::Interrupted => io::ErrorKind::ConnectionAborted.into(),
             io::ErrorKind::TimedOut => io::Error::new(io::ErrorKind::TimedOut, "connection timed out"),
-            _ => error,
+            _ => aborted(error),
         })?;
         sockopt::socket_error(&socket)??;
         Ok(socket)
@@ -99,7 +104,6 @@ impl Pending for PendingTcp {
         Ok(Box::new(SocketStream::new(socket)?))
     }
 
-    /// Nothing ends the look-up of a name.
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         Ok(Box::new(self.stopped.clone()))
     }
@@ -110,10 +114,10 @@ impl Pending for PendingTcp {
 }
 
 /// Listens on `port` of `host`, as for [`TcpConnector::new`]. An empty host is every address of this machine, port 0 any
-/// free one.
+/// free one. A name is looked up as there.
 ///
 /// # Errors
-/// The kernel's, for the last address tried.
+/// The kernel's, for the last address tried; [`io::ErrorKind::TimedOut`] where a name was not found within 30 s.
 pub fn listen(host: &str, port: u16) -> io::Result<SocketListener> {
     let uri = || Uri::Tcp { host: host.to_owned(), port };
     let bind = || {
@@ -121,16 +125,53 @@ pub fn listen(host: &str, port: u16) -> io::Result<SocketListener> {
             // Takes IPv4 as well, unless the system was configured otherwise; without IPv6, IPv4 alone.
             return TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
         }
-        TcpListener::bind(&*resolve(host, port)?)
+        let addresses = look_up::addresses(host, port, look_up::by_system, &StopEvent::new()?, Deadline::after(None))?;
+        TcpListener::bind(&*addresses)
     };
     let listener = bind().map_err(|error| context(uri())(error))?;
     let address = listener.local_addr()?;
     SocketListener::new(listener.into(), Uri::from(address))
 }
 
-fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-    Ok((host, port).to_socket_addrs()?.collect())
+/// The error of [`Pending::establish`] for a wait that was stopped.
+fn aborted(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::Interrupted => io::ErrorKind::ConnectionAborted.into(),
+        _ => error,
+    }
 }
 
 /// For each address. The kernel alone would take over two minutes to give up one that does not answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::{sync::Barrier, thread};
+
+    use super::*;
+
+    /// Only the resolver could end it, after as long as it liked.
+    #[test]
+    fn a_stop_ends_a_connect_whose_name_is_being_looked_up() {
+        static BEGUN: Barrier = Barrier::new(2);
+
+        fn never(_: &str, _: u16) -> io::Result<Vec<SocketAddr>> {
+            BEGUN.wait();
+            loop {
+                thread::park();
+            }
+        }
+
+        test_support::time_limit(Duration::from_secs(60), || {
+            let connector = TcpConnector { resolver: never, ..TcpConnector::new("host", 1) };
+            let pending = connector.dial().unwrap();
+            let stopper = pending.stopper().unwrap();
+            let waiting = thread::spawn(move || pending.establish(None).err());
+            BEGUN.wait();
+            stopper.stop();
+            let error = waiting.join().unwrap().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+            assert!(error.to_string().contains("tcp:host:1"), "{error}");
+        });
+    }
+}

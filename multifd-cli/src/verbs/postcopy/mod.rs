@@ -157,7 +157,7 @@ impl Sending<'_> {
     }
 
     fn connector(&self, limit: Limit<Duration>) -> Result<PatientConnector, Error> {
-        let connector = PatientConnector::new(&self.args.uri, limit, self.source.stop_handle());
+        let connector = PatientConnector::new(&self.args.uri, limit);
         connector.map_err(|source| Error::Io {
             at: multifd::error::Place { connection: Connection::Main, offset: 0 },
             source,

@@ -1,0 +1,115 @@
+//! Looks names of hosts up, in a thread that can be given up.
+//!
+//! The resolver of the C library has no limit of its own and cannot be interrupted. It is asked in a thread of the standard library
+//! ("mfd look-up"), which nothing joins: where the answer comes too late, the thread ends by itself after it. An address is not
+//! looked up, and takes no thread.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    os::fd::AsFd,
+    sync::mpsc,
+    time::Duration,
+};
+
+use super::stop_event::StopEvent;
+use crate::{sync::Deadline, threads};
+
+/// What looks up a host and adds the port.
+pub(super) type Resolver = fn(&str, u16) -> io::Result<Vec<SocketAddr>>;
+
+/// The resolver of the C library, with all that the system's configuration has it ask.
+pub(super) fn by_system(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    Ok((host, port).to_socket_addrs()?.collect())
+}
+
+/// Returns the addresses of `host`, at least one, each with `port`. Waits for `resolver` until `deadline`, for at most 30 s.
+///
+/// # Errors
+/// [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::Interrupted`] once `stopped` is set; [`io::ErrorKind::NotFound`] where the
+/// host has no address; the resolver's; the kernel's where it has no thread for it.
+pub(super) fn addresses(
+    host: &str,
+    port: u16,
+    resolver: Resolver,
+    stopped: &StopEvent,
+    deadline: Deadline,
+) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, port)]);
+    }
+    let limit = deadline.left().map_or(LIMIT, |left| left.min(LIMIT));
+    let addresses = in_a_thread(host, port, resolver, stopped, limit)?;
+    if addresses.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the host has no address"));
+    }
+    Ok(addresses)
+}
+
+fn in_a_thread(
+    host: &str,
+    port: u16,
+    resolver: Resolver,
+    stopped: &StopEvent,
+    limit: Duration,
+) -> io::Result<Vec<SocketAddr>> {
+    let (tell, told) = mpsc::sync_channel(1);
+    // Closed at the end of the thread, also by a panic.
+    let (ended, ends) = io::pipe()?;
+    let host = host.to_owned();
+    threads::spawn("mfd look-up", move || {
+        let _ends = ends;
+        let _ = tell.send(resolver(&host, port));
+    })?;
+    stopped.wait_readable(ended.as_fd(), Some(limit)).map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => {
+            let message = format!("its name was not found within {:.1} s", limit.as_secs_f64());
+            io::Error::new(io::ErrorKind::TimedOut, message)
+        }
+        _ => error,
+    })?;
+    told.try_recv().unwrap_or_else(|_| Err(io::Error::other("the thread that looks its name up panicked")))
+}
+
+/// For one name. The C library asks each server twice for 5 s, unless the system is configured otherwise.
+const LIMIT: Duration = Duration::from_secs(30);
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    fn never(_: &str, _: u16) -> io::Result<Vec<SocketAddr>> {
+        loop {
+            std::thread::park();
+        }
+    }
+
+    fn kind(resolver: Resolver, limit: Option<Duration>) -> io::ErrorKind {
+        let stopped = StopEvent::new().unwrap();
+        addresses("host", 1, resolver, &stopped, Deadline::after(limit)).unwrap_err().kind()
+    }
+
+    #[test]
+    fn an_address_is_not_looked_up() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let stopped = StopEvent::new().unwrap();
+            for host in ["127.0.0.1", "::1"] {
+                let found = addresses(host, 7, never, &stopped, Deadline::after(None)).unwrap();
+                assert_eq!(found, [SocketAddr::new(host.parse().unwrap(), 7)]);
+            }
+        });
+    }
+
+    #[test]
+    fn a_look_up_has_a_limit_and_all_its_ends_are_told_apart() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            assert_eq!(kind(never, Some(Duration::from_millis(50))), io::ErrorKind::TimedOut);
+            assert_eq!(kind(|_, _| Ok(Vec::new()), None), io::ErrorKind::NotFound);
+            assert_eq!(kind(|_, _| Err(io::ErrorKind::PermissionDenied.into()), None), io::ErrorKind::PermissionDenied);
+            assert_eq!(kind(|_, _| panic!("a defect"), None), io::ErrorKind::Other);
+            let stopped = StopEvent::new().unwrap();
+            let found = addresses("localhost", 7, by_system, &stopped, Deadline::after(None)).unwrap();
+            assert!(found.iter().all(|address| address.ip().is_loopback() && address.port() == 7), "{found:?}");
+        });
+    }
+}
