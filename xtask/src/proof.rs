@@ -9,11 +9,11 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 use std::{env, fs};
 
-use test_support::{REPORTS, TempDir};
+use test_support::{REPORTS, TempDir, in_ci};
 
 use crate::fuzz;
 use crate::step::{self, Outcome, Steps};
-use crate::test::{cargo, root};
+use crate::test::{cargo, python_with, root};
 
 /// Runs all checks.
 pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
@@ -53,6 +53,10 @@ fn check_layers(steps: &mut Steps, reports: &Path, layers: &[&str], effort: &Eff
             let _ = fs::write(reports.join(FUZZ), text);
             continue;
         }
+        if layer == ANY_N {
+            steps.run(layer, || any_n(&mut run));
+            continue;
+        }
         steps.run(layer, || {
             for mut command in commands(layer, effort) {
                 let outcome = run(&mut command);
@@ -62,6 +66,15 @@ fn check_layers(steps: &mut Steps, reports: &Path, layers: &[&str], effort: &Eff
             }
             Outcome::Passed
         });
+    }
+}
+
+/// Proves the laws for any number of channels, with Z3 from PyPI.
+fn any_n(run: &mut dyn FnMut(&mut Command) -> Outcome) -> Outcome {
+    match python_with("z3", "z3-solver") {
+        Ok(python) => run(Command::new(python).arg(root().join("proof"))),
+        Err(reason) if in_ci() => Outcome::Failed(reason),
+        Err(reason) => Outcome::Skipped(reason),
     }
 }
 
@@ -153,8 +166,10 @@ struct Effort {
 
 const QUICK: Effort = Effort { model: &["--", "--quick"], schedules: "0.3", limit: Duration::from_secs(900) };
 const FULL: Effort = Effort { model: &[], schedules: "10", limit: Duration::from_secs(7200) };
-const QUICK_LAYERS: &[&str] = &["model", "loom", "shuttle"];
-const LAYERS: &[&str] = &["model", "loom", "shuttle", "audit", "faults", "kills", FUZZ];
+const QUICK_LAYERS: &[&str] = &[ANY_N, "model", "loom", "shuttle"];
+const LAYERS: &[&str] = &[ANY_N, "model", "loom", "shuttle", "audit", "faults", "kills", FUZZ];
+/// The layer of the proofs in `proof/`.
+const ANY_N: &str = "any-n";
 /// The layer of the fuzzers, and the file with their rows.
 const FUZZ: &str = "fuzz";
 /// For each target.
@@ -166,11 +181,11 @@ mod tests {
 
     #[test]
     fn every_layer_has_its_command() {
-        for &layer in LAYERS.iter().filter(|&&layer| layer != FUZZ) {
+        for &layer in LAYERS.iter().filter(|&&layer| layer != FUZZ && layer != ANY_N) {
             assert!(!commands(layer, &FULL).is_empty(), "{layer}");
         }
         assert!(QUICK_LAYERS.iter().all(|layer| LAYERS.contains(layer)));
-        assert!(run(&["no-such-layer".to_owned()]).unwrap_err().contains("model, loom"));
+        assert!(run(&["no-such-layer".to_owned()]).unwrap_err().contains("any-n, model, loom"));
     }
 
     #[test]

@@ -110,30 +110,40 @@ fn check_protocol_text() -> Outcome {
     }
 }
 
-/// A Python that has docutils: the system's own, or one in a virtual environment below the build directory.
+/// A Python that has docutils.
 fn docutils() -> Result<PathBuf, String> {
-    let has_docutils = |python: &Path| {
+    python_with("docutils.__main__", "docutils")
+}
+
+/// A Python that has `module`: the system's own, or one in a virtual environment below the build directory, into which `package`
+/// is installed from PyPI.
+pub fn python_with(module: &str, package: &str) -> Result<PathBuf, String> {
+    let has_module = |python: &Path| {
         let mut probe = Command::new(python);
-        probe.args(["-c", "import docutils.__main__"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        probe
+            .args(["-c", &format!("import {module}")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         probe.status().is_ok_and(|status| status.success())
     };
-    let directory = root().join("target/docutils");
+    let directory = root().join("target").join(package);
     let ours = directory.join("bin/python3");
     for python in [PathBuf::from("python3"), ours.clone()] {
-        if has_docutils(&python) {
+        if has_module(&python) {
             return Ok(python);
         }
     }
     let steps = [
         step::command(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory), SHORT),
-        step::command(Command::new(&ours).args(["-m", "pip", "install", "--quiet", "docutils"]), SHORT),
+        step::command(Command::new(&ours).args(["-m", "pip", "install", "--quiet", package]), SHORT),
     ];
     for outcome in steps {
         if let Outcome::Failed(reason) = outcome {
-            return Err(format!("docutils cannot be installed: {reason}"));
+            return Err(format!("{package} cannot be installed: {reason}"));
         }
     }
-    if has_docutils(&ours) { Ok(ours) } else { Err("docutils was installed and does not run".to_owned()) }
+    if has_module(&ours) { Ok(ours) } else { Err(format!("{package} was installed and does not run")) }
 }
 
 /// Packs the public crates and builds them from their packages alone.
