@@ -40,7 +40,7 @@ def main_goes_on(carries):
     """Main does not wait at sync points, where `carries` allows it."""
     machine = LAW
     for step in ("apply", "arrive"):
-        machine = machine.with_guard(step, behind_barrier, lambda s: Or(s.passed >= s.taken(C), And(C == main, carries)))
+        machine = machine.with_guard(step, behind_barrier, lambda s: Or(s.passed >= s.taken(C), And(C == main, Or(s.taken(C) == 1, carries))))
     return machine
 
 
