@@ -458,10 +458,7 @@ impl Protocol {
     /// The model of `config`.
     pub fn new(config: Config) -> Protocol {
         assert!(config.channels <= MAX_CHANNELS && config.pages <= MAX_PAGES && config.rounds <= 4);
-        assert!(
-            config.membership != Membership::Numbers || !config.sync_carries_pages,
-            "SYNC has room for one of both"
-        );
+        assert!(config.membership == Membership::Known || !config.sync_carries_pages, "SYNC has room for one of both");
         let mut section = vec![Op::Open, Op::MeetOpen];
         let per_round = config.source == Dialect::PerRound;
         let early = config.flush == Flush::Early;
@@ -804,7 +801,7 @@ impl Protocol {
                 holding.senders[channel].held = packet(PAGE, page, version);
                 out.push((Event::SendsPage { channel, page, version, held: true }, holding));
             }
-            taken.number += u8::from(self.config.membership == Membership::Numbers);
+            taken.number += u8::from(self.config.membership != Membership::Known);
             let event = Event::SendsPage { channel, page, version, held: false };
             self.write(state, taken, Who::Channel(channel), packet(PAGE, page, version), event, out);
         }
@@ -838,7 +835,7 @@ impl Protocol {
             0 => (packet(SYNC, state.number >> 3, state.number & 7), None),
             _ => (packet(SYNC_WITH_PAGE, page, version), Some((page, version))),
         };
-        next.number += u8::from(self.config.membership == Membership::Numbers);
+        next.number += u8::from(self.config.membership != Membership::Known);
         let event = Event::SendsSync { channel, section, page: with };
         self.write(state, closes(next), Who::Channel(channel), bytes, event, out);
     }
@@ -896,8 +893,9 @@ impl Protocol {
                 if let Account::Real(rounds) = &mut next.destination_meeting {
                     let joined = rounds.members().joined();
                     if self.config.defect == Some(Defect::GuessedAtSyncPoint(next.sync_points)) {
-                        // Without effect where the number is known.
-                        let _ = rounds.members_mut().tell(joined);
+                        if rounds.members().channels().is_none() {
+                            *rounds.members_mut() = multifd_proto::membership::Membership::fixed(joined);
+                        }
                     } else if !eos {
                         rounds.members_mut().expect_channels();
                     }
@@ -959,7 +957,7 @@ impl Protocol {
         };
         match unpack(packet) {
             (PAGE, page, version) => {
-                next.receivers[channel].packets += u8::from(self.config.membership == Membership::Numbers);
+                next.receivers[channel].packets += u8::from(self.config.membership != Membership::Known);
                 out.push(self.apply(next, Who::Channel(channel), page, version));
             }
             (SYNC, high, low) if self.config.membership != Membership::Known => {

@@ -5,7 +5,8 @@
 //! round with pages ends before it is *known* that all channels are here. [`Membership`] says what is known:
 //!
 //! - **Required**: this side was told the number.
-//! - **Told**: the source says the number, in each [`Hello`](crate::packet::Hello) or on main. Our own source does.
+//! - **Told**: the source says the number, in each [`Hello`](crate::packet::Hello) or on main. Our own source does. Its numbers have to
+//!   add up all the same, see below: with all channels here, the balance is 0 at every sync point.
 //! - **Numbers**: the numbers of the SYNC packets prove it, see below. So it is with every QEMU.
 //! - **Plain**: main carries contents of pages, so the stream has no channels.
 //!
@@ -258,17 +259,13 @@ impl Membership {
     /// What is known at the end of round `round`, counted from 0, when all that have joined are there.
     ///
     /// # Errors
-    /// The numbers of the SYNC packets prove nothing, and nothing else does; or they contradict what they proved before.
+    /// The numbers of the SYNC packets prove nothing, and nothing else does; or they contradict what they proved before, or
+    /// what the source has said.
     pub fn verdict(&mut self, round: u64) -> Result<Verdict, ProtocolError> {
         match self.count {
-            Count::Known(channels, Evidence::Numbers) => {
-                if self.balance(round) != 0 {
-                    return Err(Violation::PacketNumbers { channels, round }.into());
-                }
-                Ok(Verdict::Complete)
-            }
-            Count::Known(channels, _) if channels == self.joined => Ok(Verdict::Complete),
-            Count::Known(..) => Ok(Verdict::Missing),
+            Count::Known(channels, _) if channels != self.joined => Ok(Verdict::Missing),
+            Count::Known(..) if self.has_to_balance() && self.balance(round) != 0 => Err(self.unbalanced(round).into()),
+            Count::Known(..) => Ok(Verdict::Complete),
             Count::Open if self.joined == 0 => {
                 // Without channels a sync point is the end of a section, and the first has no pages.
                 let passes = !self.expected && (round == 0 || self.alone);
@@ -289,6 +286,24 @@ impl Membership {
     /// The round is over: SYNC packets belong to the next one from here on.
     pub fn next_round(&mut self) {
         self.highest = None;
+    }
+
+    /// Whether the numbers have to add up once all channels are here: they have before, or the source says how many channels it has, and
+    /// then numbers its packets, also where this side was told the same.
+    fn has_to_balance(&self) -> bool {
+        let source_says = self.told.flatten().is_some();
+        source_says || matches!(self.evidence(), Some(Evidence::Told | Evidence::Numbers))
+    }
+
+    fn unbalanced(&self, round: u64) -> Violation {
+        let syncs = (self.joined as u64).saturating_mul(round.saturating_add(1));
+        Violation::PacketNumbers {
+            channels: self.joined,
+            round,
+            packets: self.packets,
+            highest: self.highest.unwrap_or(0),
+            expected: self.packets.saturating_add(syncs).saturating_sub(1),
+        }
     }
 
     /// How many numbers up to the highest belong to channels that are not here.

@@ -393,7 +393,43 @@ mod tests {
         rounds.arrive(MAIN).unwrap();
         assert_eq!(rounds.sync(ID, sync(2, 1)), Ok(Arrival::Completes));
         rounds.arrive(MAIN).unwrap();
-        assert_eq!(rounds.sync(ID, sync(5, 1)), Err(Violation::PacketNumbers { channels: 1, round: 2 }.into()));
+        assert_eq!(rounds.sync(ID, sync(5, 1)), Err(unbalanced(1, 2, 2, 5, 4).into()));
+    }
+
+    fn unbalanced(channels: usize, round: u64, packets: u64, highest: u64, expected: u64) -> Violation {
+        Violation::PacketNumbers { channels, round, packets, highest, expected }
+    }
+
+    /// A source of ours whose channels had all come was complete whatever its packets said: a packet that was lost or doubled on the
+    /// way to this side was not noticed.
+    #[test]
+    fn a_source_that_says_its_channels_has_to_number_its_packets() {
+        for required in [None, Some(2)] {
+            let mut rounds = Rounds::open(required);
+            rounds.join(ID, told(2), sync(1, 0)).unwrap();
+            rounds.join(OTHER, told(2), sync(0, 0)).unwrap();
+            assert_eq!(rounds.arrive(MAIN), Ok(Arrival::Completes));
+            let second = rounds.clone();
+            // Three packets and two SYNCs.
+            for (id, packets) in [(ID, 2), (OTHER, 1)] {
+                rounds.sync(id, sync(5 + u64::from(id.0), packets)).unwrap();
+            }
+            assert_eq!(rounds.arrive(MAIN), Ok(Arrival::Completes));
+            for (seen, expected) in [(1, 5), (3, 7)] {
+                let mut rounds = second.clone();
+                rounds.sync(ID, sync(6, seen)).unwrap();
+                rounds.sync(OTHER, sync(5, 1)).unwrap();
+                assert_eq!(rounds.arrive(MAIN), Err(unbalanced(2, 1, seen + 1, 6, expected).into()));
+            }
+        }
+        let mut at_once = Rounds::open(None);
+        at_once.members_mut().tell(1).unwrap();
+        at_once.arrive(MAIN).unwrap();
+        assert_eq!(at_once.join(ID, None, sync(1, 0)), Err(unbalanced(1, 0, 0, 1, 0).into()));
+        // A QEMU says nothing, and this side was told.
+        let mut required = Rounds::open(Some(1));
+        required.arrive(MAIN).unwrap();
+        assert_eq!(required.join(ID, None, sync(1, 0)), Ok(Arrival::Completes));
     }
 
     #[test]

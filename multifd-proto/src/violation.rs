@@ -266,13 +266,23 @@ pub enum Violation {
         /// The channel.
         channel: ChannelId,
     },
-    /// The numbers of the SYNC packets proved how many channels there are, and no longer do.
-    #[error("the packet numbers up to the end of round {round} are not those of {channels} channels")]
+    /// The numbers of the SYNC packets do not add up: they proved how many channels there are and no longer do, or the
+    /// source has said how many there are.
+    #[error(
+        "the packet numbers do not add up at the end of round {round}: {channels} channels have brought {packets} packets with \
+         pages, and the highest number of a SYNC packet is {highest}, expected {expected}"
+    )]
     PacketNumbers {
-        /// The number of channels.
+        /// The number of channels, which are all here.
         channels: usize,
-        /// The round.
+        /// The round, counted from 0.
         round: u64,
+        /// Packets with pages so far, on all channels.
+        packets: u64,
+        /// The highest number in a SYNC packet of the round.
+        highest: u64,
+        /// What it has to be: all packets with pages, and one SYNC packet on each channel in each round, have a number.
+        expected: u64,
     },
     /// A block that is listed twice.
     #[error("block {name:?} is listed twice")]

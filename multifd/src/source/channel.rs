@@ -137,94 +137,69 @@ impl SendChannel {
     ) -> Result<(), Error> {
         let block = &shared.ram.blocks()[batch.block];
         let page_size = shared.ram.layout().page_size();
-        let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");
-        ranges.clear();
-        let Batch { pages, zeros, .. } = batch;
-        let span = pages.first().copied().zip(pages.last().copied());
-        block.load(pages, page_size)?;
-        match shared.options.format.zero_pages {
-            ZeroPages::None => {
-                ranges.extend(pages.iter().map(|&offset| page(offset)));
-                // A page known as zero may hold anything in our memory: only its name tells.
-                let zero = shared.zero_page.page(0).expect("it has one page");
-                ranges.extend(zeros.iter().map(|_| zero));
-                pages.append(zeros);
-            }
-            ZeroPages::Multifd | ZeroPages::Legacy => pages.retain(|&offset| {
-                let range = page(offset);
-                let zero = range.is_zero();
-                if zero {
-                    zeros.push(offset);
-                } else {
-                    ranges.push(range);
-                }
-                !zero
-            }),
+        let span = batch.pages.first().copied().zip(batch.pages.last().copied());
+        block.load(&batch.pages, page_size)?;
+        shared.look_for_zeros(batch, ranges);
+        shared.progress.add_pages(batch.pages.len() as u64, batch.zeros.len() as u64);
+        if shared.options.format.zero_pages == ZeroPages::Legacy && !batch.zeros.is_empty() {
+            shared.leave_zeros_to_main(batch);
         }
-        shared.progress.add_pages(pages.len() as u64, zeros.len() as u64);
-        if shared.options.format.zero_pages == ZeroPages::Legacy && !zeros.is_empty() {
-            let first_page = shared.ram.layout().blocks()[batch.block].first_page();
-            let mut legacy = lock(&shared.legacy_zeros);
-            let legacy = legacy.as_mut().expect("made for legacy mode");
-            for offset in zeros.drain(..) {
-                legacy.set(first_page + offset / page_size as u64);
-            }
+        if !batch.pages.is_empty() || !batch.zeros.is_empty() {
+            self.packet(shared, batch, ranges)?;
         }
-        if pages.is_empty() && zeros.is_empty() {
-            if let Some((first, last)) = span {
-                block.release(first, last, page_size);
-            }
-            return Ok(());
+        if let Some((first, last)) = span {
+            block.release(first, last, page_size);
         }
-        let place = self.place();
+        Ok(())
+    }
+
+    /// Sends `batch` as one packet. `ranges` are its pages with content.
+    fn packet<'a>(&mut self, shared: &'a Shared, batch: &Batch, ranges: &mut Vec<GuestRange<'a>>) -> Result<(), Error> {
+        let (place, clock) = (self.place(), &shared.options.clock);
+        let page_size = shared.ram.layout().page_size();
         let header_len = packet::header_len(page_size);
         self.packet.truncate(header_len);
-        let guest_bytes = ranges.iter().map(GuestRange::len).sum();
+        let guest_bytes: usize = ranges.iter().map(GuestRange::len).sum();
+        let compression = self.compression_of(guest_bytes);
+        let begun = clock.now();
         let mut payload_len = guest_bytes;
-        let mut compression = shared.options.format.compression;
-        if guest_bytes > 0 && self.auto.as_mut().is_some_and(|auto| !auto.compresses(guest_bytes)) {
-            compression = Compression::None;
-        }
-        let begun = shared.options.clock.now();
-        if let Some(compressor) = &mut self.compressor
-            && compression != Compression::None
-            && guest_bytes > 0
-        {
+        if let Some(compressor) = self.compressor.as_mut().filter(|_| compression != Compression::None) {
             compressor.compress(ranges, &mut self.packet).map_err(Error::io(place))?;
             payload_len = self.packet.len() - header_len;
             ranges.clear();
         }
-        let compressed = shared.options.clock.now();
+        let compressed = clock.now();
         let header = PacketHeader {
             sync: false,
-            compression,
-            packet_num: batch.packet,
-            block: block.name().as_str(),
-            normal: pages,
-            zero: zeros,
+            compression: if guest_bytes > 0 { compression } else { shared.options.format.compression },
+            packet_num: shared.scan.packet_number(),
+            block: shared.ram.blocks()[batch.block].name().as_str(),
+            normal: &batch.pages,
+            zero: &batch.zeros,
             payload_len: u32::try_from(payload_len).expect("a packet's payload is bounded"),
         };
         header.encode_into(&mut self.packet, page_size);
         let total = (header_len + payload_len) as u64;
         let is_limited = shared.live.limiter.take(total);
-        let taken = shared.options.clock.now();
+        let taken = clock.now();
         self.stream.as_mut().expect(OPEN).write(&self.packet, ranges).map_err(Error::io(place))?;
-        if let Some((first, last)) = span {
-            block.release(first, last, page_size);
-        }
         if let Some(auto) = self.auto.as_mut().filter(|_| guest_bytes > 0) {
-            let mut link = shared.options.clock.now() - taken;
-            if is_limited && let Some(limit) = shared.live.get().max_bandwidth {
-                // Not how long this packet waited: it waits for those of other channels before it, and others for it. Its
-                // part of the limit is what it costs, less what was refilled while the compressor worked.
-                let part = total as f64 * f64::from(shared.options.plan.channels) / limit as f64;
-                link += Duration::from_secs_f64(part).saturating_sub(compressed - begun);
+            let mut link = clock.now() - taken;
+            if is_limited {
+                // Less what was refilled while the compressor worked.
+                link += shared.part_of_the_limit(total).saturating_sub(compressed - begun);
             }
             let compressed = (compression != Compression::None).then(|| (compressed - begun, payload_len));
             auto.sent(Sent { guest_bytes, compressed, link });
         }
         self.count(total);
         Ok(())
+    }
+
+    /// How the next `guest_bytes` of pages with content are sent.
+    fn compression_of(&mut self, guest_bytes: usize) -> Compression {
+        let compresses = guest_bytes > 0 && self.auto.as_mut().is_none_or(|auto| auto.compresses(guest_bytes));
+        if compresses { self.shared.options.format.compression } else { Compression::None }
     }
 
     /// Ends the section on this channel, when the kernel has let go of all its pages.
@@ -247,6 +222,53 @@ impl SendChannel {
         self.sent += bytes;
         self.shared.pulse.add(usize::try_from(bytes).unwrap_or(usize::MAX));
         self.shared.progress.add_channel_bytes(self.id, bytes);
+    }
+}
+
+impl Shared {
+    /// Looks at the pages of `batch`, and puts the contents of those that are sent with content into `ranges`.
+    fn look_for_zeros<'a>(&'a self, batch: &mut Batch, ranges: &mut Vec<GuestRange<'a>>) {
+        let block = &self.ram.blocks()[batch.block];
+        let page_size = self.ram.layout().page_size();
+        let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");
+        let Batch { pages, zeros, .. } = batch;
+        ranges.clear();
+        if self.options.format.zero_pages == ZeroPages::None {
+            ranges.extend(pages.iter().map(|&offset| page(offset)));
+            // A page known as zero may hold anything in our memory: only its name tells.
+            let zero = self.zero_page.page(0).expect("it has one page");
+            ranges.extend(zeros.iter().map(|_| zero));
+            pages.append(zeros);
+            return;
+        }
+        pages.retain(|&offset| {
+            let range = page(offset);
+            let zero = range.is_zero();
+            if zero {
+                zeros.push(offset);
+            } else {
+                ranges.push(range);
+            }
+            !zero
+        });
+    }
+
+    /// Takes the zero pages out of `batch`: main names them.
+    fn leave_zeros_to_main(&self, batch: &mut Batch) {
+        let page_size = self.ram.layout().page_size() as u64;
+        let first_page = self.ram.layout().blocks()[batch.block].first_page();
+        let mut legacy = lock(&self.legacy_zeros);
+        let legacy = legacy.as_mut().expect("made for legacy mode");
+        for offset in batch.zeros.drain(..) {
+            legacy.set(first_page + offset / page_size);
+        }
+    }
+
+    /// What `bytes` on one channel cost of the bandwidth limit. Not how long their packet waited: it waits for those of other channels
+    /// before it, and others for it.
+    fn part_of_the_limit(&self, bytes: u64) -> Duration {
+        let Some(limit) = self.live.get().max_bandwidth else { return Duration::ZERO };
+        Duration::from_secs_f64(bytes as f64 * f64::from(self.options.plan.channels) / limit as f64)
     }
 }
 

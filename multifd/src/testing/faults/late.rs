@@ -64,6 +64,28 @@ impl Recording {
         self
     }
 
+    /// Without the first packet of a channel that has pages and no SYNC; `None` where there is none, or where the decompressor would
+    /// miss it.
+    fn without_a_packet(mut self) -> Option<Recording> {
+        if ["zlib", "zstd"].iter().any(|method| self.name.contains(method)) {
+            return None;
+        }
+        for channel in &mut self.channels {
+            let mut at = 64;
+            while at < channel.len() {
+                let packet = RamPacket::decode(&channel[at..], PAGE).unwrap();
+                let end = at + HEADER + packet.payload_len();
+                if !packet.is_empty() && !packet.sync() {
+                    channel.drain(at..end);
+                    self.name += ", without a packet";
+                    return Some(self);
+                }
+                at = end;
+            }
+        }
+        None
+    }
+
     fn is_per_section(&self) -> bool {
         self.name.contains("7.2")
     }
@@ -185,8 +207,11 @@ fn a_channel_that_never_comes_fails_the_migration() {
                 let name = &recording.name;
                 match error {
                     Error::SetupTimeout { .. } => {}
-                    // Without any channel, and without a FLUSH, it could have been a stream without channels.
-                    Error::Mismatch(Mismatch::ChannelsUnknown) => assert_eq!(missing, (1 << channels) - 1, "{name}"),
+                    // Without any channel, and without a FLUSH, it could have been a stream without channels. On a busy machine none
+                    // may have joined in time.
+                    Error::Mismatch(Mismatch::ChannelsUnknown | Mismatch::ChannelTooLate { .. }) => {
+                        assert!(recording.is_per_section(), "{name}");
+                    }
                     error => panic!("{name} without {missing:#b}: {error}"),
                 }
                 assert!(!path.exists(), "{name} without {missing:#b}");
@@ -212,6 +237,34 @@ fn a_source_whose_numbers_prove_nothing_needs_the_number_of_channels() {
         let required = Options { channels: Some(u8::try_from(channels).unwrap()), ..Options::default() };
         assert_eq!(take(&recording, &order, &path, required).unwrap().channels, channels);
     }
+}
+
+/// Once the channels of a source that says how many it has were here, the numbers were not looked at: what was lost on the way was
+/// missing in a checkpoint that was reported complete.
+#[test]
+fn a_source_that_says_its_channels_and_whose_numbers_do_not_add_up_is_refused() {
+    let mut lost = 0;
+    for recording in Recording::with_channels() {
+        let without = recording.clone().told().without_a_packet();
+        lost += usize::from(without.is_some());
+        for recording in without.into_iter().chain([recording.told().unnumbered()]) {
+            let channels = recording.channels.len();
+            let order: Vec<_> = (0..channels).map(|id| (id, When::First)).collect();
+            for required in [None, u8::try_from(channels).ok()] {
+                let directory = TempDir::new().unwrap();
+                let path = directory.join("checkpoint");
+                let options = Options { channels: required, ..Options::default() };
+                let error = take(&recording, &order, &path, options).unwrap_err();
+                let Error::Protocol { source: ProtocolError::Violation(violation), .. } = &error else {
+                    panic!("{}: {error}", recording.name)
+                };
+                let unbalanced = matches!(violation, violation::Violation::PacketNumbers { highest, expected, .. } if highest != expected);
+                assert!(unbalanced, "{}: {error}", recording.name);
+                assert!(!path.exists());
+            }
+        }
+    }
+    assert!(lost > 3, "few recordings have a packet to lose");
 }
 
 /// A stream without channels that has no page with content looks like one whose channels are late.

@@ -110,7 +110,7 @@ fn over_tcp() -> ((TcpStream, TcpStream), FdListener) {
 }
 
 fn good_channel() -> Wire {
-    Wire::raw(told_hello(0, 1).encode()).sync().sync()
+    Wire::raw(told_hello(0, 1).encode()).sync_number(0).sync_number(1)
 }
 
 fn accepted() -> Message {

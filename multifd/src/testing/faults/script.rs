@@ -60,7 +60,12 @@ impl Wire {
     }
 
     pub(super) fn sync(self) -> Wire {
-        self.then(packet(&PacketHeader::sync_packet(0)))
+        self.sync_number(0)
+    }
+
+    /// As of a source that says how many channels it has: its numbers have to add up.
+    pub(super) fn sync_number(self, number: u64) -> Wire {
+        self.then(packet(&PacketHeader::sync_packet(number)))
     }
 
     pub(super) fn ends(mut self) -> Wire {

@@ -53,8 +53,14 @@ fn strangers() -> Vec<(&'static str, Wire)> {
 
 /// A whole migration with two channels, of a source that says so.
 fn migration() -> [Wire; 3] {
-    let channel = |id| Wire::raw(told_hello(id, 2).encode()).sync().then(pages(&[0x1000 * (1 + u64::from(id))])).sync();
+    let channel = |id| channel_of_two(told_hello(id, 2), 0x1000 * (1 + u64::from(id)));
     [Wire::main().then(main_end().as_bytes()), channel(0), channel(1)]
+}
+
+/// One of two channels of a source that says so, each of which sends one page.
+fn channel_of_two(hello: Hello, page: u64) -> Wire {
+    let id = u64::from(hello.channel.0);
+    Wire::raw(hello.encode()).sync_number(id).then(pages(&[page])).sync_number(4 + id)
 }
 
 /// Whether the pages of [`migration`] are in place and no others.
@@ -179,8 +185,7 @@ fn a_second_source_and_a_taken_id_are_dropped() {
 fn a_token_excludes_who_does_not_have_it() {
     let token = [0xa5; 16];
     let channel = |id: u8, token: [u8; 16]| {
-        let hello = Hello { uuid: token, ..told_hello(id, 2) };
-        Wire::raw(hello.encode()).sync().then(pages(&[0x1000 * (1 + u64::from(id))])).sync()
+        channel_of_two(Hello { uuid: token, ..told_hello(id, 2) }, 0x1000 * (1 + u64::from(id)))
     };
     let wrong = Wire::raw(Hello { uuid: [0xa4; 16], ..told_hello(0, 1) }.encode()).sync().then(pages(&[0x7000]));
     let none = Wire::channel(1).sync().then(pages(&[0x6000]));
@@ -198,9 +203,7 @@ fn a_token_excludes_who_does_not_have_it() {
 /// number of channels, joined, and both sides reported success with old pages in memory.
 #[test]
 fn channels_of_an_earlier_attempt_do_not_join() {
-    let channel = |id: u8, token: [u8; 16], page: u64| {
-        Wire::raw(Hello { uuid: token, ..told_hello(id, 2) }.encode()).sync().then(pages(&[page])).sync()
-    };
+    let channel = |id: u8, token: [u8; 16], page: u64| channel_of_two(Hello { uuid: token, ..told_hello(id, 2) }, page);
     let (earlier, now) = ([1; 16], [2; 16]);
     let stale = || [channel(0, earlier, 0x7000), channel(1, earlier, 0x6000)];
     let main = || offering(Some(now));
