@@ -37,9 +37,8 @@ fn main() -> ExitCode {
         Err(error) => return explain(&error),
     };
     log::start(cli.verb.output());
-    let outcome = verbs::run(&cli.verb);
     let for_parent = matches!(&cli.verb, Verb::Guest(args) if args.child_of.is_some());
-    let exit = outcome.print(cli.verb.output(), for_parent);
+    let exit = verbs::run(&cli.verb, for_parent);
     terminal::flush(LAST_WORDS);
     exit.into()
 }

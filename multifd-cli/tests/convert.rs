@@ -4,40 +4,21 @@
 mod common;
 
 use std::{
-    fs::{self, File},
-    io::{Read, Write},
+    fs,
+    io::Write,
     path::{Path, PathBuf},
     process::{Child, Output, Stdio},
     thread,
     time::Duration,
 };
 
-use common::{LIMIT, exit_code, json, multifd};
+use common::{LIMIT, captures::recorded, exit_code, json, multifd};
 use multifd_proto::libvirt::{SaveFormat, SaveHeader};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use test_support::{TempDir, time_limit};
 
-const CAPTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/tests/captures/streams.tar.xz");
 const XML: &str = "<domain type='qemu'>\n<name>vm</name><os><type machine='pc-i440fx-10.0'>hvm</type></os></domain>\n";
-
-/// The recording `name`, a plain migration.
-fn recorded(name: &str) -> Vec<u8> {
-    let mut tar = liblzma::read::XzDecoder::new(File::open(CAPTURES).unwrap());
-    let mut head = [0; 512];
-    loop {
-        tar.read_exact(&mut head).unwrap();
-        let size = std::str::from_utf8(&head[124..135]).unwrap();
-        let size = usize::from_str_radix(size.trim_matches(['\0', ' ']), 8).unwrap();
-        let mut bytes = vec![0; size.next_multiple_of(512)];
-        tar.read_exact(&mut bytes).unwrap();
-        let path = format!("{name}/main.bin");
-        if head.windows(path.len()).any(|window| window == path.as_bytes()) {
-            bytes.truncate(size);
-            return bytes;
-        }
-    }
-}
 
 fn ended(output: &Output) -> (i32, Value) {
     (exit_code(output), json(&output.stdout))

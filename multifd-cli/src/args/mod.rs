@@ -9,6 +9,7 @@ mod origin;
 mod output;
 mod postcopy;
 mod qemu;
+mod serve;
 mod transfer;
 mod values;
 mod verbs;
@@ -22,6 +23,7 @@ pub use self::{
     origin::Origin,
     output::{OutputArgs, ProgressMode},
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
+    serve::ServeArgs,
     transfer::{Compression, TransferArgs},
     values::uuid,
     verbs::{DemoArgs, GuestArgs, Incoming, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
@@ -47,6 +49,8 @@ pub enum Verb {
     Receive(ReceiveArgs),
     /// Send the VM in a checkpoint file to QEMU, or to multifd.
     Send(SendArgs),
+    /// Start any number of VMs from one checkpoint: each connection is one, which runs at once.
+    Serve(ServeArgs),
     /// Checkpoint the VM of a running QEMU, driven by its monitor.
     Checkpoint(CheckpointArgs),
     /// Restore a checkpoint into a QEMU that waits for it, driven by its monitor.
@@ -67,6 +71,7 @@ impl Verb {
             Verb::Guest(args) => &args.output,
             Verb::Receive(args) => &args.output,
             Verb::Send(args) => &args.output,
+            Verb::Serve(args) => &args.output,
             Verb::Checkpoint(args) => &args.output,
             Verb::Restore(args) => &args.output,
             Verb::Convert(args) => &args.output,
@@ -86,6 +91,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Demo(args) => args.check(),
         Verb::Guest(args) => args.check(),
         Verb::Send(args) => args.check(),
+        Verb::Serve(args) => args.check(),
         Verb::Checkpoint(args) => args.check(),
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),

@@ -10,12 +10,15 @@ mod postcopy;
 mod receive;
 mod restore;
 mod send;
+mod serve;
 
-use crate::{args::Verb, report::Outcome};
+use crate::{args::Verb, exit::Exit};
 
-/// Does what `verb` says.
-pub fn run(verb: &Verb) -> Outcome {
-    match verb {
+/// Does what `verb` says, and prints its report. `for_parent`: another process reports what went wrong.
+pub fn run(verb: &Verb, for_parent: bool) -> Exit {
+    let outcome = match verb {
+        // It has a report for each client.
+        Verb::Serve(args) => return serve::run(args),
         Verb::Demo(args) => demo::run(args),
         Verb::Guest(args) => guest::run(args),
         Verb::Checkpoint(args) => checkpoint::run(args),
@@ -25,5 +28,6 @@ pub fn run(verb: &Verb) -> Outcome {
         Verb::Inspect(args) => inspect::run(args),
         Verb::Receive(args) => receive::run(args),
         Verb::Send(args) => send::run(args),
-    }
+    };
+    outcome.print(verb.output(), for_parent)
 }

@@ -1,6 +1,9 @@
 //! `multifd send`: streams a checkpoint to a destination.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use multifd::{
     checkpoint::{self, Checkpoint, CheckpointError, CheckpointSource},
@@ -12,7 +15,7 @@ use multifd_proto::machine::{Dialect, ZeroPages};
 use super::postcopy;
 use crate::{
     advice,
-    args::SendArgs,
+    args::{OutputArgs, SendArgs},
     connect::PatientConnector,
     describe,
     exit::Exit,
@@ -27,7 +30,7 @@ use crate::{
 /// Sends the checkpoint.
 pub fn run(args: &SendArgs) -> Outcome {
     let stop = Stop::default();
-    let checkpoint = match open(args, &stop) {
+    let checkpoint = match open(&args.file, args.postcopy.is_asked_for(), &stop, &args.output) {
         Ok(checkpoint) => checkpoint,
         Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
@@ -48,14 +51,22 @@ pub fn run(args: &SendArgs) -> Outcome {
     }
 }
 
-/// The VM in the file. A plain stream, which QEMU and libvirt write front to back, is first read into a file without a name
+/// The VM in `file`. A plain stream, which QEMU and libvirt write front to back, is first read into a file without a name
 /// in the directory for temporary files.
-fn open(args: &SendArgs, stop: &Stop) -> Result<Box<Checkpoint>, Error> {
-    let image = Image::open(&args.file)?;
+///
+/// # Errors
+/// It is something else; a plain stream, `for_postcopy`; [`Error::Cancelled`].
+pub(super) fn open(
+    file: &Path,
+    for_postcopy: bool,
+    stop: &Stop,
+    output: &OutputArgs,
+) -> Result<Box<Checkpoint>, Error> {
+    let image = Image::open(file)?;
     if matches!(image.content, Content::Stream(_)) {
-        if args.postcopy.is_asked_for() {
+        if for_postcopy {
             // What is unpacked goes away with this process, and with it the guest's only memory.
-            let path = args.file.clone();
+            let path = file.to_owned();
             return Err(CheckpointError::OtherKind { path, kind: NO_PLACES.to_owned() }.into());
         }
         let interrupted = stop.clone();
@@ -64,13 +75,13 @@ fn open(args: &SendArgs, stop: &Stop) -> Result<Box<Checkpoint>, Error> {
             tracing::warn!(%error, "an interrupt ends the process at once");
         }
     }
-    let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
+    let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, output)?;
     if stop.is_cancelled() { Err(Error::Cancelled) } else { Ok(checkpoint) }
 }
 
 /// Of a file that cannot be sent to a guest which runs already.
-const NO_PLACES: &str = "read front to back, and --postcopy needs a place for each page, for another process to go on from \
-                         after this one died: `multifd convert FILE CHECKPOINT` makes one";
+const NO_PLACES: &str = "read front to back, and a postcopy (--postcopy, serve) needs a place for each page, for another process \
+                         to go on from after this one died: `multifd convert FILE CHECKPOINT` makes one";
 
 /// How to send it; nothing where that cannot be known. A token is for another multifd.
 pub(super) fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod captures;
 pub mod client;
 pub mod hosts;
 pub mod proxy;

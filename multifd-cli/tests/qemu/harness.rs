@@ -175,7 +175,16 @@ impl Multifd {
     }
 
     /// Waits for the end.
-    pub fn end(mut self) -> Ended {
+    pub fn end(self) -> Ended {
+        let (status, text, log) = self.end_as_text();
+        let killed = status.signal().is_some();
+        let report =
+            if killed { Value::Null } else { serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}")) };
+        Ended { status, report, log }
+    }
+
+    /// Waits for the end: exit status, stdout, stderr.
+    pub fn end_as_text(mut self) -> (ExitStatus, String, String) {
         let deadline = Instant::now() + LIMIT;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -189,10 +198,11 @@ impl Multifd {
         };
         self.log.extend(self.lines.iter());
         let text = self.stdout.take().unwrap().join().unwrap();
-        let killed = status.signal().is_some();
-        let report =
-            if killed { Value::Null } else { serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}")) };
-        Ended { status, report, log: self.log.join("\n") }
+        (status, text, self.log.join("\n"))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits for the end, which has to be a good one.

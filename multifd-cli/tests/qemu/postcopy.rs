@@ -25,7 +25,7 @@ use crate::harness::{
 const TABLE: &str = "postcopy";
 
 /// A checkpoint of a guest on `installed` that has made some passes, and the QEMU that it ran on.
-fn checkpoint(installed: &Installed, machine: &str, file: &Path, dir: &TempDir) -> Qemu {
+pub fn checkpoint(installed: &Installed, machine: &str, file: &Path, dir: &TempDir) -> Qemu {
     let mut source = vm(installed, machine).start().unwrap();
     Settings::default().apply(&mut source);
     source.wait_passes(3, LIMIT).unwrap();
@@ -50,7 +50,8 @@ fn send(file: &Path, uri: &str, preempt: bool, more: &[&str]) -> Multifd {
     Multifd::start(["send", &file, uri, "--postcopy"].iter().chain(preempt).chain(more))
 }
 
-fn figure(report: &Value, name: &str) -> u64 {
+/// A number of the report about the postcopy.
+pub fn figure(report: &Value, name: &str) -> u64 {
     report["postcopy"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {report}"))
 }
 
@@ -193,8 +194,8 @@ fn a_page_that_is_later_than_the_end_is_not_lost_in_11_1() {
 }
 
 /// A QEMU as above, and a monitor that answers also while its main thread waits for a page.
-struct Recoverable {
-    qemu: Qemu,
+pub struct Recoverable {
+    pub qemu: Qemu,
     monitor: Client,
     times: usize,
     /// Where it was last told to listen again.
@@ -203,19 +204,25 @@ struct Recoverable {
 
 impl Recoverable {
     fn start(installed: &Installed, machine: &str, preempt: bool, dir: &TempDir) -> (Recoverable, String) {
+        let mut waiting = Recoverable::waiting(installed, machine, preempt, dir);
+        let uri = listen(&mut waiting.qemu, false);
+        (waiting, uri)
+    }
+
+    /// One that was not told yet where its VM comes from.
+    pub fn waiting(installed: &Installed, machine: &str, preempt: bool, dir: &TempDir) -> Recoverable {
         let socket = dir.join("monitor");
         let _ = fs::remove_file(&socket);
         let monitor = format!("unix:{},server=on,wait=off", socket.display());
         let mut qemu = vm(installed, machine).incoming().arguments(&["-qmp", &monitor]).start().unwrap();
         let capabilities = [("postcopy-ram", true), ("postcopy-preempt", preempt)];
         qemu.qmp().set_capabilities(&capabilities).unwrap();
-        let uri = listen(&mut qemu, false);
         let monitor = Client::builder().out_of_band().limit(LIMIT).connect(&socket).unwrap();
-        (Recoverable { qemu, monitor, times: 0, listens: None }, uri)
+        Recoverable { qemu, monitor, times: 0, listens: None }
     }
 
     /// Has the QEMU, whose connections broke, listen again, unless it needs nothing more.
-    fn listens_again(&mut self) -> Broken {
+    pub fn listens_again(&mut self) -> Broken {
         self.times += 1;
         let uri = format!("unix:{}", self.qemu.path(&format!("again{}", self.times)).display());
         let (begun, deadline) = (Instant::now(), Instant::now() + LIMIT);
@@ -261,7 +268,7 @@ fn threads(pid: u32) -> String {
 }
 
 /// What a QEMU whose connections broke needs.
-enum Broken {
+pub enum Broken {
     /// The rest of the memory, there.
     Listens(String),
     /// Nothing: it had everything when the sender died.
@@ -271,7 +278,7 @@ enum Broken {
 }
 
 impl Broken {
-    fn listens(self) -> String {
+    pub fn listens(self) -> String {
         match self {
             Broken::Listens(uri) => uri,
             _ => panic!("the VM runs there, and has not got everything"),

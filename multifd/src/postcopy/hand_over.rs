@@ -87,7 +87,8 @@ impl Link<'_> {
         self.prefetch(opening)?;
         let run = self.discard_and_package(opening);
         self.main().send()?;
-        self.inbox().wait(Deadline::after(Some(REFUSAL)), |mail| mail.is_set_up)?;
+        let limit = self.job().options.set_up_limit;
+        self.inbox().wait(Deadline::after(limit), |mail| mail.is_set_up)?;
         self.job().pages.check_unchanged()?;
         about_to_run().map_err(Error::vm("be noted as handed over"))?;
         // From the first byte of RUN on the destination may run the VM.
@@ -193,8 +194,6 @@ fn discarded(block: &BlockLayout, sent: impl Fn(u64) -> bool) -> Vec<DiscardRang
 pub(super) const PING_DISCARDED: u32 = 2;
 pub(super) const PING_LOADED: u32 = package::PING;
 
-/// How long RUN is held back for the sign that the block list was taken. QEMU gives it in a few milliseconds.
-const REFUSAL: Duration = Duration::from_millis(100);
 /// How long the background is held back for the sign that the devices were loaded. QEMU gives it in some ten milliseconds.
 const LOADING: Duration = Duration::from_millis(500);
 /// 256 KiB.

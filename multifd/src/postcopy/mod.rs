@@ -22,6 +22,7 @@ mod hand_over;
 mod inbox;
 mod link;
 mod options;
+mod original;
 mod pages;
 mod push;
 mod recovery;
@@ -36,6 +37,7 @@ use self::{claims::Claims, figures::Figures, hand_over::Opening, inbox::Inbox, l
 pub use self::{
     figures::{Latency, Report},
     options::{Options, PageAddress, Prefetch},
+    original::Original,
     whereabouts::Whereabouts,
 };
 use crate::{
@@ -57,7 +59,7 @@ use crate::{
 /// Hands the VM in a checkpoint over, and serves its memory.
 pub struct Source {
     job: Arc<Job>,
-    opening: Opening,
+    opening: Arc<Opening>,
     /// The id of the `ram` section.
     ram_section: u32,
     stop: StopHandle,
@@ -66,13 +68,13 @@ pub struct Source {
 
 /// What all connections of one VM share, over all attempts.
 struct Job {
-    pages: FilePages,
+    pages: Arc<FilePages>,
     /// The block list, to which requests refer.
-    blocks: Vec<BlockEntry>,
+    blocks: Arc<[BlockEntry]>,
     claims: Claims,
     figures: Figures,
     progress: Progress,
-    options: Options,
+    options: Arc<Options>,
     /// The page behind the last one that was asked for, which the background goes on from; [`NO_FAULT`] once it does.
     after_fault: AtomicU64,
 }
@@ -95,18 +97,7 @@ impl Source {
     /// The kernel's, and [`CheckpointError::BeingWritten`](crate::checkpoint::CheckpointError::BeingWritten) where a process
     /// has the file open for writing, as far as the kernel tells.
     pub fn new(checkpoint: &Checkpoint, options: Options) -> Result<Source, Error> {
-        let pages = FilePages::new(checkpoint)?;
-        let claims =
-            Claims::new(pages.layout()).map_err(|source| pages.failed("keeping account of its pages", source))?;
-        let blocks = pages.layout().blocks();
-        let blocks = blocks.iter().map(|block| BlockEntry::new(block.name().clone(), block.bytes())).collect();
-        let opening = Opening::of(checkpoint, &options, &pages);
-        let progress = Progress::new();
-        progress.set_pages_total(pages.layout().pages());
-        let after_fault = AtomicU64::new(NO_FAULT);
-        let job = Job { pages, blocks, claims, figures: Figures::default(), progress, options, after_fault };
-        let ram_section = checkpoint.ram_section();
-        Ok(Source { job: Arc::new(job), opening, ram_section, stop: StopHandle::new(), vm: Whereabouts::Here })
+        Original::new(checkpoint, options)?.source()
     }
 
     /// What ends every wait, of all attempts, from another thread.
@@ -153,13 +144,11 @@ impl Source {
         about_to_run: &mut dyn FnMut() -> Result<(), VmError>,
     ) -> Result<(), Error> {
         assert_eq!(self.vm, Whereabouts::Here, "the VM was handed over before");
-        let opening = std::mem::take(&mut self.opening);
-        let outcome = self.attempt(to, |link| {
+        let opening = self.opening.clone();
+        self.attempt(to, |link| {
             link.hand_over(&opening, about_to_run)?;
             link.push(opening.after_run())
-        });
-        self.opening = opening;
-        outcome
+        })
     }
 
     /// Goes on after connections broke, here or in another process: asks the destination, which listens again, what it lacks,

@@ -23,6 +23,9 @@ pub struct Options {
     pub max_bandwidth: Option<u64>,
     /// How long the destination may take fewer than 4 KiB; `None` for no limit.
     pub stall_limit: Option<Duration>,
+    /// How long RUN is held back for the sign that the destination has taken the block list; `None` for as long as it takes.
+    /// What a destination refuses before is known to be refused, and one that is not there yet is not told to run the VM.
+    pub set_up_limit: Option<Duration>,
     /// Pages that the guest is expected to need first, in this order.
     pub prefetch: Vec<PageAddress>,
     /// When they are sent.
@@ -34,13 +37,15 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// One connection, no limit on bandwidth, 2 minutes of silence.
+    /// One connection, no limit on bandwidth, 2 minutes of silence, RUN after at most 100 ms.
     fn default() -> Options {
         Options {
             preempt: false,
             uuid: None,
             max_bandwidth: None,
             stall_limit: Some(Duration::from_secs(120)),
+            // QEMU gives the sign in a few milliseconds.
+            set_up_limit: Some(Duration::from_millis(100)),
             prefetch: Vec::new(),
             prefetch_when: Prefetch::AfterRun,
             record_faults: false,

@@ -1,7 +1,7 @@
 //! `multifd send --postcopy` and `--recover`: a checkpoint whose VM runs at once, and gets its memory while it runs.
 
-mod lists;
-mod record;
+pub mod lists;
+pub mod record;
 mod report;
 
 use std::{
@@ -17,7 +17,8 @@ use multifd::{
 };
 use serde_json::{Map, Value, json};
 
-use self::{record::Record, report::PostcopyReport};
+use self::record::Record;
+pub use self::report::PostcopyReport;
 use crate::{
     args::SendArgs,
     connect::PatientConnector,
@@ -165,7 +166,7 @@ impl Sending<'_> {
     }
 
     fn conclude(self, error: Option<Error>) -> Outcome {
-        let mut report = self.report();
+        let mut report = report_of(&self.source, self.checkpoint, self.begun.elapsed());
         let list = self.args.postcopy.record_faults.as_deref();
         let unwritten = list.and_then(|list| {
             let written = lists::write(list, &self.source.faults(), self.checkpoint.machine());
@@ -193,21 +194,20 @@ impl Sending<'_> {
             }
         }
     }
+}
 
-    fn report(&self) -> Map<String, Value> {
-        let figures = self.source.report();
-        let progress = self.source.progress();
-        let migration =
-            MigrationReport::partial(&progress, &Rounds::default(), checkpoint::PAGE_SIZE, self.begun.elapsed());
-        let mut report = fields(&migration);
-        if let Some(Value::Object(ram)) = report.get_mut("ram") {
-            ram.insert("remaining".to_owned(), (figures.left * figures.page_size as u64).into());
-            ram.insert("postcopy-requests".to_owned(), figures.requests.into());
-        }
-        report.insert("machine".to_owned(), self.checkpoint.machine().into());
-        report.insert("postcopy".to_owned(), fields(&PostcopyReport::from(&figures)).into());
-        report
+/// The JSON report of what `source` has sent of `checkpoint`, which took `elapsed`.
+pub fn report_of(source: &Source, checkpoint: &Checkpoint, elapsed: Duration) -> Map<String, Value> {
+    let (figures, progress) = (source.report(), source.progress());
+    let migration = MigrationReport::partial(&progress, &Rounds::default(), checkpoint::PAGE_SIZE, elapsed);
+    let mut report = fields(&migration);
+    if let Some(Value::Object(ram)) = report.get_mut("ram") {
+        ram.insert("remaining".to_owned(), (figures.left * figures.page_size as u64).into());
+        ram.insert("postcopy-requests".to_owned(), figures.requests.into());
     }
+    report.insert("machine".to_owned(), checkpoint.machine().into());
+    report.insert("postcopy".to_owned(), fields(&PostcopyReport::from(&figures)).into());
+    report
 }
 
 fn summary(args: &SendArgs, checkpoint: &Checkpoint, text: &str) -> String {
@@ -238,16 +238,17 @@ fn advice(error: &Error, args: &SendArgs, state: &str) -> String {
              it has ended, remove {state} and start again",
             recover()
         ),
-        Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => ". The VM does not run there. A QEMU says nothing on the \
-             connection when it is set up otherwise: compare its -machine, -m and devices, -uuid; it needs capability \
-             postcopy-ram, and postcopy-preempt exactly with --preempt. It writes its reason to its stderr and to error-desc of \
-             query-migrate"
-            .to_owned(),
+        Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => format!(". {NOT_SET_UP}"),
         _ => String::new(),
     }
 }
 
+/// Of a VM that did not begin to run.
+pub const NOT_SET_UP: &str = "The VM does not run there. A QEMU says nothing on the connection when it is set up otherwise: compare \
+    its -machine, -m and devices, -uuid; its memory must not be huge pages (hugetlb); it needs capability postcopy-ram, and postcopy-preempt exactly with --preempt. It writes its \
+    reason to its stderr and to error-desc of query-migrate";
+
 /// What has a QEMU listen again.
-fn what_to_type(uri: &Uri) -> String {
+pub fn what_to_type(uri: &Uri) -> String {
     format!("QMP {}", json!({ "execute": "migrate-recover", "arguments": { "uri": uri.to_string() } }))
 }

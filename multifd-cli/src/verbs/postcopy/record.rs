@@ -43,7 +43,7 @@ struct Note {
 /// What the checkpoint was like when its VM was handed over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Identity {
+pub struct Identity {
     bytes: u64,
     /// Seconds and nanoseconds: a file that is written to gets another.
     modified: String,
@@ -105,6 +105,22 @@ impl Record {
     /// # Errors
     /// [`RecordError::InUse`], [`RecordError::HandedOver`]: it was handed over before, and has not got everything.
     pub fn begin(path: &Path, checkpoint: &Checkpoint, destination: &str) -> Result<Record, RecordError> {
+        Record::begin_with(path, destination, || Identity::of(checkpoint))
+    }
+
+    /// The same for one of many VMs from the checkpoint that `identity` is of.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn begin_clone(path: &Path, identity: &Identity, destination: &str) -> Result<Record, RecordError> {
+        Record::begin_with(path, destination, || Ok(identity.clone()))
+    }
+
+    fn begin_with(
+        path: &Path,
+        destination: &str,
+        identity: impl FnOnce() -> io::Result<Identity>,
+    ) -> Result<Record, RecordError> {
         let file = locked(path, true)?;
         if let Some(note) = read(path, &file)?
             && note.may_be_handed_over()
@@ -112,8 +128,8 @@ impl Record {
             let Note { process, destination, .. } = note;
             return Err(RecordError::HandedOver { path: path.to_owned(), process, destination });
         }
-        let note =
-            Note::new(Identity::of(checkpoint).map_err(io(path, "asking for the checkpoint's times"))?, destination);
+        let identity = identity().map_err(io(path, "asking for the checkpoint's times"))?;
+        let note = Note::new(identity, destination);
         let record = Record { path: path.to_owned(), file, note };
         record.write().and_then(|()| record.sync()).map_err(io(path, "writing it"))?;
         Ok(record)
@@ -200,7 +216,11 @@ impl Note {
 }
 
 impl Identity {
-    fn of(checkpoint: &Checkpoint) -> io::Result<Identity> {
+    /// What `checkpoint` is like now.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of(checkpoint: &Checkpoint) -> io::Result<Identity> {
         let metadata = fs::metadata(checkpoint.path())?;
         Ok(Identity {
             bytes: checkpoint.bytes(),

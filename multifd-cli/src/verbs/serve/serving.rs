@@ -1,0 +1,121 @@
+//! One client: its VM is handed over, and gets its memory.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use multifd::{
+    error::Error,
+    postcopy::{Source, Whereabouts},
+    transport::{Pending, uri::Uri},
+    vm::VmError,
+};
+use serde_json::{Map, Value};
+
+use super::{Server, clients::Place, single::Single};
+use crate::{
+    exit::Exit,
+    report::Outcome,
+    verbs::postcopy::{NOT_SET_UP, PostcopyReport, record::Record, report_of, what_to_type},
+};
+
+/// A client that has a place.
+pub struct Serving<'a> {
+    pub server: &'a Server,
+    pub number: u32,
+    pub peer: String,
+    pub place: &'a Place,
+}
+
+impl Serving<'_> {
+    /// Serves the client that `pending` is, to its end.
+    pub fn run(&self, pending: Box<dyn Pending>) -> Outcome {
+        let mut outcome = match self.server.original.source() {
+            Ok(source) => self.hand_over(source, pending),
+            Err(error) => Outcome::failed(Exit::from(&error), format!("{}: {error}", self.name())),
+        };
+        name(&mut outcome, self.number, &self.peer);
+        outcome
+    }
+
+    fn hand_over(&self, mut source: Source, pending: Box<dyn Pending>) -> Outcome {
+        self.place.set_stop(&source.stop_handle());
+        let begun = Instant::now();
+        let mut path = self.server.notes.clone().into_os_string();
+        path.push(format!("-{}", self.number));
+        let record = Record::begin_clone(&PathBuf::from(path), &self.server.identity, &self.name());
+        let mut record = match record {
+            Ok(record) => record,
+            Err(error) => return Outcome::failed(Exit::Failed, format!("{}: {error}", self.name())),
+        };
+        let connector = Single::new(pending, self.server.stall_limit.unwrap_or(ESTABLISHED).min(ESTABLISHED));
+        let sent = source.hand_over(&connector, &mut || self.may_run(&mut record));
+        self.conclude(&source, record, begun, sent.err())
+    }
+
+    /// # Errors
+    /// The server ends; the note could not be written.
+    fn may_run(&self, record: &mut Record) -> Result<(), VmError> {
+        if !self.place.may_run() {
+            return Err(ENDING.into());
+        }
+        record.hand_over()?;
+        tracing::info!("{}: is told to run the VM", self.name());
+        Ok(())
+    }
+
+    fn conclude(&self, source: &Source, record: Record, begun: Instant, error: Option<Error>) -> Outcome {
+        let mut report: Map<String, Value> = report_of(source, &self.server.checkpoint, begun.elapsed());
+        let state = record.path().display().to_string();
+        match source.vm() {
+            Whereabouts::Here | Whereabouts::Complete => record.remove(),
+            Whereabouts::InDoubt | Whereabouts::There => {
+                report.insert("state".to_owned(), state.clone().into());
+            }
+        }
+        let Some(error) = error else {
+            let figures = PostcopyReport::from(&source.report()).text();
+            return Outcome::done(report, format!("{} has everything\n{figures}", self.name()));
+        };
+        let message = format!("{}: {error}{}", self.name(), self.advice(&error, &state));
+        Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
+    }
+
+    fn advice(&self, error: &Error, state: &str) -> String {
+        let file = self.server.checkpoint.path().display();
+        let recover = || {
+            let again = Uri::Unix("PATH".into());
+            format!("{}, then: multifd send {file} unix:PATH --recover --state {state}", what_to_type(&again))
+        };
+        match error {
+            Error::Incomplete { .. } => format!(
+                ". Its guest waits for the next page that it does not have, and nothing is lost while that QEMU and the file \
+                 are there. To go on, at that QEMU (status postcopy-paused): {}",
+                recover()
+            ),
+            Error::InDoubt { .. } => format!(
+                ". It was told to run the VM and has not said that it did. If that QEMU is there (status postcopy-paused): \
+                 {}. If it has ended, remove {state}",
+                recover()
+            ),
+            Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => format!(". {NOT_SET_UP}"),
+            _ => String::new(),
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("client {} ({})", self.number, self.peer)
+    }
+}
+
+/// Says in the report which client it is of.
+pub fn name(outcome: &mut Outcome, number: u32, peer: &str) {
+    outcome.report.insert("client".to_owned(), number.into());
+    outcome.report.insert("peer".to_owned(), peer.into());
+}
+
+/// Why a client gets no VM any more.
+pub const ENDING: &str = "the server ends, and its VM was not handed over";
+/// The longest that a connection may take to be ready.
+const ESTABLISHED: Duration = Duration::from_secs(30);
