@@ -184,8 +184,12 @@ impl Multifd {
     }
 
     /// Waits for the end: exit status, stdout, stderr.
-    pub fn end_as_text(mut self) -> (ExitStatus, String, String) {
-        let deadline = Instant::now() + LIMIT;
+    pub fn end_as_text(self) -> (ExitStatus, String, String) {
+        self.end_within(LIMIT)
+    }
+
+    fn end_within(mut self, limit: Duration) -> (ExitStatus, String, String) {
+        let deadline = Instant::now() + limit;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
@@ -203,6 +207,13 @@ impl Multifd {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Waits for the end, which has to be a good one and may take `limit`.
+    pub fn done_within(self, limit: Duration) -> Value {
+        let (status, text, log) = self.end_within(limit);
+        assert!(status.success(), "{status}: {text}\n{log}");
+        serde_json::from_str(&text).unwrap()
     }
 
     /// Waits for the end, which has to be a good one.

@@ -4,7 +4,7 @@
 //! checkpoints and us read QEMU's; `plain` has streams without a way back, in files and pipes; `streams` has sources with
 //! other capabilities; `switched` has sources that switch to postcopy; `snapshot` has background snapshots; `failures` breaks
 //! things in the middle; `impatience` has a QEMU that says nothing; `hello` looks at bytes that QEMU does not use;
-//! `serve` starts many VMs from one checkpoint; `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`); `libvirt` has images that libvirt saves
+//! `restore_time` measures how soon guests run; `serve` starts many VMs from one checkpoint; `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`); `libvirt` has images that libvirt saves
 //! and restores.
 
 mod failures;
@@ -18,6 +18,7 @@ mod monitor_proxy;
 mod plain;
 mod postcopy;
 mod qmp_verbs;
+mod restore_time;
 mod serve;
 mod snapshot;
 mod streams;

@@ -314,8 +314,7 @@ impl FileReader<'_> {
                 Item::ConfigCapabilities(names) => {
                     if names.iter().any(|name| name == X_IGNORE_SHARED) {
                         // A part of RAM is not in the file.
-                        let name = X_IGNORE_SHARED.to_owned();
-                        return Err(self.refused(begin, violation::Mismatch::Capability { name }));
+                        return Err(self.refused(begin, violation::Mismatch::MemoryElsewhere));
                     }
                     stream.capabilities = names;
                 }

@@ -1,6 +1,6 @@
 //! The beginning of a postcopy, up to the moment at which the destination runs the VM.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use multifd_proto::{
     command::{Command, PostcopyAdvice},
@@ -172,7 +172,8 @@ impl Link<'_> {
     /// background would gain little, and cost something: a destination that ends with bytes unread resets the
     /// connection, and its last words may be lost.
     fn hold_until_loaded(&mut self) -> Result<(), Error> {
-        self.serve(Deadline::after(Some(LOADING)), |mail| mail.is_loaded)
+        let limit = self.job().options.loading_limit;
+        self.serve(Deadline::after(Some(limit)), |mail| mail.is_loaded)
     }
 }
 
@@ -194,8 +195,6 @@ fn discarded(block: &BlockLayout, sent: impl Fn(u64) -> bool) -> Vec<DiscardRang
 pub(super) const PING_DISCARDED: u32 = 2;
 pub(super) const PING_LOADED: u32 = package::PING;
 
-/// How long the background is held back for the sign that the devices were loaded. QEMU gives it in some ten milliseconds.
-const LOADING: Duration = Duration::from_millis(500);
 /// 256 KiB.
 const PREFETCHED_AT_ONCE: usize = 64;
 

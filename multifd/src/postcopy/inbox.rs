@@ -59,7 +59,8 @@ pub(super) struct Urgent {
 }
 
 impl Inbox {
-    /// Adds a request.
+    /// Adds a request, which is as good a sign as any that the destination has loaded the devices. The thread that waits for the sign
+    /// finds the request with it.
     ///
     /// # Errors
     /// [`Violation::TooManyRequests`].
@@ -72,6 +73,7 @@ impl Inbox {
             return Err(Violation::TooManyRequests { limit: MAX_OPEN });
         }
         mail.urgent.push_back(urgent);
+        mail.is_loaded = true;
         drop(mail);
         self.shared.changed.notify_all();
         Ok(())

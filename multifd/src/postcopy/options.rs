@@ -32,6 +32,8 @@ pub struct Options {
     pub prefetch_when: Prefetch,
     /// Keep the order in which pages are asked for, see [`Source::faults`](super::Source::faults).
     pub record_faults: bool,
+    /// How long the background is held back for the sign that the devices were loaded.
+    pub(super) loading_limit: Duration,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
 }
@@ -49,6 +51,8 @@ impl Default for Options {
             prefetch: Vec::new(),
             prefetch_when: Prefetch::AfterRun,
             record_faults: false,
+            // QEMU gives the sign in some ten milliseconds.
+            loading_limit: Duration::from_millis(500),
             threads: Arc::new(StdThreads),
         }
     }

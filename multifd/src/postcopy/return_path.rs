@@ -103,10 +103,7 @@ impl ReturnPath<'_> {
         let layout = job.pages.layout();
         let request = self.requests.accept(message, &job.blocks, layout.page_size() as u64);
         let Some(Request { block, start, len }) = request.map_err(Error::protocol(at))? else { return Ok(()) };
-        if !self.attempt.inbox.update(|mail| {
-            mail.is_loaded |= mail.run_sent;
-            mail.run_sent
-        }) {
+        if !self.attempt.inbox.update(|mail| mail.run_sent) {
             return Err(unexpected(at, "a request for pages", "before RUN"));
         }
         let first = layout.blocks()[block].page_at(start);
@@ -118,6 +115,7 @@ impl ReturnPath<'_> {
         }
         // A request crosses its page on the way; and the guest may ask for one that it was sent before the connection broke.
         if pages.clone().all(|page| job.claims.contains(page)) {
+            self.attempt.inbox.update(|mail| mail.is_loaded = true);
             return Ok(());
         }
         let urgent = Urgent { pages, asked: Instant::now() };

@@ -51,6 +51,9 @@ struct Server {
     output: OutputArgs,
 }
 
+/// A server, and where its clients arrive.
+type Listening = (Arc<Server>, Box<dyn Listen>);
+
 /// Serves until an interrupt, or as many clients as were asked for. Reports each client by itself.
 pub fn run(args: &ServeArgs) -> Exit {
     match begin(args) {
@@ -61,7 +64,7 @@ pub fn run(args: &ServeArgs) -> Exit {
 
 /// # Errors
 /// What went wrong before any connection was taken.
-fn begin(args: &ServeArgs) -> Result<(Arc<Server>, Box<dyn Listen>), (Exit, String)> {
+fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
     let of_engine = |error: Error| (Exit::from(&error), error.to_string());
     let failed = |message: String| (Exit::Failed, message);
     let checkpoint = send::open(&args.file, true, &Stop::default(), &args.output).map_err(of_engine)?;
