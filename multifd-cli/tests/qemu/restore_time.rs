@@ -3,11 +3,11 @@
 use std::{
     env, fs,
     path::Path,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use qemu_peer::{BootGuest, Installed, Qemu, QemuBuilder, Version};
-use serde_json::{Value, json};
+use serde_json::Value;
 use test_support::{TempDir, report, skip, time_limit};
 
 use crate::harness::{LIMIT, Multifd, Settings, migrate_away, receive_uri};
