@@ -304,7 +304,7 @@ impl Guest {
     fn untouched_pages(&self) -> DirtyBitmap {
         let mut untouched = DirtyBitmap::new(self.memory.ram.layout());
         // An old kernel cannot tell. What was found is right; every other page is read, which takes longer.
-        let _ = untouched::untouched(&self.memory.ram, &self.memory.files(), &mut untouched);
+        let _ = untouched::untouched(&self.memory.ram, &mut untouched);
         untouched
     }
 

@@ -4,7 +4,7 @@
 //! tables. It is memory like any other and migrates like any other. It has one length for all guests, so that a
 //! difference in anything but the memory size is found by a check with a better message than that of block lengths.
 
-use std::{io, os::fd::BorrowedFd, sync::Arc};
+use std::{io, sync::Arc};
 
 use multifd::ram::Ram;
 
@@ -31,13 +31,6 @@ pub struct Memory {
     pub ram: Ram,
     pub(crate) ram_map: Arc<Mapping>,
     pub(crate) control: Arc<Mapping>,
-}
-
-impl Memory {
-    /// The files behind the blocks, if there are any.
-    pub(crate) fn files(&self) -> Vec<BorrowedFd<'_>> {
-        [&self.ram_map, &self.control].into_iter().filter_map(|mapping| mapping.file()).collect()
-    }
 }
 
 /// Maps fresh memory. Nothing is touched.

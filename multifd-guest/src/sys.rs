@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use multifd::ram::RamBlock;
+use multifd::ram::{Backing, MemoryFile, RamBlock};
 use multifd_proto::BlockName;
 
 /// Memory of this process that is unmapped when this is dropped. All access is by atomics or by the kernel.
@@ -73,11 +73,6 @@ impl Mapping {
         unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_HUGEPAGE) };
     }
 
-    /// The file in memory that it is of, if it is of one.
-    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
-        self.file.as_ref().map(|file| file.as_fd())
-    }
-
     /// Bytes in the mapping.
     pub(crate) fn bytes(&self) -> usize {
         self.len
@@ -118,12 +113,18 @@ impl Drop for Mapping {
     }
 }
 
-/// The whole of `mapping` as a RAM block.
+/// The whole of `mapping`, which is private memory or a memfd, as a RAM block.
 pub(crate) fn ram_block(name: &'static str, mapping: &std::sync::Arc<Mapping>) -> RamBlock {
+    let backing = match &mapping.file {
+        // Without /proc nothing is known of its holes.
+        Some(file) => MemoryFile::new(file.as_fd(), 0).map_or(Backing::Foreign, Backing::MemoryFile),
+        None => Backing::Anonymous,
+    };
     let name = BlockName::new(name).expect("our block names are short");
     // SAFETY: the block keeps a reference to the mapping, which is mapped readable and writable until the last one is
     // dropped, and which hands out references to atomics only.
-    unsafe { RamBlock::from_raw(name, mapping.base, mapping.len, Box::new(mapping.clone())) }
+    let block = unsafe { RamBlock::from_raw(name, mapping.base, mapping.len, Box::new(mapping.clone())) };
+    block.backed_by(backing)
 }
 
 /// The descriptor of something that does not lend it in the standard library's type.

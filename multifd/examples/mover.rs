@@ -289,7 +289,7 @@ impl SourceVm for Static {
     }
 
     fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        Ok(untouched(&self.ram, &[], into)?)
+        Ok(untouched(&self.ram, into)?)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {

@@ -69,7 +69,7 @@ impl MemorySink {
         let mut named = None;
         if fresh.contains(&false) {
             // While the source still runs, so that pages that are zeros anyway are not cleared when it is paused.
-            if let Err(error) = untouched(&ram, &[], &mut absent) {
+            if let Err(error) = untouched(&ram, &mut absent) {
                 tracing::debug!(%error, "it is not known which pages are absent");
             }
             named = Some(PageBits::new(ram.layout()));

@@ -1,8 +1,8 @@
-//! How the memory of RAM blocks is mapped in this process, from `/proc/self/maps`.
+//! How the memory of RAM blocks is mapped in this process: as their [`Backing`] says, or from `/proc/self/smaps`.
 
 use std::{io, ops::Range};
 
-use crate::ram::RamBlock;
+use crate::ram::{Backing, RamBlock};
 
 /// A part of a RAM block that is mapped in one way.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,44 +11,48 @@ pub(crate) struct Mapping {
     pub(crate) addresses: Range<u64>,
     /// MAP_SHARED: the pages belong to a file, a memfd or several processes.
     pub(crate) shared: bool,
-    /// The file that backs it; `None` for memory without one.
-    pub(crate) file: Option<FileId>,
-    /// Where in the file the range begins.
-    pub(crate) file_offset: u64,
-}
-
-/// Which file: device (major, minor) and inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct FileId {
-    pub(crate) device: (u32, u32),
-    pub(crate) inode: u64,
+    /// A page that is absent reads as zeros: private memory without a file, whose missing pages no userfaultfd fills in.
+    pub(crate) absent_is_zero: bool,
 }
 
 /// The mappings of all of `block`, in order of their addresses.
 ///
 /// # Errors
-/// Also where a part of the block is not mapped.
+/// Where nothing is said of the block: `/proc` cannot be read, or a part of the block is not mapped.
 pub(crate) fn of_block(block: &RamBlock) -> io::Result<Vec<Mapping>> {
-    let maps = std::fs::read_to_string("/proc/self/maps")?;
-    let within = block.address()..block.address() + block.bytes() as u64;
-    let parts: Vec<Mapping> = maps.lines().filter_map(parse).filter_map(|mapping| mapping.part(&within)).collect();
-    let mapped: u64 = parts.iter().map(|part| part.addresses.end - part.addresses.start).sum();
-    if mapped != block.bytes() as u64 {
-        let message = format!("RAM block {:?} is not mapped in whole", block.name().as_str());
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    let addresses = block.address()..block.address() + block.bytes() as u64;
+    match block.backing() {
+        Backing::Anonymous => Ok(vec![Mapping { addresses, shared: false, absent_is_zero: true }]),
+        Backing::MemoryFile(_) => Ok(vec![Mapping { addresses, shared: true, absent_is_zero: false }]),
+        // Absent pages are those that were not read yet, or not any more.
+        Backing::File(_) => Ok(vec![Mapping { addresses, shared: false, absent_is_zero: false }]),
+        Backing::Foreign => {
+            let parts = parts(&std::fs::read_to_string("/proc/self/smaps")?, &addresses);
+            let mapped: u64 = parts.iter().map(|part| part.addresses.end - part.addresses.start).sum();
+            if mapped != block.bytes() as u64 {
+                let message = format!("RAM block {:?} is not mapped in whole", block.name().as_str());
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+            }
+            Ok(parts)
+        }
     }
-    Ok(parts)
 }
 
-impl Mapping {
-    fn part(&self, within: &Range<u64>) -> Option<Mapping> {
-        let addresses = self.addresses.start.max(within.start)..self.addresses.end.min(within.end);
-        (addresses.start < addresses.end).then(|| Mapping {
-            file_offset: self.file_offset + (addresses.start - self.addresses.start),
-            addresses,
-            ..self.clone()
-        })
+/// The parts of `within` that `smaps` lists.
+fn parts(smaps: &str, within: &Range<u64>) -> Vec<Mapping> {
+    let mut parts: Vec<Mapping> = Vec::new();
+    let mut inside = false;
+    for line in smaps.lines() {
+        if let Some(mapping) = parse(line) {
+            let addresses = mapping.addresses.start.max(within.start)..mapping.addresses.end.min(within.end);
+            inside = addresses.start < addresses.end;
+            parts.extend(inside.then_some(Mapping { addresses, ..mapping }));
+        } else if let (true, Some(flags), Some(part)) = (inside, line.strip_prefix("VmFlags:"), parts.last_mut()) {
+            // A userfaultfd gets the faults of missing pages.
+            part.absent_is_zero &= !flags.split_ascii_whitespace().any(|flag| flag == "um");
+        }
     }
+    parts
 }
 
 /// `7f12a0000000-7f12a0200000 rw-s 00001000 00:01 1033   /memfd:ram (deleted)`
@@ -57,34 +61,43 @@ fn parse(line: &str) -> Option<Mapping> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let shared = fields.next()?.ends_with('s');
-    let file_offset = hex(fields.next()?)?;
-    let (major, minor) = fields.next()?.split_once(':')?;
-    let device = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
-    let inode = fields.next()?.parse().ok()?;
-    let file = (inode != 0).then_some(FileId { device, inode });
-    Some(Mapping { addresses: hex(start)?..hex(end)?, shared, file, file_offset })
+    let inode: u64 = fields.nth(2)?.parse().ok()?;
+    Some(Mapping { addresses: hex(start)?..hex(end)?, shared, absent_is_zero: !shared && inode == 0 })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_line_becomes_a_mapping() {
-        let mapping = parse("7f12a0000000-7f12a0200000 rw-s 00001000 00:1f 1033   /memfd:ram (deleted)").unwrap();
-        assert_eq!(mapping.addresses, 0x7f12_a000_0000..0x7f12_a020_0000);
-        assert!(mapping.shared);
-        assert_eq!(mapping.file, Some(FileId { device: (0, 0x1f), inode: 1033 }));
-        let part = mapping.part(&(0x7f12_a010_0000..0x7f12_b000_0000)).unwrap();
-        assert_eq!(part.addresses, 0x7f12_a010_0000..0x7f12_a020_0000);
-        assert_eq!(part.file_offset, 0x10_1000);
-        assert_eq!(mapping.part(&(0..4096)), None);
+    const SMAPS: &str = "\
+7f12a0000000-7f12a0200000 rw-s 00001000 00:1f 1033   /memfd:ram (deleted)
+Size:               2048 kB
+VmFlags: rd wr sh mr mw me ms
+7f12a0200000-7f12a0300000 rw-p 00000000 00:00 0   [anon: a name]
+Size:               1024 kB
+VmFlags: rd wr mr mw me ac uw
+7f12a0300000-7f12a0400000 rw-p 00000000 00:00 0
+VmFlags: rd wr mr mw me ac um
+7f12a0400000-7f12a0500000 r--p 00000000 08:01 77   /a/file
+VmFlags: rd mr mw me
+";
+
+    fn found(within: Range<u64>) -> Vec<(Range<u64>, bool, bool)> {
+        parts(SMAPS, &within).into_iter().map(|part| (part.addresses, part.shared, part.absent_is_zero)).collect()
     }
 
     #[test]
-    fn anonymous_memory_has_no_file() {
-        let mapping = parse("7ffd0a5c2000-7ffd0a5e4000 rw-p 00000000 00:00 0   [anon: a name]").unwrap();
-        assert!(!mapping.shared);
-        assert_eq!(mapping.file, None);
+    fn a_block_has_the_parts_that_lie_within_it() {
+        assert_eq!(found(0x7f12_a010_0000..0x7f12_a020_0000), [(0x7f12_a010_0000..0x7f12_a020_0000, true, false)]);
+        assert_eq!(found(0..4096), []);
+        let all = found(0x7f12_a000_0000..0x7f12_a050_0000);
+        assert_eq!(all.iter().map(|(_, shared, _)| *shared).collect::<Vec<_>>(), [true, false, false, false]);
+    }
+
+    /// Its pages were taken for zeros: they are wherever the other end of the userfaultfd has them.
+    #[test]
+    fn absent_pages_are_zeros_only_where_no_other_part_fills_them_in() {
+        let all = found(0x7f12_a000_0000..0x7f12_a050_0000);
+        assert_eq!(all.iter().map(|(_, _, zero)| *zero).collect::<Vec<_>>(), [false, true, false, false]);
     }
 }

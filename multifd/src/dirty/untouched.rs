@@ -4,17 +4,17 @@
 //! would be made ten times as large by migrating it. The kernel knows better: a page of private anonymous memory that is
 //! neither in memory nor in swap reads as zeros, and so does a hole in a memfd.
 //!
-//! Nothing is claimed about memory of other kinds: private mappings of files, files on disks, shared memory whose
-//! descriptor is not at hand. Memory whose missing pages are filled in by another (a userfaultfd registered for
-//! MISSING, as after a postcopy) must not be passed in: there, absent does not mean zero.
+//! What a block is made of is what its [`Backing`] says. Nothing is claimed about memory of other kinds: private mappings of files,
+//! files on disks, shared memory whose file the VMM has not named, and memory whose missing pages a userfaultfd fills in, as after a
+//! postcopy: there, absent does not mean zero.
 
-use std::{fs::File, io, os::fd::BorrowedFd};
+use std::io;
 
 use crate::{
-    dirty::mappings::{self, FileId, Mapping},
+    dirty::mappings::{self, Mapping},
     dirty_bitmap::DirtyBitmap,
     layout::BlockLayout,
-    ram::{Ram, RamBlock},
+    ram::{Backing, MemoryFile, Ram, RamBlock},
     sys::{
         holes,
         pagemap::{PFNZERO, PRESENT, Pagemap, Query, SWAPPED},
@@ -24,33 +24,26 @@ use crate::{
 /// Adds the pages of `ram` that read as zeros because they were never written to `into`; what
 /// [`SourceVm::untouched`](crate::vm::SourceVm::untouched) asks for.
 ///
-/// `files` are the memfds, or files in a tmpfs, that back shared blocks; blocks backed by others add nothing. Each page
-/// added was zero at some moment during the call.
+/// Each page added was zero at some moment during the call.
 ///
 /// # Errors
 /// The kernel's; what was added by then is right. A kernel without PAGEMAP_SCAN (before Linux 6.7) is one.
-pub fn untouched(ram: &Ram, files: &[BorrowedFd<'_>], into: &mut DirtyBitmap) -> io::Result<()> {
-    let files: Vec<(FileId, File)> =
-        files.iter().map(|file| holes::open_shared_memory(*file)).collect::<io::Result<_>>()?;
+pub fn untouched(ram: &Ram, into: &mut DirtyBitmap) -> io::Result<()> {
     let mut pagemap = Pagemap::open()?;
     for (block, layout) in ram.blocks().iter().zip(ram.layout().blocks()) {
         let mut target = Target { block, layout, page_size: ram.layout().page_size() as u64, into };
-        for mapping in mappings::of_block(block)? {
-            match (mapping.shared, mapping.file) {
-                (false, None) => anonymous(&mut pagemap, &mapping, &mut target)?,
-                (true, Some(id)) => {
-                    if let Some((_, file)) = files.iter().find(|(file, _)| *file == id) {
-                        file_holes(file, &mapping, &mut target)?;
-                    }
-                }
-                _ => {}
-            }
+        if let Backing::MemoryFile(file) = block.backing() {
+            file_holes(file, &mut target)?;
+            continue;
+        }
+        for mapping in mappings::of_block(block)?.iter().filter(|mapping| mapping.absent_is_zero) {
+            absent(&mut pagemap, mapping, &mut target)?;
         }
     }
     Ok(())
 }
 
-fn anonymous(pagemap: &mut Pagemap, mapping: &Mapping, target: &mut Target<'_>) -> io::Result<()> {
+fn absent(pagemap: &mut Pagemap, mapping: &Mapping, target: &mut Target<'_>) -> io::Result<()> {
     let absent = PRESENT | SWAPPED;
     let nowhere = Query { all_of: absent, inverted: absent, returned: absent, ..Query::default() };
     pagemap.scan(mapping.addresses.clone(), nowhere, |found| target.add(found.start, found.end))?;
@@ -59,10 +52,10 @@ fn anonymous(pagemap: &mut Pagemap, mapping: &Mapping, target: &mut Target<'_>) 
     pagemap.scan(mapping.addresses.clone(), zero, |found| target.add(found.start, found.end))
 }
 
-fn file_holes(file: &File, mapping: &Mapping, target: &mut Target<'_>) -> io::Result<()> {
-    let begin = mapping.file_offset;
-    let end = begin + (mapping.addresses.end - mapping.addresses.start);
-    let address = |offset: u64| mapping.addresses.start + (offset - begin);
+fn file_holes(memory: &MemoryFile, target: &mut Target<'_>) -> io::Result<()> {
+    let (file, begin, start) = (memory.file(), memory.offset(), target.block.address());
+    let end = begin.checked_add(target.block.bytes() as u64).ok_or(io::ErrorKind::InvalidInput)?;
+    let address = |offset: u64| start + (offset - begin);
     let mut from = begin;
     while from < end {
         // What lies behind the end of the file cannot be read at all; `None` covers holes up to there.

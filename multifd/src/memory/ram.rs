@@ -15,6 +15,7 @@ use std::{
 
 use multifd_proto::BlockName;
 
+pub use super::backing::{Backing, FileMemory, MemoryFile};
 use crate::{
     error::{Error, Mismatch},
     layout::{BlockLayout, Layout},
@@ -106,8 +107,7 @@ pub struct RamBlock {
     access: Access,
     /// [`UNKNOWN`], [`FRESH`] or [`USED`]. Shared by all clones of a [`Ram`].
     contents: AtomicU8,
-    /// Where its contents are until they are needed, if not in memory.
-    backing: Option<Arc<dyn Backing>>,
+    backing: Backing,
     /// Keeps the mapping alive for as long as anybody can reach the block.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -122,18 +122,6 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Where the contents of a block are until a source sends them.
-pub(crate) trait Backing: Send + Sync {
-    /// Puts the `len` bytes from `offset` on into memory. No other thread reads or loads these bytes meanwhile.
-    ///
-    /// # Errors
-    /// They cannot be had. What the memory holds then is undefined.
-    fn load(&self, offset: u64, len: usize) -> Result<(), Error>;
-
-    /// The memory of these bytes is no longer needed.
-    fn release(&self, offset: u64, len: usize);
-}
-
 // SAFETY: a RAM block is plain memory that other threads and the guest write at any time anyway; all access goes
 // through raw pointers, atomics or the kernel, never through references.
 #[allow(unsafe_code)]
@@ -145,7 +133,8 @@ unsafe impl Sync for RamBlock {}
 impl RamBlock {
     /// Describes `len` bytes of guest memory at `base`, which may be read and written.
     ///
-    /// `owner` is whatever unmaps the memory when dropped; it lives for as long as the block.
+    /// `owner` is whatever unmaps the memory when dropped; it lives for as long as the block. What the memory is made of is not known
+    /// from here; [`backed_by`](Self::backed_by) says it.
     ///
     /// # Safety
     /// - `base` points to `len` bytes that stay mapped readable and writable until `owner` is dropped, on a source, too. For
@@ -161,7 +150,7 @@ impl RamBlock {
         owner: Box<dyn Any + Send + Sync>,
     ) -> RamBlock {
         let (access, contents) = (Access::ReadWrite, AtomicU8::new(UNKNOWN));
-        RamBlock { name, base, len, access, contents, backing: None, _owner: owner }
+        RamBlock { name, base, len, access, contents, backing: Backing::Foreign, _owner: owner }
     }
 
     /// Describes `len` bytes of guest memory at `base`, which are never written through the block.
@@ -180,9 +169,12 @@ impl RamBlock {
         RamBlock { access: Access::ReadOnly, ..block }
     }
 
-    /// The same block, whose contents come from `backing` and are not to be replaced.
-    pub(crate) fn backed_by(self, backing: Arc<dyn Backing>) -> RamBlock {
-        RamBlock { access: Access::ReadOnly, backing: Some(backing), ..self }
+    /// The same block, whose memory is made of `backing`.
+    ///
+    /// Said wrongly, pages that hold something may be taken for pages of zeros, and are lost.
+    #[must_use]
+    pub fn backed_by(self, backing: Backing) -> RamBlock {
+        RamBlock { backing, ..self }
     }
 
     /// The same block, which is only read from now on.
@@ -196,17 +188,17 @@ impl RamBlock {
     /// # Errors
     /// They cannot be had.
     pub(crate) fn load(&self, offsets: &[u64], page_size: usize) -> Result<(), Error> {
-        let Some(backing) = &self.backing else { return Ok(()) };
+        let Backing::File(file) = &self.backing else { return Ok(()) };
         for run in offsets.chunk_by(|a, b| a + page_size as u64 == *b) {
-            backing.load(run[0], run.len() * page_size)?;
+            file.load(run[0], run.len() * page_size)?;
         }
         Ok(())
     }
 
     /// The pages from the one at `first` to the one at `last` were sent.
     pub(crate) fn release(&self, first: u64, last: u64, page_size: usize) {
-        if let Some(backing) = &self.backing {
-            backing.release(first, (last - first) as usize + page_size);
+        if let Backing::File(file) = &self.backing {
+            file.release(first, (last - first) as usize + page_size);
         }
     }
 
@@ -215,7 +207,7 @@ impl RamBlock {
     /// # Errors
     /// The kernel's.
     pub fn anonymous(name: BlockName, len: usize) -> io::Result<RamBlock> {
-        Ok(RamBlock::mapped(name, len, Mapping::anonymous(len)?))
+        Ok(RamBlock::mapped(name, len, Mapping::anonymous(len)?).backed_by(Backing::Anonymous))
     }
 
     /// Maps `len` bytes of a fresh memory file (memfd), as guests have it that share memory with device processes.
@@ -223,7 +215,8 @@ impl RamBlock {
     /// # Errors
     /// The kernel's.
     pub fn memory_file(name: BlockName, len: usize) -> io::Result<RamBlock> {
-        Ok(RamBlock::mapped(name, len, Mapping::memory_file(len)?))
+        let (mapping, file) = Mapping::memory_file(len)?;
+        Ok(RamBlock::mapped(name, len, mapping).backed_by(Backing::MemoryFile(MemoryFile::own(file))))
     }
 
     #[allow(unsafe_code)]
@@ -263,6 +256,11 @@ impl RamBlock {
     /// What may be done with the memory.
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// What the memory is made of.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
     }
 
     /// The name of the block.

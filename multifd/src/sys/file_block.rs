@@ -3,7 +3,7 @@
 //! The file is read, and not mapped: reading a mapping behind the end of a file that became shorter ends the process
 //! (SIGBUS), and a library must not handle signals.
 
-use std::{fs::File, io, os::fd::AsRawFd, path::PathBuf};
+use std::{fmt, fs::File, io, os::fd::AsRawFd, path::PathBuf};
 
 use multifd_proto::BlockName;
 
@@ -21,7 +21,7 @@ pub(crate) fn file_block(name: BlockName, file: FilePart, len: usize) -> io::Res
     let base = memory.base();
     // SAFETY: the mapping is that long and lives as long as its owner, which the block keeps. No reference to it exists.
     let block = unsafe { RamBlock::from_raw(name, base, len, Box::new(memory.clone())) };
-    Ok(block.backed_by(Arc::new(FileMemory { memory, len, file })))
+    Ok(block.read_only().backed_by(Backing::File(FileMemory { memory, len, file })))
 }
 
 /// Where a block lies in a file.
@@ -32,8 +32,8 @@ pub(crate) struct FilePart {
     pub(crate) offset: u64,
 }
 
-/// Memory, and the file that its contents come from.
-struct FileMemory {
+/// The memory of a RAM block, and the part of a file that its contents are in until they are needed.
+pub struct FileMemory {
     memory: Arc<Mapping>,
     len: usize,
     file: FilePart,
@@ -51,8 +51,12 @@ impl FileMemory {
     }
 }
 
-impl Backing for FileMemory {
-    fn load(&self, offset: u64, len: usize) -> Result<(), Error> {
+impl FileMemory {
+    /// Puts the `len` bytes from `offset` on into memory. No other thread reads or loads these bytes meanwhile.
+    ///
+    /// # Errors
+    /// They cannot be had. What the memory holds then is undefined.
+    pub(crate) fn load(&self, offset: u64, len: usize) -> Result<(), Error> {
         let FilePart { file, path, offset: begin } = &self.file;
         let to = self.at(offset, len);
         let mut done = 0;
@@ -74,10 +78,17 @@ impl Backing for FileMemory {
         Ok(())
     }
 
-    fn release(&self, offset: u64, len: usize) {
+    /// The memory of these bytes is no longer needed.
+    pub(crate) fn release(&self, offset: u64, len: usize) {
         // SAFETY: `at` checked that these bytes are mapped, privately and without a file: they are zeros afterwards. What
         // the kernel still sends of them without a copy has references to the pages.
         let _ = unsafe { libc::madvise(self.at(offset, len), len, libc::MADV_DONTNEED) };
+    }
+}
+
+impl fmt::Debug for FileMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} from {:#x} on", self.file.path, self.file.offset)
     }
 }
 

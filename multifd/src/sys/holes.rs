@@ -3,19 +3,14 @@
 use std::{
     fs::File,
     io,
-    os::{
-        fd::{AsRawFd, BorrowedFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::{AsRawFd, BorrowedFd},
 };
-
-use crate::dirty::mappings::FileId;
 
 /// Opens a memfd, or a file in a tmpfs, once more, so that looking for holes does not move the caller's position.
 ///
 /// # Errors
 /// Also for a file of another kind: only memory tells without delay what was written through a mapping.
-pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<(FileId, File)> {
+pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<File> {
     let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let mut system = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the kernel fills one struct statfs.
@@ -28,9 +23,7 @@ pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<(FileId, Fi
     if system.f_type != libc::TMPFS_MAGIC {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "neither a memfd nor a file in a tmpfs"));
     }
-    let metadata = file.metadata()?;
-    let device = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
-    Ok((FileId { device, inode: metadata.ino() }, file))
+    Ok(file)
 }
 
 /// The first byte at or behind `from` that lies in a page which was written; `None` where only a hole follows.

@@ -1,6 +1,6 @@
 //! Fresh memory, mapped for RAM blocks.
 
-use std::{io, os::fd::AsRawFd, ptr::NonNull};
+use std::{fs::File, io, os::fd::AsRawFd, ptr::NonNull};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -21,11 +21,12 @@ impl Mapping {
         Mapping::new(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
     }
 
-    /// `len` bytes of a new memory file, which other processes can map too.
-    pub(crate) fn memory_file(len: usize) -> io::Result<Mapping> {
+    /// `len` bytes of a new memory file, which other processes can map too, and the file.
+    pub(crate) fn memory_file(len: usize) -> io::Result<(Mapping, File)> {
         let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC)?;
         ftruncate(&fd, len as u64)?;
-        Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd())
+        let mapping = Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd())?;
+        Ok((mapping, File::from(fd)))
     }
 
     fn new(len: usize, flags: i32, fd: i32) -> io::Result<Mapping> {

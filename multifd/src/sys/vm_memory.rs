@@ -1,23 +1,37 @@
 //! RAM blocks over the mappings of the `vm-memory` crate.
 
-use std::{ptr::NonNull, sync::Arc};
+use std::{os::fd::AsFd, ptr::NonNull, sync::Arc};
 
 use multifd_proto::BlockName;
 use vm_memory::{MmapRegion, bitmap::Bitmap};
 
-use crate::ram::RamBlock;
+use crate::ram::{Backing, MemoryFile, RamBlock};
 
 /// All of `mapping` as a RAM block, which keeps it mapped; `None` where it is not mapped for this process.
 pub(crate) fn block<B: Bitmap + Send + Sync + 'static>(
     name: BlockName,
     mapping: Arc<MmapRegion<B>>,
 ) -> Option<RamBlock> {
-    let (base, len) = (NonNull::new(mapping.as_ptr())?, mapping.size());
+    let (base, len, backing) = (NonNull::new(mapping.as_ptr())?, mapping.size(), backing(&mapping));
     if mapping.prot() & libc::PROT_WRITE == 0 {
         // SAFETY: as below, for memory that is mapped for reading.
-        return Some(unsafe { RamBlock::read_only_from_raw(name, base, len, Box::new(mapping)) });
+        let block = unsafe { RamBlock::read_only_from_raw(name, base, len, Box::new(mapping)) };
+        return Some(block.backed_by(backing));
     }
     // SAFETY: a mapping of `vm-memory` is unmapped when the last clone of its `Arc` is dropped, and the block owns one.
     // The crate itself hands out no references to the bytes, only volatile and atomic access.
-    Some(unsafe { RamBlock::from_raw(name, base, len, Box::new(mapping)) })
+    let block = unsafe { RamBlock::from_raw(name, base, len, Box::new(mapping)) };
+    Some(block.backed_by(backing))
+}
+
+/// What `mapping` is made of, as the VMM told `vm-memory`. Of private memory without a file it is not known whether a userfaultfd fills
+/// it in, so that is looked up.
+fn backing<B: Bitmap>(mapping: &MmapRegion<B>) -> Backing {
+    match mapping.file_offset() {
+        Some(file) if mapping.flags() & libc::MAP_SHARED != 0 => {
+            // A file on a disk, for example.
+            MemoryFile::new(file.file().as_fd(), file.start()).map_or(Backing::Foreign, Backing::MemoryFile)
+        }
+        _ => Backing::Foreign,
+    }
 }

@@ -4,20 +4,24 @@ use std::{
     ffi::CString,
     fs::File,
     io,
-    os::fd::{AsRawFd, FromRawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd},
     ptr::NonNull,
 };
 
-use multifd::ram::{Ram, RamBlock};
+use multifd::ram::{self, MemoryFile, Ram, RamBlock};
 use multifd_proto::BlockName;
 
-/// Where the pages come from.
+/// Where the pages come from, and whether the block says so.
 #[derive(Clone, Copy, Debug)]
 pub enum Backing {
     /// Private anonymous memory.
     Anonymous,
+    /// The same, and nothing is said.
+    Foreign,
     /// A memfd, mapped shared.
     Memfd,
+    /// The same, and nothing is said.
+    ForeignMemfd,
 }
 
 /// Blocks of pages of 4096 bytes, and the memfds behind them.
@@ -31,8 +35,8 @@ pub fn map_with_pages(backing: Backing, page_size: usize, blocks: &[(&str, usize
     let blocks = blocks.iter().map(|&(name, pages)| {
         let len = pages * page_size;
         let mapping = match backing {
-            Backing::Anonymous => Mapping::anonymous(len),
-            Backing::Memfd => {
+            Backing::Anonymous | Backing::Foreign => Mapping::anonymous(len),
+            Backing::Memfd | Backing::ForeignMemfd => {
                 let file = memfd(name, len);
                 let mapping = Mapping::of_file(&file, len);
                 files.push(file);
@@ -41,10 +45,29 @@ pub fn map_with_pages(backing: Backing, page_size: usize, blocks: &[(&str, usize
         };
         let base = mapping.base;
         // SAFETY: the mapping is that long, is unmapped only when the owner is dropped, and is used through this block.
-        unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(mapping)) }.fresh()
+        let block = unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(mapping)) }.fresh();
+        match (backing, files.last()) {
+            (Backing::Anonymous, _) => block.backed_by(ram::Backing::Anonymous),
+            (Backing::Memfd, Some(file)) => {
+                block.backed_by(ram::Backing::MemoryFile(MemoryFile::new(file.as_fd(), 0).unwrap()))
+            }
+            _ => block,
+        }
     });
     let ram = Ram::new(page_size, blocks.collect()).unwrap();
     (ram, files)
+}
+
+/// The second half of a memfd of `2 * pages` pages.
+pub fn second_half(pages: usize) -> Ram {
+    let (len, name) = (pages * 4096, BlockName::new("half").unwrap());
+    let file = memfd("both", 2 * len);
+    let mapping = Mapping::of_file(&file, 2 * len);
+    let base = NonNull::new(mapping.base.as_ptr().wrapping_add(len)).unwrap();
+    // SAFETY: the half of a mapping that is unmapped only when the owner is dropped, and is used through this block.
+    let block = unsafe { RamBlock::from_raw(name, base, len, Box::new(mapping)) };
+    let half = MemoryFile::new(file.as_fd(), len as u64).unwrap();
+    Ram::new(4096, vec![block.backed_by(ram::Backing::MemoryFile(half))]).unwrap()
 }
 
 /// Memory that is unmapped when this is dropped.

@@ -1,0 +1,58 @@
+//! What the memory of a RAM block is made of: what the engine would otherwise have to guess from `/proc`.
+//!
+//! A page of which the kernel has nothing reads as zeros in memory of its own, and means something else where another
+//! part of the process fills it in. Only the VMM knows which of the two it is, so it says so.
+
+use std::{fs::File, io, os::fd::BorrowedFd};
+
+pub use crate::sys::file_block::FileMemory;
+use crate::sys::holes;
+
+/// What the memory of a RAM block is made of. Blocks that this crate maps know it; the VMM says it of its own, by
+/// [`RamBlock::backed_by`](crate::ram::RamBlock::backed_by).
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Backing {
+    /// Private memory without a file, in which a page that is absent reads as zeros: no userfaultfd fills it in.
+    Anonymous,
+    /// A part of a file that is in memory only, mapped shared. A hole in the file reads as zeros.
+    MemoryFile(MemoryFile),
+    /// A part of a file that is read when a source sends it, as the blocks of a checkpoint.
+    File(FileMemory),
+    /// Memory of which nothing was said. It is looked up in `/proc/self/smaps` where it matters: private memory without a file that
+    /// no userfaultfd fills in counts as [`Anonymous`](Backing::Anonymous), and nothing is assumed of any other.
+    Foreign,
+}
+
+/// A memfd, or a file in a tmpfs, from some offset on.
+#[derive(Debug)]
+pub struct MemoryFile {
+    file: File,
+    offset: u64,
+}
+
+impl MemoryFile {
+    /// The bytes of `file` from `offset` on, where the block is mapped from. The file is opened once more, so that the caller's
+    /// position in it does not move.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] for a file of another kind: only memory tells without delay what was written through a
+    /// mapping; the kernel's, also where `/proc` is not mounted.
+    pub fn new(file: BorrowedFd<'_>, offset: u64) -> io::Result<MemoryFile> {
+        Ok(MemoryFile { file: holes::open_shared_memory(file)?, offset })
+    }
+
+    /// A memory file whose position is of no importance to any other part of the process.
+    pub(super) fn own(file: File) -> MemoryFile {
+        MemoryFile { file, offset: 0 }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where in the file the block begins.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+}
