@@ -7,7 +7,6 @@ use multifd_proto::{extension::Extensions, packet::Compression};
 use super::FirstTouch;
 use crate::{
     clock::Clock,
-    round::trace::Trace,
     sync::Arc,
     threads::{StdThreads, Threads},
 };
@@ -49,8 +48,6 @@ pub struct Options {
     pub clock: Clock,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
-    /// Who is told of each step.
-    pub(crate) trace: Trace,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
     pub(crate) broken: Option<crate::testing::broken::Broken>,
@@ -74,7 +71,6 @@ impl Default for Options {
             audit: false,
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
-            trace: Trace::default(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
         }

@@ -54,19 +54,21 @@ impl Claims {
 
     /// The first page of all, at or after `from`, that is not claimed.
     pub(super) fn next_unclaimed(&self, layout: &Layout, from: u64) -> Option<u64> {
-        for block in layout.blocks() {
-            let pages = block.page_range();
-            let mut next = from.max(pages.start);
-            while next < pages.end {
-                let free = !self.words[(next / 64) as usize].load(Relaxed) & (!0 << (next % 64));
-                if free != 0 {
-                    let page = next / 64 * 64 + u64::from(free.trailing_zeros());
-                    if page < pages.end {
-                        return Some(page);
-                    }
-                }
-                next = (next / 64 + 1) * 64;
+        let of_block = |pages: Range<u64>| self.first(from.max(pages.start)..pages.end, false);
+        layout.blocks().iter().find_map(|block| of_block(block.page_range()))
+    }
+
+    /// The first of `pages` that is claimed, or that is not.
+    pub(super) fn first(&self, pages: Range<u64>, claimed: bool) -> Option<u64> {
+        let mut next = pages.start;
+        while next < pages.end {
+            let word = self.words[(next / 64) as usize].load(Relaxed);
+            let found = if claimed { word } else { !word } & (!0 << (next % 64));
+            if found != 0 {
+                let page = next / 64 * 64 + u64::from(found.trailing_zeros());
+                return (page < pages.end).then_some(page);
             }
+            next = (next / 64 + 1) * 64;
         }
         None
     }

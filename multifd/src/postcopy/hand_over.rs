@@ -9,7 +9,7 @@ use multifd_proto::{
     ram::BlockEntry,
 };
 
-use super::{Options, Prefetch, Whereabouts, figures::Reason, link::Link, pages::FilePages};
+use super::{Claims, Options, Prefetch, Whereabouts, figures::Reason, link::Link, pages::FilePages};
 use crate::{
     beside_ram::BesideRam, checkpoint::Checkpoint, error::Error, layout::BlockLayout, progress::Phase, sync::Deadline,
     vm::VmError,
@@ -157,7 +157,7 @@ impl Link<'_> {
             encoder.command(&Command::SwitchoverStart);
         }
         for block in job.pages.layout().blocks() {
-            let ranges = discarded(block, |page| job.claims.contains(page));
+            let ranges = discarded(block, &job.claims);
             discard::commands(block.name(), &ranges).for_each(|command| _ = encoder.command(&command));
         }
         encoder.command(&Command::Ping(PING_DISCARDED));
@@ -177,16 +177,15 @@ impl Link<'_> {
     }
 }
 
-/// What is left of `block` without the pages that were `sent`.
-fn discarded(block: &BlockLayout, sent: impl Fn(u64) -> bool) -> Vec<DiscardRange> {
-    let page_size = block.bytes() / block.pages();
-    let mut ranges: Vec<DiscardRange> = Vec::new();
-    for page in block.page_range().filter(|&page| !sent(page)) {
-        let start = block.offset_of(page);
-        match ranges.last_mut().filter(|last| last.start + last.len == start) {
-            Some(last) => last.len += page_size,
-            None => ranges.push(DiscardRange { start, len: page_size }),
-        }
+/// What is left of `block` without the pages that are claimed: those were sent. Guests of 64 GiB have 16 million pages, so this
+/// looks at 64 of them at a time.
+fn discarded(block: &BlockLayout, claims: &Claims) -> Vec<DiscardRange> {
+    let pages = block.page_range();
+    let offset = |page: u64| if page == pages.end { block.bytes() } else { block.offset_of(page) };
+    let (mut ranges, mut from) = (Vec::new(), pages.start);
+    while let Some(first) = claims.first(from..pages.end, false) {
+        from = claims.first(first..pages.end, true).unwrap_or(pages.end);
+        ranges.push(DiscardRange { start: offset(first), len: offset(from) - offset(first) });
     }
     ranges
 }
@@ -212,9 +211,17 @@ mod tests {
         let layout = layout.unwrap();
         let range = |start: u64, pages: u64| DiscardRange { start: start * 4096, len: pages * 4096 };
         let [a, b] = layout.blocks() else { panic!("two blocks") };
-        assert_eq!(discarded(a, |_| false), [range(0, 1)]);
-        assert_eq!(discarded(b, |_| false), [range(0, 6)]);
-        assert_eq!(discarded(b, |page| [64, 66, 67].contains(&page)), [range(1, 1), range(4, 2)]);
-        assert_eq!(discarded(b, |_| true), []);
+        let claims = Claims::new(&layout).unwrap();
+        assert_eq!(discarded(a, &claims), [range(0, 1)]);
+        assert_eq!(discarded(b, &claims), [range(0, 6)]);
+        for page in [64, 66, 67] {
+            claims.claim(page);
+        }
+        assert_eq!(discarded(b, &claims), [range(1, 1), range(4, 2)]);
+        for page in b.page_range() {
+            claims.claim(page);
+        }
+        assert_eq!(discarded(b, &claims), []);
+        assert_eq!(discarded(a, &claims), [range(0, 1)]);
     }
 }

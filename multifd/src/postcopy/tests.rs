@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -730,4 +731,56 @@ fn a_recovery_that_finds_nobody_leaves_a_vm_that_can_go_on() {
         matches!(&error, Error::Incomplete { left: None, reason } if matches!(**reason, Error::Io { .. })),
         "{error:?}"
     );
+}
+
+/// Writes a checkpoint of one block of `bytes` of which its first page has content, and the file as little.
+fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
+    let entry = BlockEntry::new(name("pc.ram"), bytes);
+    let mut encoder = MainEncoder::new();
+    encoder.header().configuration(MACHINE).config_capabilities(&[MAPPED_RAM]).ram_start(2, bytes);
+    let head = |header| {
+        let mut head = Vec::new();
+        BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut head);
+        head
+    };
+    let begin = encoder.as_bytes().len() + head(BlockHeader::place(0, bytes, PAGE as u64)).len();
+    let header = BlockHeader::place(begin as u64, bytes, PAGE as u64);
+    encoder.raw(&head(header));
+    let path = dir.join("sparse");
+    fs::write(&path, encoder.as_bytes()).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[1], header.bitmap_offset).unwrap();
+    file.write_all_at(&content(0, 0), header.pages_offset).unwrap();
+    let mut encoder = MainEncoder::new();
+    encoder.eos().footer(2).ram_part(2, true).eos().footer(2).raw(&devices()).eof();
+    encoder.vm_description(
+        br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,
+    );
+    file.write_all_at(encoder.as_bytes(), header.pages_offset + bytes).unwrap();
+    path
+}
+
+/// A guest runs as soon with 64 GiB as with 1 MiB: what is sent before RUN is as long, and there are no pages in it.
+#[test]
+fn what_comes_before_run_does_not_grow_with_memory() {
+    let before_run = |bytes: u64| {
+        let (dir, mut sent) = (TempDir::new().unwrap(), Vec::new());
+        let handed = hands_over(source(&sparse_checkpoint(&dir, bytes), patient()), |listener| {
+            let mut main = Incoming::accept(listener);
+            main.say(&Message::Pong(2));
+            let run = b"\x08\0\x05\0\0";
+            while !sent.ends_with(run) {
+                sent.extend(main.take(1));
+            }
+            main.say(&Message::Pong(3));
+            // The only page with content comes after it.
+            main.expect(b"\x08\0\x02\0\x04\0\0\0\x04\x02\0\0\0\x02");
+            assert!(main.word());
+        });
+        incomplete(handed);
+        sent.len()
+    };
+    let small = before_run(1 << 20);
+    assert!(small < 1024, "{small}");
+    assert_eq!(before_run(64 << 30), small);
 }

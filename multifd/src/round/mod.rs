@@ -4,4 +4,3 @@ pub(crate) mod audit;
 pub(crate) mod barrier;
 pub(crate) mod discarded;
 pub(crate) mod scan;
-pub(crate) mod trace;

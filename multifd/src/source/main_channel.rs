@@ -14,7 +14,6 @@ use super::Shared;
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
-    round::trace::Step,
     sections::Sections,
     sync::Arc,
     transport::SendHalf,
@@ -137,7 +136,6 @@ impl MainChannel {
 
     /// Ends the stream.
     pub(super) fn end(&mut self) -> Result<(), Error> {
-        self.shared.options.trace.step(|| Step::End);
         self.encoder.eof();
         if !self.vmdescription.is_empty() {
             self.encoder.vm_description(&self.vmdescription);
