@@ -237,3 +237,12 @@ fn what_is_there_stays_unless_it_is_to_be_replaced() {
         assert!(inspect(&to).1["kind"] == "stream");
     });
 }
+
+/// A result that is cut short cannot be told from a whole one there.
+#[test]
+fn the_standard_output_is_refused_by_name() {
+    let dir = TempDir::new().unwrap();
+    let output = multifd("convert --json stream -").current_dir(dir.path()).output().unwrap();
+    failed(ended(&output), 2, "expected a file for OUT");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}

@@ -8,6 +8,8 @@ use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Stdio},
+    thread,
+    time::Duration,
 };
 
 use common::{LIMIT, captures::recorded, exit_code, json, multifd, run};
@@ -17,25 +19,29 @@ use test_support::{TempDir, time_limit};
 
 /// A server that is killed with the test.
 struct Server {
-    child: Child,
+    child: Killed,
     stderr: BufReader<ChildStderr>,
     socket: PathBuf,
 }
 
+/// A checkpoint of a QEMU in `dir`.
+fn checkpoint(dir: &Path) -> PathBuf {
+    let (stream, file) = (dir.join("stream"), dir.join("checkpoint"));
+    fs::write(&stream, recorded("q10.0-xbzrle-0ch")).unwrap();
+    assert!(run(&format!("convert {} {}", stream.display(), file.display())).status.success());
+    fs::remove_file(stream).unwrap();
+    file
+}
+
 impl Server {
     fn start(dir: &Path, more: &str) -> Server {
-        let file = dir.join("checkpoint");
-        if !file.exists() {
-            fs::write(dir.join("stream"), recorded("q10.0-xbzrle-0ch")).unwrap();
-            assert!(run(&format!("convert {}/stream {}", dir.display(), file.display())).status.success());
-            fs::remove_file(dir.join("stream")).unwrap();
-        }
+        let file = checkpoint(dir);
         let socket = dir.join("socket");
         let mut command = multifd("serve --json --listen");
         command.arg(format!("unix:{}", socket.display())).arg(&file).args(more.split_whitespace());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut server = Server { child, stderr, socket };
+        let mut server = Server { child: Killed(child), stderr, socket };
         server.says("listening on ");
         server
     }
@@ -85,18 +91,37 @@ impl Server {
     }
 
     fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        kill_process(Pid::from_child(&self.child.0), signal).unwrap();
     }
 
     /// Its exit status, and what it reported.
-    fn end(self) -> (i32, Vec<Value>) {
-        let Server { child, mut stderr, .. } = self;
-        let output = child.wait_with_output().unwrap();
-        stderr.read_to_string(&mut String::new()).unwrap();
-        let lines = output.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+    fn end(mut self) -> (i32, Vec<Value>) {
+        self.stderr.read_to_string(&mut String::new()).unwrap();
+        let (status, stdout) = self.child.end();
+        let lines = stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
         let mut reports: Vec<Value> = lines.map(json).collect();
         reports.sort_by_key(|report| report["client"].as_u64());
-        (exit_code(&output), reports)
+        (status, reports)
+    }
+}
+
+/// A child that is killed by its id when this is dropped.
+struct Killed(Child);
+
+impl Killed {
+    /// Waits for its exit status, and what it printed to stdout.
+    fn end(&mut self) -> (i32, Vec<u8>) {
+        let mut stdout = Vec::new();
+        self.0.stdout.take().unwrap().read_to_end(&mut stdout).unwrap();
+        (self.0.wait().unwrap().code().unwrap_or(-1), stdout)
+    }
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It has usually ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -118,7 +143,7 @@ fn entries(dir: &TempDir) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name != "socket")
+        .filter(|name| !["socket", "receive"].contains(&name.as_str()))
         .collect();
     names.sort();
     names
@@ -271,5 +296,36 @@ fn a_client_that_is_silent_is_given_up() {
         let (status, reports) = server.end();
         assert_eq!(status, 0);
         failed(&reports[0], 1, "fewer than 4096 bytes");
+    });
+}
+
+/// What `inspect` says of the memory in `file`.
+fn memory(file: &Path) -> Value {
+    let output = run(&format!("inspect --digest --json {}", file.display()));
+    json(&output.stdout)["ram-blocks"].clone()
+}
+
+/// Not only a QEMU takes a postcopy: a copy of the checkpoint is the same memory.
+#[test]
+fn a_checkpoint_is_sent_to_receive_as_a_postcopy() {
+    time_limit(LIMIT, || {
+        for preempt in ["", " --preempt"] {
+            let dir = TempDir::new().unwrap();
+            let (file, copy) = (checkpoint(dir.path()), dir.join("copy"));
+            let uri = format!("unix:{}", dir.join("receive").display());
+            let mut command = multifd("receive --json --output");
+            let mut receive = Killed(command.arg(&copy).arg(&uri).stdout(Stdio::piped()).spawn().unwrap());
+            // Once the socket is there, send waits until it listens.
+            while !dir.join("receive").exists() {
+                assert!(receive.0.try_wait().unwrap().is_none(), "receive has ended");
+                thread::sleep(Duration::from_millis(1));
+            }
+            let sent = run(&format!("send --json --postcopy{preempt} {} {uri}", file.display()));
+            assert_eq!(exit_code(&sent), 0, "{}", String::from_utf8_lossy(&sent.stdout));
+            let (status, received) = receive.end();
+            assert_eq!((status, &json(&received)["mode"]), (0, &"postcopy".into()));
+            assert_eq!(memory(&file), memory(&copy));
+            assert_eq!(entries(&dir), ["checkpoint", "copy"]);
+        }
     });
 }

@@ -40,6 +40,17 @@ pub struct ConvertArgs {
 }
 
 impl ConvertArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match self.file.as_os_str() == "-" {
+            true => Err("the result gets its name when it is complete and on disk, which the standard output cannot tell; expected \
+                         a file for OUT, as ./- for one of this name"
+                .to_owned()),
+            false => Ok(()),
+        }
+    }
+
     /// How the result is kept.
     pub fn format(&self) -> OutputFormat {
         let default = if self.libvirt_xml.is_some() { OutputFormat::Stream } else { OutputFormat::MappedRam };

@@ -95,7 +95,8 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Checkpoint(args) => args.check(),
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
-        Verb::Convert(_) | Verb::GiveBack(_) | Verb::Inspect(_) => Ok(()),
+        Verb::Convert(args) => args.check(),
+        Verb::GiveBack(_) | Verb::Inspect(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

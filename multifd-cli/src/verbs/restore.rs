@@ -18,6 +18,7 @@ use crate::{
     args::{RestoreArgs, SendArgs},
     describe,
     exit::Exit,
+    image::Stop,
     monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, Refusal, Wanted},
     report::Outcome,
     units,
@@ -33,10 +34,8 @@ pub fn run(args: &RestoreArgs) -> Outcome {
 fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     let Uri::Unix(path) = &args.qmp else { unreachable!("the command line takes nothing else") };
     let interrupts = Interrupts::listen()?;
-    let checkpoint = Checkpoint::open(&args.file).map_err(|error| {
-        let error = Error::from(error);
-        Refusal::new(Exit::from(&error), error.to_string())
-    })?;
+    let checkpoint = send::open(&args.file, args.postcopy, &Stop::default(), &args.output)
+        .map_err(|error| Refusal::new(Exit::from(&error), error.to_string()))?;
     let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
     let look = monitor.look()?;
     check(&look, &checkpoint)?;

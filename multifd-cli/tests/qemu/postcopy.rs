@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
 use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, entries, listen, migrate_away, receive_uri, vm,
+    LIMIT, MIB, Multifd, Settings, TEST_LIMIT, assert_goes_on, entries, guest, listen, migrate_away, receive_uri, vm,
 };
 
 const TABLE: &str = "postcopy";
@@ -214,7 +214,9 @@ impl Recoverable {
         let socket = dir.join("monitor");
         let _ = fs::remove_file(&socket);
         let monitor = format!("unix:{},server=on,wait=off", socket.display());
-        let mut qemu = vm(installed, machine).incoming().arguments(&["-qmp", &monitor]).start().unwrap();
+        let second = format!("unix:{},server=on,wait=off", dir.join("second-monitor").display());
+        let shape = vm(installed, machine).incoming().arguments(&["-qmp", &monitor, "-qmp", &second]);
+        let mut qemu = shape.start().unwrap();
         let capabilities = [("postcopy-ram", true), ("postcopy-preempt", preempt)];
         qemu.qmp().set_capabilities(&capabilities).unwrap();
         let monitor = Client::builder().out_of_band().limit(LIMIT).connect(&socket).unwrap();
@@ -222,7 +224,7 @@ impl Recoverable {
     }
 
     /// Has the QEMU, whose connections broke, listen again, unless it needs nothing more.
-    pub fn listens_again(&mut self) -> Broken {
+    fn listens_again(&mut self) -> Broken {
         self.times += 1;
         let uri = format!("unix:{}", self.qemu.path(&format!("again{}", self.times)).display());
         let (begun, deadline) = (Instant::now(), Instant::now() + LIMIT);
@@ -260,6 +262,17 @@ impl Recoverable {
     }
 }
 
+impl Recoverable {
+    /// Gets what it lacks, if it lacks anything, from the command that `before` and `after` its URI say. Its guest has run.
+    pub fn gets_the_rest(&mut self, before: &[&str], after: &[&str]) {
+        match self.listens_again() {
+            Broken::Listens(uri) => _ = Multifd::start([before, &[&uri], after].concat()).done(),
+            Broken::Complete => {}
+            Broken::NeverRan => panic!("it ran"),
+        }
+    }
+}
+
 /// What the threads of a process wait for.
 fn threads(pid: u32) -> String {
     let read = |path: &Path, name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_owned();
@@ -268,7 +281,7 @@ fn threads(pid: u32) -> String {
 }
 
 /// What a QEMU whose connections broke needs.
-pub enum Broken {
+enum Broken {
     /// The rest of the memory, there.
     Listens(String),
     /// Nothing: it had everything when the sender died.
@@ -278,7 +291,7 @@ pub enum Broken {
 }
 
 impl Broken {
-    pub fn listens(self) -> String {
+    fn listens(self) -> String {
         match self {
             Broken::Listens(uri) => uri,
             _ => panic!("the VM runs there, and has not got everything"),
@@ -365,6 +378,11 @@ fn senders_to_7_2_die_and_no_vm_is_lost() {
 }
 
 #[test]
+fn senders_to_7_2_with_preempt_die_and_no_vm_is_lost() {
+    senders_die_at_random(Version::V7_2, "pc-q35-7.2", true);
+}
+
+#[test]
 fn senders_to_10_0_die_and_no_vm_is_lost() {
     senders_die_at_random(Version::V10_0, "pc-i440fx-10.0", false);
 }
@@ -377,6 +395,27 @@ fn senders_to_10_0_with_preempt_die_and_no_vm_is_lost() {
 #[test]
 fn senders_to_11_1_with_preempt_die_and_no_vm_is_lost() {
     senders_die_at_random(Version::V11_1, "pc-q35-11.1", true);
+}
+
+/// `multifd restore --postcopy` is killed: what it leaves behind is enough for `multifd send --recover`.
+#[test]
+fn a_vm_whose_restore_died_gets_the_rest_from_another_process() {
+    let Some(installed) = Installed::require(Version::V7_2) else { return };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let (file, machine) = (dir.join("checkpoint"), "pc-i440fx-7.2");
+        let source = checkpoint(&installed, machine, &file, &dir);
+        let mut destination = Recoverable::waiting(&installed, machine, true, &dir);
+        let (path, monitor) = (file.display().to_string(), format!("unix:{}", dir.join("second-monitor").display()));
+        let restore = ["restore", &path, &monitor, "--postcopy", "--preempt", "--max-bandwidth=2MB/s"];
+        let restoring = Multifd::start(restore);
+        destination.qemu.qmp().wait_run_state("running", LIMIT).unwrap();
+        restoring.signal(Signal::KILL);
+        drop(restoring);
+        assert!(dir.join("checkpoint.postcopy").exists());
+        destination.gets_the_rest(&["send", &path], &["--recover", "--preempt"]);
+        assert_goes_on(&source, &mut destination.qemu);
+    });
 }
 
 /// Passes connections on to what `next` says, one after the other. The first is cut after `most` bytes.
@@ -552,3 +591,54 @@ fn pages_that_a_guest_asked_for_are_sent_first() {
         }
     });
 }
+
+/// Huge pages of the host, which are given back when this is dropped.
+struct HugePages(String);
+
+impl HugePages {
+    /// At least `wanted`; nothing where this process may not have them.
+    fn reserve(wanted: u64) -> Option<HugePages> {
+        let before = fs::read_to_string(HUGE_PAGES).ok()?;
+        let had: u64 = before.trim().parse().ok()?;
+        let kept = HugePages(before);
+        fs::write(HUGE_PAGES, (had + wanted).to_string()).ok()?;
+        let now: u64 = fs::read_to_string(HUGE_PAGES).ok()?.trim().parse().ok()?;
+        (now >= had + wanted).then_some(kept)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(HUGE_PAGES, self.0.trim());
+    }
+}
+
+/// QEMU compares the sizes of pages before it runs anything. It says nothing on the connection, so the error names it.
+#[test]
+fn a_destination_with_huge_pages_is_refused_before_it_runs() {
+    let installed: Vec<_> = Version::ALL.into_iter().filter_map(Installed::require).collect();
+    let Some(_pages) = HugePages::reserve(u64::from(MIB) / 2) else {
+        return test_support::skip("no huge pages can be reserved here (as root)");
+    };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let machine = "pc-i440fx-7.2";
+        let source = checkpoint(&installed[0], machine, &file, &dir);
+        drop(source);
+        for installed in &installed {
+            let memory = format!("memory-backend-memfd,id=pc.ram,size={MIB}M,hugetlb=on,hugetlbsize=2M");
+            let shape = Qemu::builder(installed).machine(machine).memory_mib(MIB).guest(guest()).incoming();
+            let shape = shape.arguments(&["-object", &memory, "-machine", "memory-backend=pc.ram"]);
+            let mut destination = shape.limit(TEST_LIMIT).start().unwrap();
+            destination.qmp().set_capabilities(&[("postcopy-ram", true)]).unwrap();
+            let uri = listen(&mut destination, false);
+            let ended = send(&file, &uri, false, &[]).end();
+            ended.failed(1, "its memory must not be huge pages");
+            assert_eq!(entries(dir.path()), ["checkpoint"], "the VM does not run there, so there is no note");
+            assert!(destination.log().contains("page sizes"), "{}", destination.log());
+        }
+    });
+}
+
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";

@@ -546,3 +546,25 @@ fn wait_until_moving(source: &mut Qemu) {
         thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// An image that libvirt has saved: unpacked first where it is a plain stream, which cannot be done while the guest runs.
+#[test]
+fn an_image_of_libvirt_is_restored() {
+    newest("a libvirt image restored", |installed, machine| {
+        let dir = TempDir::new().unwrap();
+        let (mut source, qmp) = start(&dir, "source-qmp", vm(installed, machine));
+        source.wait_passes(3, LIMIT).unwrap();
+        let (file, image, xml) = (dir.join("checkpoint"), dir.join("image"), dir.join("xml"));
+        checkpoint(&qmp, &file, &[]).done();
+        drop(source);
+        let domain =
+            format!("<domain type='qemu'><name>vm</name><os><type machine='{machine}'>hvm</type></os></domain>");
+        std::fs::write(&xml, domain).unwrap();
+        let [from, to, xml] = [&file, &image, &xml].map(|path| path.display().to_string());
+        Multifd::start(["convert", &from, &to, "--libvirt-xml", &xml]).done();
+        let (mut destination, qmp) = start(&dir, "destination-qmp", vm(installed, machine).incoming());
+        restore(&image, &qmp, &["--postcopy"]).end().failed(4, "multifd convert");
+        restore(&image, &qmp, &[]).done();
+        assert_restored(&mut destination);
+    });
+}
