@@ -40,7 +40,7 @@ def main_goes_on(carries):
     """Main does not wait at sync points, where `carries` allows it."""
     machine = LAW
     for step in ("apply", "arrive"):
-        machine = machine.with_guard(step, behind_barrier, lambda s: Or(s.passed >= s.taken(C), And(C == main, Or(s.taken(C) == 1, carries))))
+        machine = machine.with_guard(step, behind_barrier, lambda s: Or(s.passed >= s.taken(C), And(C == main, carries)))
     return machine
 
 
@@ -103,7 +103,7 @@ VARIANTS = [
     ),
     Variant(
         "those that have come at the second sync point are taken for all",
-        LAW.with_guard("pass", "every channel has read its SYNC", lambda s: If(s.passed > 0, every_other_channel(lambda c: s.taken(c) > s.passed), every_channel(lambda c: s.taken(c) > s.passed))),
+        LAW.with_guard("pass", "every channel has read its SYNC", lambda s: If(s.passed > 1, every_other_channel(lambda c: s.taken(c) > s.passed), every_channel(lambda c: s.taken(c) > s.passed))),
     ),
     Variant(
         "the first SYNC of a late channel counts for the current round",

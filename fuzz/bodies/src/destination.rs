@@ -16,7 +16,10 @@ use multifd::{
     destination::{Destination, Options, Report},
     error::Error,
     ram::{GuestRange, Ram},
-    testing::{fuzzing::guarded_ram, memory},
+    testing::{
+        fuzzing::{Steps, guarded_ram},
+        memory,
+    },
     transport::{Established, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream},
     vm::{DestinationVm, SectionId, VmError},
 };
@@ -51,8 +54,10 @@ fn outcome(input: &[u8], setup_timeout: Duration) -> Option<Result<Report, Error
     options.channels = (required > 0).then_some(required);
     options.close_timeout = Duration::from_millis(1);
     options.setup_timeout = Some(setup_timeout);
+    let steps = Steps::of(&mut options);
     let outcome = Destination::new(options).run(&mut vm, Box::new(Listener(script)), &mut ());
     assert_eq!(outcome.is_ok(), vm.started, "{outcome:?}");
+    steps.assert_allowed();
     Some(outcome)
 }
 

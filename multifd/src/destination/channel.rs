@@ -22,6 +22,7 @@ use crate::{
     compress::Decompressor,
     error::{Connection, Error, Place},
     layout::Layout,
+    round::trace::Step,
     sync::{Arc, atomic::Ordering, lock},
     transport::Stream,
 };
@@ -133,6 +134,7 @@ impl<'a> ReceiveChannel<'a> {
             Ok(round) => self.arrived = round,
             Err(why) => return Err(self.shared.refusal(why, &self.hello, &peer)),
         }
+        self.shared.options.trace.step(|| Step::Arrive(Party::Channel(self.id)));
         self.shared.welcome(&self.hello);
         self.shared.progress.add_channel_bytes(self.id, self.received);
         self.rounds = 1;
@@ -183,6 +185,7 @@ impl<'a> ReceiveChannel<'a> {
             // Sources before QEMU 9.0 put pages into the packet with SYNC: they belong to the round that it ends, so they
             // were applied above.
             let sync = Sync { number, packets: std::mem::take(&mut self.packets) };
+            self.shared.options.trace.step(|| Step::Arrive(Party::Channel(self.id)));
             self.arrived = self.shared.sync(self.id, sync, self.place())?;
             self.rounds += 1;
         }
@@ -251,6 +254,10 @@ impl<'a> ReceiveChannel<'a> {
         if !self.normal.is_empty() && !std::mem::replace(&mut self.payload_seen, true) {
             lock(&self.shared.seen).compression.get_or_insert(method);
         }
+        self.shared.options.trace.step(|| {
+            let offsets = self.normal.iter().chain(&self.zero);
+            Step::Apply(Party::Channel(self.id), offsets.map(|&offset| known.page_at(offset)).collect())
+        });
         if !self.normal.is_empty() {
             match method {
                 Compression::None => {

@@ -8,7 +8,7 @@ use multifd_proto::{
 };
 
 use super::{Mode, Run, Target};
-use crate::{checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, sync::lock};
+use crate::{checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, round::trace::Step, sync::lock};
 
 impl Run {
     /// Takes the VM over, as [`DestinationCommit`] decides by the messages of the source.
@@ -52,6 +52,7 @@ impl Run {
         self.shared.stop.decide()?;
         let mut kept = target.commit();
         if two_step && kept.is_ok() {
+            self.shared.options.trace.step(|| Step::Start);
             kept = target.start();
         }
         let _ = commit.on(if kept.is_ok() { DestinationEvent::Started } else { DestinationEvent::StartFailed });
@@ -74,6 +75,7 @@ impl Run {
         }
         // Without GO the source may resume when it has not heard of it: then the VM must not start here.
         told.map_err(|error| Error::InDoubt { reason: Box::new(error) })?;
+        self.shared.options.trace.step(|| Step::Start);
         target.start()
     }
 

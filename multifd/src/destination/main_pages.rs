@@ -3,7 +3,7 @@
 use multifd_proto::{rounds::Party, xbzrle};
 
 use super::{Run, named::NamedPages, shared::Pages};
-use crate::{error::Error, sync::lock};
+use crate::{error::Error, round::trace::Step, sync::lock};
 
 impl Run {
     pub(super) fn page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
@@ -60,6 +60,11 @@ impl Run {
     /// Main has written a page.
     pub(super) fn wrote(&mut self, block: usize, offset: u64) {
         self.main_pages += 1;
+        self.shared.options.trace.step(|| {
+            let layout = lock(&self.shared.pages).as_ref().map(|pages| pages.layout.clone());
+            let page = layout.map(|layout| layout.blocks()[block].page_at(offset));
+            Step::Apply(Party::Main, page.into_iter().collect())
+        });
         if let Some(audit) = &self.audit {
             audit.wrote(block, &[offset], Party::Main, self.rounds);
         }

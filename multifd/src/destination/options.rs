@@ -7,6 +7,7 @@ use multifd_proto::{extension::Extensions, packet::Compression};
 use super::FirstTouch;
 use crate::{
     clock::Clock,
+    round::trace::Trace,
     sync::Arc,
     threads::{StdThreads, Threads},
 };
@@ -48,6 +49,8 @@ pub struct Options {
     pub clock: Clock,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
+    /// Who is told of each step.
+    pub(crate) trace: Trace,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
     pub(crate) broken: Option<crate::testing::broken::Broken>,
@@ -71,6 +74,7 @@ impl Default for Options {
             audit: false,
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
+            trace: Trace::default(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
         }

@@ -8,13 +8,17 @@ use super::Run;
 use crate::{
     error::Error,
     progress::{Event, Observer, RoundStats},
-    round::barrier::{Passed, Patience},
+    round::{
+        barrier::{Passed, Patience},
+        trace::Step,
+    },
 };
 
 impl Run {
     /// The end of a round, or of a section in the dialect that ends each of them.
     pub(super) fn sync_point(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
         let place = self.main().place();
+        self.shared.options.trace.step(|| Step::Arrive(Party::Main));
         let round = self.shared.arrive(Party::Main, place)?;
         if let Some(round) = round {
             self.pass(round)?;

@@ -4,3 +4,4 @@ pub(crate) mod audit;
 pub(crate) mod barrier;
 pub(crate) mod discarded;
 pub(crate) mod scan;
+pub(crate) mod trace;

@@ -17,7 +17,7 @@ use crate::{
     compress::Compressor,
     error::{Connection, Error, Place},
     ram::GuestRange,
-    round::scan::Batch,
+    round::{scan::Batch, trace::Step},
     stop::PanicGuard,
     sync::{Arc, atomic::Ordering, lock},
     transport::{Pending, Stream},
@@ -122,6 +122,7 @@ impl SendChannel {
                 return Ok(());
             }
             while shared.scan.next(&mut batch) {
+                self.trace(Step::Take, &batch.pages, &batch.zeros, batch.block);
                 self.send(&shared, &mut batch, &mut ranges)?;
             }
             self.sync()?;
@@ -142,6 +143,7 @@ impl SendChannel {
         shared.look_for_zeros(batch, ranges);
         shared.progress.add_pages(batch.pages.len() as u64, batch.zeros.len() as u64);
         if shared.options.format.zero_pages == ZeroPages::Legacy && !batch.zeros.is_empty() {
+            self.trace(Step::Find, &[], &batch.zeros, batch.block);
             shared.leave_zeros_to_main(batch);
         }
         if !batch.pages.is_empty() || !batch.zeros.is_empty() {
@@ -155,6 +157,7 @@ impl SendChannel {
 
     /// Sends `batch` as one packet. `ranges` are its pages with content.
     fn packet<'a>(&mut self, shared: &'a Shared, batch: &Batch, ranges: &mut Vec<GuestRange<'a>>) -> Result<(), Error> {
+        self.trace(Step::Send, &batch.pages, &batch.zeros, batch.block);
         let (place, clock) = (self.place(), &shared.options.clock);
         let page_size = shared.ram.layout().page_size();
         let header_len = packet::header_len(page_size);
@@ -208,10 +211,18 @@ impl SendChannel {
         self.packet.truncate(packet::header_len(page_size));
         PacketHeader::sync_packet(self.shared.scan.packet_number()).encode_into(&mut self.packet, page_size);
         let place = self.place();
+        self.shared.options.trace.step(|| Step::Sync(Party::Channel(self.id)));
         self.stream.as_mut().expect(OPEN).write(&self.packet, &[]).map_err(Error::io(place))?;
         self.stream().flush().map_err(Error::io(place))?;
         self.count(self.packet.len() as u64);
         Ok(())
+    }
+
+    /// Tells of a step with pages of `block`.
+    fn trace(&self, step: impl FnOnce(Party, Vec<u64>) -> Step, pages: &[u64], zeros: &[u64], block: usize) {
+        let block = &self.shared.ram.layout().blocks()[block];
+        let numbers = || pages.iter().chain(zeros).map(|&offset| block.page_at(offset)).collect();
+        self.shared.options.trace.step(|| step(Party::Channel(self.id), numbers()));
     }
 
     fn place(&self) -> Place {

@@ -14,6 +14,7 @@ use super::Shared;
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
+    round::trace::Step,
     sections::Sections,
     sync::Arc,
     transport::SendHalf,
@@ -136,6 +137,7 @@ impl MainChannel {
 
     /// Ends the stream.
     pub(super) fn end(&mut self) -> Result<(), Error> {
+        self.shared.options.trace.step(|| Step::End);
         self.encoder.eof();
         if !self.vmdescription.is_empty() {
             self.encoder.vm_description(&self.vmdescription);

@@ -12,6 +12,7 @@ use super::parameters::Parameters;
 use crate::{
     beside_ram::BesideRam,
     clock::Clock,
+    round::trace::Trace,
     sections::RAM_SECTION,
     sync::Arc,
     threads::{StdThreads, Threads},
@@ -35,6 +36,8 @@ pub struct Options {
     pub clock: Clock,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
+    /// Who is told of each step.
+    pub(crate) trace: Trace,
     /// A defect to be caught.
     #[cfg(any(test, feature = "broken-variants"))]
     pub(crate) broken: Option<crate::testing::broken::Broken>,
@@ -50,6 +53,7 @@ impl Default for Options {
             parameters: Parameters::default(),
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
+            trace: Trace::default(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,
         }

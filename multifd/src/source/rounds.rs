@@ -9,6 +9,7 @@ use crate::{
     dirty_bitmap::DirtyBitmap,
     error::Error,
     progress::{Event, Observer, RoundStats},
+    round::trace::Step,
     vm::{SourceVm, Throttled},
 };
 
@@ -51,6 +52,7 @@ impl Run {
             if self.shared.scan.is_empty() {
                 break;
             }
+            self.shared.options.trace.step(|| Step::Section);
         }
         // Zeros known from the beginning say nothing about what was written since.
         self.shared.scan.set_zeros(None);
@@ -120,6 +122,7 @@ impl Run {
         let round = self.rounds;
         let dirty_pages = dirty.count();
         self.shared.progress.open_round(round, dirty_pages);
+        self.shared.options.trace.step(|| Step::Drain(dirty.iter().collect()));
         self.shared.scan.load(dirty);
         let before = self.shared.progress.snapshot();
         RoundStats {

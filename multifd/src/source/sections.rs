@@ -8,7 +8,7 @@ use multifd_proto::{
 };
 
 use super::{Flush, Run};
-use crate::{error::Error, sync::lock};
+use crate::{error::Error, round::trace::Step, sync::lock};
 
 impl Run {
     /// One section, behind its head: opens the scan for `pages`, ends with a sync point and the footer.
@@ -19,11 +19,15 @@ impl Run {
         self.shared.scan.allow(pages);
         self.meet()?;
         if per_round && early {
+            self.shared.options.trace.step(|| Step::Flush);
             self.main().flush_word()?;
         }
         // Every channel has sent its SYNC.
         self.shared.barrier.gather()?;
         self.name_zeros()?;
+        if !(per_round && early) {
+            self.shared.options.trace.step(|| Step::Flush);
+        }
         if per_round && !early {
             self.main().flush_word()?;
         }
@@ -34,6 +38,7 @@ impl Run {
     fn name_zeros(&mut self) -> Result<(), Error> {
         let shared = self.shared.clone();
         if let Some(zeros) = &mut *lock(&shared.legacy_zeros) {
+            shared.options.trace.step(|| Step::Name(zeros.iter().collect()));
             self.main().zero_words(zeros)?;
             zeros.clear();
         }

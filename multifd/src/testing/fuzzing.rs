@@ -4,7 +4,8 @@ use std::io;
 
 use multifd_proto::{BlockName, packet::Compression};
 
-use crate::{compress, ram::Ram, sys::guarded};
+use super::trace;
+use crate::{compress, destination, ram::Ram, sys::guarded};
 
 /// Fresh memory with the given blocks (name and pages of 4 KiB), each between pages that end the process when touched.
 ///
@@ -17,6 +18,30 @@ pub fn guarded_ram(blocks: &[(&str, usize)]) -> io::Result<Ram> {
     };
     let blocks = blocks.iter().map(block).collect::<io::Result<_>>()?;
     Ram::new(4096, blocks).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+}
+
+/// The steps of a destination, to be checked against the round law.
+#[derive(Debug)]
+pub struct Steps(trace::Trace);
+
+impl Steps {
+    /// Records what a destination with these options does.
+    pub fn of(options: &mut destination::Options) -> Steps {
+        options.trace = trace::Trace::recording();
+        Steps(options.trace.clone())
+    }
+
+    /// Asserts that nothing of a round was applied before all connections had passed the one before. Returns how many steps there were.
+    ///
+    /// # Panics
+    /// With the steps that led to one that the law does not allow.
+    pub fn assert_allowed(&self) -> usize {
+        let steps = self.0.steps();
+        if let Err(refused) = trace::check_destination(&steps) {
+            panic!("{refused}");
+        }
+        steps.len()
+    }
 }
 
 /// Decompresses the packets of one channel one after the other, each into `len` bytes. Returns the last.

@@ -14,6 +14,8 @@ pub mod faulty;
 pub mod fuzzing;
 #[cfg(any(test, feature = "conformance", feature = "fuzzing"))]
 pub mod memory;
+#[cfg(any(test, feature = "broken-variants", feature = "fuzzing"))]
+pub(crate) mod trace;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod close_order;
@@ -21,6 +23,8 @@ mod close_order;
 mod faults;
 #[cfg(all(test, loom))]
 mod loom;
+#[cfg(all(test, not(loom)))]
+mod machine;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod migrations;
 #[cfg(all(test, shuttle))]

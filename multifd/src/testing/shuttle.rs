@@ -41,7 +41,9 @@ use crate::{
     stop::StopHandle,
     sync::{Arc, Mutex, lock, thread},
     testing::broken::Broken,
+    testing::machine,
     testing::memory,
+    testing::trace::Trace,
     testing::vm::{TestDestination, TestSource, Writer},
     transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, wrapped},
     vm::SourceVm,
@@ -178,6 +180,8 @@ struct Outcome {
     mode: Mode,
     /// The source wrote GO, or tried to.
     go: bool,
+    /// The steps of both sides.
+    trace: Trace,
 }
 
 /// What goes on beside a migration.
@@ -227,10 +231,13 @@ fn migrate(
     mut vm: TestSource,
     mut to: TestDestination,
     mode: Mode,
-    options: source::Options,
-    receiving: destination::Options,
+    mut options: source::Options,
+    mut receiving: destination::Options,
     beside: Beside,
 ) -> Outcome {
+    let trace = Trace::recording();
+    options.trace = trace.clone();
+    receiving.trace = trace.clone();
     let (listener, connector) = memory::listener(mode.capacity);
     let mut connect = (beside.connect)(connector);
     let listener = (beside.listen)(listener);
@@ -274,7 +281,7 @@ fn migrate(
     let cancelling = std::mem::take(&mut *lock(&cancelling));
     cancelling.into_iter().for_each(|thread| thread.join().unwrap());
     let go = *lock(&go);
-    Outcome { vm, to, sent, received, mode, go }
+    Outcome { vm, to, sent, received, mode, go, trace }
 }
 
 fn assert_same(vm: &TestSource, to: &TestDestination) {
@@ -285,6 +292,14 @@ fn assert_same(vm: &TestSource, to: &TestDestination) {
 }
 
 impl Outcome {
+    /// Asserts that each step was one of the machine that is proved.
+    fn assert_allowed(&self) -> machine::Machine {
+        match machine::check(&self.trace.steps(), self.mode.channels.into()) {
+            Ok(machine) => machine,
+            Err(refused) => panic!("{refused}"),
+        }
+    }
+
     fn assert_migrated(&self) {
         let failures: Vec<String> =
             self.sent.as_ref().err().into_iter().chain(self.received.as_ref().err()).map(ToString::to_string).collect();
@@ -299,6 +314,7 @@ impl Outcome {
     /// Asserts that the guest is in exactly one place, and whole there: it runs at the destination, or at the source, or
     /// it is paused at the source, in doubt, because the destination was allowed to start it. Returns which.
     fn settle(self) -> Ending {
+        self.assert_allowed();
         let runs_there = self.to.calls().contains(&"start") && self.to.fail != Some("start");
         let runs_here = self.vm.writer.is_running();
         assert!(!(runs_here && runs_there), "the guest runs on both sides: {:?}", self.sent.as_ref().err());
@@ -339,7 +355,9 @@ impl Outcome {
         let (mut vm, mode) = (self.vm, self.mode);
         vm.fail_at = None;
         let to = TestDestination::new(ram());
-        migrate(vm, to, mode, mode.source(), receiving(), Beside::default()).assert_migrated();
+        let outcome = migrate(vm, to, mode, mode.source(), receiving(), Beside::default());
+        outcome.assert_migrated();
+        outcome.assert_allowed();
     }
 }
 
@@ -461,7 +479,10 @@ fn memory_is_equal_in_every_mode() {
     for (name, mode) in MODES {
         explore(&format!("migration, {name}"), 300, move || {
             let to = TestDestination::new(ram());
-            migrate(source_vm(), to, mode, mode.source(), receiving(), Beside::default()).assert_migrated();
+            let outcome = migrate(source_vm(), to, mode, mode.source(), receiving(), Beside::default());
+            outcome.assert_migrated();
+            let seen = outcome.assert_allowed();
+            assert!(seen.started && seen.applied >= pages().len(), "{seen:?}");
         });
     }
 }
@@ -683,6 +704,49 @@ fn a_barrier_that_releases_one_party_early_is_caught() {
 #[test]
 fn dropped_pages_of_sync_packets_are_caught() {
     must_be_caught("pages of SYNC packets dropped", "differs", broken_destination(Broken::SyncPagesDropped, CARRYING));
+}
+
+#[test]
+fn the_machine_of_the_proof_does_not_allow_what_broken_destinations_do() {
+    for (name, broken, mode) in [
+        ("destination without barrier", Broken::NoBarrier, EARLY),
+        ("barrier released one party early", Broken::BarrierShort, EARLY),
+        ("pages of SYNC packets dropped", Broken::SyncPagesDropped, CARRYING),
+    ] {
+        must_be_caught(&format!("{name}, by its steps"), "is not allowed", move || {
+            let receiving = destination::Options { broken: Some(broken), ..receiving() };
+            let outcome =
+                migrate(source_vm(), TestDestination::new(ram()), mode, mode.source(), receiving, Beside::default());
+            outcome.assert_allowed();
+        });
+    }
+}
+
+/// The steps show a broken barrier also where no page was overtaken.
+#[test]
+fn steps_that_are_not_allowed_are_found_where_memory_is_equal() {
+    let (refused, equal) = (Arc::new(Plain::new(0)), Arc::new(Plain::new(0)));
+    let counted = (refused.clone(), equal.clone());
+    let count = schedules(300);
+    Runner::new(PctScheduler::new(PCT_DEPTH, count), config()).run(move || {
+        let receiving = destination::Options { broken: Some(Broken::NoBarrier), ..receiving() };
+        let outcome =
+            migrate(source_vm(), TestDestination::new(ram()), EARLY, EARLY.source(), receiving, Beside::default());
+        if machine::check(&outcome.trace.steps(), EARLY.channels.into()).is_err() {
+            counted.0.fetch_add(1, PlainRelaxed);
+            let same =
+                pages().iter().all(|&page| outcome.vm.writer_ram().page_bytes(page) == outcome.to.ram.page_bytes(page));
+            counted.1.fetch_add(same.into(), PlainRelaxed);
+        }
+    });
+    let (refused, equal) = (refused.load(PlainRelaxed), equal.load(PlainRelaxed));
+    test_support::report(
+        "proof",
+        &format!(
+            "shuttle | broken: no barrier, found by its steps while memory is equal | {equal} of {refused} schedules of {count} | caught | -"
+        ),
+    );
+    assert!(equal > 0, "{refused} of {count} schedules had such steps");
 }
 
 #[test]

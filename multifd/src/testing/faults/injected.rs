@@ -27,6 +27,8 @@ use crate::{
     ram::Ram,
     source::{self, Source},
     sync::Arc,
+    testing::machine,
+    testing::trace::Trace,
     testing::vm::{TestDestination, TestSource},
     testing::{
         faulty::{Fault, Faults},
@@ -181,14 +183,18 @@ pub(super) fn migrate(
         let mut to = TestDestination::new(ram.clone());
         to.fail_at = attempt.load_fails_at;
         to.panics = attempt.load_panics;
+        let trace = Trace::recording();
+        let mut options = attempt.options;
+        options.trace = trace.clone();
         let receiving = destination::Options {
             channels: Some(CHANNELS),
+            trace: trace.clone(),
             threads: attempt.receiving_threads,
             // Channels that broke before they joined are waited for.
             setup_timeout: Some(Duration::from_secs(3)),
             ..Default::default()
         };
-        let (source, destination) = (Source::new(attempt.options), Destination::new(receiving));
+        let (source, destination) = (Source::new(options), Destination::new(receiving));
         let (stop_source, stop_destination) = (source.stop_handle(), destination.stop_handle());
         let (waiting, progress) = (destination.stop_handle(), destination.progress());
         let before = guest.vm.writer_ram().handles();
@@ -215,6 +221,11 @@ pub(super) fn migrate(
         });
         assert_eq!(guest.vm.writer_ram().handles(), before, "a thread of the source still has the memory");
         assert_eq!(ram.handles(), 2, "a thread of the destination still has the memory");
+        // Whatever went wrong, each step was one of the machine that is proved.
+        match machine::check(&trace.steps(), CHANNELS.into()) {
+            Ok(machine) => assert!(received.is_err() || (machine.started && machine.applied > 0), "{machine:?}"),
+            Err(refused) => panic!("{refused}"),
+        }
         Outcome { sent, received, to }
     })
 }

@@ -1,0 +1,49 @@
+//! The steps of the protocol as they happen, for a checker that knows the machine of the proofs (`proof/round_law.py`).
+//!
+//! Each has the name that it has there. In test builds they are recorded; elsewhere nothing is left of it.
+
+use multifd_proto::rounds::Party;
+
+/// One step. Pages are numbers of the layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Source main opens a round with these pages.
+    Drain(Vec<u64>),
+    /// Source main opens a section with what the last one left.
+    Section,
+    /// A channel takes pages.
+    Take(Party, Vec<u64>),
+    /// It writes copies of them.
+    Send(Party, Vec<u64>),
+    /// It finds them zero, and leaves them to main.
+    Find(Party, Vec<u64>),
+    /// Main names zero pages.
+    Name(Vec<u64>),
+    /// A channel writes SYNC.
+    Sync(Party),
+    /// Main writes what ends a round.
+    Flush,
+    /// Main writes the end of the stream.
+    End,
+    /// The destination puts copies from a connection into place.
+    Apply(Party, Vec<u64>),
+    /// A connection has read its SYNC, or main what ends a round.
+    Arrive(Party),
+    /// The destination starts the guest.
+    Start,
+}
+
+#[cfg(any(test, feature = "broken-variants", feature = "fuzzing"))]
+pub(crate) use crate::testing::trace::Trace;
+
+/// Takes steps, and forgets them.
+#[cfg(not(any(test, feature = "broken-variants", feature = "fuzzing")))]
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Trace;
+
+#[cfg(not(any(test, feature = "broken-variants", feature = "fuzzing")))]
+impl Trace {
+    /// Does nothing.
+    #[inline(always)]
+    pub(crate) fn step(&self, _: impl FnOnce() -> Step) {}
+}
