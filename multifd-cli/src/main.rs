@@ -2,10 +2,12 @@
 
 mod advice;
 mod args;
+mod bar;
 mod child;
 mod connect;
 mod describe;
 mod exit;
+mod forecast;
 mod image;
 mod lend;
 mod log;
@@ -14,7 +16,9 @@ mod printable;
 mod progress;
 mod qmp;
 mod report;
+mod role;
 mod rounds;
+mod schema;
 mod signals;
 mod table;
 mod terminal;

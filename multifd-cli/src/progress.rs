@@ -11,15 +11,19 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use multifd::{
-    progress::{Event, Observer, Phase, Progress, Snapshot},
-    threads,
+    progress::{Event, Observer, Progress, RoundStats},
+    source, threads,
 };
 
 use crate::{
     args::{OutputArgs, ProgressMode},
+    bar::{View, whole_of},
+    forecast::{self, Forecast, Lack},
     report::Round,
+    role::Role,
     rounds::Rounds,
-    table, terminal,
+    table::Columns,
+    terminal,
 };
 
 /// How progress is shown.
@@ -35,24 +39,81 @@ enum Style {
 /// Shows one migration and remembers its rounds. Ends the bar when dropped.
 pub struct Display {
     style: Style,
-    rounds: Arc<Mutex<Rounds>>,
+    role: Role,
+    shared: Arc<Mutex<Shown>>,
+    /// What foretells the end, at a source that has rounds.
+    ahead: Option<Ahead>,
+    /// The operator was told that it does not converge.
+    is_told: bool,
     header_shown: bool,
     /// Ends the thread that draws when dropped, and the other end of what the thread drops at its own end.
     ticker: Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
 }
 
+/// What the thread of the migration and the one that draws share.
+#[derive(Default)]
+struct Shown {
+    rounds: Rounds,
+    forecast: Option<Forecast>,
+}
+
+/// What it takes to foretell the end of a migration.
+struct Ahead {
+    handle: source::Handle,
+    remedies: String,
+}
+
 impl Display {
-    /// Shows the migration that `progress` counts.
-    pub fn new(output: &OutputArgs, progress: &Progress) -> Display {
+    /// Shows the migration that `progress` counts and `role` makes.
+    pub fn new(role: Role, output: &OutputArgs, progress: &Progress) -> Display {
         let style = Style::of(output, io::stderr().is_terminal());
-        let rounds: Arc<Mutex<Rounds>> = Arc::default();
-        let ticker = (style == Style::Bar).then(|| draw(progress.clone(), rounds.clone())).flatten();
-        Display { style, rounds, header_shown: false, ticker }
+        let shared: Arc<Mutex<Shown>> = Arc::default();
+        let ticker = (style == Style::Bar).then(|| draw(progress.clone(), shared.clone())).flatten();
+        Display { style, role, shared, ahead: None, is_told: false, header_shown: false, ticker }
+    }
+
+    /// The same for a source that `handle` steers, and what is to be expected of it.
+    pub fn of_source(output: &OutputArgs, handle: source::Handle, options: &source::Options) -> Display {
+        let mut display = Display::new(Role::Source, output, &handle.progress());
+        display.ahead = Some(Ahead { handle, remedies: forecast::remedies(options) });
+        display
     }
 
     /// The rounds that are over.
     pub fn rounds(&self) -> Rounds {
-        lock(&self.rounds).clone()
+        lock(&self.shared).rounds.clone()
+    }
+
+    /// What the migration lacks that does not converge, and what helps; nothing where it does.
+    pub fn lack(&self) -> Option<String> {
+        let lack = match lock(&self.shared).forecast {
+            Some(Forecast::Never(lack)) => lack,
+            _ => return None,
+        };
+        self.ahead.as_ref().map(|ahead| ahead.text(lack))
+    }
+
+    fn round(&mut self, stats: &RoundStats) {
+        let forecast = self.ahead.as_ref().filter(|_| stats.guest_running).and_then(|ahead| ahead.forecast(stats));
+        {
+            let mut shown = lock(&self.shared);
+            shown.rounds.push(stats.clone());
+            shown.forecast = forecast;
+        }
+        let columns = Columns::new(self.role, terminal::width());
+        if !std::mem::replace(&mut self.header_shown, true) {
+            self.line(&columns.header());
+        }
+        self.line(&columns.row(&Round::new(self.role, stats)));
+        let lack = self.lack();
+        match &lack {
+            Some(text) if !self.is_told => {
+                tracing::info!("{text}");
+                self.line(&format!("      {text}"));
+            }
+            _ => {}
+        }
+        self.is_told = lack.is_some();
     }
 
     fn line(&self, line: &str) {
@@ -65,16 +126,20 @@ impl Display {
 impl Observer for Display {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::Round(stats) => {
-                lock(&self.rounds).push(stats.clone());
-                if !std::mem::replace(&mut self.header_shown, true) {
-                    self.line(&table::header());
-                }
-                self.line(&table::row(&Round::from(stats)));
-            }
+            Event::Round(stats) => self.round(stats),
             Event::Throttle(percent) => self.line(&format!("      the guest is slowed down by {percent} %")),
             _ => {}
         }
+    }
+}
+
+impl Ahead {
+    fn forecast(&self, round: &RoundStats) -> Option<Forecast> {
+        Forecast::after(round, PAGE_SIZE, self.handle.parameters().limits.downtime)
+    }
+
+    fn text(&self, lack: Lack) -> String {
+        format!("{}; what helps: {}", lack.text(), self.remedies)
     }
 }
 
@@ -127,13 +192,13 @@ pub fn above_the_bar(print: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
 
 /// Begins to draw. Ends the drawing when the sender is dropped; the receiver is disconnected when that is done. `None`
 /// where the process may not have one more thread.
-fn draw(progress: Progress, rounds: Arc<Mutex<Rounds>>) -> Option<(mpsc::Sender<()>, mpsc::Receiver<()>)> {
+fn draw(progress: Progress, shared: Arc<Mutex<Shown>>) -> Option<(mpsc::Sender<()>, mpsc::Receiver<()>)> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let (end, is_ended) = mpsc::channel();
     let (done, is_done) = mpsc::channel();
     let drawn = bar.clone();
     let thread = threads::spawn("progress", move || {
-        draw_until(&is_ended, &drawn, &progress, &rounds);
+        draw_until(&is_ended, &drawn, &progress, &shared);
         drop(done);
     });
     thread.ok()?;
@@ -141,37 +206,36 @@ fn draw(progress: Progress, rounds: Arc<Mutex<Rounds>>) -> Option<(mpsc::Sender<
     Some((end, is_done))
 }
 
-fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress, rounds: &Mutex<Rounds>) {
-    let mut rate = Rate::default();
+fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress, shared: &Mutex<Shown>) {
+    let (mut rate, mut page_rate) = (Rate::default(), Rate::default());
     loop {
-        let snapshot = progress.snapshot();
-        let phase = snapshot.phase.map_or("", Phase::name);
-        let rate = rate.at(Instant::now(), snapshot.bytes());
-        let moved = table::bytes(snapshot.bytes());
-        let expected = lock(rounds).latest().map_or(String::new(), |last| {
-            let round = Round::from(last);
-            let expected = round.expected_downtime.filter(|_| round.guest_running);
-            expected.map_or(String::new(), |time| format!("  downtime {}", table::milliseconds(time)))
-        });
-        match whole_of(&snapshot) {
-            Some(pages) => {
-                bar.set_style(style(BAR_TEMPLATE));
-                bar.set_length(pages);
-                bar.set_position(snapshot.round_done.min(pages));
+        let (snapshot, now) = (progress.snapshot(), Instant::now());
+        let view = {
+            let shown = lock(shared);
+            let expected = shown.rounds.latest().filter(|round| round.guest_running && shown.forecast.is_some());
+            View {
+                rate: rate.at(now, snapshot.bytes()),
+                page_rate: page_rate.at(now, snapshot.normal + snapshot.zero),
+                after_this_round: match shown.forecast {
+                    // It counts from the end of the last round, and this one is a part of it.
+                    Some(Forecast::In(time)) => {
+                        Some(time.saturating_sub(expected.map_or(Duration::ZERO, |round| round.expected_downtime)))
+                    }
+                    _ => None,
+                },
+                is_hopeless: matches!(shown.forecast, Some(Forecast::Never(_))),
+                expected_downtime: expected.map(|round| round.expected_downtime),
+                snapshot: &snapshot,
             }
-            None => bar.set_style(style(SPINNER_TEMPLATE)),
-        }
-        bar.set_prefix(match snapshot.phase {
-            Some(Phase::Rounds) => format!("round {}", snapshot.round),
-            _ => phase.to_owned(),
-        });
-        let pages = match (whole_of(&snapshot), snapshot.round_done) {
-            (Some(whole), done) => format!("{:.0} %  ", 100.0 * done.min(whole) as f64 / whole as f64),
-            (None, 0) => String::new(),
-            (None, done) => format!("{} pages  ", table::grouped(done)),
         };
-        let faults = faults(&snapshot);
-        bar.set_message(format!("{pages}{moved}  {}/s{expected}{faults}", table::decimal_bytes(rate)));
+        let line = view.line(terminal::width());
+        bar.set_style(style(line.bar, whole_of(&snapshot).is_some()));
+        if let Some(pages) = whole_of(&snapshot) {
+            bar.set_length(pages);
+            bar.set_position(snapshot.round_done.min(pages));
+        }
+        bar.set_prefix(line.prefix);
+        bar.set_message(line.message);
         bar.tick();
         if ended.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Disconnected) {
             return bar.finish_and_clear();
@@ -179,30 +243,13 @@ fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress
     }
 }
 
-/// How many pages the round has. A destination knows it of round 0 alone, which has all pages, once it knows the RAM
-/// blocks; of the later rounds the source does not tell.
-fn whole_of(snapshot: &Snapshot) -> Option<u64> {
-    let whole = match (snapshot.phase, snapshot.round_pages, snapshot.round) {
-        (Some(Phase::Rounds | Phase::Switchover), 0, 0) | (Some(Phase::Setup), 0, 0) => snapshot.pages_total,
-        (Some(Phase::Rounds | Phase::Switchover | Phase::Postcopy), pages, _) => pages,
-        _ => 0,
+fn style(columns: usize, is_known: bool) -> ProgressStyle {
+    let template = match (columns, is_known) {
+        (0, true) => "{prefix:>10} {wide_msg}".to_owned(),
+        (0, false) => "{prefix:>10} {spinner:.cyan} {wide_msg}".to_owned(),
+        (columns, _) => format!("{{prefix:>10}} {{bar:{columns}.cyan/dim}} {{wide_msg}}"),
     };
-    (whole > 0).then_some(whole)
-}
-
-/// Of a guest that runs elsewhere: what it asked for, and how much it lacks.
-fn faults(snapshot: &Snapshot) -> String {
-    match snapshot.phase {
-        Some(Phase::Postcopy) => {
-            let left = snapshot.round_pages.saturating_sub(snapshot.round_done);
-            format!("  {} faults, {} pages left", table::grouped(snapshot.requests), table::grouped(left))
-        }
-        _ => String::new(),
-    }
-}
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).expect("the templates below are valid").progress_chars("━╸─")
+    ProgressStyle::with_template(&template).expect("the templates above are valid").progress_chars("━╸─")
 }
 
 /// Bytes per second, smoothed over about a second.
@@ -233,9 +280,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The bar on stderr, of which there is at most one. What else is printed there moves it out of the way.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
-// The message is cut where the terminal ends: with 80 columns there are 48 for it.
-const BAR_TEMPLATE: &str = "{prefix:>10} {bar:20.cyan/dim} {wide_msg}";
-const SPINNER_TEMPLATE: &str = "{prefix:>10} {spinner:.cyan} {wide_msg}";
+/// Of all guests that this command has.
+const PAGE_SIZE: u64 = multifd::checkpoint::PAGE_SIZE as u64;
 const TICK: Duration = Duration::from_millis(100);
 const LAST_DRAWING: Duration = Duration::from_secs(1);
 
@@ -252,28 +298,6 @@ mod tests {
         assert_eq!(Style::of(&output(ProgressMode::Always, false), false), Style::Lines);
         assert_eq!(Style::of(&output(ProgressMode::Always, true), true), Style::Bar);
         assert_eq!(Style::of(&output(ProgressMode::Never, false), true), Style::Nothing);
-    }
-
-    #[test]
-    fn a_destination_shows_how_far_round_0_is_and_later_how_much_came() {
-        let mut snapshot = Snapshot::default();
-        assert_eq!(whole_of(&snapshot), None, "not connected");
-        snapshot.phase = Some(Phase::Setup);
-        assert_eq!(whole_of(&snapshot), None, "no blocks yet");
-        snapshot.pages_total = 1000;
-        assert_eq!(whole_of(&snapshot), Some(1000));
-        snapshot.phase = Some(Phase::Rounds);
-        assert_eq!(whole_of(&snapshot), Some(1000));
-        snapshot.round = 1;
-        assert_eq!(whole_of(&snapshot), None);
-        // A source knows it.
-        snapshot.round_pages = 10;
-        assert_eq!(whole_of(&snapshot), Some(10));
-        snapshot.phase = Some(Phase::Postcopy);
-        (snapshot.requests, snapshot.round_done) = (1234, 4);
-        assert_eq!((whole_of(&snapshot), faults(&snapshot)), (Some(10), "  1,234 faults, 6 pages left".to_owned()));
-        snapshot.phase = Some(Phase::Confirm);
-        assert_eq!(whole_of(&snapshot), None);
     }
 
     #[test]

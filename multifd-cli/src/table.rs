@@ -1,36 +1,59 @@
 //! The table of rounds, as progress and in the result.
 
-use crate::report::Round;
+use std::time::Duration;
 
-/// The line above the rounds. `written`: pages written meanwhile, which `expected downtime` would take to send.
-pub fn header() -> String {
-    columns(["round", "dirty", "zero", "sent", "time", "rate", "written", "expected downtime"])
+use crate::{report::Round, role::Role};
+
+/// Which columns a table has: as many as fit, and none that a destination cannot know.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns {
+    role: Role,
+    is_narrow: bool,
 }
 
-/// One round that is over.
-pub fn row(round: &Round) -> String {
-    let rate = if round.time > 0.0 { round.bytes as f64 / round.time * 1e3 } else { 0.0 };
-    let number = if round.guest_running { round.round.to_string() } else { "pause".to_owned() };
-    let (written, expected) = match (round.guest_running, round.expected_downtime) {
-        (true, Some(time)) => (grouped(round.dirty_after), milliseconds(time)),
-        (true, None) => (grouped(round.dirty_after), "unknown".to_owned()),
-        (false, _) => (String::new(), String::new()),
-    };
-    columns([
-        &number,
-        &grouped(round.dirty_pages),
-        &grouped(round.duplicate),
-        &bytes(round.bytes),
-        &milliseconds(round.time),
-        &format!("{}/s", decimal_bytes(rate)),
-        &written,
-        &expected,
-    ])
+impl Columns {
+    /// For rounds as `role` sees them, on a terminal of `width` columns.
+    pub fn new(role: Role, width: usize) -> Columns {
+        Columns { role, is_narrow: width < 80 }
+    }
+
+    /// The line above the rounds. `written`: pages written meanwhile, which `expected downtime` would take to send.
+    pub fn header(self) -> String {
+        match (self.role, self.is_narrow) {
+            (Role::Source, false) => {
+                aligned(&WIDE, &["round", "dirty", "zero", "sent", "time", "rate", "written", "expected downtime"])
+            }
+            (Role::Source, true) => aligned(&NARROW, &["round", "dirty", "sent", "time", "rate", "downtime"]),
+            (Role::Destination, _) => aligned(&WIDE, &["round", "pages", "zero", "received", "time", "rate"]),
+        }
+    }
+
+    /// One round that is over.
+    pub fn row(self, round: &Round) -> String {
+        let rate = if round.time > 0.0 { round.bytes as f64 / round.time * 1e3 } else { 0.0 };
+        let number = if round.guest_running { round.round.to_string() } else { "pause".to_owned() };
+        let (dirty, zero) = (grouped(round.dirty_pages), grouped(round.duplicate));
+        let (sent, time, rate) = (bytes(round.bytes), milliseconds(round.time), format!("{}/s", decimal_bytes(rate)));
+        let (written, expected) = match (round.dirty_after.filter(|_| round.guest_running), round.expected_downtime_us)
+        {
+            (Some(written), Some(time)) => (grouped(written), milliseconds(time as f64 / 1e3)),
+            (Some(written), None) => (grouped(written), "unknown".to_owned()),
+            (None, _) => (String::new(), String::new()),
+        };
+        match (self.role, self.is_narrow) {
+            (Role::Source, false) => {
+                aligned(&WIDE, &[&number, &dirty, &zero, &sent, &time, &rate, &written, &expected])
+            }
+            (Role::Source, true) => aligned(&NARROW, &[&number, &dirty, &sent, &time, &rate, &expected]),
+            (Role::Destination, _) => aligned(&WIDE, &[&number, &dirty, &zero, &sent, &time, &rate]),
+        }
+    }
 }
 
-fn columns(cells: [&str; 8]) -> String {
+/// `cells`, each of which ends where `ends` says.
+fn aligned(ends: &[usize], cells: &[&str]) -> String {
     let mut line = String::new();
-    for (cell, end) in cells.iter().zip(ENDS) {
+    for (cell, end) in cells.iter().zip(ends) {
         // A cell that is too wide takes the room of the next: figures never touch.
         let room = end.saturating_sub(line.len() + cell.len());
         let least = usize::from(!line.is_empty());
@@ -77,8 +100,21 @@ pub fn milliseconds(time: f64) -> String {
     if time < 1000.0 { format!("{time:.1} ms") } else { format!("{:.2} s", time / 1e3) }
 }
 
+/// A time that is only known roughly, e.g. `45 s`, `3m 20s`, `2h 05m`.
+pub fn rough_time(time: Duration) -> String {
+    let seconds = time.as_secs_f64().ceil() as u64;
+    match seconds {
+        0..100 => format!("{seconds} s"),
+        100..6000 => format!("{}m {:02}s", seconds / 60, seconds % 60),
+        6000..360_000 => format!("{}h {:02}m", seconds / 3600, seconds / 60 % 60),
+        _ => "days".to_owned(),
+    }
+}
+
 /// Where each column ends.
-const ENDS: [usize; 8] = [5, 15, 25, 35, 43, 53, 61, 79];
+const WIDE: [usize; 8] = [5, 15, 25, 35, 43, 53, 61, 79];
+/// On a terminal with less than 80 columns, down to 60.
+const NARROW: [usize; 6] = [5, 17, 28, 37, 48, 59];
 
 #[cfg(test)]
 mod tests {
@@ -102,15 +138,20 @@ mod tests {
             bytes: 287_000_000,
             time: 220.0,
             guest_running: true,
-            dirty_after: 1420,
-            expected_downtime: Some(4.2),
-            throttle: 0,
+            dirty_after: Some(1420),
+            expected_downtime: Some(4),
+            expected_downtime_us: Some(4200),
+            throttle: Some(0),
         };
-        assert_eq!(row(&round).len(), header().len());
-        assert_eq!(header().len(), 79, "a terminal with 80 columns must not wrap it");
-        assert!(row(&round).contains("1.3 GB/s"), "{}", row(&round));
+        for (width, header) in [(104, 79), (80, 79), (60, 59)] {
+            let columns = Columns::new(Role::Source, width);
+            assert_eq!(columns.row(&round).len(), columns.header().len());
+            assert_eq!(columns.header().len(), header, "a terminal with {width} columns must not wrap it");
+            assert!(columns.row(&round).contains("1.3 GB/s"), "{}", columns.row(&round));
+        }
         round.guest_running = false;
-        assert!(row(&round).starts_with("pause   131,584"), "{}", row(&round));
+        let row = Columns::new(Role::Source, 80).row(&round);
+        assert!(row.starts_with("pause   131,584"), "{row}");
     }
 
     #[test]
@@ -124,10 +165,28 @@ mod tests {
             bytes: (1 << 40) - 1,
             time: 99_999.0,
             guest_running: true,
-            dirty_after: 9_999_999,
-            expected_downtime: Some(999.9),
-            throttle: 0,
+            dirty_after: Some(9_999_999),
+            expected_downtime: Some(1000),
+            expected_downtime_us: Some(999_900),
+            throttle: Some(0),
         };
-        assert!(row(&round).len() < 80, "{}", row(&round));
+        for role in [Role::Source, Role::Destination] {
+            for width in [60, 80, 104] {
+                let row = Columns::new(role, width).row(&round);
+                assert!(row.len() < width, "{row}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_destination_has_no_columns_for_what_it_cannot_know() {
+        let header = Columns::new(Role::Destination, 80).header();
+        assert_eq!(header, "round     pages      zero  received    time      rate");
+    }
+
+    #[test]
+    fn a_rough_time_is_short() {
+        let texts = [0, 45, 100, 5999, 6000, 86_400, 1 << 40].map(|seconds| rough_time(Duration::from_secs(seconds)));
+        assert_eq!(texts, ["0 s", "45 s", "1m 40s", "99m 59s", "1h 40m", "24h 00m", "days"]);
     }
 }

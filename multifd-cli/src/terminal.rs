@@ -35,6 +35,12 @@ pub fn write(text: String) {
     let _ = queue.messages.send(Message::Text(text));
 }
 
+/// Columns of the terminal at stderr; 80 where there is none.
+pub fn width() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stderr());
+    size.map(|size| usize::from(size.ws_col)).ok().filter(|columns| *columns > 0).unwrap_or(80)
+}
+
 /// Waits until all that was said is written, or `limit` is over.
 pub fn flush(limit: Duration) {
     let Some(Some(queue)) = QUEUE.get() else { return };

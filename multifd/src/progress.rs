@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use multifd_proto::ChannelId;
@@ -54,9 +54,9 @@ impl Phase {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RoundStats {
-    /// Counted from 0, the round that sends every page.
+    /// Counted from 0, the round that sends every page; the same number on both sides.
     pub round: u64,
-    /// Pages that were dirty when it began.
+    /// Pages that were dirty when it began; at a destination, those that came.
     pub dirty_pages: u64,
     /// Pages sent with content.
     pub normal: u64,
@@ -64,7 +64,8 @@ pub struct RoundStats {
     pub zero: u64,
     /// Bytes on all connections, headers included.
     pub bytes: u64,
-    /// From its opening until every channel has sent its SYNC packet.
+    /// From its opening until every channel has sent its SYNC packet; at a destination, from its first byte until main and
+    /// every channel have passed its end.
     pub took: Duration,
     /// Whether the guest was running.
     pub guest_running: bool,
@@ -105,7 +106,7 @@ pub trait Observer {
     fn event(&mut self, event: &Event);
 }
 
-/// Looks away.
+/// Ignores all events.
 impl Observer for () {
     fn event(&mut self, _event: &Event) {}
 }
@@ -117,7 +118,14 @@ pub struct Progress {
 }
 
 struct Counters {
+    /// What the times below are counted from, in microseconds.
+    epoch: Instant,
     phase: AtomicU8,
+    /// When the phase was entered, and how long each took before.
+    phase_since: AtomicU64,
+    phase_took: [AtomicU64; PHASES.len()],
+    /// When the first byte of this round moved, plus one; 0 before.
+    round_first_byte: AtomicU64,
     round: AtomicU64,
     pages_total: AtomicU64,
     round_pages: AtomicU64,
@@ -169,7 +177,11 @@ impl Progress {
     pub(crate) fn new() -> Progress {
         Progress {
             counters: Arc::new(Counters {
+                epoch: Instant::now(),
                 phase: AtomicU8::new(u8::MAX),
+                phase_since: AtomicU64::new(0),
+                phase_took: [const { AtomicU64::new(0) }; PHASES.len()],
+                round_first_byte: AtomicU64::new(0),
                 round: AtomicU64::new(0),
                 pages_total: AtomicU64::new(0),
                 round_pages: AtomicU64::new(0),
@@ -207,8 +219,46 @@ impl Progress {
         self.counters.channel_bytes.iter().take(channels).map(|bytes| bytes.load(Relaxed)).collect()
     }
 
+    /// How long each phase took so far, the present one included; one that was entered twice has the sum. The last,
+    /// [`Phase::Done`], takes no time.
+    pub fn phase_times(&self) -> [(Phase, Duration); PHASES.len()] {
+        let counters = &*self.counters;
+        let current = usize::from(counters.phase.load(Relaxed));
+        let since = self.now().saturating_sub(counters.phase_since.load(Relaxed));
+        std::array::from_fn(|index| {
+            let phase = PHASES[index];
+            let now = if index == current && phase != Phase::Done { since } else { 0 };
+            (phase, Duration::from_micros(counters.phase_took[index].load(Relaxed) + now))
+        })
+    }
+
+    /// Called by one thread.
     pub(crate) fn set_phase(&self, phase: Phase) {
-        self.counters.phase.store(phase as u8, Relaxed);
+        let now = self.now();
+        let before = self.counters.phase.swap(phase as u8, Relaxed);
+        let since = self.counters.phase_since.swap(now, Relaxed);
+        if let Some(took) = self.counters.phase_took.get(usize::from(before)) {
+            took.fetch_add(now.saturating_sub(since), Relaxed);
+        }
+    }
+
+    /// How long ago the first byte of this round moved; zero where none has.
+    pub(crate) fn round_age(&self) -> Duration {
+        match self.counters.round_first_byte.load(Relaxed) {
+            0 => Duration::ZERO,
+            at => Duration::from_micros((self.now() + 1).saturating_sub(at)),
+        }
+    }
+
+    fn first_byte_of_round(&self) {
+        // Almost always set: one load for each packet.
+        if self.counters.round_first_byte.load(Relaxed) == 0 {
+            self.counters.round_first_byte.store(self.now() + 1, Relaxed);
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.counters.epoch.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
     pub(crate) fn set_pages_total(&self, pages: u64) {
@@ -219,6 +269,7 @@ impl Progress {
         self.counters.round.store(round, Relaxed);
         self.counters.round_pages.store(pages, Relaxed);
         self.counters.round_done.store(0, Relaxed);
+        self.counters.round_first_byte.store(0, Relaxed);
     }
 
     pub(crate) fn add_pages(&self, normal: u64, zero: u64) {
@@ -236,10 +287,12 @@ impl Progress {
     }
 
     pub(crate) fn add_main_bytes(&self, bytes: u64) {
+        self.first_byte_of_round();
         self.counters.main_bytes.fetch_add(bytes, Relaxed);
     }
 
     pub(crate) fn add_channel_bytes(&self, channel: ChannelId, bytes: u64) {
+        self.first_byte_of_round();
         self.counters.channel_bytes[channel.index()].fetch_add(bytes, Relaxed);
     }
 }
@@ -282,6 +335,36 @@ mod tests {
         }
         let numbers: Vec<_> = rounds.iter().map(|stats| stats.round).collect();
         assert_eq!(numbers, (0..500).chain(4500..5000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_time_of_each_phase_adds_up() {
+        let progress = Progress::new();
+        progress.set_phase(Phase::Connect);
+        std::thread::sleep(Duration::from_millis(2));
+        progress.set_phase(Phase::Setup);
+        progress.set_phase(Phase::Connect);
+        progress.set_phase(Phase::Done);
+        let times = progress.phase_times();
+        assert!(times[0].1 >= Duration::from_millis(2), "{times:?}");
+        assert_eq!(times, progress.phase_times(), "nothing grows once it is over");
+        let elapsed = Duration::from_micros(progress.now());
+        assert!(times.iter().map(|(_, time)| *time).sum::<Duration>() <= elapsed, "{times:?}");
+    }
+
+    #[test]
+    fn a_round_begins_with_its_first_byte() {
+        let progress = Progress::new();
+        progress.open_round(1, 0);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(progress.round_age(), Duration::ZERO);
+        progress.add_channel_bytes(ChannelId(0), 1);
+        let first = progress.counters.round_first_byte.load(Relaxed);
+        assert!(first > 2000, "{first}");
+        progress.add_main_bytes(1);
+        assert_eq!(progress.counters.round_first_byte.load(Relaxed), first);
+        progress.open_round(2, 0);
+        assert_eq!(progress.round_age(), Duration::ZERO);
     }
 
     #[test]

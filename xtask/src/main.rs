@@ -4,6 +4,7 @@ mod bench;
 #[cfg(test)]
 mod documents;
 mod fuzz;
+mod json;
 mod proof;
 mod sanitize;
 mod step;
@@ -21,6 +22,7 @@ const VERBS: &[Verb] = &[
     ("bench", "measures beside QEMU and writes docs/benchmarks.md; `--quick` keeps it small", bench::run),
     ("proof", "the checks of the round guarantee, at length; `--quick` is what `test` runs of it", proof::run),
     ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
+    ("json", "writes docs/json.md, the page about the reports, from the types that are printed", json::run),
     ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),
 ];
 

@@ -9,6 +9,7 @@ mod origin;
 mod output;
 mod postcopy;
 mod qemu;
+mod schema;
 mod serve;
 mod transfer;
 mod values;
@@ -23,6 +24,7 @@ pub use self::{
     origin::Origin,
     output::{OutputArgs, ProgressMode},
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
+    schema::SchemaArgs,
     serve::ServeArgs,
     transfer::{Compression, TransferArgs},
     values::uuid,
@@ -61,6 +63,8 @@ pub enum Verb {
     GiveBack(GiveBackArgs),
     /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
     Inspect(InspectArgs),
+    /// Print the JSON schema of the reports.
+    Schema(SchemaArgs),
 }
 
 impl Verb {
@@ -77,6 +81,7 @@ impl Verb {
             Verb::Convert(args) => &args.output,
             Verb::GiveBack(args) => &args.output,
             Verb::Inspect(args) => &args.output,
+            Verb::Schema(args) => &args.output,
         }
     }
 }
@@ -96,7 +101,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
         Verb::Convert(args) => args.check(),
-        Verb::GiveBack(_) | Verb::Inspect(_) => Ok(()),
+        Verb::GiveBack(_) | Verb::Inspect(_) | Verb::Schema(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

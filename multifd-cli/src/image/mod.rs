@@ -24,6 +24,7 @@ use multifd::{
 use crate::{
     args::OutputArgs,
     progress::{self, Display},
+    role::Role,
 };
 
 pub use self::{
@@ -151,7 +152,7 @@ impl Stream {
             doing: "preparing to read it",
             source,
         })?;
-        let mut display = Display::new(output, &destination.progress());
+        let mut display = Display::new(Role::Destination, output, &destination.progress());
         writer.receive(destination, Box::new(listener), &mut display)
     }
 }

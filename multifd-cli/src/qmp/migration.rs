@@ -5,16 +5,7 @@ use std::time::{Duration, Instant};
 use multifd::{progress::Progress, source, transport::uri::Uri};
 use serde_json::{Map, Value, json};
 
-use crate::report::MigrationReport;
-
-/// Which side this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The guest leaves.
-    Source,
-    /// It comes.
-    Destination,
-}
+use crate::{report::MigrationReport, role::Role};
 
 /// How a migration ended.
 #[derive(Clone, Debug)]
@@ -128,7 +119,7 @@ impl Migration {
             }
             Some((End::Completed(report), _)) => {
                 if let Some(time) = report.downtime {
-                    insert("downtime", (time.round() as u64).into());
+                    insert("downtime", time.into());
                 }
                 if report.cpu_throttle_percentage > 0 {
                     insert("cpu-throttle-percentage", report.cpu_throttle_percentage.into());

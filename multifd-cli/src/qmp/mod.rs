@@ -30,11 +30,8 @@ use multifd_qmp::{
 use serde_json::{Value, json};
 
 use self::migration::Migration;
-pub use self::{
-    migration::{End, Role},
-    settings::Settings,
-    watch::Watched,
-};
+pub use self::{migration::End, settings::Settings, watch::Watched};
+pub use crate::role::Role;
 use crate::{progress::lock, report::MigrationReport};
 
 /// What a client wants done.

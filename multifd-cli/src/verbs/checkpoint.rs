@@ -28,6 +28,7 @@ use crate::{
     monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, Refusal, Wanted},
     progress::Display,
     report::{MigrationReport, Outcome, fields},
+    role::Role,
     rounds::Rounds,
     table, terminal,
 };
@@ -160,7 +161,7 @@ impl Migration<'_> {
         let uri = listener.uri().to_string();
         let destination = Destination::new(receive::options(&self.args.as_receive()));
         let (stop, progress) = (destination.stop_handle(), destination.progress());
-        let mut display = Display::new(&self.args.output, &progress);
+        let mut display = Display::new(Role::Destination, &self.args.output, &progress);
         let (ended, end) = mpsc::channel();
         let body = move |writer: &mut Writer| {
             let result = writer.receive(destination, Box::new(listener), &mut display);
@@ -352,6 +353,7 @@ impl Migration<'_> {
             for name in ["downtime", "setup-time"] {
                 if let Some(value) = answer.get(name) {
                     outcome.report.insert(name.to_owned(), value.clone());
+                    outcome.report.remove(&format!("{name}-us"));
                 }
             }
         }
@@ -380,7 +382,7 @@ impl Migration<'_> {
 
     fn partial(&self, ends: &Ends, progress: &Progress, begun: Instant) -> Map<String, Value> {
         let rounds = &ends.received.rounds;
-        fields(&MigrationReport::partial(progress, rounds, checkpoint::PAGE_SIZE, begun.elapsed()))
+        fields(&MigrationReport::partial(Role::Destination, progress, rounds, checkpoint::PAGE_SIZE, begun.elapsed()))
     }
 
     /// Waits up to `patience` until the guest runs by itself, then has QEMU resume it.

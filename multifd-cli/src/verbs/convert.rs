@@ -22,7 +22,7 @@ use crate::{
     exit::Exit,
     image::{Content, DomainXml, Image, Stop, Stream},
     printable,
-    report::{Outcome, millis},
+    report::{Outcome, whole_millis},
     signals, table, terminal,
 };
 
@@ -109,7 +109,7 @@ fn convert(args: &ConvertArgs) -> Result<Outcome, Failure> {
         }
     }
     report.insert("ram-blocks".to_owned(), describe::blocks_json(&blocks));
-    report.insert("total-time".to_owned(), json!(millis(begun.elapsed())));
+    report.insert("total-time".to_owned(), json!(whole_millis(begun.elapsed())));
     let text = format!(
         "converted {} ({}) to {} ({}), {}, machine {}\n{}",
         args.input.display(),

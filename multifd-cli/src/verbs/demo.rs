@@ -12,6 +12,7 @@ use std::{
 
 use multifd_guest::pace::Rate;
 use multifd_qmp::Client;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -22,8 +23,10 @@ use crate::{
     exit::Exit,
     monitor, progress,
     report::{Audit, MigrationReport, Outcome, fields},
+    role::Role,
     signals::{self, Hangup},
-    table, units,
+    table::{self, Columns},
+    units,
 };
 
 /// Migrates a guest between two processes.
@@ -68,9 +71,9 @@ struct Demo<'a> {
 }
 
 /// The verdict.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-struct Verified {
+pub struct Verified {
     /// Pages of which both sides took digests while the guest was paused.
     pages_compared: u64,
     /// Pages with wrong contents, then or at the end.
@@ -363,23 +366,24 @@ impl<'a> Demo<'a> {
             String::new(),
         ];
         if !progress::reader_saw_rounds(&self.args.output) {
-            lines.push(table::header());
-            lines.extend(migration.rounds.iter().map(table::row));
+            let columns = Columns::new(Role::Source, 80);
+            lines.push(columns.header());
+            lines.extend(migration.rounds.iter().map(|round| columns.row(round)));
             lines.push(String::new());
         }
         lines.push(format!(
             "total       {}, {} sent at {}/s; {} pages were never touched and not sent",
-            table::milliseconds(migration.total_time),
+            table::milliseconds(migration.total_time_us as f64 / 1e3),
             table::bytes(ram.transferred),
             table::decimal_bytes(ram.mbps * 1e6 / 8.0),
             table::grouped(ram.skipped),
         ));
         lines.extend(migration.auto_compression.iter().map(|channel| format!("{:<12}{}", "", channel.text())));
         lines.extend(migration.zero_copy.as_ref().map(|zero_copy| format!("zero-copy   {}", zero_copy.text())));
-        if let (Some(downtime), Some(parts)) = (migration.downtime, migration.downtime_parts) {
+        if let (Some(downtime), Some(parts)) = (migration.downtime_us, migration.downtime_parts) {
             lines.push(format!(
                 "downtime    {} = pause {:.1} + dirty log {:.1} + last round {:.1} + devices {:.1} + confirmation {:.1}",
-                table::milliseconds(downtime),
+                table::milliseconds(downtime as f64 / 1e3),
                 parts.pause,
                 parts.drain,
                 parts.last_round,

@@ -22,6 +22,7 @@ use multifd_guest::{
     guest::{Guest, Monitor, Status},
     pattern::CheckReport,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -119,7 +120,7 @@ enum State {
 }
 
 /// What the guest found out about itself while it was here.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Account {
     /// Passes over its memory when it came, or when the last attempt to migrate it ended.
@@ -135,7 +136,7 @@ pub struct Account {
 }
 
 /// The comparison with the source's digests.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Compared {
     /// All pages of all blocks.
@@ -313,7 +314,7 @@ impl<'a> Session<'a> {
         self.stop = Some(destination.stop_handle());
         self.qmp.begin(Role::Destination, destination.progress(), None, Some(listener.uri().clone()));
         let qmp = self.qmp.clone();
-        let mut display = Display::new(&self.args.output, &destination.progress());
+        let mut display = Display::new(Role::Destination, &self.args.output, &destination.progress());
         self.spawn(move |guest| {
             let (progress, begun) = (destination.progress(), Instant::now());
             let watched = &mut Watched::new(&mut display, qmp, Role::Destination);
@@ -322,7 +323,13 @@ impl<'a> Session<'a> {
             match result {
                 Ok(report) => Ok(MigrationReport::received(&report, page_size, guest.verify_time())),
                 Err(error) => {
-                    let partial = MigrationReport::partial(&progress, &display.rounds(), page_size, begun.elapsed());
+                    let partial = MigrationReport::partial(
+                        Role::Destination,
+                        &progress,
+                        &display.rounds(),
+                        page_size,
+                        begun.elapsed(),
+                    );
                     Err(Failed::new(&error, &partial))
                 }
             }
@@ -332,12 +339,12 @@ impl<'a> Session<'a> {
 
     /// Begins to migrate the guest to `uri`.
     fn send(&mut self, uri: Uri, options: source::Options) {
-        let source = Source::new(options);
+        let source = Source::new(options.clone());
         self.stop = Some(source.stop_handle());
         self.state = State::Outgoing;
         self.qmp.begin(Role::Source, source.progress(), Some(source.handle()), None);
         let qmp = self.qmp.clone();
-        let mut display = Display::new(&self.args.output, &source.progress());
+        let mut display = Display::of_source(&self.args.output, source.handle(), &options);
         let limit = self.args.transfer.connect_timeout;
         self.spawn(move |guest| {
             let (progress, begun) = (source.progress(), Instant::now());
@@ -349,8 +356,14 @@ impl<'a> Session<'a> {
             match result {
                 Ok(report) => Ok(MigrationReport::sent(&report, guest.verify_time())),
                 Err(error) => {
-                    let partial = MigrationReport::partial(&progress, &display.rounds(), page_size, begun.elapsed());
-                    Err(Failed::new(&error, &partial))
+                    let rounds = display.rounds();
+                    let partial =
+                        MigrationReport::partial(Role::Source, &progress, &rounds, page_size, begun.elapsed());
+                    let mut failed = Failed::new(&error, &partial);
+                    if let (Error::DoesNotConverge { .. }, Some(lack)) = (&error, display.lack()) {
+                        failed.message = format!("{}: it {lack}", failed.message);
+                    }
+                    Err(failed)
                 }
             }
         });

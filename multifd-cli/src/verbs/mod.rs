@@ -9,9 +9,15 @@ mod inspect;
 mod postcopy;
 mod receive;
 mod restore;
+mod schema;
 mod send;
 mod serve;
 
+pub use self::{
+    demo::Verified,
+    guest::{Account, Compared},
+    postcopy::PostcopyReport,
+};
 use crate::{args::Verb, exit::Exit};
 
 /// Does what `verb` says, and prints its report. `for_parent`: another process reports what went wrong.
@@ -27,6 +33,7 @@ pub fn run(verb: &Verb, for_parent: bool) -> Exit {
         Verb::GiveBack(args) => give_back::run(args),
         Verb::Inspect(args) => inspect::run(args),
         Verb::Receive(args) => receive::run(args),
+        Verb::Schema(args) => schema::run(args),
         Verb::Send(args) => send::run(args),
     };
     outcome.print(verb.output(), for_parent)

@@ -57,7 +57,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let commands = Steered { verb: "receives", stop: destination.stop_handle() };
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::InMigrate, Settings::default(), false, commands)?;
     qmp.begin(Role::Destination, progress.clone(), None, args.from.address().cloned());
-    let mut display = Display::new(&args.output, &progress);
+    let mut display = Display::new(Role::Destination, &args.output, &progress);
     let begun = Instant::now();
     let watched = &mut Watched::new(&mut display, qmp.clone(), Role::Destination);
     let received = writer.receive(destination, listener, watched);
@@ -69,7 +69,8 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
             Ok(described(args, &report, &|| interrupted.load(Ordering::Relaxed)))
         }
         Err(error) => {
-            let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
+            let partial =
+                MigrationReport::partial(Role::Destination, &progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             qmp.finish(&partial, Some(&error));
             let mut outcome = Outcome::migration_failed(&error, fields(&partial));
             if let Error::AfterRun { blocks, .. } = &error {
@@ -192,7 +193,7 @@ fn mode(mode: Mode) -> (&'static str, &'static str) {
 
 fn summary(migration: &MigrationReport, received: &destination::Report, path: &Path) -> String {
     let ram = &migration.ram;
-    let seconds = migration.total_time / 1e3;
+    let seconds = migration.total_time_us as f64 / 1e6;
     let rate = if seconds > 0.0 { ram.transferred as f64 / seconds } else { 0.0 };
     format!(
         "received {}{} into {}\n  {} of {} in {} ({}/s), {}\n",
@@ -201,7 +202,7 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
         path.display(),
         table::bytes(ram.transferred),
         table::bytes(ram.total),
-        table::milliseconds(migration.total_time),
+        table::milliseconds(migration.total_time_us as f64 / 1e3),
         table::decimal_bytes(rate),
         match migration.channels {
             0 => "without channels".to_owned(),

@@ -126,7 +126,7 @@ pub(super) fn send(
     qmp.begin(Role::Source, source.progress(), Some(source.handle()), None);
     let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout)?;
     let progress = source.progress();
-    let mut display = Display::new(&args.output, &progress);
+    let mut display = Display::of_source(&args.output, source.handle(), &options);
     let begun = Instant::now();
     let impatience = advice::Impatience::watch(checkpoint, &options, &progress);
     let sent = source.run(&mut vm, &connector, &mut Watched::new(&mut display, qmp.clone(), Role::Source));
@@ -136,7 +136,8 @@ pub(super) fn send(
     let (migration, error) = match &sent {
         Ok(report) => (MigrationReport::sent(report, Duration::ZERO), None),
         Err(error) => {
-            let partial = MigrationReport::partial(&progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
+            let partial =
+                MigrationReport::partial(Role::Source, &progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             (partial, Some(error))
         }
     };
@@ -158,7 +159,7 @@ pub(super) fn send(
 
 fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport) -> String {
     let ram = &migration.ram;
-    let rate = if migration.total_time > 0.0 { ram.transferred as f64 / migration.total_time * 1e3 } else { 0.0 };
+    let rate = ram.transferred as f64 / (migration.total_time_us.max(1) as f64 / 1e6);
     let compression: Vec<String> =
         migration.auto_compression.iter().map(|channel| format!("  {}\n", channel.text())).collect();
     let zero_copy = migration.zero_copy.as_ref().map(|zero_copy| format!("  zero-copy: {}\n", zero_copy.text()));
@@ -169,7 +170,7 @@ fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport
         args.uri,
         table::bytes(ram.transferred),
         table::bytes(ram.total),
-        table::milliseconds(migration.total_time),
+        table::milliseconds(migration.total_time_us as f64 / 1e3),
         table::decimal_bytes(rate),
         describe::counted(migration.channels, "channel"),
         migration.dialect.as_deref().unwrap_or("unknown"),

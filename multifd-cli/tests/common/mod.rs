@@ -6,6 +6,7 @@ pub mod captures;
 pub mod client;
 pub mod hosts;
 pub mod proxy;
+pub mod schema;
 pub mod user;
 
 use std::{
@@ -42,6 +43,7 @@ pub fn json(stdout: &[u8]) -> Value {
     let text = std::str::from_utf8(stdout).unwrap();
     let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
     assert!(value.is_object(), "{text}");
+    schema::check(&value);
     value
 }
 

@@ -154,7 +154,8 @@ fn the_numbers_of_packets_prove_the_channels_of_a_guest_that_writes_without_paus
             assert_eq!(received["channels"], channels, "{received}");
             assert_same_memory(&mut source, &received);
             let rounds = received["ram"]["dirty-sync-count"].as_u64().unwrap_or_default();
-            assert!(rounds >= 3, "{received}");
+            // The set-up is none.
+            assert!(rounds >= 2, "{received}");
             rounds
         });
         let with = if postcopy { ", postcopy-ram" } else { "" };

@@ -142,6 +142,8 @@ struct Run {
     paused: bool,
     /// Sync points that main has passed.
     rounds: u64,
+    /// When the guest was known to be paused at the source.
+    paused_at: Option<Duration>,
     /// Whether main has said whose migration it is.
     identified: bool,
     /// Whether all channels are here, and known to be all.
@@ -153,7 +155,6 @@ struct Run {
     sink: Option<Arc<dyn PageSink>>,
     audit: Option<Arc<Audit>>,
     begun: Duration,
-    round_begun: Duration,
     round_totals: (u64, u64, u64),
 }
 
@@ -185,6 +186,7 @@ impl Run {
             phase: None,
             paused: false,
             rounds: 0,
+            paused_at: None,
             identified: false,
             complete: false,
             named: None,
@@ -192,7 +194,6 @@ impl Run {
             sink: None,
             audit: None,
             begun,
-            round_begun: begun,
             round_totals: (0, 0, 0),
         })
     }
@@ -222,8 +223,24 @@ impl Run {
     fn enter(&mut self, phase: Phase, observer: &mut dyn Observer) {
         tracing::debug!(phase = phase.name(), "enters");
         self.phase = Some(phase);
+        self.note_times(phase);
         self.shared.progress.set_phase(phase);
         observer.event(&Event::Phase(phase));
+    }
+
+    fn note_times(&mut self, phase: Phase) {
+        let now = self.shared.options.clock.now();
+        match phase {
+            Phase::Rounds | Phase::Switchover if self.report.setup.is_zero() => self.report.setup = now - self.begun,
+            _ => {}
+        }
+        match phase {
+            Phase::Switchover => self.paused_at = self.paused_at.or(Some(now)),
+            Phase::Done if self.report.mode != Mode::Snapshot => {
+                self.report.downtime = self.paused_at.map(|paused| now - paused);
+            }
+            _ => {}
+        }
     }
 
     /// Waits until a connection says that it is main.

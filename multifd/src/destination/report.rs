@@ -26,6 +26,11 @@ pub enum Mode {
 pub struct Report {
     /// From the first byte of main until the VM ran.
     pub total: Duration,
+    /// From the first byte of main until the first round began.
+    pub setup: Duration,
+    /// From the source's word that its guest is paused until the VM ran; `None` for a background snapshot, whose guest
+    /// runs on.
+    pub downtime: Option<Duration>,
     /// How the state came.
     pub mode: Mode,
     /// The source's machine type.
@@ -40,8 +45,13 @@ pub struct Report {
     pub compression: Option<Compression>,
     /// Where rounds ended on main.
     pub dialect: Option<Dialect>,
-    /// What came between two sync points: rounds in the per-round dialect, sections in the other. The first has no pages.
+    /// What came between two sync points after the set-up, the first and the last 500: rounds in the per-round dialect,
+    /// with the source's numbers, sections in the other.
     pub rounds: Vec<RoundStats>,
+    /// How many there were.
+    pub rounds_total: u64,
+    /// How long all of them took together.
+    pub rounds_took: Duration,
     /// Pages received with content.
     pub normal: u64,
     /// Pages received as zeros.

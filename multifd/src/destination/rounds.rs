@@ -7,7 +7,7 @@ use multifd_proto::rounds::Party;
 use super::Run;
 use crate::{
     error::Error,
-    progress::{Event, Observer, RoundStats},
+    progress::{Event, Observer, Phase, RoundStats},
     round::{
         barrier::{Passed, Patience},
         trace::Step,
@@ -58,26 +58,31 @@ impl Run {
     }
 
     fn count_round(&mut self, observer: &mut dyn Observer) {
-        let now = self.shared.options.clock.now();
         let snapshot = self.shared.progress.snapshot();
         let (normal, zero, bytes) = self.round_totals;
         self.round_totals = (snapshot.normal, snapshot.zero, snapshot.bytes());
+        self.rounds += 1;
+        if self.phase < Some(Phase::Rounds) {
+            // The set-up ends with a sync point, and has no pages.
+            self.shared.progress.open_round(0, 0);
+            return;
+        }
         let stats = RoundStats {
-            round: self.rounds,
+            round: self.report.rounds_total,
             dirty_pages: snapshot.normal + snapshot.zero - normal - zero,
             normal: snapshot.normal - normal,
             zero: snapshot.zero - zero,
             bytes: snapshot.bytes() - bytes,
-            took: now - self.round_begun,
+            took: self.shared.progress.round_age(),
             guest_running: !self.paused,
             dirty_after: 0,
             expected_downtime: Duration::ZERO,
             throttle: 0,
         };
-        self.round_begun = now;
         self.shared.progress.open_round(stats.round + 1, 0);
         observer.event(&Event::Round(stats.clone()));
-        self.rounds += 1;
+        self.report.rounds_total += 1;
+        self.report.rounds_took += stats.took;
         stats.keep_in(&mut self.report.rounds);
     }
 }

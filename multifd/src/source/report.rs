@@ -21,8 +21,12 @@ pub struct Report {
     pub setup: Duration,
     /// How long the guest was paused, and why.
     pub downtime: Downtime,
-    /// All rounds, the last one with the guest paused.
+    /// The first and the last 500 rounds; the very last one with the guest paused.
     pub rounds: Vec<RoundStats>,
+    /// How many rounds there were.
+    pub rounds_total: u64,
+    /// How long all of them took together.
+    pub rounds_took: Duration,
     /// Pages sent with content.
     pub normal: u64,
     /// Pages sent as zeros.
@@ -102,6 +106,8 @@ impl Report {
             setup: Duration::ZERO,
             downtime: Downtime::default(),
             rounds: Vec::new(),
+            rounds_total: 0,
+            rounds_took: Duration::ZERO,
             normal: 0,
             zero: 0,
             skipped: 0,

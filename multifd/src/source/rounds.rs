@@ -147,6 +147,8 @@ impl Run {
         stats.bytes = now.bytes() - stats.bytes;
         tracing::debug!(?stats, "round");
         self.rounds += 1;
+        self.report.rounds_total += 1;
+        self.report.rounds_took += stats.took;
         stats.keep_in(&mut self.report.rounds);
     }
 }

@@ -26,6 +26,7 @@ use crate::{
     printable,
     progress::Display,
     report::{MigrationReport, Outcome, fields},
+    role::Role,
     rounds::Rounds,
     signals,
     units::Limit,
@@ -98,7 +99,7 @@ struct Sending<'a> {
 
 impl Sending<'_> {
     fn run(mut self) -> Outcome {
-        let display = Display::new(&self.args.output, &self.source.progress());
+        let display = Display::new(Role::Source, &self.args.output, &self.source.progress());
         let sent = match self.args.postcopy.recover {
             true => self.recover(self.args.transfer.connect_timeout),
             false => self.hand_over(),
@@ -199,11 +200,14 @@ impl Sending<'_> {
 /// The JSON report of what `source` has sent of `checkpoint`, which took `elapsed`.
 pub fn report_of(source: &Source, checkpoint: &Checkpoint, elapsed: Duration) -> Map<String, Value> {
     let (figures, progress) = (source.report(), source.progress());
-    let migration = MigrationReport::partial(&progress, &Rounds::default(), checkpoint::PAGE_SIZE, elapsed);
+    let migration = MigrationReport::partial(Role::Source, &progress, &Rounds::default(), checkpoint::PAGE_SIZE, elapsed);
     let mut report = fields(&migration);
     if let Some(Value::Object(ram)) = report.get_mut("ram") {
         ram.insert("remaining".to_owned(), (figures.left * figures.page_size as u64).into());
         ram.insert("postcopy-requests".to_owned(), figures.requests.into());
+        let transferred = ram.get("transferred").cloned().unwrap_or_default();
+        ram.insert("postcopy-bytes".to_owned(), transferred);
+        ram.insert("precopy-bytes".to_owned(), 0.into());
     }
     report.insert("machine".to_owned(), checkpoint.machine().into());
     report.insert("postcopy".to_owned(), fields(&PostcopyReport::from(&figures)).into());

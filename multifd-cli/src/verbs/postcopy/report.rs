@@ -1,12 +1,13 @@
 //! What is reported of a postcopy.
 
 use multifd::postcopy::Report;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{report::millis, table};
 
 /// `postcopy` of the report.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PostcopyReport {
     /// From the first connect until RUN was written, in milliseconds; not of a process that only recovers.
@@ -32,7 +33,7 @@ pub struct PostcopyReport {
 }
 
 /// How long requests waited, in microseconds, to a sixteenth.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub struct LatencyReport {
     /// Half of them no longer.
     pub p50: u64,
