@@ -177,7 +177,7 @@ mod tests {
             for part in ["99 %", "1024.0 TiB", "999.9 MB/s", "ETA 1h 40m"] {
                 assert!(line.message.contains(part), "{width}: {line:?}");
             }
-            assert_eq!(line.message.contains("downtime 100.00 s"), width == 104, "{line:?}");
+            assert_eq!(line.message.contains("downtime 100.00 s"), width >= 80, "{line:?}");
         }
     }
 

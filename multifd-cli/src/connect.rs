@@ -40,6 +40,17 @@ impl PatientConnector {
     }
 }
 
+impl PatientConnector {
+    /// Whether `error` is what a destination that does not listen yet looks like. A unix socket that is not there is made by it.
+    fn may_come(&self, error: &io::Error) -> bool {
+        match (error.kind(), &self.uri) {
+            (io::ErrorKind::ConnectionRefused, _) => true,
+            (io::ErrorKind::NotFound, Uri::Unix(path)) => path.parent().is_some_and(|parent| parent.is_dir()),
+            _ => false,
+        }
+    }
+}
+
 impl PatientPending {
     fn attempt(&self, deadline: Option<Instant>) -> io::Result<Box<dyn Stream>> {
         let pending = self.connector.connector.dial()?;
@@ -75,7 +86,7 @@ impl Pending for PatientPending {
                 }
                 Err(error) => error,
             };
-            let refused = error.kind() == io::ErrorKind::ConnectionRefused && !self.connector.is_connected.load(SeqCst);
+            let refused = self.connector.may_come(&error) && !self.connector.is_connected.load(SeqCst);
             let over = deadline.is_some_and(|deadline| Instant::now() + PAUSE > deadline);
             if over && (refused || error.kind() == io::ErrorKind::TimedOut) {
                 let message = format!("{error}; tried for {:.1} s (--connect-timeout)", begun.elapsed().as_secs_f64());
@@ -177,6 +188,29 @@ mod tests {
             });
             PatientConnector::new(&uri, Limit(Some(Duration::from_secs(50)))).unwrap().connect().unwrap();
             listener.join().unwrap();
+        });
+    }
+
+    /// A missing socket ended the migration at once, where a port that nothing listened at was waited for.
+    #[test]
+    fn a_unix_socket_that_is_made_late_is_waited_for() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let dir = test_support::TempDir::new().unwrap();
+            let path = dir.join("late");
+            let listener = thread::spawn({
+                let path = path.clone();
+                move || {
+                    thread::sleep(3 * PAUSE);
+                    std::os::unix::net::UnixListener::bind(path).unwrap().accept().unwrap()
+                }
+            });
+            let limit = Limit(Some(Duration::from_secs(50)));
+            PatientConnector::new(&Uri::Unix(path), limit).unwrap().connect().unwrap();
+            listener.join().unwrap();
+            // In a directory that is not there, no socket comes.
+            let uri = Uri::Unix(dir.join("nonesuch/socket"));
+            let error = PatientConnector::new(&uri, limit).unwrap().connect().err().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::NotFound);
         });
     }
 

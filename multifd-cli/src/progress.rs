@@ -18,6 +18,7 @@ use multifd::{
 use crate::{
     args::{OutputArgs, ProgressMode},
     bar::{View, whole_of},
+    current,
     forecast::{self, Forecast, Lack},
     report::Round,
     role::Role,
@@ -66,6 +67,7 @@ struct Ahead {
 impl Display {
     /// Shows the migration that `progress` counts and `role` makes.
     pub fn new(role: Role, output: &OutputArgs, progress: &Progress) -> Display {
+        current::begin(role, progress);
         let style = Style::of(output, io::stderr().is_terminal());
         let shared: Arc<Mutex<Shown>> = Arc::default();
         let ticker = (style == Style::Bar).then(|| draw(progress.clone(), shared.clone())).flatten();
@@ -145,6 +147,7 @@ impl Ahead {
 
 impl Drop for Display {
     fn drop(&mut self) {
+        current::end();
         if let Some((end, ended)) = self.ticker.take() {
             drop(end);
             // A terminal that takes nothing must not delay the end of the migration.
@@ -288,10 +291,12 @@ const LAST_DRAWING: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::LogFormat;
 
     #[test]
     fn nothing_is_shown_elsewhere_than_on_a_terminal_unless_asked_for() {
-        let output = |progress, quiet| OutputArgs { json: false, verbose: 0, quiet, progress };
+        let output =
+            |progress, quiet| OutputArgs { json: false, verbose: 0, quiet, progress, log_format: LogFormat::Text };
         assert_eq!(Style::of(&output(ProgressMode::Auto, false), true), Style::Bar);
         assert_eq!(Style::of(&output(ProgressMode::Auto, true), true), Style::Nothing);
         assert_eq!(Style::of(&output(ProgressMode::Auto, false), false), Style::Nothing);

@@ -8,3 +8,13 @@ pub enum Role {
     /// The guest comes.
     Destination,
 }
+
+impl Role {
+    /// The word for it in metrics, the log and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Source => "source",
+            Role::Destination => "destination",
+        }
+    }
+}

@@ -101,7 +101,7 @@ fn the_guest_stays_at_the_source_when_the_destination_gets_no_threads() {
                 let tasks = fs::read_dir(format!("/proc/{}/task", destination.pid().as_raw_nonzero())).unwrap();
                 let mut names =
                     tasks.flatten().map(|task| fs::read_to_string(task.path().join("comm")).unwrap_or_default());
-                names.any(|name| name.trim_end() == "mfd accept")
+                names.any(|name| name.trim_end() == "multifd-accept")
             };
             while !accepts() {
                 assert!(Instant::now() < deadline, "{}", client.status());

@@ -67,6 +67,8 @@ pub struct RoundStats {
     /// From its opening until every channel has sent its SYNC packet; at a destination, from its first byte until main and
     /// every channel have passed its end.
     pub took: Duration,
+    /// The part of it for which the first channel that was done waited for the last.
+    pub barrier: Duration,
     /// Whether the guest was running.
     pub guest_running: bool,
     /// Pages written meanwhile, which the next round has to send; 0 for the last.
@@ -126,6 +128,8 @@ struct Counters {
     phase_took: [AtomicU64; PHASES.len()],
     /// When the first byte of this round moved, plus one; 0 before.
     round_first_byte: AtomicU64,
+    /// The same of the first channel that came to its end.
+    round_first_end: AtomicU64,
     round: AtomicU64,
     pages_total: AtomicU64,
     round_pages: AtomicU64,
@@ -182,6 +186,7 @@ impl Progress {
                 phase_since: AtomicU64::new(0),
                 phase_took: [const { AtomicU64::new(0) }; PHASES.len()],
                 round_first_byte: AtomicU64::new(0),
+                round_first_end: AtomicU64::new(0),
                 round: AtomicU64::new(0),
                 pages_total: AtomicU64::new(0),
                 round_pages: AtomicU64::new(0),
@@ -244,7 +249,23 @@ impl Progress {
 
     /// How long ago the first byte of this round moved; zero where none has.
     pub(crate) fn round_age(&self) -> Duration {
-        match self.counters.round_first_byte.load(Relaxed) {
+        self.age(&self.counters.round_first_byte)
+    }
+
+    /// How long ago the first channel came to the end of this round; zero where none has.
+    pub(crate) fn barrier_age(&self) -> Duration {
+        self.age(&self.counters.round_first_end)
+    }
+
+    /// A channel has come to the end of this round.
+    pub(crate) fn channel_ends_round(&self) {
+        if self.counters.round_first_end.load(Relaxed) == 0 {
+            self.counters.round_first_end.store(self.now() + 1, Relaxed);
+        }
+    }
+
+    fn age(&self, at: &AtomicU64) -> Duration {
+        match at.load(Relaxed) {
             0 => Duration::ZERO,
             at => Duration::from_micros((self.now() + 1).saturating_sub(at)),
         }
@@ -270,6 +291,12 @@ impl Progress {
         self.counters.round_pages.store(pages, Relaxed);
         self.counters.round_done.store(0, Relaxed);
         self.counters.round_first_byte.store(0, Relaxed);
+        self.counters.round_first_end.store(0, Relaxed);
+    }
+
+    /// All channels wait for the section that comes.
+    pub(crate) fn open_section(&self) {
+        self.counters.round_first_end.store(0, Relaxed);
     }
 
     pub(crate) fn add_pages(&self, normal: u64, zero: u64) {
@@ -326,6 +353,7 @@ mod tests {
                 zero: 0,
                 bytes: 0,
                 took: Duration::ZERO,
+                barrier: Duration::ZERO,
                 guest_running: true,
                 dirty_after: 0,
                 expected_downtime: Duration::ZERO,
@@ -363,8 +391,12 @@ mod tests {
         assert!(first > 2000, "{first}");
         progress.add_main_bytes(1);
         assert_eq!(progress.counters.round_first_byte.load(Relaxed), first);
+        progress.channel_ends_round();
+        let end = progress.counters.round_first_end.load(Relaxed);
+        progress.channel_ends_round();
+        assert_eq!(progress.counters.round_first_end.load(Relaxed), end);
         progress.open_round(2, 0);
-        assert_eq!(progress.round_age(), Duration::ZERO);
+        assert_eq!((progress.round_age(), progress.barrier_age()), (Duration::ZERO, Duration::ZERO));
     }
 
     #[test]

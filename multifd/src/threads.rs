@@ -86,17 +86,29 @@ pub enum ThreadRole {
 }
 
 impl ThreadRole {
-    /// A name for the thread, as it appears in a debugger or in `top -H`: at most 15 bytes, the kernel's limit.
+    /// A name for the thread, as it appears in a debugger or in `top -H`: at most 15 bytes, the kernel's limit. A connection
+    /// of a destination that turns out to be a channel takes the name that the channel has at the source, `multifd-ch3`.
     pub fn name(self) -> String {
         match self {
-            ThreadRole::SendChannel(id) => format!("mfd send {id}"),
-            ThreadRole::ReturnPath => "mfd return path".to_owned(),
-            ThreadRole::Urgent => "mfd urgent".to_owned(),
-            ThreadRole::Watchdog => "mfd watchdog".to_owned(),
-            ThreadRole::Accept => "mfd accept".to_owned(),
-            ThreadRole::Connection(index) => format!("mfd conn {}", index % 1_000_000),
+            ThreadRole::SendChannel(id) => format!("multifd-ch{id}"),
+            ThreadRole::ReturnPath => "multifd-return".to_owned(),
+            ThreadRole::Urgent => "multifd-urgent".to_owned(),
+            ThreadRole::Watchdog => "multifd-watch".to_owned(),
+            ThreadRole::Accept => "multifd-accept".to_owned(),
+            ThreadRole::Connection(index) => format!("multifd-conn{}", index % 1000),
         }
     }
+}
+
+/// Gives this thread, which serves a connection, the name of the channel that the connection turned out to be.
+pub(crate) fn is_channel(id: ChannelId) {
+    #[cfg(not(any(loom, shuttle)))]
+    if let Ok(name) = std::ffi::CString::new(ThreadRole::SendChannel(id).name()) {
+        // For display only.
+        let _ = rustix::thread::set_name(&name);
+    }
+    #[cfg(any(loom, shuttle))]
+    let _ = id;
 }
 
 impl fmt::Display for ThreadRole {
@@ -345,7 +357,7 @@ mod tests {
     fn a_thread_has_the_name_of_its_role() {
         let name = || std::thread::current().name().map(str::to_owned);
         let task = Task::spawn(&StdThreads, ThreadRole::Accept, &StopHandle::new(), name).unwrap();
-        assert_eq!(task.join().unwrap().as_deref(), Some("mfd accept"));
+        assert_eq!(task.join().unwrap().as_deref(), Some("multifd-accept"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod convert;
 mod give_back;
 mod link;
 mod machine;
+mod observe;
 mod origin;
 mod output;
 mod postcopy;
@@ -21,8 +22,9 @@ pub use self::{
     convert::{ConvertArgs, OutputFormat},
     give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
+    observe::ObserveArgs,
     origin::Origin,
-    output::{OutputArgs, ProgressMode},
+    output::{LogFormat, OutputArgs, ProgressMode},
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     schema::SchemaArgs,
     serve::ServeArgs,
@@ -82,6 +84,34 @@ impl Verb {
             Verb::GiveBack(args) => &args.output,
             Verb::Inspect(args) => &args.output,
             Verb::Schema(args) => &args.output,
+        }
+    }
+}
+
+impl Verb {
+    /// The name of a verb that migrates.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Verb::Demo(_) => "demo",
+            Verb::Guest(_) => "guest",
+            Verb::Receive(_) => "receive",
+            Verb::Send(_) => "send",
+            Verb::Checkpoint(_) => "checkpoint",
+            Verb::Restore(_) => "restore",
+            _ => "",
+        }
+    }
+
+    /// What looks at the migration from the side, of verbs that migrate.
+    pub fn observe(&self) -> Option<&ObserveArgs> {
+        match self {
+            Verb::Demo(args) => Some(&args.observe),
+            Verb::Guest(args) => Some(&args.observe),
+            Verb::Receive(args) => Some(&args.observe),
+            Verb::Send(args) => Some(&args.observe),
+            Verb::Checkpoint(args) => Some(&args.observe),
+            Verb::Restore(args) => Some(&args.observe),
+            _ => None,
         }
     }
 }

@@ -20,16 +20,33 @@ pub struct OutputArgs {
     /// Show progress: on a terminal, always (a line per round elsewhere), or never.
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto, value_name = "WHEN")]
     pub progress: ProgressMode,
+    /// How the log is written: a line of text, or a JSON object on a line.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub log_format: LogFormat,
 }
 
 impl OutputArgs {
     /// The same as options of a command line, but for `--json`.
     pub fn to_args(&self) -> Vec<String> {
-        let mut args = vec![format!("--progress={}", value_name(&self.progress))];
+        let mut args = vec![format!("--progress={}", value_name(&self.progress)), self.log_format_to_arg()];
         args.extend(self.quiet.then(|| "--quiet".to_owned()));
         args.extend((0..self.verbose).map(|_| "--verbose".to_owned()));
         args
     }
+
+    /// The format of the log as an option of a command line.
+    pub fn log_format_to_arg(&self) -> String {
+        format!("--log-format={}", value_name(&self.log_format))
+    }
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For a person.
+    Text,
+    /// For a program.
+    Json,
 }
 
 /// When to show progress.

@@ -8,6 +8,7 @@ use multifd::transport::uri::Uri;
 use super::{
     MIGRATION,
     link::LinkArgs,
+    observe::ObserveArgs,
     origin::Origin,
     output::OutputArgs,
     postcopy::PostcopyArgs,
@@ -67,6 +68,9 @@ pub struct CheckpointArgs {
     /// The connection to QEMU.
     #[command(flatten)]
     pub monitor: MonitorArgs,
+    /// What looks on.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -94,6 +98,9 @@ pub struct RestoreArgs {
     /// How to send it.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// What looks on.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -194,6 +201,7 @@ impl CheckpointArgs {
             qmp: None,
             uuid: None,
             link: LinkArgs { stall_timeout: self.stall_timeout, token: None },
+            observe: self.observe.clone(),
             output: self.output.clone(),
         }
     }

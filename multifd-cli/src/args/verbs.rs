@@ -12,6 +12,7 @@ use super::{
     MIGRATION,
     link::LinkArgs,
     machine::MachineArgs,
+    observe::ObserveArgs,
     origin::{Origin, origin},
     output::OutputArgs,
     postcopy::PostcopyArgs,
@@ -48,6 +49,9 @@ pub struct DemoArgs {
     /// How to migrate.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// What looks on.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -105,6 +109,9 @@ pub struct GuestArgs {
     /// How to migrate.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// What looks on.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -192,6 +199,9 @@ pub struct ReceiveArgs {
     /// The connections.
     #[command(flatten)]
     pub link: LinkArgs,
+    /// What looks on.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -236,6 +246,9 @@ pub struct SendArgs {
     /// Whether the VM runs before its memory is there.
     #[command(flatten)]
     pub postcopy: PostcopyArgs,
+    /// What looks on.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,

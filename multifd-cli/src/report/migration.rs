@@ -144,6 +144,8 @@ pub struct Round {
     pub bytes: u64,
     /// In milliseconds.
     pub time: f64,
+    /// The part of it for which the first channel that was done waited for the last, in milliseconds.
+    pub barrier_time: f64,
     /// Not in the last.
     pub guest_running: bool,
     /// Pages written meanwhile, which the source knows.
@@ -396,6 +398,7 @@ impl Round {
             duplicate: stats.zero,
             bytes: stats.bytes,
             time: millis(stats.took),
+            barrier_time: millis(stats.barrier),
             guest_running: stats.guest_running,
             dirty_after: Some(stats.dirty_after),
             expected_downtime: expected.map(whole_millis),

@@ -24,6 +24,7 @@ const VERBS: &[(&str, fn() -> Value)] = &[
     ("guest", plain::<reports::Guest>),
     ("receive", migrates::<reports::Receive>),
     ("send", migrates::<reports::Send>),
+    ("serve", plain::<reports::Serve>),
     ("checkpoint", migrates::<reports::Checkpoint>),
     ("restore", migrates::<reports::Restore>),
     ("convert", plain::<reports::Convert>),

@@ -214,6 +214,20 @@ report! {
     }
 }
 
+report! {
+    /// The report of `multifd serve` on one client: an object for each, a line each.
+    Serve {
+        #[schemars(flatten)]
+        migration: Option<MigrationReport>,
+        #[schemars(flatten)]
+        sent: Sent,
+        /// Which client, counted in the order of their connections.
+        client: Option<u64>,
+        /// Where it connected from.
+        peer: Option<String>,
+    }
+}
+
 /// What a sender adds.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]

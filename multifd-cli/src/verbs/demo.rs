@@ -155,6 +155,7 @@ impl<'a> Demo<'a> {
         options.extend((0..args.output.verbose).map(|_| "--verbose".to_owned()));
         options.extend(args.output.quiet.then(|| "--quiet".to_owned()));
         options.push("--progress=never".to_owned());
+        options.push(args.output.log_format_to_arg());
         self.destination = Some(GuestProcess::start(options, self.token, false, self.listener(Side::Destination))?);
         Ok(())
     }
@@ -169,6 +170,7 @@ impl<'a> Demo<'a> {
         options.extend(args.machine.to_args());
         options.extend(args.transfer.to_args());
         options.extend(args.output.to_args());
+        options.extend(args.observe.metrics_to_args());
         self.source = Some(GuestProcess::start(options, self.token, true, self.listener(Side::Source))?);
         Ok(())
     }

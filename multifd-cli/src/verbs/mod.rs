@@ -18,13 +18,20 @@ pub use self::{
     guest::{Account, Compared},
     postcopy::PostcopyReport,
 };
-use crate::{args::Verb, exit::Exit};
+use crate::{args::Verb, exit::Exit, observe, report::Outcome};
 
 /// Does what `verb` says, and prints its report. `for_parent`: another process reports what went wrong.
 pub fn run(verb: &Verb, for_parent: bool) -> Exit {
-    let outcome = match verb {
-        // It has a report for each client.
-        Verb::Serve(args) => return serve::run(args),
+    // It has a report for each client.
+    if let Verb::Serve(args) = verb {
+        return serve::run(args);
+    }
+    observe::observed(verb, || outcome(verb)).print(verb.output(), for_parent)
+}
+
+fn outcome(verb: &Verb) -> Outcome {
+    match verb {
+        Verb::Serve(_) => unreachable!("it was run above"),
         Verb::Demo(args) => demo::run(args),
         Verb::Guest(args) => guest::run(args),
         Verb::Checkpoint(args) => checkpoint::run(args),
@@ -35,6 +42,5 @@ pub fn run(verb: &Verb, for_parent: bool) -> Exit {
         Verb::Receive(args) => receive::run(args),
         Verb::Schema(args) => schema::run(args),
         Verb::Send(args) => send::run(args),
-    };
-    outcome.print(verb.output(), for_parent)
+    }
 }

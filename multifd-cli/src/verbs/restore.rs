@@ -196,6 +196,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         peer: Some(crate::args::Peer::Qemu),
         uuid,
         postcopy: args.as_postcopy(),
+        observe: args.observe.clone(),
         output: args.output.clone(),
     }
 }

@@ -6,6 +6,7 @@ pub mod captures;
 pub mod client;
 pub mod hosts;
 pub mod proxy;
+pub mod python;
 pub mod schema;
 pub mod user;
 

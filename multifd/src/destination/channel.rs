@@ -24,6 +24,7 @@ use crate::{
     layout::Layout,
     round::trace::Step,
     sync::{Arc, atomic::Ordering, lock},
+    threads,
     transport::Stream,
 };
 
@@ -69,6 +70,7 @@ impl<'a> ReceiveChannel<'a> {
         shared: Arc<Shared>,
     ) -> ReceiveChannel<'a> {
         shared.pulse.add(packet::HELLO_LEN);
+        threads::is_channel(hello.channel);
         ReceiveChannel {
             id: hello.channel,
             hello,
@@ -186,6 +188,7 @@ impl<'a> ReceiveChannel<'a> {
             // were applied above.
             let sync = Sync { number, packets: std::mem::take(&mut self.packets) };
             self.shared.options.trace.step(|| Step::Arrive(Party::Channel(self.id)));
+            self.shared.progress.channel_ends_round();
             self.arrived = self.shared.sync(self.id, sync, self.place())?;
             self.rounds += 1;
         }

@@ -74,6 +74,7 @@ impl Run {
             zero: snapshot.zero - zero,
             bytes: snapshot.bytes() - bytes,
             took: self.shared.progress.round_age(),
+            barrier: self.shared.progress.barrier_age(),
             guest_running: !self.paused,
             dirty_after: 0,
             expected_downtime: Duration::ZERO,

@@ -126,6 +126,7 @@ impl SendChannel {
                 self.send(&shared, &mut batch, &mut ranges)?;
             }
             self.sync()?;
+            shared.progress.channel_ends_round();
         }
     }
 

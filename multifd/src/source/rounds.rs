@@ -54,6 +54,7 @@ impl Run {
             }
             self.shared.options.trace.step(|| Step::Section);
         }
+        stats.barrier = self.shared.progress.barrier_age();
         // Zeros known from the beginning say nothing about what was written since.
         self.shared.scan.set_zeros(None);
         stats.took = self.now() - begun;
@@ -133,6 +134,7 @@ impl Run {
             zero: before.zero,
             bytes: before.bytes(),
             took: Duration::ZERO,
+            barrier: Duration::ZERO,
             guest_running,
             dirty_after: 0,
             expected_downtime: Duration::ZERO,

@@ -17,6 +17,7 @@ impl Run {
             && self.shared.options.format.zero_pages != ZeroPages::Legacy;
         let per_round = self.shared.options.format.dialect == Dialect::PerRound;
         self.shared.scan.allow(pages);
+        self.shared.progress.open_section();
         self.meet()?;
         if per_round && early {
             self.shared.options.trace.step(|| Step::Flush);

@@ -45,6 +45,7 @@ impl Run {
         self.main().ram_end()?;
         self.section(u64::MAX)?;
         stats.took = self.now() - begun;
+        stats.barrier = self.shared.progress.barrier_age();
         self.report.downtime.last_round = stats.took;
         self.close_round(stats);
         if let Some(last) = self.report.rounds.last() {

@@ -200,7 +200,8 @@ impl Sending<'_> {
 /// The JSON report of what `source` has sent of `checkpoint`, which took `elapsed`.
 pub fn report_of(source: &Source, checkpoint: &Checkpoint, elapsed: Duration) -> Map<String, Value> {
     let (figures, progress) = (source.report(), source.progress());
-    let migration = MigrationReport::partial(Role::Source, &progress, &Rounds::default(), checkpoint::PAGE_SIZE, elapsed);
+    let migration =
+        MigrationReport::partial(Role::Source, &progress, &Rounds::default(), checkpoint::PAGE_SIZE, elapsed);
     let mut report = fields(&migration);
     if let Some(Value::Object(ram)) = report.get_mut("ram") {
         ram.insert("remaining".to_owned(), (figures.left * figures.page_size as u64).into());
