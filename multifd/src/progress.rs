@@ -130,6 +130,9 @@ struct Counters {
     round_first_byte: AtomicU64,
     /// The same of the first channel that came to its end.
     round_first_end: AtomicU64,
+    /// Pages with content and zeros that came after an even and after an odd number of sync points: no channel is further ahead
+    /// of main than one.
+    between: [[AtomicU64; 2]; 2],
     round: AtomicU64,
     pages_total: AtomicU64,
     round_pages: AtomicU64,
@@ -187,6 +190,7 @@ impl Progress {
                 phase_took: [const { AtomicU64::new(0) }; PHASES.len()],
                 round_first_byte: AtomicU64::new(0),
                 round_first_end: AtomicU64::new(0),
+                between: [const { [const { AtomicU64::new(0) }; 2] }; 2],
                 round: AtomicU64::new(0),
                 pages_total: AtomicU64::new(0),
                 round_pages: AtomicU64::new(0),
@@ -305,6 +309,21 @@ impl Progress {
         self.counters.round_done.fetch_add(normal + zero, Relaxed);
     }
 
+    /// The same at a destination, by a thread that has passed `sync_points`. It may take pages of the next round sooner than main
+    /// counts the last.
+    pub(crate) fn add_pages_after(&self, sync_points: u64, normal: u64, zero: u64) {
+        let [normals, zeros] = &self.counters.between[(sync_points % 2) as usize];
+        normals.fetch_add(normal, Relaxed);
+        zeros.fetch_add(zero, Relaxed);
+        self.add_pages(normal, zero);
+    }
+
+    /// Takes out what was added after `sync_points`: main and all channels have passed one more.
+    pub(crate) fn take_pages_after(&self, sync_points: u64) -> (u64, u64) {
+        let [normals, zeros] = &self.counters.between[(sync_points % 2) as usize];
+        (normals.swap(0, Relaxed), zeros.swap(0, Relaxed))
+    }
+
     pub(crate) fn add_skipped(&self, pages: u64) {
         self.counters.skipped.fetch_add(pages, Relaxed);
     }
@@ -397,6 +416,19 @@ mod tests {
         assert_eq!(progress.counters.round_first_end.load(Relaxed), end);
         progress.open_round(2, 0);
         assert_eq!((progress.round_age(), progress.barrier_age()), (Duration::ZERO, Duration::ZERO));
+    }
+
+    /// They were counted to the round before, as main had not counted that yet.
+    #[test]
+    fn pages_of_a_channel_that_is_ahead_belong_to_the_next_round() {
+        let progress = Progress::new();
+        progress.add_pages_after(1, 5, 1);
+        progress.add_pages_after(2, 3, 0);
+        assert_eq!(progress.take_pages_after(1), (5, 1));
+        progress.add_pages_after(3, 1, 1);
+        assert_eq!((progress.take_pages_after(2), progress.take_pages_after(3)), ((3, 0), (1, 1)));
+        let snapshot = progress.snapshot();
+        assert_eq!((snapshot.normal, snapshot.zero), (9, 2));
     }
 
     #[test]

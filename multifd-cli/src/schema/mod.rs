@@ -19,7 +19,10 @@ pub fn of(verb: &str) -> Option<Value> {
     VERBS.iter().find(|(name, _)| *name == verb).map(|(_, of)| of())
 }
 
-const VERBS: &[(&str, fn() -> Value)] = &[
+/// A verb, and what makes the schema of its report.
+type OfVerb = (&'static str, fn() -> Value);
+
+const VERBS: &[OfVerb] = &[
     ("demo", migrates::<reports::Demo>),
     ("guest", plain::<reports::Guest>),
     ("receive", migrates::<reports::Receive>),

@@ -277,7 +277,7 @@ impl<'a> ReceiveChannel<'a> {
             audit.wrote(block, &self.zero, Party::Channel(self.id), self.rounds);
         }
         self.shared.channel_pages.fetch_add((self.normal.len() + self.zero.len()) as u64, Ordering::Relaxed);
-        self.shared.progress.add_pages(self.normal.len() as u64, self.zero.len() as u64);
+        self.shared.progress.add_pages_after(self.rounds, self.normal.len() as u64, self.zero.len() as u64);
         Ok((sync, payload_len))
     }
 

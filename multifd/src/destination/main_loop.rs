@@ -72,7 +72,7 @@ impl Run {
                 Item::ZeroPage { block, offset } => {
                     self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
                     self.wrote(block, offset);
-                    self.shared.progress.add_pages(0, 1);
+                    self.shared.progress.add_pages_after(self.rounds, 0, 1);
                     self.name(block, offset)?;
                 }
                 Item::Page { block, offset, len } => self.page(block, offset, len)?,

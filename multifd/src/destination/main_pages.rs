@@ -31,7 +31,7 @@ impl Run {
     fn store(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), Error> {
         self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
         self.wrote(block, offset);
-        self.shared.progress.add_pages(1, 0);
+        self.shared.progress.add_pages_after(self.rounds, 1, 0);
         self.name(block, offset)?;
         if !self.complete {
             self.shared.barrier.members(|members| members.plain_page());

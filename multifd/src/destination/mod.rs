@@ -155,7 +155,8 @@ struct Run {
     sink: Option<Arc<dyn PageSink>>,
     audit: Option<Arc<Audit>>,
     begun: Duration,
-    round_totals: (u64, u64, u64),
+    /// Bytes on all connections at the last sync point.
+    bytes_before: u64,
 }
 
 impl Run {
@@ -194,7 +195,7 @@ impl Run {
             sink: None,
             audit: None,
             begun,
-            round_totals: (0, 0, 0),
+            bytes_before: 0,
         })
     }
 

@@ -59,8 +59,8 @@ impl Run {
 
     fn count_round(&mut self, observer: &mut dyn Observer) {
         let snapshot = self.shared.progress.snapshot();
-        let (normal, zero, bytes) = self.round_totals;
-        self.round_totals = (snapshot.normal, snapshot.zero, snapshot.bytes());
+        let (normal, zero) = self.shared.progress.take_pages_after(self.rounds);
+        let bytes = snapshot.bytes() - std::mem::replace(&mut self.bytes_before, snapshot.bytes());
         self.rounds += 1;
         if self.phase < Some(Phase::Rounds) {
             // The set-up ends with a sync point, and has no pages.
@@ -69,10 +69,10 @@ impl Run {
         }
         let stats = RoundStats {
             round: self.report.rounds_total,
-            dirty_pages: snapshot.normal + snapshot.zero - normal - zero,
-            normal: snapshot.normal - normal,
-            zero: snapshot.zero - zero,
-            bytes: snapshot.bytes() - bytes,
+            dirty_pages: normal + zero,
+            normal,
+            zero,
+            bytes,
             took: self.shared.progress.round_age(),
             barrier: self.shared.progress.barrier_age(),
             guest_running: !self.paused,
