@@ -1,4 +1,4 @@
-//! What every transport has to keep, as one suite that all of them run.
+//! The suite for transports over each that this crate has, and what only sockets have.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -6,7 +6,7 @@ use std::{
     os::{fd::AsFd, unix::net::UnixStream},
     sync::mpsc,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use fastrand::Rng;
@@ -20,6 +20,7 @@ use crate::{
     sys::signals::interrupt,
     transport::{
         Connect, Listen, Pending, RecvHalf, SendHalf, Stream, ZeroCopyCounters,
+        conformance::{self, Transport, with_checks},
         fd::{FdConnector, FdListener},
         record::Recording,
         socket::{SocketListener, SocketStream},
@@ -30,78 +31,58 @@ use crate::{
     },
 };
 
-/// A listener, what reaches it, and what both need to stay alive.
-struct Transport {
-    listener: Box<dyn Listen>,
-    connector: Box<dyn Connect + Send>,
-    /// Reads of a memory connection wait forever.
-    has_clock: bool,
-    _dir: Option<TempDir>,
+fn over_memory() -> Transport {
+    let (listener, connector) = memory::listener(100_000);
+    Transport::new(listener, connector).without_clock()
 }
 
-impl Transport {
-    fn new(listener: impl Listen + 'static, connector: impl Connect + Send + 'static) -> Transport {
-        Transport { listener: Box::new(listener), connector: Box::new(connector), has_clock: true, _dir: None }
-    }
+fn over_tcp(host: &str) -> Transport {
+    let listener = tcp::listen(host, 0).unwrap();
+    let connector = tcp_connector(&listener);
+    Transport::new(listener, connector)
+}
 
-    fn memory() -> Transport {
-        let (listener, connector) = memory::listener(100_000);
-        Transport { has_clock: false, ..Transport::new(listener, connector) }
-    }
+fn over_tcp_zero_copy() -> Transport {
+    let listener = tcp::listen("127.0.0.1", 0).unwrap();
+    let connector = WithoutCopy(tcp_connector(&listener));
+    Transport::new(listener, connector)
+}
 
-    fn tcp(host: &str) -> Transport {
-        let listener = tcp::listen(host, 0).unwrap();
-        let connector = tcp_connector(&listener);
-        Transport::new(listener, connector)
-    }
+fn over_unix() -> Transport {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("s");
+    let listener = unix::listen(&path).unwrap();
+    Transport::new(listener, UnixConnector::new(path)).owned_by(dir)
+}
 
-    fn tcp_zero_copy() -> Transport {
-        let listener = tcp::listen("127.0.0.1", 0).unwrap();
-        let connector = WithoutCopy(tcp_connector(&listener));
-        Transport::new(listener, connector)
-    }
+/// A listening socket that another part of the process opened.
+fn over_inherited_listener() -> Transport {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let listener = FdListener::new(socket.into(), Uri::from(address)).unwrap();
+    Transport::new(listener, TcpConnector::new(address.ip().to_string(), address.port()))
+}
 
-    fn unix() -> Transport {
-        let dir = TempDir::new().unwrap();
-        let path = dir.path().join("s");
-        let listener = unix::listen(&path).unwrap();
-        Transport { _dir: Some(dir), ..Transport::new(listener, UnixConnector::new(path)) }
-    }
+/// One connection, as far as this transport goes.
+fn over_socket_pair() -> Transport {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let listener = FdListener::new(ours.into(), Uri::Fd(3)).unwrap();
+    Transport::new(listener, FdConnector::new(theirs.into()).unwrap()).single()
+}
 
-    /// A listening socket that somebody else opened.
-    fn inherited_listener() -> Transport {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = socket.local_addr().unwrap();
-        let listener = FdListener::new(socket.into(), Uri::from(address)).unwrap();
-        Transport::new(listener, TcpConnector::new(address.ip().to_string(), address.port()))
-    }
+fn over_recorded() -> Transport {
+    let dir = TempDir::new().unwrap();
+    let listener = tcp::listen("127.0.0.1", 0).unwrap();
+    let connector = tcp_connector(&listener);
+    Transport::new(Recording::new(dir.path()).unwrap().listener(Box::new(listener)), connector).owned_by(dir)
+}
 
-    /// One connection, as far as this transport goes.
-    fn socket_pair() -> Transport {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let listener = FdListener::new(ours.into(), Uri::Fd(3)).unwrap();
-        Transport::new(listener, FdConnector::new(theirs.into()).unwrap())
-    }
-
-    fn recorded() -> Transport {
-        let dir = TempDir::new().unwrap();
-        let Transport { listener, connector, .. } = Transport::tcp("127.0.0.1");
-        let listener = Recording::new(dir.path()).unwrap().listener(listener);
-        Transport { listener: Box::new(listener), connector, has_clock: true, _dir: Some(dir) }
-    }
-
-    /// Under a plan without faults.
-    fn faulty() -> Transport {
-        let Transport { listener, connector, .. } = Transport::tcp("127.0.0.1");
-        let faults = Faults::new();
-        Transport::new(faults.listener(listener), faults.connector(connector))
-    }
-
-    fn pair(&mut self) -> (Box<dyn Stream>, Box<dyn Stream>) {
-        let ours = self.connector.connect().unwrap();
-        let theirs = self.listener.accept(Some(SOON)).unwrap().establish(Some(SOON)).unwrap();
-        (ours, theirs)
-    }
+/// Under a plan without faults.
+fn over_faulty() -> Transport {
+    let listener = tcp::listen("127.0.0.1", 0).unwrap();
+    let connector = tcp_connector(&listener);
+    let faults = Faults::new();
+    Transport::new(faults.listener(Box::new(listener)), faults.connector(Box::new(connector)))
 }
 
 /// Connections that send without copies.
@@ -124,19 +105,19 @@ fn tcp_connector(listener: &SocketListener) -> TcpConnector {
 /// Runs each check on each transport; the transports that are one connection leave out those that need more.
 macro_rules! conformance {
     ($($check:ident)*; $($listening:ident)*) => {
-        conformance! { @ over_memory, Transport::memory(); $($check)* $($listening)* }
-        conformance! { @ over_tcp_v4, Transport::tcp("127.0.0.1"); $($check)* $($listening)* }
-        conformance! { @ over_tcp_zero_copy, Transport::tcp_zero_copy(); $($check)* $($listening)* }
-        conformance! { @ over_unix, Transport::unix(); $($check)* $($listening)* }
-        conformance! { @ over_recorded, Transport::recorded(); $($check)* $($listening)* }
-        conformance! { @ over_faulty, Transport::faulty(); $($check)* $($listening)* }
-        conformance! { @ over_inherited_listener, Transport::inherited_listener(); $($check)* $($listening)* }
-        conformance! { @ over_socket_pair, Transport::socket_pair(); $($check)* }
+        conformance! { @ over_memory, over_memory(); $($check)* $($listening)* }
+        conformance! { @ over_tcp_v4, over_tcp("127.0.0.1"); $($check)* $($listening)* }
+        conformance! { @ over_tcp_zero_copy, over_tcp_zero_copy(); $($check)* $($listening)* }
+        conformance! { @ over_unix, over_unix(); $($check)* $($listening)* }
+        conformance! { @ over_recorded, over_recorded(); $($check)* $($listening)* }
+        conformance! { @ over_faulty, over_faulty(); $($check)* $($listening)* }
+        conformance! { @ over_inherited_listener, over_inherited_listener(); $($check)* $($listening)* }
+        conformance! { @ over_socket_pair, over_socket_pair(); $($check)* }
         conformance! { @ over_tcp_v6, {
             if std::net::TcpListener::bind("[::1]:0").is_err() {
                 return test_support::skip("no IPv6 on this machine");
             }
-            Transport::tcp("::1")
+            over_tcp("::1")
         }; $($check)* $($listening)* }
     };
     (@ $transport:ident, $new:expr; $($check:ident)*) => {
@@ -145,366 +126,13 @@ macro_rules! conformance {
             $(#[test]
             fn $check() {
                 let transport = $new;
-                time_limit(LIMIT, || super::$check(transport));
+                time_limit(LIMIT, || conformance::$check(transport));
             })*
         }
     };
 }
 
-conformance! {
-    bytes_and_pages_of_any_size_arrive_in_order
-    more_ranges_than_one_call_takes_arrive
-    stop_releases_a_blocked_writer
-    stop_releases_a_blocked_reader
-    a_dropped_peer_ends_the_stream_after_its_bytes
-    an_end_within_pages_is_an_error
-    what_was_stopped_before_is_not_established
-    an_accepted_connection_can_be_stopped_before_it_is_established
-    a_stopper_outlives_its_connection_and_does_not_keep_it_open
-    two_halves_read_and_write_at_the_same_time
-    finish_ends_one_direction_and_the_other_goes_on
-    an_interrupter_ends_the_wait_of_reads_and_nothing_else
-    an_interrupted_read_waits_no_longer_than_its_timeout
-    a_stopper_ends_the_halves_of_its_connection
-    one_half_keeps_the_connection_open
-    a_read_that_waits_too_long_times_out
-    a_peer_that_is_gone_makes_writes_fail
-    nothing_to_send_is_fine;
-    stop_releases_a_blocked_accept
-    every_connection_in_the_backlog_is_found
-    accept_gives_up_after_its_timeout
-}
-
-fn bytes_and_pages_of_any_size_arrive_in_order(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    let from = Ram::for_test(&[("a", 300)]);
-    let to = Ram::for_test(&[("a", 300)]);
-    fill(&from, 300);
-    let packets = packets(40, 300);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            for packet in &packets {
-                ours.write(&packet.header, &packet.ranges(&from)).unwrap();
-            }
-            ours.flush().unwrap();
-        });
-        for packet in &packets {
-            let mut header = vec![0; packet.header.len()];
-            theirs.read_exact(&mut header).unwrap();
-            assert_eq!(header, packet.header);
-            let ranges = packet.ranges(&to);
-            theirs.read_pages(&ranges).unwrap();
-            for (sent, arrived) in packet.ranges(&from).iter().zip(&ranges) {
-                assert!(bytes(sent) == bytes(arrived), "{sent:?} differs from {arrived:?}");
-                arrived.clear();
-            }
-        }
-    });
-}
-
-fn more_ranges_than_one_call_takes_arrive(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    let pages = 2 * 1100;
-    let from = Ram::for_test_with_pages(1024, &[("a", pages)]);
-    let to = Ram::for_test_with_pages(1024, &[("a", pages)]);
-    for page in 0..pages as u64 {
-        from.page(page).unwrap().write(&[page as u8 | 1; 1024]);
-    }
-    // Every other page, backwards: nothing to join.
-    let every_other = || (0..pages as u64).rev().step_by(2);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let ranges: Vec<_> = every_other().map(|page| from.page(page).unwrap()).collect();
-            ours.write(b"h", &ranges).unwrap();
-            ours.flush().unwrap();
-        });
-        theirs.read_exact(&mut [0]).unwrap();
-        let ranges: Vec<_> = every_other().map(|page| to.page(page).unwrap()).collect();
-        theirs.read_pages(&ranges).unwrap();
-    });
-    for page in 0..pages as u64 {
-        let sent = if page % 2 == 1 { from.page_bytes(page) } else { vec![0; 1024] };
-        assert_eq!(to.page_bytes(page), sent, "page {page}");
-    }
-}
-
-fn stop_releases_a_blocked_writer(mut transport: Transport) {
-    let (mut ours, _theirs) = transport.pair();
-    let ram = Ram::for_test(&[("a", 2048)]);
-    let stopper = ours.stopper().unwrap();
-    let (blocked, is_blocked) = mpsc::channel();
-    thread::scope(|scope| {
-        let writer = scope.spawn(move || {
-            let pages: Vec<_> = (0..2048).map(|page| ram.page(page).unwrap()).collect();
-            // Nobody reads, so this blocks once the buffers in between are full.
-            loop {
-                blocked.send(()).unwrap();
-                if let Err(error) = ours.write(&[], &pages) {
-                    // Also what waits for completions is released.
-                    let _ = ours.flush();
-                    return error.kind();
-                }
-            }
-        });
-        while is_blocked.recv_timeout(Duration::from_millis(200)).is_ok() {}
-        stopper.stop();
-        let kind = writer.join().unwrap();
-        assert!(matches!(kind, io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset), "{kind:?}");
-    });
-}
-
-fn stop_releases_a_blocked_reader(mut transport: Transport) {
-    let (mut ours, _theirs) = transport.pair();
-    let stopper = ours.stopper().unwrap();
-    thread::scope(|scope| {
-        let reader = scope.spawn(|| ours.read(&mut [0; 10]));
-        thread::sleep(Duration::from_millis(50));
-        stopper.stop();
-        assert_eq!(reader.join().unwrap().unwrap(), 0);
-    });
-    assert_eq!(ours.read_exact(&mut [0]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "and from now on");
-    assert!(ours.write(b"x", &[]).is_err());
-}
-
-fn a_dropped_peer_ends_the_stream_after_its_bytes(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    ours.write(b"the end", &[]).unwrap();
-    drop(ours);
-    let mut received = [0; 7];
-    theirs.read_exact(&mut received).unwrap();
-    assert_eq!(&received, b"the end");
-    assert_eq!(theirs.read(&mut received).unwrap(), 0);
-    assert_eq!(theirs.read_exact(&mut received).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-}
-
-fn what_was_stopped_before_is_not_established(transport: Transport) {
-    let pending = transport.connector.dial().unwrap();
-    assert!(!pending.peer().is_empty());
-    pending.stopper().unwrap().stop();
-    // A connected socket is there already, and has ended.
-    if let Ok(mut stream) = pending.establish(Some(SOON)) {
-        assert!(stream.write(b"x", &[]).is_err());
-    }
-}
-
-fn an_accepted_connection_can_be_stopped_before_it_is_established(mut transport: Transport) {
-    let _ours = transport.connector.connect().unwrap();
-    let pending = transport.listener.accept(Some(SOON)).unwrap();
-    assert!(!pending.peer().is_empty());
-    pending.stopper().unwrap().stop();
-    if let Ok(mut stream) = pending.establish(Some(SOON)) {
-        assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
-    }
-}
-
-fn an_end_within_pages_is_an_error(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    let ram = Ram::for_test(&[("a", 2)]);
-    ours.write(&[7; 4096 + 100], &[]).unwrap();
-    drop(ours);
-    let pages = [ram.page(0).unwrap(), ram.page(1).unwrap()];
-    assert_eq!(theirs.read_pages(&pages).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-}
-
-fn a_stopper_outlives_its_connection_and_does_not_keep_it_open(mut transport: Transport) {
-    let (ours, mut theirs) = transport.pair();
-    let stopper = ours.stopper().unwrap();
-    drop(ours);
-    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-    stopper.stop();
-}
-
-fn two_halves_read_and_write_at_the_same_time(mut transport: Transport) {
-    let (ours, theirs) = transport.pair();
-    let count = 2000u32;
-    let both_ways = |stream: Box<dyn Stream>| {
-        let (mut sends, mut receives) = stream.split().unwrap();
-        let read = thread::spawn(move || {
-            for expected in 0..count {
-                let mut bytes = [0; 4];
-                receives.read_exact(&mut bytes).unwrap();
-                assert_eq!(u32::from_be_bytes(bytes), expected);
-            }
-            receives
-        });
-        let write = thread::spawn(move || {
-            for number in 0..count {
-                sends.write(&number.to_be_bytes(), &[]).unwrap();
-            }
-            sends
-        });
-        (read, write)
-    };
-    for (read, write) in [both_ways(ours), both_ways(theirs)] {
-        // Dropped when both are done: that would close the connection.
-        let _halves = (read.join().unwrap(), write.join().unwrap());
-    }
-}
-
-/// A half-close: what a side that has said all needs, which still waits for an answer.
-fn finish_ends_one_direction_and_the_other_goes_on(mut transport: Transport) {
-    let (ours, mut theirs) = transport.pair();
-    let (mut sends, mut receives) = ours.split().unwrap();
-    sends.write(b"all", &[]).unwrap();
-    sends.finish().unwrap();
-    sends.finish().unwrap();
-    assert!(sends.write(b"more", &[]).is_err());
-    let mut bytes = [0; 3];
-    theirs.read_exact(&mut bytes).unwrap();
-    assert_eq!((&bytes, theirs.read(&mut [0]).unwrap()), (b"all", 0));
-    theirs.write(b"yes", &[]).unwrap();
-    receives.read_exact(&mut bytes).unwrap();
-    assert_eq!(&bytes, b"yes");
-    theirs.finish().unwrap();
-    assert_eq!(receives.read(&mut [0]).unwrap(), 0);
-}
-
-/// A destination that is cancelled says so on the connection on which it waits.
-fn an_interrupter_ends_the_wait_of_reads_and_nothing_else(mut transport: Transport) {
-    let (ours, mut theirs) = transport.pair();
-    let (mut sends, mut receives) = ours.split().unwrap();
-    let interrupter = receives.interrupter().unwrap();
-    theirs.write(b"x", &[]).unwrap();
-    assert_eq!(receives.read(&mut [0; 10]).unwrap(), 1, "it reads as before");
-    let reader = thread::spawn(move || {
-        let kind = receives.read(&mut [0; 10]).unwrap_err().kind();
-        (kind, receives)
-    });
-    thread::sleep(Duration::from_millis(50));
-    interrupter.stop();
-    let (kind, mut receives) = reader.join().unwrap();
-    assert_eq!(kind, io::ErrorKind::ConnectionAborted);
-    // The peer does not notice.
-    theirs.write(b"go on", &[]).unwrap();
-    assert_eq!(receives.read(&mut [0; 10]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted, "and from now on");
-    sends.write(b"bye", &[]).unwrap();
-    drop((sends, receives));
-    let mut bytes = [0; 3];
-    theirs.read_exact(&mut bytes).unwrap();
-    assert_eq!(&bytes, b"bye");
-}
-
-fn an_interrupted_read_waits_no_longer_than_its_timeout(mut transport: Transport) {
-    let (mut ours, _theirs) = transport.pair();
-    let _interrupter = ours.interrupter().unwrap();
-    ours.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-    if transport.has_clock {
-        let kind = ours.read(&mut [0]).unwrap_err().kind();
-        assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind:?}");
-    }
-}
-
-fn a_stopper_ends_the_halves_of_its_connection(mut transport: Transport) {
-    let (ours, mut theirs) = transport.pair();
-    let stopper = ours.stopper().unwrap();
-    let (mut sends, mut receives) = ours.split().unwrap();
-    stopper.stop();
-    assert!(!matches!(receives.read(&mut [0]), Ok(1..)));
-    assert!(sends.write(b"x", &[]).is_err());
-    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-}
-
-fn one_half_keeps_the_connection_open(mut transport: Transport) {
-    let (ours, mut theirs) = transport.pair();
-    let (sends, mut receives) = ours.split().unwrap();
-    drop(sends);
-    theirs.write(b"x", &[]).unwrap();
-    assert_eq!(receives.read(&mut [0; 2]).unwrap(), 1);
-    drop(receives);
-    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-}
-
-fn a_read_that_waits_too_long_times_out(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    theirs.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
-    if !transport.has_clock {
-        return;
-    }
-    let begin = Instant::now();
-    let kind = theirs.read(&mut [0]).unwrap_err().kind();
-    assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind:?}");
-    assert!(begin.elapsed() >= Duration::from_millis(20));
-    theirs.set_read_timeout(Some(Duration::ZERO)).unwrap();
-    assert!(theirs.read(&mut [0]).is_err(), "no time is not forever");
-    theirs.set_read_timeout(None).unwrap();
-    ours.write(b"x", &[]).unwrap();
-    assert_eq!(theirs.read(&mut [0]).unwrap(), 1, "the connection is as good as before");
-}
-
-fn a_peer_that_is_gone_makes_writes_fail(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    // Unread bytes at the close make TCP reset the connection.
-    ours.write(&[0; 1000], &[]).unwrap();
-    theirs.read_exact(&mut [0; 10]).unwrap();
-    drop(theirs);
-    let ram = Ram::for_test(&[("a", 16)]);
-    let pages: Vec<_> = (0..16).map(|page| ram.page(page).unwrap()).collect();
-    let error = loop {
-        // The first ones may still fit into the buffers; a signal would end this process.
-        if let Err(error) = ours.write(b"header", &pages) {
-            break error;
-        }
-    };
-    assert!(matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset), "{error:?}");
-}
-
-fn nothing_to_send_is_fine(mut transport: Transport) {
-    let (mut ours, mut theirs) = transport.pair();
-    ours.write(&[], &[]).unwrap();
-    ours.flush().unwrap();
-    theirs.read_pages(&[]).unwrap();
-    theirs.read_exact(&mut []).unwrap();
-    ours.write(b"x", &[]).unwrap();
-    assert_eq!(theirs.read(&mut [0; 2]).unwrap(), 1);
-}
-
-fn stop_releases_a_blocked_accept(transport: Transport) {
-    let stopper = transport.listener.stopper().unwrap();
-    let mut listener = transport.listener;
-    thread::scope(|scope| {
-        let accept = scope.spawn(move || (listener.accept(None).err().map(|error| error.kind()), listener));
-        thread::sleep(Duration::from_millis(50));
-        stopper.stop();
-        let (kind, mut listener) = accept.join().unwrap();
-        assert_eq!(kind, Some(io::ErrorKind::Interrupted));
-        assert!(listener.accept(Some(SOON)).is_err(), "and from now on");
-        transport.connector.connect().unwrap();
-        assert!(listener.try_accept().unwrap().is_some(), "also when stopped");
-    });
-}
-
-fn every_connection_in_the_backlog_is_found(mut transport: Transport) {
-    assert!(transport.listener.try_accept().unwrap().is_none());
-    let mut ours: Vec<_> = (0..256).map(|_| transport.connector.connect().unwrap()).collect();
-    let mut theirs = Vec::new();
-    while let Some(stream) = transport.listener.try_accept().unwrap() {
-        theirs.push(stream.establish(Some(SOON)).unwrap());
-    }
-    assert_eq!(theirs.len(), 256);
-    for (index, stream) in ours.iter_mut().enumerate() {
-        stream.write(&[index as u8], &[]).unwrap();
-    }
-    let mut seen: Vec<u8> = Vec::new();
-    for stream in &mut theirs {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).unwrap();
-        seen.push(byte[0]);
-    }
-    seen.sort_unstable();
-    assert_eq!(seen, (0..=255).collect::<Vec<u8>>());
-}
-
-fn accept_gives_up_after_its_timeout(mut transport: Transport) {
-    if !transport.has_clock {
-        return;
-    }
-    let begin = Instant::now();
-    let kind = transport.listener.accept(Some(Duration::from_millis(30))).err().map(|error| error.kind());
-    assert_eq!(kind, Some(io::ErrorKind::TimedOut));
-    assert!(begin.elapsed() >= Duration::from_millis(20));
-    transport.connector.connect().unwrap();
-    transport.listener.accept(Some(Duration::ZERO)).unwrap();
-}
+with_checks!(conformance);
 
 // What only sockets have.
 
@@ -579,8 +207,8 @@ const INTERRUPTED_WRITES: u64 = 20;
 /// The header's buffer is the caller's again as soon as `write` returns, also while the kernel still reads the pages.
 #[test]
 fn with_zero_copy_the_header_may_be_reused_at_once() {
-    let mut transport = Transport::tcp_zero_copy();
-    let (mut ours, mut theirs) = transport.pair();
+    let mut transport = over_tcp_zero_copy();
+    let (mut ours, mut theirs) = transport.connect();
     let ram = Ram::for_test(&[("a", 1)]);
     let writer = thread::spawn(move || {
         let page = [ram.page(0).unwrap()];
@@ -780,7 +408,7 @@ fn what_is_no_stream_socket_is_refused_by_name() {
 
 #[test]
 fn tcp_sends_at_once_and_notices_dead_hosts() {
-    let mut transport = Transport::tcp("127.0.0.1");
+    let mut transport = over_tcp("127.0.0.1");
     let ours = TcpStream::connect({
         let Transport { connector, .. } = &transport;
         let peer = connector.connect().unwrap().peer();
@@ -836,37 +464,6 @@ fn no_connection_is_lost_in_a_short_accept_queue() {
             assert_eq!(thread.join().unwrap(), 1);
         }
     });
-}
-
-/// A packet of random size: a header, and ranges of `pages` pages.
-struct Packet {
-    header: Vec<u8>,
-    /// Page, offset within it, length.
-    parts: Vec<(u64, usize, usize)>,
-}
-
-impl Packet {
-    fn ranges<'a>(&self, ram: &'a Ram) -> Vec<GuestRange<'a>> {
-        let part = |&(page, offset, len): &(u64, usize, usize)| ram.page(page).unwrap().slice(offset, len).unwrap();
-        self.parts.iter().map(part).collect()
-    }
-}
-
-/// `count` packets of random sizes; no page twice in one.
-fn packets(count: usize, pages: u64) -> Vec<Packet> {
-    let mut random = Rng::with_seed(1);
-    let packet = |_| {
-        let header = (0..random.usize(..2000)).map(|byte| byte as u8).collect();
-        let (first, stride) = (random.u64(..20), random.u64(1..=2));
-        let count = random.u64(..130).min((pages - first) / stride);
-        let part = |index| match random.u8(..3) {
-            0 => (first + index * stride, 0, 4096),
-            1 => (first + index * stride, 8 * random.usize(..256), 8 * random.usize(..257)),
-            _ => (first + index * stride, 4088, 8),
-        };
-        Packet { header, parts: (0..count).map(part).collect() }
-    };
-    (0..count).map(packet).collect()
 }
 
 fn fill(ram: &Ram, pages: u64) {

@@ -9,6 +9,8 @@ pub use self::pending::{Established, Pending, wrapped};
 pub use crate::sys::zerocopy::ZeroCopyCounters;
 use crate::{ram::GuestRange, sync::Arc};
 
+#[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
+pub mod conformance;
 pub mod fd;
 mod look_up;
 pub mod one_way;
