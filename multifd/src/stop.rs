@@ -5,7 +5,7 @@
 //! VM by itself: a cancel then only ends its wait for the answer. A destination that has [decided](StopHandle::decide)
 //! goes on to its end, within its own limits.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use crate::{
     error::Error,
@@ -23,8 +23,25 @@ struct State {
     phase: Phase,
     /// The first error; the reason of `Stopped`, or of the interruption.
     first: Option<Error>,
-    /// Empty once stopped, interrupted or decided.
-    stoppers: Vec<Box<dyn Stopper>>,
+    /// In the order of their registration. Empty once stopped, interrupted or decided.
+    stoppers: BTreeMap<u64, Box<dyn Stopper>>,
+    /// The number of the next registration.
+    next: u64,
+}
+
+/// A stopper that is forgotten when this is dropped: what it stops is over.
+#[must_use = "dropped at once, nothing is registered"]
+pub(crate) struct Registration {
+    handle: StopHandle,
+    number: u64,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let forgotten = lock(&self.handle.state).stoppers.remove(&self.number);
+        // It may own what takes the lock when it is dropped.
+        drop(forgotten);
+    }
 }
 
 /// Phases follow each other in this order; `Running` leads to one of the next two only.
@@ -44,7 +61,7 @@ enum Phase {
 impl StopHandle {
     /// A handle that stops nothing yet: pass it to the migration it is to end.
     pub fn new() -> StopHandle {
-        let state = State { phase: Phase::Running, first: None, stoppers: Vec::new() };
+        let state = State { phase: Phase::Running, first: None, stoppers: BTreeMap::new(), next: 0 };
         StopHandle { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -81,7 +98,7 @@ impl StopHandle {
         state.first = Some(error);
         let stoppers = std::mem::take(&mut state.stoppers);
         drop(state);
-        for stopper in &stoppers {
+        for stopper in stoppers.values() {
             stopper.stop();
         }
         None
@@ -90,15 +107,29 @@ impl StopHandle {
     /// Has `stopper` stopped together with the migration; at once, if that has already happened; never, if nothing stops
     /// the migration any more.
     pub(crate) fn register(&self, stopper: Box<dyn Stopper>) {
+        self.add(stopper);
+    }
+
+    /// The same until the registration is dropped: for what comes and goes any number of times in one migration.
+    pub(crate) fn register_for_now(&self, stopper: Box<dyn Stopper>) -> Registration {
+        Registration { handle: self.clone(), number: self.add(stopper) }
+    }
+
+    fn add(&self, stopper: Box<dyn Stopper>) -> u64 {
         let mut state = lock(&self.state);
+        let number = state.next;
+        state.next += 1;
         match state.phase {
-            Phase::Running | Phase::Committed => state.stoppers.push(stopper),
+            Phase::Running | Phase::Committed => {
+                state.stoppers.insert(number, stopper);
+            }
             Phase::Stopped | Phase::Interrupted => {
                 drop(state);
                 stopper.stop();
             }
             Phase::Decided => {}
         }
+        number
     }
 
     /// From now on errors of threads no longer stop the migration, and a cancel only ends the wait for the answer.
@@ -226,6 +257,22 @@ mod tests {
         assert!(!handle.is_stopped(), "the VM may be the destination's");
         assert!(matches!(handle.take_first(), Some(Error::Cancelled)));
         handle.register(Box::new(Count(count.clone())));
+        assert_eq!(count.load(Relaxed), 2, "too late is stopped at once");
+    }
+
+    /// A stopper for each connection of a stranger was kept until the end, which a peer could put off.
+    #[test]
+    fn a_registration_that_is_dropped_is_forgotten_and_not_stopped() {
+        let (handle, count) = (StopHandle::new(), Arc::new(AtomicUsize::new(0)));
+        let now = handle.register_for_now(Box::new(Count(count.clone())));
+        for _ in 0..10 {
+            drop(handle.register_for_now(Box::new(Count(count.clone()))));
+        }
+        assert_eq!(Arc::strong_count(&count), 2, "none but the one that is held");
+        handle.cancel();
+        assert_eq!(count.load(Relaxed), 1);
+        drop(now);
+        drop(handle.register_for_now(Box::new(Count(count.clone()))));
         assert_eq!(count.load(Relaxed), 2, "too late is stopped at once");
     }
 

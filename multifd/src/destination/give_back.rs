@@ -34,7 +34,7 @@ use crate::{
 /// continue a migration is dropped, and the next one is waited for.
 pub fn give_back(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle) -> Result<(), Error> {
     let at = Place { connection: Connection::Unknown(0), offset: 0 };
-    stop.register(from.stopper().map_err(Error::io(at))?);
+    let _listening = stop.register_for_now(from.stopper().map_err(Error::io(at))?);
     let given = accept(from, blocks, stop);
     // What stops it is the reason, not what the stopped connection says.
     match (given, stop.is_stopped()) {
@@ -47,7 +47,7 @@ fn accept(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle)
     for number in 0.. {
         let at = Place { connection: Connection::Unknown(number), offset: 0 };
         let pending = from.accept(None).map_err(Error::io(at))?;
-        stop.register(pending.stopper().map_err(Error::io(at))?);
+        let _pending = stop.register_for_now(pending.stopper().map_err(Error::io(at))?);
         let mut stream = match pending.establish(Some(PATIENCE)) {
             Ok(stream) => stream,
             Err(_) if stop.is_stopped() => return Err(Error::Stopped),
@@ -56,7 +56,7 @@ fn accept(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle)
                 continue;
             }
         };
-        stop.register(stream.stopper().map_err(Error::io(at))?);
+        let _stream = stop.register_for_now(stream.stopper().map_err(Error::io(at))?);
         let mut main = Continued { stream: &mut *stream, buf: Vec::new(), used: 0, since: Instant::now() };
         main.stream.set_read_timeout(Some(PATIENCE)).map_err(Error::io(at))?;
         let begins = main.fill(Beginning::LEN).map(|()| Beginning::of(*main.buf.first_chunk().expect("so many bytes")));

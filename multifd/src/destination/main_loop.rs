@@ -28,94 +28,110 @@ impl Run {
                 self.identified = true;
                 self.shared.identified();
             }
-            match item {
-                Item::Header | Item::Footer { .. } | Item::Block(_) | Item::ConfigPageBits(_) => {}
-                Item::Configuration { machine } => self.configuration(machine)?,
-                Item::ConfigCapabilities(names) => {
-                    if names.iter().any(|name| name == MAPPED_RAM) && !self.main().is_heard() {
-                        return Err(Mismatch::AlreadyCheckpoint { peer: self.main().peer() }.into());
-                    }
-                    refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
-                }
-                Item::ConfigUuid(uuid) => {
-                    lock(&self.shared.seen).main_uuid = Some(uuid);
-                    self.report.uuid = Some(uuid);
-                }
-                Item::ConfigOffer(offer) => {
-                    self.refuse_channels()?;
-                    let (opened, barrier) = (usize::from(offer.channels), &self.shared.barrier);
-                    if let (Err(_), Some(expected)) =
-                        barrier.members(|members| (members.tell(opened), members.channels()))
-                    {
-                        return Err(Mismatch::Channels { opened, expected }.into());
-                    }
-                    lock(&self.shared.seen).main_token = offer.token;
-                    self.offer = Some(offer);
-                }
-                Item::Command(Command::PostcopyRamDiscard { block, ranges }) => {
-                    self.discard(&block, &ranges, observer)?
-                }
-                Item::Command(Command::Packaged { len }) => self.package(len, observer)?,
-                Item::Command(command) => self.command(&command)?,
-                // POSTCOPY_ADVISE comes before it.
-                Item::RamStart { .. } => self.shared.switch.announce(false),
-                Item::BlocksEnd => self.open_ram(target)?,
-                // What the switch has begun goes on.
-                Item::RamPart { .. } | Item::Eos if self.main().decoder().is_postcopy() => {}
-                Item::ZeroPage { block, offset } if self.main().decoder().is_postcopy() => {
-                    self.pushed_page(block, offset, None)?
-                }
-                Item::Page { block, offset, len } if self.main().decoder().is_postcopy() => {
-                    self.pushed_page(block, offset, Some(len))?
-                }
-                Item::RamPart { end } => self.ram_part(end, observer)?,
-                Item::ZeroPage { block, offset } => {
-                    self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
-                    self.wrote(block, offset);
-                    self.shared.progress.add_pages_after(self.rounds, 0, 1);
-                    self.name(block, offset)?;
-                }
-                Item::Page { block, offset, len } => self.page(block, offset, len)?,
-                Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
-                Item::CompressPage { block, offset, len } => self.compressed_page(block, offset, len)?,
-                Item::Flush => {
-                    self.refuse_channels()?;
-                    self.shared.barrier.members(|members| members.expect_channels());
-                    self.sync_point(observer)?;
-                }
-                Item::Eos => {
-                    self.report.dialect = self.main().decoder().dialect();
-                    if self.report.dialect == Some(Dialect::PerSection) {
-                        self.sync_point(observer)?;
-                    }
-                    if self.main().decoder().ram_ended() {
-                        // Every page is in place, also in a VM without devices.
-                        self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
-                    }
-                }
-                Item::Section(section) => {
-                    if self.section(&section, target, observer)? == Body::RestOfStream {
-                        if !self.main().decoder().ram_ended() {
-                            self.report.mode = Mode::Snapshot;
-                        }
-                        return Ok(());
-                    }
-                }
-                Item::Eof if self.main().decoder().is_postcopy() => return self.main().nothing_follows(),
-                Item::Eof => {
-                    if self.main().decoder().is_snapshot() {
-                        self.report.mode = Mode::Snapshot;
-                    }
-                    if !self.main().vmdescription_follows()? {
-                        return Ok(());
-                    }
-                }
-                Item::VmDescription { len } => {
-                    self.main().skip(len)?;
-                    return self.main().nothing_follows();
-                }
+            if self.item(item, target, observer)? == Next::End {
+                return Ok(());
             }
         }
+    }
+
+    /// Does what `item` says.
+    fn item(&mut self, item: Item, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<Next, Error> {
+        let is_postcopy = self.main().decoder().is_postcopy();
+        match item {
+            Item::Section(section) => return self.section(&section, target, observer),
+            Item::Eof => return self.eof(is_postcopy),
+            Item::VmDescription { len } => {
+                self.main().skip(len)?;
+                return self.main().nothing_follows().map(|()| Next::End);
+            }
+            Item::Command(Command::PostcopyRamDiscard { block, ranges }) => self.discard(&block, &ranges, observer)?,
+            Item::Command(Command::Packaged { len }) => self.package(len, observer)?,
+            Item::Command(command) => self.command(&command)?,
+            item if is_configuration(&item) => self.configuration(item)?,
+            // What the switch has begun goes on.
+            Item::RamPart { .. } | Item::Eos if is_postcopy => {}
+            Item::ZeroPage { block, offset } if is_postcopy => self.pushed_page(block, offset, None)?,
+            Item::Page { block, offset, len } if is_postcopy => self.pushed_page(block, offset, Some(len))?,
+            item => self.ram(item, target, observer)?,
+        }
+        Ok(Next::Item)
+    }
+
+    /// Something of the configuration.
+    fn configuration(&mut self, item: Item) -> Result<(), Error> {
+        match item {
+            Item::Configuration { machine } => self.machine(machine)?,
+            Item::ConfigCapabilities(names) => {
+                if names.iter().any(|name| name == MAPPED_RAM) && !self.main().is_heard() {
+                    return Err(Mismatch::AlreadyCheckpoint { peer: self.main().peer() }.into());
+                }
+                refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
+            }
+            Item::ConfigUuid(uuid) => {
+                lock(&self.shared.seen).main_uuid = Some(uuid);
+                self.report.uuid = Some(uuid);
+            }
+            Item::ConfigOffer(offer) => {
+                self.refuse_channels()?;
+                let (opened, barrier) = (usize::from(offer.channels), &self.shared.barrier);
+                if let (Err(_), Some(expected)) = barrier.members(|members| (members.tell(opened), members.channels()))
+                {
+                    return Err(Mismatch::Channels { opened, expected }.into());
+                }
+                lock(&self.shared.seen).main_token = offer.token;
+                self.offer = Some(offer);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Something of the section of RAM, before any switch.
+    fn ram(&mut self, item: Item, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
+        match item {
+            // POSTCOPY_ADVISE comes before it.
+            Item::RamStart { .. } => self.shared.switch.announce(false),
+            Item::BlocksEnd => self.open_ram(target)?,
+            Item::RamPart { end } => self.ram_part(end, observer)?,
+            Item::ZeroPage { block, offset } => {
+                self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
+                self.wrote(block, offset);
+                self.shared.progress.add_pages_after(self.rounds, 0, 1);
+                self.name(block, offset)?;
+            }
+            Item::Page { block, offset, len } => self.page(block, offset, len)?,
+            Item::Xbzrle { block, offset, len } => self.xbzrle(block, offset, len)?,
+            Item::CompressPage { block, offset, len } => self.compressed_page(block, offset, len)?,
+            Item::Flush => {
+                self.refuse_channels()?;
+                self.shared.barrier.members(|members| members.expect_channels());
+                self.sync_point(observer)?;
+            }
+            Item::Eos => {
+                self.report.dialect = self.main().decoder().dialect();
+                if self.report.dialect == Some(Dialect::PerSection) {
+                    self.sync_point(observer)?;
+                }
+                if self.main().decoder().ram_ended() {
+                    // Every page is in place, also in a VM without devices.
+                    self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
+                }
+            }
+            // A footer, and a block of the list that BLOCKS_END ends.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The sections are over.
+    fn eof(&mut self, is_postcopy: bool) -> Result<Next, Error> {
+        if is_postcopy {
+            return self.main().nothing_follows().map(|()| Next::End);
+        }
+        if self.main().decoder().is_snapshot() {
+            self.report.mode = Mode::Snapshot;
+        }
+        Ok(if self.main().vmdescription_follows()? { Next::Item } else { Next::End })
     }
 
     /// Compares the uuid of a VM whose channels do not name it with the one that is expected.
@@ -133,7 +149,7 @@ impl Run {
         }
     }
 
-    fn configuration(&mut self, machine: String) -> Result<(), Error> {
+    fn machine(&mut self, machine: String) -> Result<(), Error> {
         match &self.shared.options.machine {
             Some(ours) if *ours != machine => Err(Mismatch::Machine { theirs: machine, ours: ours.clone() }.into()),
             _ => {
@@ -203,23 +219,40 @@ impl Run {
         Ok(())
     }
 
-    /// The state of one device.
+    /// The state of one device, or all that is left of the stream.
     fn section(
         &mut self,
         section: &Section,
         target: &mut dyn Target,
         observer: &mut dyn Observer,
-    ) -> Result<Body, Error> {
+    ) -> Result<Next, Error> {
         if section.kind != SectionKind::Full {
             self.ack_timing.more_than_ram();
-            return target.section_part(section, self.main()).map(|()| Body::Section);
+            return target.section_part(section, self.main()).map(|()| Next::Item);
         }
         let ram_ended = self.main().decoder().ram_ended();
         if ram_ended {
             self.enter_once(Phase::Devices, observer);
         }
-        target.section(section, ram_ended, self.main())
+        match target.section(section, ram_ended, self.main())? {
+            Body::Section => Ok(Next::Item),
+            Body::RestOfStream => {
+                if !self.main().decoder().ram_ended() {
+                    self.report.mode = Mode::Snapshot;
+                }
+                Ok(Next::End)
+            }
+        }
     }
+}
+
+/// What follows an item of main.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Another one.
+    Item,
+    /// Nothing: the stream is over.
+    End,
 }
 
 /// Whether `item` comes before it is known whose migration it is.

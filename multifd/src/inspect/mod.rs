@@ -120,95 +120,8 @@ impl RecordedReader {
     fn read(&mut self) -> Result<(), Error> {
         self.main.begin()?;
         while let Some(item) = self.main.next_item()? {
-            let main = &mut self.account.main;
-            match item {
-                Item::Configuration { machine } => main.machine = machine,
-                Item::ConfigCapabilities(names) => main.capabilities = names,
-                Item::ConfigUuid(uuid) => main.uuid = Some(uuid),
-                Item::Command(command) => {
-                    main.add_command(command.clone());
-                    match command {
-                        Command::PostcopyRamDiscard { block, ranges } => self.discard(&block, &ranges)?,
-                        Command::Packaged { len } => self.package(len)?,
-                        _ => {}
-                    }
-                }
-                Item::BlocksEnd => {
-                    let blocks = self.main.decoder().blocks().to_vec();
-                    let pages = Pages::new(&blocks, !self.channels.is_empty(), self.scratch.take())?;
-                    self.account.blocks = pages.blocks();
-                    self.pages = Some(pages);
-                }
-                Item::RamPart { end } => main.parts += u64::from(!end),
-                Item::ZeroPage { block, offset } => {
-                    main.zero += 1;
-                    if self.main.decoder().is_postcopy() {
-                        self.pushed(block, offset)?;
-                    }
-                    self.zero(block, offset)?;
-                }
-                Item::Page { block, offset, len } => {
-                    main.page += 1;
-                    if self.main.decoder().is_postcopy() {
-                        self.pushed(block, offset)?;
-                    }
-                    let page = self.main.payload(len)?;
-                    self.store(block, offset, &page)?;
-                }
-                Item::Xbzrle { block, offset, len } => {
-                    main.xbzrle += 1;
-                    let place = self.main.place();
-                    let diff = self.main.payload(len)?;
-                    let mut page = vec![0; PAGE_SIZE];
-                    let known = self.pages().load(block, offset, &mut page).map_err(Error::io(place))?;
-                    let applied = xbzrle::apply(&diff, &mut page);
-                    if known {
-                        applied.map_err(Error::protocol(place))?;
-                    }
-                    self.store(block, offset, &page)?;
-                }
-                Item::CompressPage { block, offset, len } => {
-                    main.compressed += 1;
-                    let place = self.main.place();
-                    let payload = self.main.payload(len)?;
-                    let mut page = vec![0; PAGE_SIZE];
-                    crate::compress::inflate_page(&payload, &mut page).map_err(Error::io(place))?;
-                    self.store(block, offset, &page)?;
-                }
-                Item::Flush => {
-                    main.flush += 1;
-                    self.sync_point()?;
-                }
-                Item::Eos => {
-                    main.end_of_section += 1;
-                    let dialect = self.main.decoder().dialect();
-                    if !self.channels.is_empty() {
-                        self.account.dialect = dialect;
-                        if dialect == Some(Dialect::PerSection) && !self.main.decoder().is_postcopy() {
-                            self.sync_point()?;
-                        }
-                    }
-                }
-                Item::Section(section) if section.kind == SectionKind::Full && self.main.decoder().ram_ended() => {
-                    self.account.tail = self.main.tail(&section, self.account.beside_ram.early())?;
-                    break;
-                }
-                Item::Section(section) => {
-                    if section.kind == SectionKind::Full && self.snapshot_tail(&section)? {
-                        break;
-                    }
-                    let ram_started = self.main.decoder().ram_section().is_some();
-                    let bytes = self.main.section_beside_ram(&section, self.account.beside_ram.bytes())?;
-                    self.account.beside_ram.push(&section, &bytes, ram_started);
-                }
-                Item::VmDescription { len } => self.account.tail.vmdescription = self.main.payload(len)?,
-                Item::Header
-                | Item::ConfigPageBits(_)
-                | Item::ConfigOffer(_)
-                | Item::RamStart { .. }
-                | Item::Block(_)
-                | Item::Footer { .. }
-                | Item::Eof => {}
+            if !self.item(item)? {
+                break;
             }
         }
         self.main.nothing_follows()?;
@@ -223,6 +136,111 @@ impl RecordedReader {
             channel.read_rest(pages)?;
         }
         Ok(())
+    }
+
+    /// Takes `item`, with what belongs to it. Returns whether another one follows.
+    fn item(&mut self, item: Item) -> Result<bool, Error> {
+        let main = &mut self.account.main;
+        match item {
+            Item::Configuration { machine } => main.machine = machine,
+            Item::ConfigCapabilities(names) => main.capabilities = names,
+            Item::ConfigUuid(uuid) => main.uuid = Some(uuid),
+            Item::Command(command) => {
+                main.add_command(command.clone());
+                match command {
+                    Command::PostcopyRamDiscard { block, ranges } => self.discard(&block, &ranges)?,
+                    Command::Packaged { len } => self.package(len)?,
+                    _ => {}
+                }
+            }
+            Item::BlocksEnd => {
+                let blocks = self.main.decoder().blocks().to_vec();
+                let pages = Pages::new(&blocks, !self.channels.is_empty(), self.scratch.take())?;
+                self.account.blocks = pages.blocks();
+                self.pages = Some(pages);
+            }
+            Item::RamPart { end } => main.parts += u64::from(!end),
+            Item::Flush => {
+                main.flush += 1;
+                self.sync_point()?;
+            }
+            Item::Eos => self.end_of_section()?,
+            Item::Section(section) => return self.section(&section),
+            Item::VmDescription { len } => self.account.tail.vmdescription = self.main.payload(len)?,
+            item => self.page(item)?,
+        }
+        Ok(true)
+    }
+
+    /// Takes `item`, if it is a page.
+    fn page(&mut self, item: Item) -> Result<(), Error> {
+        let main = &mut self.account.main;
+        match item {
+            Item::ZeroPage { block, offset } => {
+                main.zero += 1;
+                if self.main.decoder().is_postcopy() {
+                    self.pushed(block, offset)?;
+                }
+                self.zero(block, offset)
+            }
+            Item::Page { block, offset, len } => {
+                main.page += 1;
+                if self.main.decoder().is_postcopy() {
+                    self.pushed(block, offset)?;
+                }
+                let page = self.main.payload(len)?;
+                self.store(block, offset, &page)
+            }
+            Item::Xbzrle { block, offset, len } => {
+                main.xbzrle += 1;
+                let place = self.main.place();
+                let diff = self.main.payload(len)?;
+                let mut page = vec![0; PAGE_SIZE];
+                let known = self.pages().load(block, offset, &mut page).map_err(Error::io(place))?;
+                let applied = xbzrle::apply(&diff, &mut page);
+                if known {
+                    applied.map_err(Error::protocol(place))?;
+                }
+                self.store(block, offset, &page)
+            }
+            Item::CompressPage { block, offset, len } => {
+                main.compressed += 1;
+                let place = self.main.place();
+                let payload = self.main.payload(len)?;
+                let mut page = vec![0; PAGE_SIZE];
+                crate::compress::inflate_page(&payload, &mut page).map_err(Error::io(place))?;
+                self.store(block, offset, &page)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn end_of_section(&mut self) -> Result<(), Error> {
+        self.account.main.end_of_section += 1;
+        let dialect = self.main.decoder().dialect();
+        if self.channels.is_empty() {
+            return Ok(());
+        }
+        self.account.dialect = dialect;
+        match dialect {
+            Some(Dialect::PerSection) if !self.main.decoder().is_postcopy() => self.sync_point(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a section beside RAM, or all that is left of the stream. Returns whether another item follows.
+    fn section(&mut self, section: &Section) -> Result<bool, Error> {
+        if section.kind == SectionKind::Full && self.main.decoder().ram_ended() {
+            self.account.tail = self.main.tail(section, self.account.beside_ram.early())?;
+            return Ok(false);
+        }
+        if section.kind == SectionKind::Full && self.snapshot_tail(section)? {
+            return Ok(false);
+        }
+        let ram_started = self.main.decoder().ram_section().is_some();
+        let bytes = self.main.section_beside_ram(section, self.account.beside_ram.bytes())?;
+        self.account.beside_ram.push(section, &bytes, ram_started);
+        Ok(true)
     }
 
     /// Takes all of main from `first` on, if that is the state of all devices of a background snapshot.

@@ -175,7 +175,7 @@ impl Source {
             refused: AtomicBool::new(false),
             stop: StopHandle::new(),
         });
-        self.stop.register(Box::new(Cancel(attempt.stop.clone())));
+        let _cancel = self.stop.register_for_now(Box::new(Cancel(attempt.stop.clone())));
         let watchdog = Watchdog::start(&*self.job.options.threads, &attempt.stop)?;
         let limit = self.job.options.stall_limit;
         attempt.pulse.watch(watchdog.timers(), move || limit, &attempt.stop);
