@@ -113,7 +113,7 @@ impl Command {
     }
 
     /// Why this command ends a migration wherever it stands on main, if it does.
-    pub const fn refusal(&self) -> Option<Violation> {
+    pub(crate) const fn refusal(&self) -> Option<Violation> {
         match self {
             Self::EnableColo => Some(Violation::ColoRefused),
             Self::PostcopyResume | Self::RecvBitmap { .. } => Some(Violation::RecoveryRefused { command: self.name() }),

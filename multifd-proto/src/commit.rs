@@ -146,7 +146,8 @@ impl SourceCommit {
     }
 
     /// Whether the outcome is fixed.
-    pub const fn is_over(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) const fn is_over(&self) -> bool {
         matches!(self.phase, SourcePhase::Done | SourcePhase::Resumable | SourcePhase::InDoubt)
     }
 }
@@ -265,12 +266,14 @@ impl DestinationCommit {
     }
 
     /// Whether a cancel, a limit or a lost connection would still keep the guest from starting here.
-    pub const fn may_abandon(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) const fn may_abandon(&self) -> bool {
         matches!(self.phase, DestinationPhase::Loading | DestinationPhase::AwaitsGo | DestinationPhase::Abandoned)
     }
 
     /// Whether the outcome is fixed.
-    pub const fn is_over(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) const fn is_over(&self) -> bool {
         matches!(self.phase, DestinationPhase::Running | DestinationPhase::Abandoned)
     }
 }

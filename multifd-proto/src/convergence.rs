@@ -118,11 +118,6 @@ impl Convergence {
         }
     }
 
-    /// The percentage last asked for by [`Decision::Throttle`].
-    pub fn throttle(&self) -> u8 {
-        self.throttle
-    }
-
     fn observe(&mut self, report: &RoundReport) {
         self.bytes += report.sent as f64;
         self.seconds += report.took.as_secs_f64();

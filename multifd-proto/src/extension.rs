@@ -26,10 +26,10 @@ pub enum Extension {
 
 impl Extension {
     /// Every extension that this version knows.
-    pub const ALL: [Extension; 1] = [Extension::TwoStepCommit];
+    pub(crate) const ALL: [Extension; 1] = [Extension::TwoStepCommit];
 
     /// Its number on the wire.
-    pub const fn number(self) -> u16 {
+    pub(crate) const fn number(self) -> u16 {
         match self {
             Extension::TwoStepCommit => 1,
         }
@@ -111,7 +111,7 @@ impl Offer {
 }
 
 /// The most extensions that a peer may name.
-pub const MAX_EXTENSIONS: u16 = 64;
+pub(crate) const MAX_EXTENSIONS: u16 = 64;
 
 /// The name of the subsection.
 pub(crate) const SUBSECTION: &str = "configuration/multifd";

@@ -14,10 +14,10 @@ pub struct BlockName(Arc<str>);
 
 impl BlockName {
     /// A name of at most this many bytes fits its length byte on main and the 256-byte field of a packet.
-    pub const MAX_LEN: usize = 255;
+    pub(crate) const MAX_LEN: usize = 255;
 
     /// The name in `bytes`, as it stands on the wire without its length byte.
-    pub fn from_wire(bytes: &[u8]) -> Result<Self, DecodeError> {
+    pub(crate) fn from_wire(bytes: &[u8]) -> Result<Self, DecodeError> {
         name_text(bytes).map(|text| Self(text.into()))
     }
 

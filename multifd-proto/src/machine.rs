@@ -75,11 +75,6 @@ impl fmt::Display for ZeroPages {
     }
 }
 
-/// Where a source of this machine type puts zero pages, as [`ZeroPages::of_machine`].
-pub fn zero_pages_of_machine(machine: &str) -> Option<ZeroPages> {
-    ZeroPages::of_machine(machine)
-}
-
 /// Whether a source of this machine type announces the switchover with a command. Receivers before QEMU 10.0 refuse it.
 pub fn sends_switchover_start(machine: &str) -> Option<bool> {
     version(machine).map(|version| version >= (10, 0))
@@ -113,7 +108,7 @@ mod tests {
             assert_eq!(Dialect::of_machine(&pc(version)), Some(Dialect::PerRound), "{version}");
         }
         assert_eq!(ZeroPages::of_machine("pc-q35-8.2"), Some(ZeroPages::Legacy));
-        assert_eq!(zero_pages_of_machine("pc-q35-9.0"), Some(ZeroPages::Multifd));
+        assert_eq!(ZeroPages::of_machine("pc-q35-9.0"), Some(ZeroPages::Multifd));
         assert_eq!(sends_switchover_start("pc-q35-9.2"), Some(false));
         assert_eq!(sends_switchover_start("pc-q35-10.0"), Some(true));
         assert_eq!(takes_switchover_ack("pc-q35-8.0"), None);

@@ -105,7 +105,8 @@ impl BlockHeader {
     }
 
     /// Where the page at `offset` of the block lies in the file.
-    pub const fn page_at(&self, offset: u64) -> u64 {
+    #[cfg(test)]
+    pub(crate) const fn page_at(&self, offset: u64) -> u64 {
         self.pages_offset.saturating_add(offset)
     }
 }
@@ -130,7 +131,7 @@ pub fn set(bitmap: &mut [u8], page: usize) {
 }
 
 /// Where pages begin is a multiple of this, so that a file can be read and written without the page cache.
-pub const PAGES_ALIGNMENT: u64 = 1 << 20;
+pub(crate) const PAGES_ALIGNMENT: u64 = 1 << 20;
 
 const VERSION: u32 = 1;
 

@@ -210,7 +210,7 @@ impl Membership {
 
     /// No channel has come in time, and rounds go on without. Returns whether that is possible: there is no evidence of
     /// any channel.
-    pub fn go_alone(&mut self) -> bool {
+    pub(crate) fn go_alone(&mut self) -> bool {
         self.alone = self.count == Count::Open && self.joined == 0 && !self.expected;
         self.alone
     }
@@ -219,7 +219,7 @@ impl Membership {
     ///
     /// # Errors
     /// It is none of this migration, or comes too late.
-    pub fn admit(&self, id: ChannelId, told: Option<NonZeroU8>, taken: bool) -> Result<(), Stranger> {
+    pub(crate) fn admit(&self, id: ChannelId, told: Option<NonZeroU8>, taken: bool) -> Result<(), Stranger> {
         let said = told.map(|told| usize::from(told.get()));
         if let (Some(told), Some(channels)) = (said, self.channels())
             && told != channels

@@ -33,7 +33,7 @@ use crate::violation::{DecodeError, Mismatch, ProtocolError, Violation};
 pub const MAGIC: u32 = 0x1122_3344;
 
 /// The only version of hello and packets there is.
-pub const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// The most guest memory one packet describes.
 pub const PACKET_BYTES: usize = 512 * 1024;
@@ -114,14 +114,6 @@ impl<'a> RamPacket<'a> {
     pub fn check_pages(&self, block: &BlockName, len: u64, page_size: usize) -> Result<(), Violation> {
         let mut offsets = self.normal_offsets().chain(self.zero_offsets());
         offsets.try_for_each(|offset| check_page(block, len, offset, page_size as u64))
-    }
-
-    /// Refuses the packet when its pages are compressed otherwise than `expected`: the method is configured on both sides.
-    pub fn check_compression(&self, expected: Compression) -> Result<(), Mismatch> {
-        if self.normal > 0 && self.compression != expected {
-            return Err(Mismatch::CompressionMismatch { expected, found: self.compression });
-        }
-        Ok(())
     }
 
     /// Whether this packet ends its channel's part of the round. Its own pages, if any, belong to the round it ends.
@@ -303,11 +295,6 @@ impl Hello {
         Ok(Self { uuid, channel: ChannelId(bytes[24]), channels: NonZeroU8::new(bytes[25]) })
     }
 
-    /// Refuses the channel of another VM than the one with this uuid (zeros: a VM without).
-    pub fn check_uuid(&self, expected: [u8; 16]) -> Result<(), Mismatch> {
-        if self.uuid == expected { Ok(()) } else { Err(Mismatch::Uuid { expected, found: self.uuid }) }
-    }
-
     /// The hello as it stands on the wire.
     pub fn encode(&self) -> [u8; HELLO_LEN] {
         let mut bytes = [0; HELLO_LEN];
@@ -346,7 +333,7 @@ pub struct Flags(u32);
 
 impl Flags {
     /// Checks the bits of a packet.
-    pub fn decode(flags: u32) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(flags: u32) -> Result<Self, DecodeError> {
         let methods = (flags & METHOD_MASK).count_ones();
         let known = flags & !(SYNC | METHOD_MASK | DEVICE_STATE) == 0;
         let alone = flags & DEVICE_STATE == 0 || flags == DEVICE_STATE;
@@ -354,7 +341,7 @@ impl Flags {
     }
 
     /// Whether the packet ends the round on its channel.
-    pub const fn sync(self) -> bool {
+    pub(crate) const fn sync(self) -> bool {
         self.0 & SYNC != 0
     }
 
@@ -364,7 +351,7 @@ impl Flags {
     }
 
     /// How the payload is compressed.
-    pub const fn method(self) -> Method {
+    pub(crate) const fn method(self) -> Method {
         match self.0 & METHOD_MASK {
             0 => Method::None,
             ZLIB => Method::Zlib,
@@ -373,11 +360,6 @@ impl Flags {
             UADK => Method::Uadk,
             _ => Method::QatZip,
         }
-    }
-
-    /// All flags as they stand on the wire.
-    pub const fn bits(self) -> u32 {
-        self.0
     }
 }
 
@@ -426,7 +408,7 @@ pub enum Compression {
 
 impl Compression {
     /// The flag bits of the method.
-    pub const fn bits(self) -> u32 {
+    pub(crate) const fn bits(self) -> u32 {
         match self {
             Self::None => 0,
             Self::Zlib => ZLIB,
@@ -520,19 +502,20 @@ fn put(bytes: &mut [u8], at: usize, value: u32) {
 }
 
 /// QEMU: `MULTIFD_FLAG_SYNC`.
-pub const SYNC: u32 = 0x01;
+pub(crate) const SYNC: u32 = 0x01;
 /// The bits that hold the compression method.
-pub const METHOD_MASK: u32 = 0x3e;
+pub(crate) const METHOD_MASK: u32 = 0x3e;
 /// zlib.
 pub const ZLIB: u32 = 0x02;
 /// zstd.
 pub const ZSTD: u32 = 0x04;
 /// Intel IAA through QPL.
-pub const QPL: u32 = 0x08;
+pub(crate) const QPL: u32 = 0x08;
 /// Kunpeng through UADK.
-pub const UADK: u32 = 0x10;
+pub(crate) const UADK: u32 = 0x10;
 /// Intel QuickAssist through QATzip.
-pub const QATZIP: u32 = 0x20;
+#[cfg(test)]
+pub(crate) const QATZIP: u32 = 0x20;
 /// A packet with device state.
 pub const DEVICE_STATE: u32 = 0x40;
 
@@ -561,24 +544,6 @@ mod tests {
         assert_eq!(bytes[24], 3);
         assert_eq!(bytes[25], 5);
         assert!(bytes[26..].iter().all(|byte| *byte == 0));
-    }
-
-    #[test]
-    fn channel_of_another_vm_is_refused() {
-        let hello = Hello { uuid: [7; 16], channel: ChannelId(0), channels: None };
-        assert_eq!(hello.check_uuid([7; 16]), Ok(()));
-        assert_eq!(hello.check_uuid([0; 16]), Err(Mismatch::Uuid { expected: [0; 16], found: [7; 16] }));
-    }
-
-    #[test]
-    fn pages_must_be_compressed_as_configured() {
-        let bytes = packet(|_| ());
-        let decoded = RamPacket::decode(&bytes, PAGE).unwrap();
-        let (expected, found) = (Compression::Zlib, Compression::None);
-        assert_eq!(decoded.check_compression(found), Ok(()));
-        assert_eq!(decoded.check_compression(expected), Err(Mismatch::CompressionMismatch { expected, found }));
-        let bytes = packet(|bytes| put(bytes, 16, 0));
-        assert_eq!(RamPacket::decode(&bytes, PAGE).unwrap().check_compression(expected), Ok(()));
     }
 
     #[test]

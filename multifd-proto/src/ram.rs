@@ -153,7 +153,7 @@ impl BlockEntry {
     }
 
     /// Refuses a page at `offset` that is not aligned or not inside this block.
-    pub fn check_page(&self, offset: u64, page_size: usize) -> Result<(), Violation> {
+    pub(crate) fn check_page(&self, offset: u64, page_size: usize) -> Result<(), Violation> {
         check_page(&self.name, self.used_len, offset, page_size as u64)
     }
 }
@@ -187,7 +187,7 @@ pub struct BlockLayout {
 }
 
 /// Refuses a page at `offset` that is not aligned or not inside `block`, which is `len` bytes long.
-pub fn check_page(block: &BlockName, len: u64, offset: u64, page_size: u64) -> Result<(), Violation> {
+pub(crate) fn check_page(block: &BlockName, len: u64, offset: u64, page_size: u64) -> Result<(), Violation> {
     if !offset.is_multiple_of(page_size) {
         return Err(Violation::UnalignedPage { block: block.clone(), offset, page_size });
     }

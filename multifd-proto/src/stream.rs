@@ -962,25 +962,25 @@ pub const MAGIC: u32 = 0x5145_564d;
 /// The version of the stream; version 2 is obsolete.
 pub const VERSION: u32 = 3;
 /// The name of the section that transfers RAM.
-pub const RAM: &str = "ram";
+pub(crate) const RAM: &str = "ram";
 /// The version of that section.
-pub const RAM_VERSION: u32 = 4;
+pub(crate) const RAM_VERSION: u32 = 4;
 /// Capability by which the block list has guest physical addresses.
 pub const X_IGNORE_SHARED: &str = "x-ignore-shared";
 /// Capability by which the block list has mapped-ram headers.
 pub const MAPPED_RAM: &str = "mapped-ram";
 
 /// The longest machine type accepted. Real ones have some 15 bytes.
-pub const MAX_MACHINE: u32 = 255;
+pub(crate) const MAX_MACHINE: u32 = 255;
 /// The most capabilities accepted in the configuration, which lists at most two.
-pub const MAX_CAPABILITIES: u32 = 16;
+pub(crate) const MAX_CAPABILITIES: u32 = 16;
 /// The most sections other than `ram` that may be transferred in parts at the same time.
 pub const MAX_SECTIONS: usize = 256;
 /// The longest vmdescription accepted. A small VM's has 100 KB.
 pub const MAX_VMDESC: u32 = 16 << 20;
 
 /// The longest package of a postcopy migration accepted: the state of all devices. A small VM's has 14 KB.
-pub const MAX_PACKAGE: u32 = 1 << 30;
+pub(crate) const MAX_PACKAGE: u32 = 1 << 30;
 
 /// The end of the VM's state.
 pub const EOF: u8 = 0x00;

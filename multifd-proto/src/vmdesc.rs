@@ -140,7 +140,7 @@ pub struct OpaqueSection<'a> {
 
 impl Device {
     /// How many bytes the body of this device's section has; nothing when the numbers overflow.
-    pub fn body_len(&self) -> Option<u64> {
+    pub(crate) fn body_len(&self) -> Option<u64> {
         len_of(&self.fields, &self.subsections)
     }
 
@@ -667,7 +667,7 @@ pub fn find_end(buf: &[u8]) -> Option<TailEnd> {
 
 /// The most values shown for one device, so that a small description cannot ask for a huge answer. Real devices have some
 /// hundreds.
-pub const MAX_VALUES: usize = 1 << 20;
+pub(crate) const MAX_VALUES: usize = 1 << 20;
 
 /// Bytes in front of the JSON: end of state, type, length.
 const HEAD: usize = 6;

@@ -15,32 +15,32 @@ pub struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// A reader at the start of `bytes`.
-    pub const fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) const fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, position: 0 }
     }
 
     /// One byte.
-    pub fn u8(&mut self) -> Result<u8, Short> {
+    pub(crate) fn u8(&mut self) -> Result<u8, Short> {
         self.array::<1>().map(|[byte]| byte)
     }
 
     /// A 16-bit integer.
-    pub fn u16(&mut self) -> Result<u16, Short> {
+    pub(crate) fn u16(&mut self) -> Result<u16, Short> {
         self.array().map(u16::from_be_bytes)
     }
 
     /// A 32-bit integer.
-    pub fn u32(&mut self) -> Result<u32, Short> {
+    pub(crate) fn u32(&mut self) -> Result<u32, Short> {
         self.array().map(u32::from_be_bytes)
     }
 
     /// A 64-bit integer.
-    pub fn u64(&mut self) -> Result<u64, Short> {
+    pub(crate) fn u64(&mut self) -> Result<u64, Short> {
         self.array().map(u64::from_be_bytes)
     }
 
     /// The next `n` bytes, borrowed. On error nothing is consumed.
-    pub fn bytes(&mut self, n: usize) -> Result<&'a [u8], Short> {
+    pub(crate) fn bytes(&mut self, n: usize) -> Result<&'a [u8], Short> {
         let rest = &self.bytes[self.position..];
         let Some(taken) = rest.get(..n) else {
             return Err(Short { needed: n - rest.len() });
@@ -50,24 +50,24 @@ impl<'a> Reader<'a> {
     }
 
     /// The next `N` bytes by value. On error nothing is consumed.
-    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
         self.bytes(N).map(|bytes| bytes.try_into().expect("bytes(N) is N long"))
     }
 
     /// A length byte and that many bytes, without the length. On error nothing is consumed.
-    pub fn pstr(&mut self) -> Result<&'a [u8], Short> {
+    pub(crate) fn pstr(&mut self) -> Result<&'a [u8], Short> {
         let start = self.position;
         let len = self.u8()?;
         self.bytes(usize::from(len)).inspect_err(|_| self.position = start)
     }
 
     /// How many bytes have been consumed.
-    pub const fn position(&self) -> usize {
+    pub(crate) const fn position(&self) -> usize {
         self.position
     }
 
     /// How many bytes are left.
-    pub const fn remaining(&self) -> usize {
+    pub(crate) const fn remaining(&self) -> usize {
         self.bytes.len() - self.position
     }
 }
@@ -80,32 +80,32 @@ pub struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     /// A writer that appends to `out`.
-    pub const fn new(out: &'a mut Vec<u8>) -> Self {
+    pub(crate) const fn new(out: &'a mut Vec<u8>) -> Self {
         Self { out }
     }
 
     /// Appends one byte.
-    pub fn u8(&mut self, value: u8) -> &mut Self {
+    pub(crate) fn u8(&mut self, value: u8) -> &mut Self {
         self.bytes(&[value])
     }
 
     /// Appends a 16-bit integer.
-    pub fn u16(&mut self, value: u16) -> &mut Self {
+    pub(crate) fn u16(&mut self, value: u16) -> &mut Self {
         self.bytes(&value.to_be_bytes())
     }
 
     /// Appends a 32-bit integer.
-    pub fn u32(&mut self, value: u32) -> &mut Self {
+    pub(crate) fn u32(&mut self, value: u32) -> &mut Self {
         self.bytes(&value.to_be_bytes())
     }
 
     /// Appends a 64-bit integer.
-    pub fn u64(&mut self, value: u64) -> &mut Self {
+    pub(crate) fn u64(&mut self, value: u64) -> &mut Self {
         self.bytes(&value.to_be_bytes())
     }
 
     /// Appends `bytes` as they are.
-    pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         self.out.extend_from_slice(bytes);
         self
     }
@@ -115,7 +115,7 @@ impl<'a> Writer<'a> {
     /// # Panics
     ///
     /// When `bytes` is longer than the 255 bytes that its length byte can say.
-    pub fn pstr(&mut self, bytes: &[u8]) -> &mut Self {
+    pub(crate) fn pstr(&mut self, bytes: &[u8]) -> &mut Self {
         let len = u8::try_from(bytes.len()).expect("a pstr holds at most 255 bytes");
         self.u8(len).bytes(bytes)
     }

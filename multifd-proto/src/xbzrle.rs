@@ -6,10 +6,10 @@
 use crate::violation::DecodeError;
 
 /// The longest diff accepted: one that is longer than the page gains nothing, and QEMU sends the page instead.
-pub const MAX_DIFF: usize = 4096;
+pub(crate) const MAX_DIFF: usize = 4096;
 
 /// The byte in front of the diff's length.
-pub const HEADER: u8 = 1;
+pub(crate) const HEADER: u8 = 1;
 
 /// Applies `diff` to `page`, its old content.
 ///
