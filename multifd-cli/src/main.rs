@@ -12,6 +12,7 @@ mod forecast;
 mod html;
 mod image;
 mod lend;
+mod listening;
 mod log;
 mod metrics;
 mod monitor;

@@ -3,7 +3,7 @@
 use multifd::{destination, error::Error, stop::StopHandle};
 use serde_json::{Map, json};
 
-use crate::{args::GiveBackArgs, report::Outcome, signals, terminal};
+use crate::{args::GiveBackArgs, listening, report::Outcome, signals};
 
 /// Waits for the source and completes its migration.
 pub fn run(args: &GiveBackArgs) -> Outcome {
@@ -20,7 +20,7 @@ fn give_back(args: &GiveBackArgs) -> Result<Outcome, Box<dyn std::error::Error>>
     let cancel = stop.clone();
     signals::on_interrupt(signals::Hangup::Interrupts, move || cancel.cancel())?;
     let mut listener = args.uri.listener()?;
-    terminal::say(&format!("listening on {}", listener.uri()));
+    listening::announce(&format!("listening on {}", listener.uri()));
     let given: Result<(), Error> = destination::give_back(&mut listener, &args.blocks, &stop);
     Ok(match given {
         Ok(()) => {

@@ -31,6 +31,7 @@ use crate::{
     connect::PatientConnector,
     exit::Exit,
     lend::lend,
+    listening,
     progress::Display,
     qmp::{Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
     report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
@@ -307,7 +308,7 @@ impl<'a> Session<'a> {
     /// Begins to wait for a guest.
     fn receive(&mut self, uri: &Uri) -> io::Result<()> {
         let listener = uri.listener()?;
-        terminal::say(&format!("listening on {}", listener.uri()));
+        listening::announce(&format!("listening on {}", listener.uri()));
         let mut options = self.args.transfer.destination_options();
         options.audit = self.args.audit;
         let destination = Destination::new(options);

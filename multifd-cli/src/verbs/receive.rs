@@ -23,11 +23,11 @@ use crate::{
     args::{Compression, Origin, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
-    printable,
+    listening, printable,
     progress::Display,
     qmp::{Qmp, Role, RunState, Settings, Steered, Watched},
     report::{MigrationReport, Outcome, fields},
-    signals, table, terminal,
+    signals, table,
 };
 
 /// Waits for a source and takes its VM.
@@ -108,7 +108,7 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
 fn listener(from: &Origin, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
     let recording = record.map(Recording::new).transpose()?;
     let (listener, what) = from.listener()?;
-    terminal::say(&what);
+    listening::announce(&what);
     Ok(match recording {
         Some(recording) => Box::new(recording.listener(listener)),
         None => listener,

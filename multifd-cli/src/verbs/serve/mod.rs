@@ -34,6 +34,7 @@ use crate::{
     args::{OutputArgs, ServeArgs},
     exit::Exit,
     image::Stop,
+    listening,
     progress::lock,
     report::Outcome,
     signals, terminal,
@@ -76,7 +77,7 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
     let original = Original::new(&checkpoint, options).map_err(of_engine)?;
     let identity = Identity::of(&checkpoint).map_err(|error| failed(format!("{:?}: {error}", args.file)))?;
     let listener = args.listen.listener().map_err(|error| failed(error.to_string()))?;
-    terminal::say(&format!("listening on {}", listener.uri()));
+    listening::announce(&format!("listening on {}", listener.uri()));
     let server = Server {
         checkpoint,
         original,
