@@ -39,7 +39,7 @@ pub(crate) use crate::testing::trace::Trace;
 /// Takes steps, and forgets them.
 #[cfg(not(any(test, feature = "broken-variants", feature = "fuzzing")))]
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Trace;
+pub(crate) struct Trace(());
 
 #[cfg(not(any(test, feature = "broken-variants", feature = "fuzzing")))]
 impl Trace {
