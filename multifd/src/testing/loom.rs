@@ -173,7 +173,7 @@ fn pull(scan: &PageScan, taken: &[AtomicU64], packets: &AtomicU64) {
     while scan.next(&mut batch) {
         assert_eq!(batch.pages, [0]);
         taken[batch.block].fetch_add(1, Relaxed);
-        packets.fetch_add(1 << (8 * batch.packet), Relaxed);
+        packets.fetch_add(1 << (8 * scan.packet_number()), Relaxed);
     }
 }
 
