@@ -96,6 +96,9 @@ impl Message {
 
     fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let kind = reader.u16()?;
+        if kind == TLS_ALERT {
+            return Err(DecodeError::SpeaksTls.into());
+        }
         if !(SHUT..=SWITCHOVER_ACK).contains(&kind) && !(ACCEPTED..=REASON).contains(&kind) {
             return Err(DecodeError::UnknownMessage { kind }.into());
         }
@@ -189,6 +192,9 @@ const REQ_PAGES: u16 = 4;
 const RECV_BITMAP: u16 = 5;
 const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
+/// What a TLS alert begins with: its type, and the major version.
+const TLS_ALERT: u16 = 0x1503;
+
 /// Far from the types that QEMU uses.
 const ACCEPTED: u16 = 0x4d01;
 const READY: u16 = 0x4d02;
@@ -249,6 +255,7 @@ mod tests {
 
     #[test]
     fn unknown_and_misshapen_messages_are_refused() {
+        assert_eq!(Message::decode(&[0x15, 3, 3, 0, 2, 2, 10]), Err(DecodeError::SpeaksTls.into()));
         for kind in [0u16, 8, 0xffff] {
             let bytes = [&kind.to_be_bytes()[..], &[0, 0]].concat();
             assert_eq!(Message::decode(&bytes), Err(DecodeError::UnknownMessage { kind }.into()));

@@ -138,6 +138,9 @@ pub enum DecodeError {
         /// The type.
         kind: u16,
     },
+    /// An alert of TLS stands where a return-path message should: the destination expects every connection to be encrypted.
+    #[error("the destination speaks TLS, and this source does not: both ends need it, or neither")]
+    SpeaksTls,
     /// The bytes that a recovery connection has for a block's bitmap of received pages are not shaped like one.
     #[error("bitmap of received pages: {what} {found:#x} instead of {expected:#x}")]
     BadReceivedBitmap {

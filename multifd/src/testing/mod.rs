@@ -17,6 +17,8 @@ pub mod memory;
 #[cfg(any(test, feature = "broken-variants", feature = "fuzzing"))]
 pub(crate) mod trace;
 
+#[cfg(all(test, feature = "tls", not(any(loom, shuttle))))]
+pub(crate) mod certificates;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod close_order;
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -19,6 +19,8 @@ pub mod record;
 pub mod socket;
 mod stop_event;
 pub mod tcp;
+#[cfg(feature = "tls")]
+pub mod tls;
 pub mod unix;
 pub mod uri;
 
@@ -64,8 +66,8 @@ pub trait SendHalf: Send {
     /// Ends this direction: the peer reads all that was written, and then 0. The other direction goes on. Every
     /// [`write`](Self::write) fails from now on, whether this succeeds or not; to call it again does nothing.
     ///
-    /// A connection that is dropped without it has ended as if its process had died: a transport that can tell the two
-    /// apart, as TLS can, reports that to the peer as an error.
+    /// A connection that is dropped without it has ended as if its process had died. The peer may not be able to tell the two
+    /// apart: not even with TLS, as a QEMU ends main without a word.
     ///
     /// # Errors
     /// The connection's. The peer may not learn of the end before the connection is dropped then.
