@@ -12,6 +12,7 @@ use crate::{
     compress,
     destination::{Destination, Options, Report},
     error::{Error, Mismatch},
+    progress::{Phase, Snapshot},
     testing::memory,
     transport::Connect,
 };
@@ -128,7 +129,7 @@ fn take(recording: &Recording, order: &[(usize, When)], path: &Path, options: Op
             send(&recording.main);
             for (id, when) in order {
                 if let When::After(rounds) = when {
-                    while progress.snapshot().round < *rounds && !receiver.is_finished() {
+                    while sync_points(&progress.snapshot()) < *rounds && !receiver.is_finished() {
                         thread::sleep(Duration::from_millis(1));
                     }
                     send(&recording.channels[*id]);
@@ -137,6 +138,11 @@ fn take(recording: &Recording, order: &[(usize, When)], path: &Path, options: Op
             receiver.join().unwrap()
         })
     })
+}
+
+/// How many sync points main has passed at least: that of the set-up is none of a round.
+fn sync_points(now: &Snapshot) -> u64 {
+    if now.phase < Some(Phase::Rounds) { 0 } else { 1 + now.round }
 }
 
 /// What a checkpoint is about: contents of all blocks, and the state of the devices.
