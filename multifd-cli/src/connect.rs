@@ -11,7 +11,7 @@ use std::{
 
 use multifd::transport::{Connect, Pending, Stopper, Stream, uri::Uri};
 
-use crate::units::Limit;
+use crate::{args::TlsArgs, units::Limit};
 
 /// Opens connections to one destination, each within a limit. The first is tried again while it is refused; from then on the
 /// destination is there. Clones open connections to the same destination.
@@ -30,12 +30,12 @@ struct PatientPending {
 }
 
 impl PatientConnector {
-    /// Connects to `uri`, for at most `limit` each time.
+    /// Connects to `uri`, with TLS where that is asked for, for at most `limit` each time.
     ///
     /// # Errors
-    /// As [`Uri::connector`].
-    pub fn new(uri: &Uri, limit: Limit<Duration>) -> io::Result<PatientConnector> {
-        let connector = uri.connector()?.into();
+    /// As [`TlsArgs::connector`].
+    pub fn new(uri: &Uri, tls: &TlsArgs, limit: Limit<Duration>) -> io::Result<PatientConnector> {
+        let connector = tls.connector(uri)?.into();
         Ok(PatientConnector { uri: uri.clone(), connector, limit, is_connected: Arc::default() })
     }
 }
@@ -164,12 +164,12 @@ mod tests {
     }
 
     fn fails(uri: &Uri, limit: Duration) -> io::Error {
-        PatientConnector::new(uri, Limit(Some(limit))).unwrap().connect().err().unwrap()
+        PatientConnector::new(uri, &TlsArgs::default(), Limit(Some(limit))).unwrap().connect().err().unwrap()
     }
 
     /// The error of a connect without a limit that is stopped, and whether it was stopped before it ended by itself.
     fn is_stopped(uri: &Uri) -> (io::Error, bool) {
-        let pending = PatientConnector::new(uri, Limit(None)).unwrap().dial().unwrap();
+        let pending = PatientConnector::new(uri, &TlsArgs::default(), Limit(None)).unwrap().dial().unwrap();
         let stopper = pending.stopper().unwrap();
         let waiting = thread::spawn(move || pending.establish(None).err().unwrap());
         thread::sleep(3 * PAUSE);
@@ -186,7 +186,10 @@ mod tests {
                 thread::sleep(3 * PAUSE);
                 TcpListener::bind(address).unwrap().accept().unwrap()
             });
-            PatientConnector::new(&uri, Limit(Some(Duration::from_secs(50)))).unwrap().connect().unwrap();
+            PatientConnector::new(&uri, &TlsArgs::default(), Limit(Some(Duration::from_secs(50))))
+                .unwrap()
+                .connect()
+                .unwrap();
             listener.join().unwrap();
         });
     }
@@ -205,11 +208,11 @@ mod tests {
                 }
             });
             let limit = Limit(Some(Duration::from_secs(50)));
-            PatientConnector::new(&Uri::Unix(path), limit).unwrap().connect().unwrap();
+            PatientConnector::new(&Uri::Unix(path), &TlsArgs::default(), limit).unwrap().connect().unwrap();
             listener.join().unwrap();
             // In a directory that is not there, no socket comes.
             let uri = Uri::Unix(dir.join("nonesuch/socket"));
-            let error = PatientConnector::new(&uri, limit).unwrap().connect().err().unwrap();
+            let error = PatientConnector::new(&uri, &TlsArgs::default(), limit).unwrap().connect().err().unwrap();
             assert_eq!(error.kind(), io::ErrorKind::NotFound);
         });
     }
@@ -249,7 +252,7 @@ mod tests {
     fn a_stop_before_the_connect_holds() {
         test_support::time_limit(Duration::from_secs(60), || {
             let (uri, _) = free();
-            let pending = PatientConnector::new(&uri, Limit(None)).unwrap().dial().unwrap();
+            let pending = PatientConnector::new(&uri, &TlsArgs::default(), Limit(None)).unwrap().dial().unwrap();
             pending.stopper().unwrap().stop();
             assert!(pending.establish(None).is_err());
         });

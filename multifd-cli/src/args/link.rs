@@ -12,6 +12,7 @@ use clap::Args;
 
 use super::{
     MIGRATION,
+    tls::TlsArgs,
     values::{bytes16, show_limit},
 };
 use crate::units::{self, Limit};
@@ -27,13 +28,18 @@ pub struct LinkArgs {
     /// with QEMU. In the environment other users do not see it.
     #[arg(long, value_name = "HEX32", env = TOKEN_VARIABLE, hide_env_values = true, value_parser = Token::from_str)]
     pub token: Option<Token>,
+    /// Whether they are encrypted.
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 impl LinkArgs {
     /// The same as options of a command line, but for the token: every user can read those.
     pub(super) fn to_args(&self) -> Vec<String> {
-        let LinkArgs { stall_timeout, token: _ } = self;
-        vec![format!("--stall-timeout={}", show_limit(*stall_timeout))]
+        let LinkArgs { stall_timeout, token: _, tls } = self;
+        let mut args = vec![format!("--stall-timeout={}", show_limit(*stall_timeout))];
+        args.extend(tls.to_args());
+        args
     }
 }
 

@@ -12,6 +12,8 @@ mod postcopy;
 mod qemu;
 mod schema;
 mod serve;
+mod tls;
+mod tls_init;
 mod transfer;
 mod values;
 mod verbs;
@@ -23,11 +25,12 @@ pub use self::{
     give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
     observe::ObserveArgs,
-    origin::Origin,
     output::{LogFormat, OutputArgs, ProgressMode},
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     schema::SchemaArgs,
     serve::ServeArgs,
+    tls::TlsArgs,
+    tls_init::TlsInitArgs,
     transfer::{Compression, TransferArgs},
     values::uuid,
     verbs::{DemoArgs, GuestArgs, Incoming, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
@@ -67,6 +70,8 @@ pub enum Verb {
     Inspect(InspectArgs),
     /// Print the JSON schema of the reports.
     Schema(SchemaArgs),
+    /// Make certificates and keys for hosts that migrate among each other with TLS.
+    TlsInit(TlsInitArgs),
 }
 
 impl Verb {
@@ -83,6 +88,7 @@ impl Verb {
             Verb::Convert(args) => &args.output,
             Verb::GiveBack(args) => &args.output,
             Verb::Inspect(args) => &args.output,
+            Verb::TlsInit(args) => &args.output,
             Verb::Schema(args) => &args.output,
         }
     }
@@ -131,7 +137,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
         Verb::Convert(args) => args.check(),
-        Verb::GiveBack(_) | Verb::Inspect(_) | Verb::Schema(_) => Ok(()),
+        Verb::GiveBack(_) | Verb::Inspect(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)
@@ -166,6 +172,7 @@ mod tests {
             "--max-bandwidth 0 --max-time 0 --connect-timeout 0 --downtime-limit 0",
             "--max-bandwidth 10G --max-time 5m --connect-timeout 1.5s --compression zstd --compression-level 7",
             "--pause-timeout 5s --stall-timeout 0",
+            "--tls-dir /etc/pki/qemu --tls-hostname host.example --tls-verify-peer no",
             "--channels 9 --zero-copy --zero-pages legacy --sync per-section --no-throttle --max-rounds 7 --write-rate 128M",
         ] {
             let demo: Vec<String> =

@@ -5,7 +5,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use super::values::value_name;
 
 /// What is printed, and how much.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
     /// Print one JSON object instead of text for a person.
@@ -41,18 +41,20 @@ impl OutputArgs {
 }
 
 /// How the log is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For a person.
+    #[default]
     Text,
     /// For a program.
     Json,
 }
 
 /// When to show progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ProgressMode {
     /// If stderr is a terminal.
+    #[default]
     Auto,
     /// Anywhere; a line per round where stderr is no terminal.
     Always,

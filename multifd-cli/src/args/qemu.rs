@@ -12,6 +12,7 @@ use super::{
     origin::Origin,
     output::OutputArgs,
     postcopy::PostcopyArgs,
+    tls::TlsArgs,
     transfer::{Compression, DEFAULT_CHANNELS, TransferArgs},
     values::{channels, meeting_uri, unix_uri},
     verbs::{ReceiveArgs, ReturnPathAck},
@@ -71,6 +72,9 @@ pub struct CheckpointArgs {
     /// What looks on.
     #[command(flatten)]
     pub observe: ObserveArgs,
+    /// Whether the migration is encrypted.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -117,6 +121,24 @@ pub struct MonitorArgs {
     /// How long QEMU may take for an answer on its monitor.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time)]
     pub qmp_timeout: Duration,
+    /// The tls-creds object of QEMU to use with --tls-dir [default: one made for this migration, of the same DIR there].
+    #[arg(long, value_name = "ID", requires = "tls_dir")]
+    pub qemu_tls_creds: Option<String>,
+}
+
+impl MonitorArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    fn check(&self, tls: &TlsArgs) -> Result<(), String> {
+        match (&tls.tls_dir, &self.listen) {
+            (Some(_), None) => {
+                Err("the option '--tls-dir <DIR>' is for connections between hosts; expected '--listen \
+                                    tcp:HOST:PORT' with it"
+                    .to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What a checkpoint is of.
@@ -164,6 +186,7 @@ impl CheckpointArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
+        self.monitor.check(&self.tls)?;
         let snapshot = self.mode == CheckpointMode::Snapshot;
         if snapshot && (self.channels.is_some() || self.compression != QemuCompression::None) {
             return Err(
@@ -200,8 +223,8 @@ impl CheckpointArgs {
             compression: live.then_some(compression),
             qmp: None,
             uuid: None,
-            link: LinkArgs { stall_timeout: self.stall_timeout, token: None },
             observe: self.observe.clone(),
+            link: LinkArgs { stall_timeout: self.stall_timeout, token: None, tls: self.tls.clone() },
             output: self.output.clone(),
         }
     }
@@ -227,6 +250,7 @@ impl RestoreArgs {
     pub(super) fn check(&self) -> Result<(), String> {
         self.transfer.check()?;
         self.as_postcopy().check(&self.transfer)?;
+        self.monitor.check(&self.transfer.link.tls)?;
         if self.transfer.compression == Some(Compression::Auto) {
             return Err("a QEMU takes packets of one kind; expected '--compression none', 'zlib' or 'zstd'".to_owned());
         }

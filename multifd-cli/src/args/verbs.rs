@@ -215,6 +215,9 @@ impl ReceiveArgs {
             Some(_) if self.from.is_one_way() => {
                 Err(format!("{} is one connection, which has no channels; expected no '--channels' with it", self.from))
             }
+            _ if self.from.is_one_way() && self.link.tls.tls_dir.is_some() => {
+                Err(format!("{} has no way back, so no TLS; expected no '--tls-dir' with it", self.from))
+            }
             _ => Ok(()),
         }
     }

@@ -6,6 +6,7 @@
 mod interrupts;
 mod look;
 mod settings;
+mod tls;
 
 use std::{
     fs::Permissions,
@@ -24,6 +25,7 @@ pub use self::{
     interrupts::Interrupts,
     look::Look,
     settings::{Changed, Wanted},
+    tls::{QemuIs, QemuTls},
 };
 use crate::exit::Exit;
 

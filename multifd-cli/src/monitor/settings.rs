@@ -50,6 +50,12 @@ impl Wanted {
         let parameters = vec![("tls-creds", json!("")), ("mode", json!("normal"))];
         Wanted { capabilities, parameters }
     }
+
+    /// Has parameter `name` be `value`.
+    pub fn set_parameter(&mut self, name: &'static str, value: Value) {
+        self.parameters.retain(|(other, _)| *other != name);
+        self.parameters.push((name, value));
+    }
 }
 
 /// What has to be put back.

@@ -315,6 +315,18 @@ report! {
 }
 
 report! {
+    /// The report of `multifd tls-init`.
+    TlsInit {
+        /// The directory that was made.
+        dir: Option<String>,
+        /// The hosts that the certificate of destinations is for.
+        hosts: Option<Vec<String>>,
+        /// The last day on which the certificates are valid.
+        valid_until: Option<String>,
+    }
+}
+
+report! {
     /// The report of `multifd inspect`.
     Inspect {
         /// `checkpoint`, `libvirt-image`, or which kind of stream.

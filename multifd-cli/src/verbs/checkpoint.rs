@@ -15,7 +15,7 @@ use multifd::{
     error::Error,
     progress::Progress,
     stop::StopHandle,
-    transport::uri::{Uri, UriListener},
+    transport::{Listen, uri::Uri},
 };
 use multifd_qmp::Status;
 use serde_json::{Map, Value, json};
@@ -25,7 +25,7 @@ use crate::{
     args::{CheckpointArgs, CheckpointMode},
     exit::Exit,
     lend::lend,
-    monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, Refusal, Wanted},
+    monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, QemuIs, QemuTls, Refusal, Wanted},
     progress::Display,
     report::{MigrationReport, Outcome, fields},
     role::Role,
@@ -55,14 +55,20 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
     if !meeting.is_private() {
         terminal::say(&format!("listening on {}", listener.uri()));
     }
-    let mut changed = Changed::default();
-    let mut outcome = match changed.apply(&mut monitor, &look, &wanted(args)) {
+    let uri = listener.uri().to_string();
+    let listener = (uri, args.tls.listener(Box::new(listener))?);
+    let (mut changed, mut qemu_tls, mut wanted) = (Changed::default(), QemuTls::default(), wanted(args));
+    let tls = (&args.tls, args.monitor.qemu_tls_creds.as_deref());
+    let prepared = qemu_tls
+        .prepare(&mut monitor, &mut wanted, tls, QemuIs::Source)
+        .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
+    let mut outcome = match prepared {
         Ok(()) => Migration { args, interrupts: &interrupts, monitor: &mut monitor, look: &look, meeting: &meeting }
             .run(writer, listener),
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
-    if let Err(refusal) = changed.put_back(&mut monitor) {
+    if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
         outcome.worsen(Exit::Failed, &refusal.message);
     }
     outcome.report.insert("qemu".to_owned(), look.json());
@@ -156,15 +162,14 @@ impl Verdict {
 }
 
 impl Migration<'_> {
-    fn run(mut self, writer: Writer, listener: UriListener) -> Outcome {
+    fn run(mut self, writer: Writer, (uri, listener): (String, Box<dyn Listen>)) -> Outcome {
         let begun = Instant::now();
-        let uri = listener.uri().to_string();
         let destination = Destination::new(receive::options(&self.args.as_receive()));
         let (stop, progress) = (destination.stop_handle(), destination.progress());
         let mut display = Display::new(Role::Destination, &self.args.output, &progress);
         let (ended, end) = mpsc::channel();
         let body = move |writer: &mut Writer| {
-            let result = writer.receive(destination, Box::new(listener), &mut display);
+            let result = writer.receive(destination, listener, &mut display);
             (result, display.rounds())
         };
         let done = move |writer, result: Result<_, String>| {

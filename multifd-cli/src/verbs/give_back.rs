@@ -19,9 +19,11 @@ fn give_back(args: &GiveBackArgs) -> Result<Outcome, Box<dyn std::error::Error>>
     let stop = StopHandle::new();
     let cancel = stop.clone();
     signals::on_interrupt(signals::Hangup::Interrupts, move || cancel.cancel())?;
-    let mut listener = args.uri.listener()?;
-    listening::announce(&format!("listening on {}", listener.uri()));
-    let given: Result<(), Error> = destination::give_back(&mut listener, &args.blocks, &stop);
+    let listener = args.uri.listener()?;
+    let at = listener.uri().clone();
+    let mut listener = args.tls.listener(Box::new(listener))?;
+    listening::announce(&format!("listening on {at}"));
+    let given: Result<(), Error> = destination::give_back(&mut *listener, &args.blocks, &stop);
     Ok(match given {
         Ok(()) => {
             let mut report = Map::new();

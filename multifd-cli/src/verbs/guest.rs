@@ -308,18 +308,20 @@ impl<'a> Session<'a> {
     /// Begins to wait for a guest.
     fn receive(&mut self, uri: &Uri) -> io::Result<()> {
         let listener = uri.listener()?;
-        listening::announce(&format!("listening on {}", listener.uri()));
+        let at = listener.uri().clone();
+        let listener = self.args.transfer.link.tls.listener(Box::new(listener))?;
+        listening::announce(&format!("listening on {at}"));
         let mut options = self.args.transfer.destination_options();
         options.audit = self.args.audit;
         let destination = Destination::new(options);
         self.stop = Some(destination.stop_handle());
-        self.qmp.begin(Role::Destination, destination.progress(), None, Some(listener.uri().clone()));
+        self.qmp.begin(Role::Destination, destination.progress(), None, Some(at));
         let qmp = self.qmp.clone();
         let mut display = Display::new(Role::Destination, &self.args.output, &destination.progress());
         self.spawn(move |guest| {
             let (progress, begun) = (destination.progress(), Instant::now());
             let watched = &mut Watched::new(&mut display, qmp, Role::Destination);
-            let result = destination.run(guest, Box::new(listener), watched);
+            let result = destination.run(guest, listener, watched);
             let page_size = multifd_guest::pattern::PAGE_SIZE;
             match result {
                 Ok(report) => Ok(MigrationReport::received(&report, page_size, guest.verify_time())),
@@ -347,9 +349,10 @@ impl<'a> Session<'a> {
         let qmp = self.qmp.clone();
         let mut display = Display::of_source(&self.args.output, source.handle(), &options);
         let limit = self.args.transfer.connect_timeout;
+        let tls = self.args.transfer.link.tls.clone();
         self.spawn(move |guest| {
             let (progress, begun) = (source.progress(), Instant::now());
-            let connector = PatientConnector::new(&uri, limit);
+            let connector = PatientConnector::new(&uri, &tls, limit);
             let connector = connector.map_err(|error| Failed::by_io(&error))?;
             let watched = &mut Watched::new(&mut display, qmp, Role::Source);
             let result = source.run(guest, &connector, watched);

@@ -12,6 +12,7 @@ mod restore;
 mod schema;
 mod send;
 mod serve;
+mod tls_init;
 
 pub use self::{
     demo::Verified,
@@ -42,5 +43,6 @@ fn outcome(verb: &Verb) -> Outcome {
         Verb::Receive(args) => receive::run(args),
         Verb::Schema(args) => schema::run(args),
         Verb::Send(args) => send::run(args),
+        Verb::TlsInit(args) => tls_init::run(args),
     }
 }

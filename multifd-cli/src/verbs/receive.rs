@@ -20,7 +20,7 @@ use multifd_proto::BlockName;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    args::{Compression, Origin, ReceiveArgs, ReturnPathAck},
+    args::{Compression, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
     listening, printable,
@@ -52,7 +52,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         seen.store(true, Ordering::Relaxed);
         stop.cancel();
     })?;
-    let listener = listener(&args.from, args.record.as_deref())?;
+    let listener = listener(args)?;
     let progress = destination.progress();
     let commands = Steered { verb: "receives", stop: destination.stop_handle() };
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::InMigrate, Settings::default(), false, commands)?;
@@ -105,9 +105,10 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
     options
 }
 
-fn listener(from: &Origin, record: Option<&Path>) -> io::Result<Box<dyn Listen>> {
-    let recording = record.map(Recording::new).transpose()?;
-    let (listener, what) = from.listener()?;
+fn listener(args: &ReceiveArgs) -> io::Result<Box<dyn Listen>> {
+    let recording = args.record.as_deref().map(Recording::new).transpose()?;
+    let (listener, what) = args.from.listener()?;
+    let listener = args.link.tls.listener(listener)?;
     listening::announce(&what);
     Ok(match recording {
         Some(recording) => Box::new(recording.listener(listener)),

@@ -19,7 +19,7 @@ use crate::{
     describe,
     exit::Exit,
     image::Stop,
-    monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, Refusal, Wanted},
+    monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, QemuIs, QemuTls, Refusal, Wanted},
     report::Outcome,
     units,
 };
@@ -40,14 +40,18 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     let look = monitor.look()?;
     check(&look, &checkpoint)?;
     let meeting = Meeting::at(args.monitor.listen.as_ref())?;
-    let mut changed = Changed::default();
-    let mut outcome = match changed.apply(&mut monitor, &look, &wanted(args)) {
+    let (mut changed, mut qemu_tls, mut wanted) = (Changed::default(), QemuTls::default(), wanted(args));
+    let tls = (&args.transfer.link.tls, args.monitor.qemu_tls_creds.as_deref());
+    let prepared = qemu_tls
+        .prepare(&mut monitor, &mut wanted, tls, QemuIs::Destination)
+        .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
+    let mut outcome = match prepared {
         Ok(()) => migrate(args, &checkpoint, &look, &mut monitor, &meeting, &interrupts)
             .unwrap_or_else(|refusal| Outcome::failed(refusal.exit, refusal)),
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
-    if let Err(refusal) = changed.put_back(&mut monitor) {
+    if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
         // A QEMU that ended has no settings.
         if outcome.exit == Exit::Done || !refusal.lost {
             outcome.worsen(Exit::Failed, &refusal.message);

@@ -124,7 +124,7 @@ pub(super) fn send(
     let settings = Settings::in_force(&options);
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::Paused, settings, false, commands)?;
     qmp.begin(Role::Source, source.progress(), Some(source.handle()), None);
-    let connector = PatientConnector::new(&args.uri, args.transfer.connect_timeout)?;
+    let connector = PatientConnector::new(&args.uri, &args.transfer.link.tls, args.transfer.connect_timeout)?;
     let progress = source.progress();
     let mut display = Display::of_source(&args.output, source.handle(), &options);
     let begun = Instant::now();

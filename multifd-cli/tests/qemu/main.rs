@@ -5,7 +5,7 @@
 //! other capabilities; `switched` has sources that switch to postcopy; `snapshot` has background snapshots; `failures` breaks
 //! things in the middle; `impatience` has a QEMU that says nothing; `hello` looks at bytes that QEMU does not use;
 //! `restore_time` measures how soon guests run; `serve` starts many VMs from one checkpoint; `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`); `libvirt` has images that libvirt saves
-//! and restores.
+//! and restores; `tls` has encrypted connections.
 
 mod failures;
 mod files;
@@ -23,3 +23,4 @@ mod serve;
 mod snapshot;
 mod streams;
 mod switched;
+mod tls;

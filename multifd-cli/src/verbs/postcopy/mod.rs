@@ -159,7 +159,7 @@ impl Sending<'_> {
     }
 
     fn connector(&self, limit: Limit<Duration>) -> Result<PatientConnector, Error> {
-        let connector = PatientConnector::new(&self.args.uri, limit);
+        let connector = PatientConnector::new(&self.args.uri, &self.args.transfer.link.tls, limit);
         connector.map_err(|source| Error::Io {
             at: multifd::error::Place { connection: Connection::Main, offset: 0 },
             source,

@@ -1,0 +1,73 @@
+//! TLS on the migration of a QEMU that is driven by its monitor.
+//!
+//! A QEMU takes certificates from an object. One is made for the migration, of the directory that this end uses, and removed with the settings
+//! that are put back; or one that is there is used.
+
+use serde_json::json;
+
+use super::{Monitor, Refusal, Wanted};
+use crate::args::TlsArgs;
+
+/// Which end of the migration the QEMU is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum QemuIs {
+    /// It connects.
+    Source,
+    /// It listens.
+    Destination,
+}
+
+/// The certificates of the QEMU.
+#[derive(Default)]
+pub struct QemuTls {
+    /// Whether an object was made.
+    made: bool,
+}
+
+impl QemuTls {
+    /// Has what is `wanted` use TLS, if `tls` says so: with the object `id`, or one that is made.
+    ///
+    /// # Errors
+    /// QEMU refuses the object: it cannot read the files, or was built without TLS.
+    pub fn prepare(
+        &mut self,
+        monitor: &mut Monitor,
+        wanted: &mut Wanted,
+        (tls, id): (&TlsArgs, Option<&str>),
+        qemu: QemuIs,
+    ) -> Result<(), Refusal> {
+        let Some(dir) = &tls.tls_dir else { return Ok(()) };
+        let dir = std::path::absolute(dir)?;
+        if id.is_none() {
+            let endpoint = if qemu == QemuIs::Source { "client" } else { "server" };
+            let object = json!({
+                "qom-type": "tls-creds-x509", "id": OBJECT, "endpoint": endpoint, "verify-peer": true, "dir": dir
+            });
+            monitor.execute_once("object-add", object).map_err(|refusal| {
+                let message = format!(
+                    "QEMU cannot use the certificates in {}: {refusal}; --qemu-tls-creds names an object that it has",
+                    dir.display()
+                );
+                Refusal { message, ..refusal }
+            })?;
+            self.made = true;
+        }
+        wanted.set_parameter("tls-creds", json!(id.unwrap_or(OBJECT)));
+        wanted.set_parameter("tls-hostname", json!(tls.tls_hostname.as_deref().unwrap_or_default()));
+        Ok(())
+    }
+
+    /// Removes the object that was made. It is no longer used.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn remove(&mut self, monitor: &mut Monitor) -> Result<(), Refusal> {
+        if !std::mem::take(&mut self.made) {
+            return Ok(());
+        }
+        monitor.execute_once("object-del", json!({ "id": OBJECT })).map(drop)
+    }
+}
+
+/// What the object is called.
+const OBJECT: &str = "multifd-tls";
