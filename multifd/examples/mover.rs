@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! mover send MIB MEMORY CONTENT [USED]         MEMORY: anonymous, memory-file
-//! mover receive URI MIB MEMORY FIRST_TOUCH [audit]   MEMORY: also present (anonymous, touched before)
+//! mover receive URI MIB MEMORY FIRST_TOUCH [audit|tls=DIR]   MEMORY: also present (anonymous, touched before)
 //! mover receive-raw URI MIB CHANNELS           the same bytes over plain sockets: the limit
 //! mover touch MIB MEMORY FIRST_TOUCH THREADS   content from the same few pages into fresh memory, without a connection
 //! mover warm MIB                               touches and frees memory
@@ -10,7 +10,7 @@
 //! CONTENT is a file that the memory is filled with, over and over, or `random`; USED says how many MiB of it, spread
 //! over all of it in pieces of 2 MiB. `send` prints `ready`, then migrates once for each line `URI CHANNELS [OPTION…]` on
 //! its standard input; options are `per-section`, `zlib`, `zstd`, `auto` (zstd while it pays), `max-bandwidth=RATE` in bytes
-//! per second, `zero-copy`, and `raw` towards `receive-raw`. Each migration prints one JSON line: seconds, CPU seconds and peak
+//! per second, `zero-copy`, `tls=DIR`, and `raw` towards `receive-raw`. Each migration prints one JSON line: seconds, CPU seconds and peak
 //! resident size of the process, and what it moved.
 
 use std::{
@@ -39,9 +39,9 @@ fn main() -> Outcome {
     match arguments[..] {
         ["send", mib, memory, content] => send(mib.parse()?, memory, content, mib.parse()?),
         ["send", mib, memory, content, used] => send(mib.parse()?, memory, content, used.parse()?),
-        ["receive", uri, mib, memory, first_touch] => receive(&uri.parse()?, mib.parse()?, memory, first_touch, false),
-        ["receive", uri, mib, memory, first_touch, "audit"] => {
-            receive(&uri.parse()?, mib.parse()?, memory, first_touch, true)
+        ["receive", uri, mib, memory, first_touch] => receive(&uri.parse()?, mib.parse()?, memory, first_touch, ""),
+        ["receive", uri, mib, memory, first_touch, option] => {
+            receive(&uri.parse()?, mib.parse()?, memory, first_touch, option)
         }
         ["receive-raw", uri, mib, channels] => receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?),
         ["touch", mib, memory, first_touch, threads] => touch(mib.parse()?, memory, first_touch, threads.parse()?),
@@ -53,20 +53,25 @@ fn main() -> Outcome {
     }
 }
 
-fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, audit: bool) -> Outcome {
+fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, option: &str) -> Outcome {
     let first_touch = strategy(first_touch)?;
     let ram = match memory {
         "present" => present(mib)?,
         other => allocate(mib, other)?,
     };
     let listener = uri.listener()?;
-    say(&format!("listening on {}", listener.uri()));
+    let at = listener.uri().clone();
+    let mut listener: Box<dyn Listen> = Box::new(listener);
+    if let Some(dir) = option.strip_prefix(TLS) {
+        listener = tls_listener(listener, dir)?;
+    }
+    say(&format!("listening on {at}"));
     let cpu = cpu_seconds();
     let mut vm = Static { ram };
     let mut options = destination::Options::default();
     options.first_touch = first_touch;
-    options.audit = audit;
-    let report = Destination::new(options).run(&mut vm, Box::new(listener), &mut ())?;
+    options.audit = option == "audit";
+    let report = Destination::new(options).run(&mut vm, listener, &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
     say(&format!(
         "{{\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"peak-mib\":{},\"normal\":{},\"zero\":{}}}",
@@ -131,7 +136,7 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
         let channels = words.next().ok_or("the number of channels is missing")?.parse()?;
         let mut options = source::Options::default();
         options.plan.channels = channels;
-        let mut raw = false;
+        let (mut raw, mut tls) = (false, None);
         for word in words {
             match word {
                 "per-section" => options.format.dialect = Dialect::PerSection,
@@ -140,16 +145,44 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
                 "auto" => (options.format.compression, options.format.auto_compression) = (Compression::Zstd, true),
                 "zero-copy" => options.plan.zero_copy = true,
                 "raw" => raw = true,
+                other if other.starts_with(TLS) => tls = other.strip_prefix(TLS),
                 other if other.starts_with(BANDWIDTH) => {
                     options.parameters.max_bandwidth = Some(other[BANDWIDTH.len()..].parse()?);
                 }
                 other => return Err(format!("option {other}").into()),
             }
         }
-        let connector = uri.connector()?;
+        let mut connector = uri.connector()?;
+        if let Some(dir) = tls {
+            connector = tls_connector(connector, dir)?;
+        }
         if raw { send_raw(&ram, &*connector, channels)? } else { migrate(&ram, &*connector, options)? }
     }
     Ok(())
+}
+
+#[cfg(feature = "tls")]
+fn tls_connector(connector: Box<dyn Connect + Send + Sync>, dir: &str) -> Outcome<Box<dyn Connect + Send + Sync>> {
+    use multifd::transport::tls::{ClientCredentials, TlsConnector};
+    let credentials = ClientCredentials::from_dir(dir.as_ref())?;
+    Ok(Box::new(TlsConnector::new(connector, credentials, "127.0.0.1")?))
+}
+
+#[cfg(feature = "tls")]
+fn tls_listener(listener: Box<dyn Listen>, dir: &str) -> Outcome<Box<dyn Listen>> {
+    use multifd::transport::tls::{ClientCertificates, ServerCredentials, TlsListener};
+    let credentials = ServerCredentials::from_dir(dir.as_ref(), ClientCertificates::Required)?;
+    Ok(Box::new(TlsListener::new(listener, credentials)))
+}
+
+#[cfg(not(feature = "tls"))]
+fn tls_connector(_connector: Box<dyn Connect + Send + Sync>, _dir: &str) -> Outcome<Box<dyn Connect + Send + Sync>> {
+    Err("built without TLS".into())
+}
+
+#[cfg(not(feature = "tls"))]
+fn tls_listener(_listener: Box<dyn Listen>, _dir: &str) -> Outcome<Box<dyn Listen>> {
+    Err("built without TLS".into())
 }
 
 fn migrate(ram: &Ram, to: &dyn Connect, options: source::Options) -> Outcome {
@@ -351,6 +384,7 @@ fn peak_mib() -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
+const TLS: &str = "tls=";
 const BANDWIDTH: &str = "max-bandwidth=";
 /// What is filled at a time: a huge page, so that huge pages do not make a sparse source larger.
 const PIECE: usize = 2 << 20;

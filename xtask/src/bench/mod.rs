@@ -17,6 +17,7 @@ mod rounds;
 mod samples;
 mod sparse;
 mod throughput;
+mod tls;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -60,6 +61,7 @@ const SECTIONS: &[Section] = &[
     ("convergence", "How fast a guest may write", downtime::convergence),
     ("sparse", "Memory that was never touched", sparse::run),
     ("compression", "Compression", throughput::compression),
+    ("tls", "TLS", tls::run),
     ("link", "A shaped link", link::run),
     ("inner", "Inner parts", inner::run),
 ];
@@ -119,7 +121,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
 fn build() -> Result<(), String> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--release", "-p", "multifd", "-p", "multifd-cli", "--examples", "--bins"]);
-    cargo.args(["--features", "multifd/bench"]);
+    cargo.args(["--features", "multifd/bench,multifd/tls"]);
     match cargo.status() {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("the build ended with {status}")),

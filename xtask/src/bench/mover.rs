@@ -64,6 +64,8 @@ pub enum Destination<'a> {
         /// `auto`, `direct`, `huge`, …
         first_touch: &'a str,
     },
+    /// The engine, into anonymous memory, with TLS and the certificates in this directory.
+    Tls(&'a Path),
     /// Plain sockets, into memory that is present.
     Raw,
 }
@@ -113,15 +115,20 @@ impl Source {
         warm: impl FnOnce() -> Result<(), String>,
     ) -> Result<Moved, String> {
         let (mib, count) = (self.mib.to_string(), channels.to_string());
+        let tls = match destination {
+            Destination::Tls(dir) => format!("tls={}", dir.display()),
+            _ => String::new(),
+        };
         let (arguments, option) = match destination {
             Destination::Engine { memory, first_touch } => (vec!["receive", uri, &mib, memory, first_touch], ""),
-            Destination::Raw => (vec!["receive-raw", uri, &mib, &count], " raw"),
+            Destination::Tls(_) => (vec!["receive", uri, &mib, "anonymous", "auto", &tls], &*tls),
+            Destination::Raw => (vec!["receive-raw", uri, &mib, &count], "raw"),
         };
         let mut receiver = Mover::start(&self.program, &arguments)?;
         let said = receiver.line()?;
         let uri = said.strip_prefix("listening on ").ok_or_else(|| format!("the mover said `{said}`"))?;
         warm()?;
-        writeln!(self.input, "{uri} {channels} {options}{option}").map_err(|error| format!("the mover: {error}"))?;
+        writeln!(self.input, "{uri} {channels} {options} {option}").map_err(|error| format!("the mover: {error}"))?;
         Ok(Moved { source: self.mover.json()?, destination: receiver.json()? })
     }
 }

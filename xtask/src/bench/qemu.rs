@@ -27,6 +27,8 @@ pub struct Parameters<'a> {
     pub max_bandwidth: u64,
     /// Milliseconds.
     pub downtime_limit: u64,
+    /// Certificates, for TLS.
+    pub tls: Option<&'a Path>,
 }
 
 /// One migration.
@@ -57,7 +59,7 @@ impl Moved {
 
 impl Default for Parameters<'_> {
     fn default() -> Self {
-        Parameters { channels: 4, compression: "none", max_bandwidth: 100 << 30, downtime_limit: 300 }
+        Parameters { channels: 4, compression: "none", max_bandwidth: 100 << 30, downtime_limit: 300, tls: None }
     }
 }
 
@@ -194,6 +196,15 @@ impl Source {
         for side in [&mut *source, &mut *destination] {
             side.qmp().set_capabilities(&[("return-path", true)])?;
             side.qmp().set_multifd(parameters.channels, parameters.compression)?;
+        }
+        for (side, endpoint) in [(&mut *source, "client"), (&mut *destination, "server")] {
+            // Of the migration before; there may be none.
+            let _ = side.qmp().execute("object-del", json!({ "id": "tls0" }));
+            if let Some(dir) = parameters.tls {
+                let object = json!({ "qom-type": "tls-creds-x509", "id": "tls0", "endpoint": endpoint, "dir": dir });
+                side.qmp().execute("object-add", object)?;
+            }
+            side.qmp().set_parameters(&[("tls-creds", json!(parameters.tls.map_or("", |_| "tls0")))])?;
         }
         source.qmp().set_parameters(&[
             ("max-bandwidth", json!(parameters.max_bandwidth)),
