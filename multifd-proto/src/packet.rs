@@ -341,7 +341,7 @@ impl Flags {
     }
 
     /// Whether the packet ends the round on its channel.
-    pub(crate) const fn sync(self) -> bool {
+    pub const fn sync(self) -> bool {
         self.0 & SYNC != 0
     }
 
