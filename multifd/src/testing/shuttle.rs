@@ -808,6 +808,8 @@ impl<S: SendHalf + ?Sized> SendHalf for LegacyStream<S> {
             for (held, sync) in held[8..12].iter_mut().zip(&header[8..12]) {
                 *held |= sync;
             }
+            // Both had a number, and the packet has the later one, as with QEMU 7.2.
+            held[24..32].copy_from_slice(&header[24..32]);
             return self.send_held();
         }
         self.send_held()?;
