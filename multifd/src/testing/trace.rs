@@ -1,8 +1,6 @@
 //! Records the steps of a migration, and holds those of a destination to the round law.
 
-use std::{collections::BTreeMap, fmt};
-
-use multifd_proto::rounds::Party;
+use std::fmt;
 
 use crate::{
     round::trace::Step,
@@ -50,8 +48,12 @@ pub(super) const BEHIND_BARRIER: &str = "all connections have passed the barrier
 
 /// Checks the steps of a destination whose source may do anything: behind the set-up, no connection goes on before every connection that
 /// takes part has passed the sync point.
-#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(any(all(test, not(any(loom, shuttle))), feature = "fuzzing"))]
 pub(crate) fn check_destination(steps: &[Step]) -> Result<(), Refused> {
+    use std::collections::BTreeMap;
+
+    use multifd_proto::rounds::Party;
+
     let mut taken: BTreeMap<Option<u8>, u64> = BTreeMap::new();
     let connection = |party: &Party| match party {
         Party::Main => None,
@@ -77,7 +79,7 @@ pub(crate) fn check_destination(steps: &[Step]) -> Result<(), Refused> {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use multifd_proto::ChannelId;
+    use multifd_proto::{ChannelId, rounds::Party};
 
     use super::*;
 
