@@ -16,7 +16,7 @@ pub struct ServeArgs {
     pub file: PathBuf,
     /// Where clients connect: tcp:HOST:PORT, unix:PATH, or fd:N for an inherited socket that listens. Each connection is one VM: the
     /// process that starts a QEMU opens it and passes it on (-incoming fd:N, capability postcopy-ram on). A process that can connect gets the
-    /// memory: prefer a unix socket, which is this user's alone.
+    /// memory: prefer a unix socket in a directory of your own.
     #[arg(long, value_name = "URI", value_parser = listen_uri, help_heading = MIGRATION)]
     pub listen: Uri,
     /// End when so many clients have come and gone [default: at an interrupt].
