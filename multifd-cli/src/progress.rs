@@ -86,7 +86,7 @@ impl Display {
         lock(&self.shared).rounds.clone()
     }
 
-    /// What the migration lacks that does not converge, and what helps; nothing where it does.
+    /// What the migration needs that does not converge, and what helps; nothing where it does.
     pub fn lack(&self) -> Option<String> {
         let lack = match lock(&self.shared).forecast {
             Some(Forecast::Never(lack)) => lack,
@@ -109,7 +109,8 @@ impl Display {
         self.line(&columns.row(&Round::new(self.role, stats)));
         let lack = self.lack();
         match &lack {
-            Some(text) if !self.is_told => {
+            Some(lack) if !self.is_told => {
+                let text = format!("does not converge at this write rate: {lack}");
                 tracing::info!("{text}");
                 self.line(&format!("      {text}"));
             }

@@ -365,7 +365,7 @@ impl<'a> Session<'a> {
                         MigrationReport::partial(Role::Source, &progress, &rounds, page_size, begun.elapsed());
                     let mut failed = Failed::new(&error, &partial);
                     if let (Error::DoesNotConverge { .. }, Some(lack)) = (&error, display.lack()) {
-                        failed.message = format!("{}: it {lack}", failed.message);
+                        failed.message = format!("{}; at this write rate it {lack}", failed.message);
                     }
                     Err(failed)
                 }
