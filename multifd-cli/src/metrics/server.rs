@@ -5,7 +5,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     os::unix::net::{UnixListener, UnixStream},
     sync::{
         Arc,
@@ -17,6 +17,7 @@ use std::{
 use multifd::{
     threads,
     transport::{
+        tcp,
         unix::{OwnPath, listen_privately},
         uri::Uri,
     },
@@ -38,7 +39,7 @@ impl Server {
     pub(super) fn start(uri: &Uri) -> io::Result<(Server, Uri)> {
         match uri {
             Uri::Tcp { host, port } => {
-                let listener = TcpListener::bind((host.trim_matches(['[', ']']), *port))?;
+                let listener = tcp::bind(host, *port)?;
                 let bound = Uri::from(listener.local_addr()?);
                 serve(move || listener.accept().map(|(stream, _)| stream))?;
                 Ok((Server { _path: None }, bound))
@@ -156,3 +157,23 @@ const LARGEST_REQUEST: usize = 8 << 10;
 const LONGEST_REQUEST: Duration = Duration::from_secs(5);
 const LONGEST_ANSWER: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An empty host was looked up, and not found.
+    #[test]
+    fn every_address_of_a_migration_is_one_of_metrics() {
+        for address in ["tcp:127.0.0.1:0", "tcp::0"] {
+            let (_server, bound) = Server::start(&address.parse().unwrap()).unwrap();
+            let Uri::Tcp { port, .. } = bound else { panic!("{bound}") };
+            let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            client.set_limits(Duration::from_secs(60)).unwrap();
+            client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{address}: {answer}");
+        }
+    }
+}

@@ -119,18 +119,22 @@ impl Pending for PendingTcp {
 /// # Errors
 /// The kernel's, for the last address tried; [`io::ErrorKind::TimedOut`] where a name was not found within 30 s.
 pub fn listen(host: &str, port: u16) -> io::Result<SocketListener> {
-    let uri = || Uri::Tcp { host: host.to_owned(), port };
-    let bind = || {
-        if host.is_empty() {
-            // Takes IPv4 as well, unless the system was configured otherwise; without IPv6, IPv4 alone.
-            return TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
-        }
-        let addresses = look_up::addresses(host, port, look_up::by_system, &StopEvent::new()?, Deadline::after(None))?;
-        TcpListener::bind(&*addresses)
-    };
-    let listener = bind().map_err(|error| context(uri())(error))?;
+    let listener = bind(host, port).map_err(|error| context(Uri::Tcp { host: host.to_owned(), port })(error))?;
     let address = listener.local_addr()?;
     SocketListener::new(listener.into(), Uri::from(address))
+}
+
+/// The same for a server of something else than migrations.
+///
+/// # Errors
+/// As [`listen`], without the address.
+pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
+    if host.is_empty() {
+        // Takes IPv4 as well, unless the system was configured otherwise; without IPv6, IPv4 alone.
+        return TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
+    }
+    let addresses = look_up::addresses(host, port, look_up::by_system, &StopEvent::new()?, Deadline::after(None))?;
+    TcpListener::bind(&*addresses)
 }
 
 /// The error of [`Pending::establish`] for a wait that was stopped.
