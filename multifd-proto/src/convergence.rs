@@ -32,12 +32,25 @@ pub struct RoundReport {
     pub rounds: u64,
     /// Bytes of pages with content sent in this round, before compression.
     pub sent: u64,
-    /// How long the round took, from its opening to its barrier.
+    /// Bytes that all connections took for this round.
+    pub wire: u64,
+    /// How long the round took, from its opening to its barrier, and the wait for what it left in the connections, if there was one.
     pub took: Duration,
-    /// Bytes of pages written meanwhile, which the next round has to send.
-    pub dirty: u64,
+    /// What the pause would have to wait for.
+    pub left: Left,
     /// Time since the first round began.
     pub elapsed: Duration,
+}
+
+/// What a pause that began now would have to wait for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Bytes of pages that were written again and are still to be sent.
+    pub dirty: u64,
+    /// Bytes that the connections took and that have not reached the destination: the last round queues behind them.
+    pub unsent: u64,
+    /// The messages that both sides exchange before the guest runs again, as the sum of their round trips.
+    pub round_trips: Duration,
 }
 
 /// What to do next.
@@ -61,6 +74,8 @@ pub struct Convergence {
     /// fades and rounds that fit into socket buffers, which look infinitely fast, weigh little.
     bytes: f64,
     seconds: f64,
+    /// Bytes on the connections in the same time.
+    wire: f64,
     throttle: u8,
     /// Rounds in a row in which the guest wrote more than half of what was sent.
     losing: u32,
@@ -69,7 +84,7 @@ pub struct Convergence {
 impl Convergence {
     /// No round sent yet.
     pub fn new(limits: Limits) -> Convergence {
-        Convergence { limits, bytes: 0.0, seconds: 0.0, throttle: 0, losing: 0 }
+        Convergence { limits, bytes: 0.0, seconds: 0.0, wire: 0.0, throttle: 0, losing: 0 }
     }
 
     /// Decides by `limits` from now on.
@@ -80,7 +95,7 @@ impl Convergence {
     /// What to do after the round that `report` describes.
     pub fn decide(&mut self, report: &RoundReport) -> Decision {
         self.observe(report);
-        if self.expected_downtime(report.dirty) <= self.limits.downtime {
+        if self.time_for(&report.left) <= self.budget(&report.left) {
             return Decision::SwitchOver;
         }
         let out_of_rounds = self.limits.rounds.is_some_and(|rounds| report.rounds >= rounds);
@@ -88,7 +103,7 @@ impl Convergence {
         if out_of_rounds || out_of_time {
             return Decision::GiveUp;
         }
-        self.losing = if report.dirty > report.sent / 2 { self.losing + 1 } else { 0 };
+        self.losing = if report.left.dirty > report.sent / 2 { self.losing + 1 } else { 0 };
         if self.limits.throttle && self.losing >= LOSING_ROUNDS && self.throttle < MAX_THROTTLE {
             self.throttle = (self.throttle + THROTTLE_STEP).clamp(FIRST_THROTTLE, MAX_THROTTLE);
             return Decision::Throttle(self.throttle);
@@ -107,22 +122,41 @@ impl Convergence {
         if self.seconds > 0.0 { (self.bytes / self.seconds) as u64 } else { 0 }
     }
 
-    /// How long it would take to send `dirty` bytes of pages.
-    pub fn expected_downtime(&self, dirty: u64) -> Duration {
-        if dirty == 0 {
-            return Duration::ZERO;
-        }
-        match self.bytes_per_second() {
-            0 => Duration::MAX,
-            speed => Duration::try_from_secs_f64(dirty as f64 / speed as f64).unwrap_or(Duration::MAX),
-        }
+    /// Whether the decision after the round that `report` describes would be to switch over.
+    pub fn would_switch_over(&self, report: &RoundReport) -> bool {
+        self.clone().decide(report) == Decision::SwitchOver
+    }
+
+    /// How long a pause would last in which all that is `left` is sent.
+    pub fn expected_downtime(&self, left: &Left) -> Duration {
+        self.time_for(left).saturating_add(left.round_trips)
+    }
+
+    /// How long it takes to send what is `left`.
+    fn time_for(&self, left: &Left) -> Duration {
+        let at = |bytes: u64, sent: f64| match bytes {
+            0 => 0.0,
+            _ if self.seconds == 0.0 => f64::INFINITY,
+            bytes => bytes as f64 * self.seconds / sent,
+        };
+        let seconds = at(left.dirty, self.bytes) + at(left.unsent, self.wire);
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    }
+
+    /// How much of the limit is there for sending. A limit that is hardly longer than the round trips cannot be kept. That is no reason
+    /// never to switch over, so a tenth of it always is.
+    fn budget(&self, left: &Left) -> Duration {
+        let limit = self.limits.downtime;
+        limit.saturating_sub(left.round_trips).max(limit / 10)
     }
 
     fn observe(&mut self, report: &RoundReport) {
         self.bytes += report.sent as f64;
+        self.wire += report.wire as f64;
         self.seconds += report.took.as_secs_f64();
         if self.bytes > WINDOW {
             self.bytes /= 2.0;
+            self.wire /= 2.0;
             self.seconds /= 2.0;
         }
     }
@@ -144,7 +178,8 @@ mod tests {
 
     fn report(rounds: u64, sent: u64, millis: u64, dirty: u64) -> RoundReport {
         let took = Duration::from_millis(millis);
-        RoundReport { rounds, sent, took, dirty, elapsed: took * rounds as u32 }
+        let left = Left { dirty, ..Left::default() };
+        RoundReport { rounds, sent, wire: sent, took, left, elapsed: took * rounds as u32 }
     }
 
     fn limits(downtime_ms: u64) -> Limits {
@@ -155,7 +190,8 @@ mod tests {
     fn switches_over_when_the_rest_fits_and_not_before() {
         let mut convergence = Convergence::new(limits(100));
         assert_eq!(convergence.decide(&report(1, 1000 * MB, 1000, 101 * MB)), Decision::Continue);
-        assert_eq!(convergence.expected_downtime(101 * MB), Duration::from_millis(101));
+        let left = Left { dirty: 101 * MB, ..Left::default() };
+        assert_eq!(convergence.expected_downtime(&left), Duration::from_millis(101));
         assert_eq!(convergence.decide(&report(2, 100 * MB, 100, 100 * MB)), Decision::SwitchOver);
     }
 
@@ -201,5 +237,41 @@ mod tests {
         convergence.decide(&report(1, 100 * MB, 1000, 50 * MB));
         convergence.decide(&report(2, MB, 0, 50 * MB));
         assert!(convergence.bytes_per_second() < 110 * MB, "{}", convergence.bytes_per_second());
+    }
+
+    /// The pause was longer than its limit by all that lay in socket buffers.
+    #[test]
+    fn what_the_connections_still_hold_and_round_trips_count() {
+        let begun = report(1, 100 * MB, 1000, 10 * MB);
+        let with = |unsent, millis| {
+            let round_trips = Duration::from_millis(millis);
+            RoundReport { left: Left { unsent, round_trips, ..begun.left }, ..begun }
+        };
+        let convergence = Convergence::new(limits(300));
+        assert!(convergence.would_switch_over(&begun));
+        assert!(convergence.would_switch_over(&with(20 * MB, 0)) && !convergence.would_switch_over(&with(21 * MB, 0)));
+        assert!(convergence.would_switch_over(&with(0, 200)) && !convergence.would_switch_over(&with(0, 201)));
+        let mut convergence = convergence;
+        convergence.decide(&begun);
+        assert_eq!(convergence.expected_downtime(&with(20 * MB, 40).left), Duration::from_millis(340));
+    }
+
+    #[test]
+    fn what_the_connections_hold_goes_at_the_speed_of_the_wire() {
+        // Compressed to a tenth: 100 MB/s of pages are 10 MB/s on the wire.
+        let mut compressed = RoundReport { wire: 10 * MB, ..report(1, 100 * MB, 1000, 0) };
+        compressed.left.unsent = MB;
+        let mut convergence = Convergence::new(limits(99));
+        assert_eq!(convergence.decide(&compressed), Decision::Continue);
+        assert_eq!(convergence.expected_downtime(&compressed.left), Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_limit_shorter_than_the_round_trips_still_switches_over() {
+        let mut far = report(1, 100 * MB, 1000, 3 * MB);
+        far.left.round_trips = Duration::from_secs(1);
+        assert!(Convergence::new(limits(300)).would_switch_over(&far));
+        far.left.dirty = 4 * MB;
+        assert!(!Convergence::new(limits(300)).would_switch_over(&far), "a tenth of the limit is 3 MB");
     }
 }

@@ -73,7 +73,8 @@ pub struct RoundStats {
     pub guest_running: bool,
     /// Pages written meanwhile, which the next round has to send; 0 for the last.
     pub dirty_after: u64,
-    /// What sending those would take, at the speed measured so far.
+    /// What a pause would take that sends those: at the speed measured so far, behind what the connections still hold, with the round
+    /// trips of the commit.
     pub expected_downtime: Duration,
     /// By how many percent the guest was slowed down.
     pub throttle: u8,

@@ -151,7 +151,7 @@ pub struct Round {
     /// Pages written meanwhile, which the source knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dirty_after: Option<u64>,
-    /// What sending those would take, in milliseconds; none where no speed was measured.
+    /// What a pause would take that sends those, in milliseconds; none where no speed was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
     /// The same in microseconds.

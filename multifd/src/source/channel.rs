@@ -67,6 +67,7 @@ impl SendChannel {
         let shared = self.shared.clone();
         let stream = self.stream.insert(pending.establish(None).map_err(Error::io(at))?);
         shared.stop.register(stream.stopper().map_err(Error::io(at))?);
+        shared.backlog.add(&**stream).map_err(Error::io(at))?;
         if let Some(counters) = &shared.zero_copy {
             shared.copies(&stream.peer(), stream.send_without_copy(counters));
         }

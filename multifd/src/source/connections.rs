@@ -37,6 +37,7 @@ impl Run {
         let stream = pending.establish(None).map_err(Error::io(at))?;
         shared.stop.register(stream.stopper().map_err(Error::io(at))?);
         let stopper = stream.stopper().map_err(Error::io(at))?;
+        shared.backlog.add(&*stream).map_err(Error::io(at))?;
         let (sends, receives) = stream.split().map_err(Error::io(at))?;
         let mut main = MainChannel::new(sends, shared);
         main.header()?;

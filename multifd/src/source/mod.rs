@@ -5,6 +5,7 @@
 //! its SYNC waits there for the next one.
 
 mod auto_compression;
+mod backlog;
 mod channel;
 mod commit;
 mod connections;
@@ -39,8 +40,8 @@ pub use self::{
     report::{Downtime, Report, ZeroCopy},
 };
 use self::{
-    channel::SendChannel, main_channel::MainChannel, options::fresh_token, parameters::Live, pause_limit::PauseLimit,
-    return_path::ReturnPath, sections::FIRST_SECTION_PAGES, shared::Shared,
+    backlog::Backlog, channel::SendChannel, main_channel::MainChannel, options::fresh_token, parameters::Live,
+    pause_limit::PauseLimit, return_path::ReturnPath, sections::FIRST_SECTION_PAGES, shared::Shared,
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -123,6 +124,8 @@ struct Run {
     convergence: Convergence,
     report: Report,
     tracking: bool,
+    /// What the connections hold is let out before the pause only as far as it has to be.
+    hurries: bool,
     paused: bool,
     /// Rounds sent so far.
     rounds: u64,
@@ -153,6 +156,8 @@ impl Run {
         let barrier = RoundBarrier::new(usize::from(options.plan.channels));
         stop.register(Box::new(barrier.clone()));
         stop.register(live.limiter.stopper());
+        let backlog = Backlog::default();
+        stop.register(Box::new(backlog.clone()));
         progress.set_pages_total(ram.layout().pages());
         let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
@@ -173,6 +178,7 @@ impl Run {
                 live,
                 progress,
                 pulse: Pulse::default(),
+                backlog,
                 stop,
                 options,
                 legacy_zeros: Mutex::new(legacy_zeros),
@@ -185,6 +191,7 @@ impl Run {
             ended: Vec::new(),
             return_path: None,
             tracking: false,
+            hurries: false,
             paused: false,
             begun,
             rounds_begun: begun,
@@ -205,7 +212,7 @@ impl Run {
         let mut dirty = self.start_tracking(vm)?;
         loop {
             self.round(&mut dirty, vm)?;
-            match self.decide(&dirty, observer) {
+            match self.decide(&mut dirty, vm, observer)? {
                 Decision::Continue => {}
                 Decision::Throttle(percent) => self.throttle(percent, vm, observer),
                 Decision::SwitchOver => break,

@@ -1,8 +1,6 @@
-//! The rounds while the guest runs: what is sent, what is dirty then, and whether to go on.
+//! The rounds while the guest runs: what is sent, and what is dirty then.
 
 use std::time::Duration;
-
-use multifd_proto::convergence::{Decision, RoundReport};
 
 use super::{Run, Untouched};
 use crate::{
@@ -79,24 +77,6 @@ impl Run {
         false
     }
 
-    /// Compares what is left with what the pause may take.
-    pub(super) fn decide(&mut self, dirty: &DirtyBitmap, observer: &mut dyn Observer) -> Decision {
-        let page_size = self.shared.ram.layout().page_size() as u64;
-        let elapsed = self.now() - self.rounds_begun;
-        self.convergence.set_limits(self.shared.live.get().limits);
-        let last = self.report.rounds.last_mut().expect("a round was sent");
-        let decision = self.convergence.decide(&RoundReport {
-            rounds: last.round + 1,
-            sent: last.normal * page_size,
-            took: last.took,
-            dirty: last.dirty_after * page_size,
-            elapsed,
-        });
-        last.expected_downtime = self.convergence.expected_downtime(dirty.count() * page_size);
-        observer.event(&Event::Round(last.clone()));
-        decision
-    }
-
     pub(super) fn throttle(&mut self, percent: u8, vm: &mut dyn SourceVm, observer: &mut dyn Observer) {
         match vm.throttle(percent) {
             Throttled::Applied => {
@@ -108,13 +88,13 @@ impl Run {
     }
 
     pub(super) fn does_not_converge(&self, dirty: &DirtyBitmap) -> Error {
-        let remaining = dirty.count() * self.shared.ram.layout().page_size() as u64;
+        let left = self.left_now(dirty);
         Error::DoesNotConverge {
             rounds: self.rounds,
             seconds: (self.now() - self.rounds_begun).as_secs_f64(),
-            remaining,
+            remaining: left.dirty,
             bytes_per_second: self.convergence.bytes_per_second(),
-            expected_downtime_ms: self.convergence.expected_downtime(remaining).as_secs_f64() * 1e3,
+            expected_downtime_ms: self.convergence.expected_downtime(&left).as_secs_f64() * 1e3,
             downtime_limit_ms: self.shared.live.get().limits.downtime.as_secs_f64() * 1e3,
         }
     }

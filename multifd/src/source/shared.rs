@@ -1,6 +1,6 @@
 //! What all threads of one source share.
 
-use super::{Live, Options};
+use super::{Live, Options, backlog::Backlog};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     progress::Progress,
@@ -23,6 +23,7 @@ pub(super) struct Shared {
     pub(super) progress: Progress,
     /// What all connections moved; by it the migration notices that the destination is silent.
     pub(super) pulse: Pulse,
+    pub(super) backlog: Backlog,
     pub(super) stop: StopHandle,
     pub(super) options: Options,
     /// Zero pages that channels found and main has to name, in legacy mode.

@@ -1,9 +1,17 @@
-//! Limits what a TCP connection keeps unsent, so that what is written next does not wait long.
+//! What a TCP connection keeps that its peer does not have: how much it is, and a limit, so that what is written next does not
+//! wait long.
 
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
+    time::Duration,
 };
+
+use linux_raw_sys::{
+    ioctl::TIOCOUTQ,
+    net::{TCP_INFO, tcp_info},
+};
+use rustix::ioctl;
 
 /// Has writes wait while about `bytes` are unsent (`TCP_NOTSENT_LOWAT`). Bytes that are on their way do not count, so long
 /// links are as fast as before.
@@ -22,5 +30,42 @@ pub(crate) fn limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Bytes that were written and that the peer has not acknowledged (`SIOCOUTQ`), and the shortest round trip so far.
+///
+/// # Errors
+/// [`io::ErrorKind::ConnectionReset`] where the connection has ended in both directions; the kernel's.
+pub(crate) fn in_transit(socket: BorrowedFd<'_>) -> io::Result<(u64, Duration)> {
+    let info = info(socket)?;
+    if info.tcpi_state == TCP_CLOSE {
+        return Err(io::ErrorKind::ConnectionReset.into());
+    }
+    // SAFETY: the call writes an int, and SIOCOUTQ has the number of TIOCOUTQ.
+    let request = unsafe { ioctl::Getter::<{ TIOCOUTQ as ioctl::Opcode }, libc::c_int>::new() };
+    // SAFETY: `request` is complete.
+    let bytes = unsafe { ioctl::ioctl(socket, request) }?;
+    // No sample so far.
+    let round_trip = if info.tcpi_min_rtt == u32::MAX { 0 } else { info.tcpi_min_rtt };
+    Ok((u64::try_from(bytes).unwrap_or(0), Duration::from_micros(round_trip.into())))
+}
+
+fn info(socket: BorrowedFd<'_>) -> io::Result<tcp_info> {
+    // SAFETY: it consists of integers, of which 0 is one.
+    let mut info: tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `info`, and to `len`. An older one writes fewer.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_INFO as libc::c_int,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if status == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A state of the kernel's, in which a connection is that was reset.
+const TCP_CLOSE: u8 = 7;
 /// Linux's, which libc does not name on all targets.
 const TCP_NOTSENT_LOWAT: libc::c_int = 25;

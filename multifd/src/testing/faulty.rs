@@ -13,7 +13,7 @@ use crate::{
         atomic::{AtomicBool, Ordering::SeqCst},
         lock, wait,
     },
-    transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, wrapped},
+    transport::{Connect, Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, wrapped},
 };
 
 /// What happens to one operation.
@@ -258,6 +258,10 @@ impl Stream for FaultyStream {
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         let (stopper, faults, ended) = (self.stream.stopper()?, self.faults.clone(), self.ended.clone());
         Ok(Box::new(FaultyStopper { stopper, faults, ended, reads_only: false }))
+    }
+
+    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
+        self.stream.meter()
     }
 
     fn peer(&self) -> String {

@@ -141,6 +141,15 @@ pub trait Stream: SendHalf + RecvHalf {
     /// The kernel's, when it is out of descriptors.
     fn stopper(&self) -> io::Result<Box<dyn Stopper>>;
 
+    /// What tells from another thread how much of what was written is still on its way, also when the connection has been split since.
+    /// It does not keep the connection open. `None` where the transport cannot tell, as by default.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
+        Ok(None)
+    }
+
     /// Who is at the other end, and whether it hears what is written.
     fn far_end(&self) -> FarEnd {
         FarEnd::Peer
@@ -148,6 +157,33 @@ pub trait Stream: SendHalf + RecvHalf {
 
     /// The other end, for messages.
     fn peer(&self) -> String;
+}
+
+/// Tells how much of what was written to one connection is still on its way.
+pub trait Meter: Send + Sync {
+    /// What is on its way now. Does not block.
+    ///
+    /// # Errors
+    /// The connection has ended.
+    fn transit(&self) -> io::Result<Transit>;
+}
+
+/// What is on its way on one connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Transit {
+    /// Bytes that were written and that the peer's host is not known to have. A host has what waits there to be read; one that has
+    /// any of it has accepted the connection.
+    pub unacknowledged: u64,
+    /// The shortest time after which a byte was acknowledged; zero where it is not known.
+    pub round_trip: std::time::Duration,
+}
+
+impl Transit {
+    /// So many bytes are on their way, with such round trips.
+    pub fn new(unacknowledged: u64, round_trip: std::time::Duration) -> Transit {
+        Transit { unacknowledged, round_trip }
+    }
 }
 
 /// Who is at the other end of a connection.

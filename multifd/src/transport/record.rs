@@ -14,7 +14,9 @@ use std::{
 
 use multifd_proto::{packet, postcopy::Beginning};
 
-use super::{FarEnd, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, socket::context, wrapped};
+use super::{
+    FarEnd, Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, ZeroCopyCounters, socket::context, wrapped,
+};
 use crate::{
     ram::GuestRange,
     sync::{Arc, Mutex, lock},
@@ -149,6 +151,10 @@ impl Stream for RecordedStream {
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         self.stream.stopper()
+    }
+
+    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
+        self.stream.meter()
     }
 
     fn far_end(&self) -> FarEnd {

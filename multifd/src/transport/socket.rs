@@ -21,7 +21,8 @@ use rustix::{
 };
 
 use super::{
-    Established, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, stop_event::StopEvent, unix::OwnPath, uri::Uri,
+    Established, Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, stop_event::StopEvent,
+    unix::OwnPath, uri::Uri,
 };
 use crate::{
     ram::GuestRange,
@@ -158,8 +159,26 @@ impl Stream for SocketStream {
         Ok(Box::new(StreamStopper(Arc::downgrade(&self.socket))))
     }
 
+    /// Of TCP only: the queue of a unix socket is the peer's, and is counted in memory rather than in bytes.
+    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
+        Ok(match sockopt::socket_domain(&self.socket)? {
+            AddressFamily::INET | AddressFamily::INET6 => Some(Box::new(SocketMeter(Arc::downgrade(&self.socket)))),
+            _ => None,
+        })
+    }
+
     fn peer(&self) -> String {
         self.peer.clone()
+    }
+}
+
+struct SocketMeter(Weak<OwnedFd>);
+
+impl Meter for SocketMeter {
+    fn transit(&self) -> io::Result<Transit> {
+        let socket = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        let (unacknowledged, round_trip) = unsent::in_transit(socket.as_fd())?;
+        Ok(Transit { unacknowledged, round_trip })
     }
 }
 
@@ -305,9 +324,10 @@ fn prepare_tcp(socket: &OwnedFd) -> io::Result<()> {
     // themselves, 8 take 0.29 instead of 0.43. Between hosts a fixed buffer would limit the speed to buffer / round trip.
     if tcp_peer(socket).is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
         sockopt::set_socket_send_buffer_size(socket, LOOPBACK_BUFFER)?;
-        sockopt::set_socket_recv_buffer_size(socket, LOOPBACK_BUFFER)?;
+        return Ok(sockopt::set_socket_recv_buffer_size(socket, LOOPBACK_BUFFER)?);
     }
-    Ok(())
+    // These buffers grow to megabytes, and what waits in them when the guest is paused is a part of the pause.
+    unsent::limit(socket.as_fd(), UNSENT)
 }
 
 /// `None` for a connection that was reset before it was accepted: whoever reads from it is told.
@@ -318,6 +338,9 @@ fn tcp_peer(socket: &OwnedFd) -> Option<SocketAddr> {
 /// In each direction; the kernel doubles it for its own use. 512 KiB needs less than 256 KiB with 1 channel (0.29 and 0.35
 /// CPU s/GB), and more with 2, 4 and 8 (0.31, 0.30, 0.36 and 0.25, 0.26, 0.29).
 const LOOPBACK_BUFFER: usize = 256 << 10;
+
+/// What a connection to another host keeps unsent, beside what is on its way there.
+const UNSENT: usize = 128 << 10;
 
 /// Room for main and 255 channels that connect before the first is accepted, and for strays. The kernel drops what does
 /// not fit while the peer believes to be connected, so this errs on the large side; `net.core.somaxconn` caps it.

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     ram::GuestRange,
     sync::Deadline,
-    transport::{FarEnd, RecvHalf, SendHalf, Stopper, Stream},
+    transport::{FarEnd, Meter, RecvHalf, SendHalf, Stopper, Stream, Transit},
 };
 
 /// A connection with TLS over another one.
@@ -27,6 +27,7 @@ pub(super) struct TlsStream {
     sends: TlsSends,
     receives: TlsReceives,
     stopper: Arc<dyn Stopper>,
+    meter: Option<Arc<dyn Meter>>,
     far_end: FarEnd,
     peer: String,
 }
@@ -35,6 +36,7 @@ impl TlsStream {
     /// Goes on where the handshake on `stream` has ended.
     pub(super) fn new(stream: Box<dyn Stream>, session: Session) -> io::Result<TlsStream> {
         let (stopper, far_end, peer) = (stream.stopper()?.into(), stream.far_end(), stream.peer());
+        let meter = stream.meter()?.map(Arc::from);
         let (sends, receives) = stream.split()?;
         Ok(TlsStream {
             sends: TlsSends {
@@ -45,6 +47,7 @@ impl TlsStream {
             },
             receives: TlsReceives::new(receives, session.opener),
             stopper,
+            meter,
             far_end,
             peer,
         })
@@ -96,12 +99,23 @@ impl Stream for TlsStream {
         Ok(Box::new(self.stopper.clone()))
     }
 
+    /// Counts what the records add, too.
+    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
+        Ok(self.meter.clone().map(|meter| Box::new(meter) as Box<dyn Meter>))
+    }
+
     fn far_end(&self) -> FarEnd {
         self.far_end
     }
 
     fn peer(&self) -> String {
         self.peer.clone()
+    }
+}
+
+impl Meter for Arc<dyn Meter> {
+    fn transit(&self) -> io::Result<Transit> {
+        (**self).transit()
     }
 }
 

@@ -1,0 +1,177 @@
+//! What the connections still hold of what was sent, and how it is let out before the guest is paused.
+//!
+//! A round is over for the source when the kernel has taken its last byte. Between hosts that may be long before the last byte is
+//! there: socket buffers grow to megabytes on each channel. All that lies in them when the guest is paused is a part of the pause, so
+//! the main thread waits for it first, while the guest runs, and drains the log once more. The time counts as the round's.
+
+use std::{io, time::Duration};
+
+use multifd_proto::{
+    convergence::{Decision, Left, RoundReport},
+    extension::Extension,
+};
+
+use super::Run;
+use crate::{
+    dirty_bitmap::DirtyBitmap,
+    error::Error,
+    progress::{Event, Observer},
+    sync::{Arc, Condvar, Mutex, lock, wait_for},
+    transport::{Meter, Stopper, Stream, Transit},
+    vm::SourceVm,
+};
+
+/// The meters of all connections of one source. Clones are the same.
+#[derive(Clone, Default)]
+pub(super) struct Backlog {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    meters: Vec<Arc<dyn Meter>>,
+    stopped: bool,
+}
+
+impl Backlog {
+    /// Counts what is written to `stream` from now on, where its transport can tell.
+    ///
+    /// # Errors
+    /// As [`Stream::meter`].
+    pub(super) fn add(&self, stream: &dyn Stream) -> io::Result<()> {
+        if let Some(meter) = stream.meter()? {
+            lock(&self.shared.state).meters.push(meter.into());
+        }
+        Ok(())
+    }
+
+    /// What is on its way on all connections together, and the longest of their round trips. One that has ended has nothing: the next
+    /// write to it fails.
+    fn transit(&self) -> Transit {
+        let mut all = Transit::default();
+        // Not under the lock: a transport's own meter may stop the migration.
+        let meters = lock(&self.shared.state).meters.clone();
+        for one in meters.iter().filter_map(|meter| meter.transit().ok()) {
+            all.unacknowledged = all.unacknowledged.saturating_add(one.unacknowledged);
+            all.round_trip = all.round_trip.max(one.round_trip);
+        }
+        all
+    }
+
+    /// Lets `time` pass.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`]: the migration has ended meanwhile.
+    fn rest(&self, time: Duration) -> Result<(), Error> {
+        let state = lock(&self.shared.state);
+        if state.stopped || wait_for(&self.shared.changed, state, Some(time)).stopped {
+            return Err(Error::Stopped);
+        }
+        Ok(())
+    }
+}
+
+impl Stopper for Backlog {
+    fn stop(&self) {
+        lock(&self.shared.state).stopped = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Run {
+    /// Decides by what the pause would have to wait for. Before it begins, that is as little as can be.
+    pub(super) fn decide(
+        &mut self,
+        dirty: &mut DirtyBitmap,
+        vm: &mut dyn SourceVm,
+        observer: &mut dyn Observer,
+    ) -> Result<Decision, Error> {
+        self.convergence.set_limits(self.shared.live.get().limits);
+        let waited = self.let_out(dirty, vm)?;
+        let report = self.round_report(dirty, self.shared.backlog.transit(), Duration::ZERO);
+        let decision = self.convergence.decide(&report);
+        // The guest wrote more meanwhile than the wait has gained: the next wait ends as soon as the rest fits.
+        self.hurries |= waited && decision != Decision::SwitchOver;
+        let expected = self.convergence.expected_downtime(&report.left);
+        let last = self.report.rounds.last_mut().expect("a round was sent");
+        last.expected_downtime = expected;
+        observer.event(&Event::Round(last.clone()));
+        Ok(decision)
+    }
+
+    /// Waits until the connections hold little, where nothing else speaks against the pause, and puts the pages that were written
+    /// meanwhile into `dirty`. Returns whether it has waited.
+    fn let_out(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<bool, Error> {
+        let begun = self.now();
+        let empty = |transit: Transit| Transit { unacknowledged: 0, ..transit };
+        let mut transit = self.shared.backlog.transit();
+        let would_pause =
+            |run: &Run, transit, waited| run.convergence.would_switch_over(&run.round_report(dirty, transit, waited));
+        if transit.unacknowledged <= LITTLE || !would_pause(self, empty(transit), Duration::ZERO) {
+            return Ok(false);
+        }
+        let mut waited = Duration::ZERO;
+        while transit.unacknowledged > LITTLE && !(self.hurries && would_pause(self, transit, waited)) {
+            let limits = self.shared.live.get().limits;
+            if limits.time.is_some_and(|time| self.now() - self.rounds_begun >= time) {
+                break;
+            }
+            self.shared.backlog.rest((waited / 16).clamp(SHORTEST_REST, LONGEST_REST))?;
+            let now = self.shared.backlog.transit();
+            // The destination takes bytes, though none are written.
+            let gone = transit.unacknowledged.saturating_sub(now.unacknowledged);
+            self.shared.pulse.add(usize::try_from(gone).unwrap_or(usize::MAX));
+            (transit, waited) = (now, self.now() - begun);
+        }
+        tracing::debug!(?waited, ?transit, "let out what the connections held");
+        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        let last = self.report.rounds.last_mut().expect("a round was sent");
+        last.took += waited;
+        last.dirty_after = dirty.count();
+        self.report.rounds_took += waited;
+        Ok(true)
+    }
+
+    /// The last round, when `transit` is what the connections hold `waited` after it.
+    fn round_report(&self, dirty: &DirtyBitmap, transit: Transit, waited: Duration) -> RoundReport {
+        let page_size = self.shared.ram.layout().page_size() as u64;
+        let last = self.report.rounds.last().expect("a round was sent");
+        RoundReport {
+            rounds: last.round + 1,
+            sent: last.normal * page_size,
+            wire: last.bytes,
+            took: last.took + waited,
+            left: self.left(dirty, transit),
+            elapsed: self.now() - self.rounds_begun,
+        }
+    }
+
+    /// What a pause would have to wait for.
+    pub(super) fn left(&self, dirty: &DirtyBitmap, transit: Transit) -> Left {
+        // The last byte of the stream and its answer; between two ends that agreed on it, READY and GO before that.
+        let round_trips = if self.extensions.contains(Extension::TwoStepCommit) { 2 } else { 1 };
+        Left {
+            dirty: dirty.count() * self.shared.ram.layout().page_size() as u64,
+            unsent: transit.unacknowledged,
+            round_trips: transit.round_trip.saturating_mul(round_trips),
+        }
+    }
+
+    /// What a pause that began now would have to wait for.
+    pub(super) fn left_now(&self, dirty: &DirtyBitmap) -> Left {
+        self.left(dirty, self.shared.backlog.transit())
+    }
+}
+
+/// Bytes on all connections together that take 5 ms at 100 Mbit/s.
+const LITTLE: u64 = 64 << 10;
+/// Between two looks at the meters: often enough to be no part of what is waited for.
+const SHORTEST_REST: Duration = Duration::from_millis(1);
+/// However long the wait is.
+const LONGEST_REST: Duration = Duration::from_millis(20);
