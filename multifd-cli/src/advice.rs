@@ -13,7 +13,7 @@ use multifd::{
 };
 use multifd_proto::packet::Compression;
 
-use crate::{describe, report::compression_name, terminal, units};
+use crate::{describe, files, report::compression_name, terminal, units};
 
 /// The message for `error`, which ended the sending of `checkpoint` with `options`: with what was sent and what to compare
 /// where a QEMU may have hung up because of it.
@@ -22,7 +22,7 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
     // Before the first byte, it is the connection itself.
     let was_connected = progress.snapshot().bytes() > 0;
     if is_ours || !was_connected || !hung_up(error) {
-        return error.to_string();
+        return files::message(error);
     }
     format!("{error}. {}", what_to_compare(checkpoint, options))
 }

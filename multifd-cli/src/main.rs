@@ -1,6 +1,7 @@
 //! The `multifd` command: reads the command line, runs the verb, prints its report.
 
 mod advice;
+mod allow;
 mod args;
 mod bar;
 mod child;
@@ -8,6 +9,7 @@ mod connect;
 mod current;
 mod describe;
 mod exit;
+mod files;
 mod forecast;
 mod html;
 mod image;

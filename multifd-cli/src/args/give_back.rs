@@ -4,7 +4,7 @@ use clap::Args;
 use multifd::transport::uri::Uri;
 use multifd_proto::BlockName;
 
-use super::{output::OutputArgs, tls::TlsArgs};
+use super::{listen::AllowArgs, output::OutputArgs, tls::TlsArgs};
 
 /// Options of `multifd give-back`.
 #[derive(Debug, Args)]
@@ -15,12 +15,23 @@ pub struct GiveBackArgs {
     /// A RAM block of the VM and its size in bytes, each of them: what `receive` has named when it failed.
     #[arg(value_name = "BLOCK=BYTES", required = true, value_parser = block)]
     pub blocks: Vec<(BlockName, u64)>,
+    /// Who may connect.
+    #[command(flatten)]
+    pub allow: AllowArgs,
     /// Whether the connection is encrypted.
     #[command(flatten)]
     pub tls: TlsArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+impl GiveBackArgs {
+    /// # Errors
+    /// What was expected, for clap.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.allow.check(Some(&self.uri))
+    }
 }
 
 /// # Errors

@@ -4,6 +4,7 @@
 mod convert;
 mod give_back;
 mod link;
+mod listen;
 mod machine;
 mod observe;
 mod origin;
@@ -137,7 +138,8 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Restore(args) => args.check(),
         Verb::Receive(args) => args.check(),
         Verb::Convert(args) => args.check(),
-        Verb::GiveBack(_) | Verb::Inspect(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
+        Verb::GiveBack(args) => args.check(),
+        Verb::Inspect(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

@@ -8,6 +8,7 @@ use multifd::transport::uri::Uri;
 use super::{
     MIGRATION,
     link::LinkArgs,
+    listen::ListenArgs,
     observe::ObserveArgs,
     origin::Origin,
     output::OutputArgs,
@@ -69,6 +70,9 @@ pub struct CheckpointArgs {
     /// The connection to QEMU.
     #[command(flatten)]
     pub monitor: MonitorArgs,
+    /// Who may connect.
+    #[command(flatten)]
+    pub incoming: ListenArgs,
     /// What looks on.
     #[command(flatten)]
     pub observe: ObserveArgs,
@@ -187,6 +191,7 @@ impl CheckpointArgs {
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
         self.monitor.check(&self.tls)?;
+        self.incoming.allow.check(self.monitor.listen.as_ref())?;
         let snapshot = self.mode == CheckpointMode::Snapshot;
         if snapshot && (self.channels.is_some() || self.compression != QemuCompression::None) {
             return Err(
@@ -225,6 +230,7 @@ impl CheckpointArgs {
             uuid: None,
             observe: self.observe.clone(),
             link: LinkArgs { stall_timeout: self.stall_timeout, token: None, tls: self.tls.clone() },
+            listen: self.incoming.clone(),
             output: self.output.clone(),
         }
     }

@@ -5,7 +5,7 @@ use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 use clap::Args;
 use multifd::transport::uri::Uri;
 
-use super::{MIGRATION, output::OutputArgs, postcopy::PrefetchWhen, values::uuid};
+use super::{MIGRATION, listen::AllowArgs, output::OutputArgs, postcopy::PrefetchWhen, values::uuid};
 use crate::units::{self, Limit};
 
 /// Options of `multifd serve`.
@@ -52,6 +52,9 @@ pub struct ServeArgs {
     /// Not possible: QEMU takes one connection through fd:N, and --preempt needs two.
     #[arg(long, hide = true)]
     pub preempt: bool,
+    /// Who may connect.
+    #[command(flatten)]
+    pub allow: AllowArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -61,6 +64,7 @@ impl ServeArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
+        self.allow.check(Some(&self.listen))?;
         match self.preempt {
             true => Err(
                 "a QEMU takes one connection through '-incoming fd:N', and refuses postcopy-preempt there; expected \

@@ -11,6 +11,7 @@ use multifd::{
 use super::{
     MIGRATION,
     link::LinkArgs,
+    listen::ListenArgs,
     machine::MachineArgs,
     observe::ObserveArgs,
     origin::{Origin, origin},
@@ -109,6 +110,9 @@ pub struct GuestArgs {
     /// How to migrate.
     #[command(flatten)]
     pub transfer: TransferArgs,
+    /// Who may bring a guest.
+    #[command(flatten)]
+    pub listen: ListenArgs,
     /// What looks on.
     #[command(flatten)]
     pub observe: ObserveArgs,
@@ -146,6 +150,12 @@ impl GuestArgs {
     pub(super) fn check(&self) -> Result<(), String> {
         self.machine.check()?;
         self.transfer.check()?;
+        match &self.incoming {
+            // Where it will be is not known yet.
+            Some(Incoming::Defer) => {}
+            Some(Incoming::At(uri)) => self.listen.allow.check(Some(uri))?,
+            None => self.listen.allow.check(None)?,
+        }
         match (&self.incoming, &self.qmp) {
             (Some(Incoming::Defer), None) => {
                 Err("nothing can say where the guest comes from; expected '--qmp unix:PATH' with '--incoming defer'"
@@ -199,6 +209,9 @@ pub struct ReceiveArgs {
     /// The connections.
     #[command(flatten)]
     pub link: LinkArgs,
+    /// Who may connect.
+    #[command(flatten)]
+    pub listen: ListenArgs,
     /// What looks on.
     #[command(flatten)]
     pub observe: ObserveArgs,
@@ -211,6 +224,7 @@ impl ReceiveArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
+        self.listen.allow.check(self.from.address())?;
         match self.channels {
             Some(_) if self.from.is_one_way() => {
                 Err(format!("{} is one connection, which has no channels; expected no '--channels' with it", self.from))

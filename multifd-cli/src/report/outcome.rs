@@ -9,7 +9,7 @@ use multifd::error::Error;
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, makedev};
 use serde_json::{Map, Value};
 
-use crate::{args::OutputArgs, exit::Exit, printable, terminal};
+use crate::{args::OutputArgs, exit::Exit, files, printable, terminal};
 
 /// The end of a verb.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ impl Outcome {
 
     /// The end of a migration that did not come to its end.
     pub fn migration_failed(error: &Error, report: Map<String, Value>) -> Outcome {
-        Outcome { exit: Exit::from(error), error: Some(error.to_string()), report, text: String::new() }
+        Outcome { exit: Exit::from(error), error: Some(files::message(error)), report, text: String::new() }
     }
 
     /// Adds `message`. The exit status becomes `exit` where all was well so far, and where it says more than the one before.

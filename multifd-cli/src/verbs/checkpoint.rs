@@ -56,7 +56,7 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
         terminal::say(&format!("listening on {}", listener.uri()));
     }
     let uri = listener.uri().to_string();
-    let listener = (uri, args.tls.listener(Box::new(listener))?);
+    let listener = (uri, args.tls.listener(args.incoming.allow.listener(Box::new(listener)))?);
     let (mut changed, mut qemu_tls, mut wanted) = (Changed::default(), QemuTls::default(), wanted(args));
     let tls = (&args.tls, args.monitor.qemu_tls_creds.as_deref());
     let prepared = qemu_tls

@@ -21,7 +21,7 @@ fn give_back(args: &GiveBackArgs) -> Result<Outcome, Box<dyn std::error::Error>>
     signals::on_interrupt(signals::Hangup::Interrupts, move || cancel.cancel())?;
     let listener = args.uri.listener()?;
     let at = listener.uri().clone();
-    let mut listener = args.tls.listener(Box::new(listener))?;
+    let mut listener = args.tls.listener(args.allow.listener(Box::new(listener)))?;
     listening::announce(&format!("listening on {at}"));
     let given: Result<(), Error> = destination::give_back(&mut *listener, &args.blocks, &stop);
     Ok(match given {

@@ -30,6 +30,7 @@ use crate::{
     args::{GuestArgs, Incoming},
     connect::PatientConnector,
     exit::Exit,
+    files,
     lend::lend,
     listening,
     progress::Display,
@@ -309,10 +310,12 @@ impl<'a> Session<'a> {
     fn receive(&mut self, uri: &Uri) -> io::Result<()> {
         let listener = uri.listener()?;
         let at = listener.uri().clone();
-        let listener = self.args.transfer.link.tls.listener(Box::new(listener))?;
+        let listener = self.args.listen.allow.listener(Box::new(listener));
+        let listener = self.args.transfer.link.tls.listener(listener)?;
         listening::announce(&format!("listening on {at}"));
         let mut options = self.args.transfer.destination_options();
         options.audit = self.args.audit;
+        options.max_unidentified = self.args.listen.max_unidentified.into();
         let destination = Destination::new(options);
         self.stop = Some(destination.stop_handle());
         self.qmp.begin(Role::Destination, destination.progress(), None, Some(at));
@@ -744,7 +747,7 @@ impl Failed {
     fn new(error: &Error, report: &MigrationReport) -> Failed {
         Failed {
             exit: Exit::from(error),
-            message: error.to_string(),
+            message: files::message(error),
             report: fields(report),
             stands_still: matches!(error, Error::InDoubt { .. } | Error::NotResumed { .. }),
         }

@@ -97,6 +97,7 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
     options.stall_limit = args.link.stall_timeout.0;
     options.token = args.link.token.map(|token| token.0);
     options.audit = args.audit;
+    options.max_unidentified = args.listen.max_unidentified.into();
     options.switchover_ack = match args.return_path_ack {
         ReturnPathAck::Auto => SwitchoverAck::Auto,
         ReturnPathAck::Never => SwitchoverAck::Never,
@@ -108,7 +109,7 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
 fn listener(args: &ReceiveArgs) -> io::Result<Box<dyn Listen>> {
     let recording = args.record.as_deref().map(Recording::new).transpose()?;
     let (listener, what) = args.from.listener()?;
-    let listener = args.link.tls.listener(listener)?;
+    let listener = args.link.tls.listener(args.listen.allow.listener(listener))?;
     listening::announce(&what);
     Ok(match recording {
         Some(recording) => Box::new(recording.listener(listener)),

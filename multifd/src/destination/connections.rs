@@ -17,6 +17,8 @@ pub(super) struct Connections {
 
 #[derive(Default)]
 struct State {
+    /// How many there may be that have not said what they are.
+    max_silent: usize,
     /// By number, in the order of their arrival.
     open: BTreeMap<usize, Entry>,
     /// The number of the next one.
@@ -54,20 +56,10 @@ pub(super) enum Stage {
     Member,
 }
 
-impl Stage {
-    /// How many there may be.
-    const fn limit(self) -> usize {
-        match self {
-            Stage::Silent => MAX_SILENT,
-            Stage::Candidate => MAX_CANDIDATES,
-            Stage::Member => usize::MAX,
-        }
-    }
-}
-
 impl Connections {
-    pub(super) fn new() -> Connections {
-        Connections { state: Mutex::new(State::default()) }
+    /// None yet; of those that have not said what they are, at most `max_silent`, and at least one.
+    pub(super) fn new(max_silent: usize) -> Connections {
+        Connections { state: Mutex::new(State { max_silent: max_silent.max(1), ..State::default() }) }
     }
 
     /// A connection has come, which `stopper` ends. Returns its number.
@@ -189,20 +181,27 @@ impl Stopper for Connections {
 }
 
 impl State {
+    /// How many there may be at `stage`.
+    fn limit(&self, stage: Stage) -> usize {
+        match stage {
+            Stage::Silent => self.max_silent,
+            Stage::Candidate => MAX_CANDIDATES,
+            Stage::Member => usize::MAX,
+        }
+    }
+
     /// Ends the oldest at `stage` if there are too many. Its thread notices.
     fn make_room(&mut self, stage: Stage) {
         let alike = self.open.values().filter(|entry| entry.stage == stage).count();
-        let too_many = alike.saturating_sub(stage.limit());
+        let limit = self.limit(stage);
+        let too_many = alike.saturating_sub(limit);
         for entry in self.open.values_mut().filter(|entry| entry.stage == stage).take(too_many) {
-            tracing::warn!(limit = stage.limit(), "too many connections of strangers: the oldest are dropped");
+            tracing::warn!(limit, "too many connections of strangers: the oldest are dropped");
             entry.dropped = true;
             entry.stopper.stop();
         }
     }
 }
-
-/// Connections that have not said what they are.
-pub(super) const MAX_SILENT: usize = 64;
 
 /// Connections that say they are channels and are not judged yet: all that there can be of one migration, and some more.
 const MAX_CANDIDATES: usize = 320;
@@ -215,6 +214,8 @@ mod tests {
     };
 
     use super::*;
+
+    const MAX_SILENT: usize = 7;
 
     struct Count(Arc<AtomicUsize>);
 
@@ -231,7 +232,7 @@ mod tests {
 
     #[test]
     fn the_oldest_silent_connection_makes_room_and_others_stay() {
-        let connections = Connections::new();
+        let connections = Connections::new(MAX_SILENT);
         let (main, main_stopped) = counted(&connections);
         assert!(connections.advance(main, Stage::Member));
         let all: Vec<_> = (0..=MAX_SILENT).map(|_| counted(&connections)).collect();
@@ -242,7 +243,7 @@ mod tests {
 
     #[test]
     fn when_all_are_here_only_members_stay() {
-        let connections = Connections::new();
+        let connections = Connections::new(MAX_SILENT);
         let [(main, main_stopped), (_, silent), (channel, candidate)] = [(); 3].map(|()| counted(&connections));
         connections.advance(main, Stage::Member);
         connections.advance(channel, Stage::Candidate);

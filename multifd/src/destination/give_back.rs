@@ -21,7 +21,7 @@ use multifd_proto::{
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     stop::StopHandle,
-    transport::{Listen, Stream},
+    transport::{Listen, Stream, end_if_untaken},
 };
 
 /// Waits at `from` for the source of a VM with these `blocks` (name and length in bytes) to continue its migration, and completes that.
@@ -56,6 +56,7 @@ fn accept(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle)
                 continue;
             }
         };
+        end_if_untaken(&mut *stream, Some(PATIENCE));
         let _stream = stop.register_for_now(stream.stopper().map_err(Error::io(at))?);
         let mut main = Continued { stream: &mut *stream, buf: Vec::new(), used: 0, since: Instant::now() };
         main.stream.set_read_timeout(Some(PATIENCE)).map_err(Error::io(at))?;

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     sync::{Arc, Deadline, lock},
-    transport::{Pending, Stream},
+    transport::{Pending, Stream, end_if_untaken},
 };
 
 /// Why a connection goes no further.
@@ -92,9 +92,11 @@ fn establish(
     shared: &Shared,
     deadline: Deadline,
 ) -> Result<(), Refused> {
-    let stream = pending.establish(deadline.left()).map_err(|error| gone(format!("is not established: {error}")))?;
+    let mut stream =
+        pending.establish(deadline.left()).map_err(|error| gone(format!("is not established: {error}")))?;
     let stopper = stream.stopper().map_err(|error| gone(format!("cannot be ended: {error}")))?;
     shared.connections.established(number, stopper);
+    end_if_untaken(&mut *stream, shared.options.stall_limit);
     *connection = Some(stream);
     Ok(())
 }

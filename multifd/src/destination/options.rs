@@ -36,6 +36,8 @@ pub struct Options {
     pub switchover_ack: SwitchoverAck,
     /// How long a connection may take to say what it is, and main waits at a sync point for channels that have not come.
     pub setup_timeout: Option<Duration>,
+    /// How many connections may be there that have not said what they are; the oldest makes room for the newest. At least one.
+    pub max_unidentified: usize,
     /// How long the source may send fewer than 4 KiB on all connections once it is there; `None` for no limit.
     pub stall_limit: Option<Duration>,
     /// What to agree on with a source of ours, of what it offers.
@@ -57,7 +59,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// Takes what comes; 30 seconds for the set-up.
+    /// Takes what comes; 30 seconds for the set-up, and 64 connections that have not said what they are.
     fn default() -> Options {
         Options {
             channels: None,
@@ -68,6 +70,7 @@ impl Default for Options {
             token: None,
             switchover_ack: SwitchoverAck::Auto,
             setup_timeout: Some(Duration::from_secs(30)),
+            max_unidentified: 64,
             stall_limit: Some(Duration::from_secs(120)),
             extensions: Extensions::known(),
             close_timeout: Duration::from_secs(5),

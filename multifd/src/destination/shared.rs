@@ -102,6 +102,7 @@ impl Shared {
         progress: Progress,
         timers: Timers,
     ) -> Arc<Shared> {
+        let connections = Arc::new(Connections::new(options.max_unidentified));
         let switch = SwitchStopper::registered(&stop);
         let shared = Arc::new(Shared {
             page_size,
@@ -122,7 +123,7 @@ impl Shared {
             seen: Mutex::default(),
             channel_pages: AtomicU64::new(0),
             newer_packets: AtomicBool::new(false),
-            connections: Arc::new(Connections::new()),
+            connections,
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
         #[cfg(any(test, feature = "broken-variants"))]

@@ -9,7 +9,7 @@ use crate::{
     stop::PanicGuard,
     sync::{Arc, Deadline, atomic::Ordering::Relaxed},
     threads::{Task, ThreadRole},
-    transport::{Connect, Stream},
+    transport::{Connect, Stream, end_if_untaken},
 };
 
 /// One attempt, as the thread that runs it sees it.
@@ -181,8 +181,9 @@ impl<'a> Link<'a> {
         let at = Place { connection, offset: 0 };
         let pending = self.to.dial().map_err(Error::io(at))?;
         self.attempt.stop.register(pending.stopper().map_err(Error::io(at))?);
-        let stream = pending.establish(None).map_err(Error::io(at))?;
+        let mut stream = pending.establish(None).map_err(Error::io(at))?;
         self.attempt.stop.register(stream.stopper().map_err(Error::io(at))?);
+        end_if_untaken(&mut *stream, self.job().options.stall_limit);
         Ok(stream)
     }
 }

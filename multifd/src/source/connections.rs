@@ -9,7 +9,7 @@ use crate::{
     error::{Connection, Error, Place},
     sync::lock,
     threads::{Task, ThreadRole},
-    transport::Connect,
+    transport::{Connect, end_if_untaken},
 };
 
 impl Run {
@@ -34,8 +34,9 @@ impl Run {
         let at = Place { connection: Connection::Main, offset: 0 };
         let pending = to.dial().map_err(Error::io(at))?;
         shared.stop.register(pending.stopper().map_err(Error::io(at))?);
-        let stream = pending.establish(None).map_err(Error::io(at))?;
+        let mut stream = pending.establish(None).map_err(Error::io(at))?;
         shared.stop.register(stream.stopper().map_err(Error::io(at))?);
+        end_if_untaken(&mut *stream, shared.live.get().stall_limit);
         let stopper = stream.stopper().map_err(Error::io(at))?;
         shared.backlog.add(&*stream).map_err(Error::io(at))?;
         let (sends, receives) = stream.split().map_err(Error::io(at))?;

@@ -421,6 +421,34 @@ fn tcp_sends_at_once_and_notices_dead_hosts() {
     transport.listener.try_accept().unwrap();
 }
 
+/// The kernel tried for a quarter of an hour to send to a host that was gone; and a limit for each packet was no use where the
+/// peer's host answers and its process does not read.
+#[test]
+fn a_peer_that_takes_nothing_ends_the_connection_at_its_limit() {
+    time_limit(LIMIT, || {
+        let (mut ours, theirs) = over_tcp("127.0.0.1").connect();
+        ours.limit_untaken(Some(Duration::from_millis(500))).unwrap();
+        let ram = Ram::for_test(&[("a", 1024)]);
+        fill(&ram, 1024);
+        let pages: Vec<GuestRange<'_>> = (0..1024).map(|page| ram.page(page).unwrap()).collect();
+        let error = (0..100).find_map(|_| ours.write(&[], &pages).err()).expect("it takes 400 MB that nothing reads");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        drop(theirs);
+    });
+}
+
+#[test]
+fn every_transport_takes_a_limit_for_what_is_not_taken_and_none() {
+    for mut transport in [over_memory(), over_unix(), over_tcp("127.0.0.1"), over_recorded(), over_faulty()] {
+        let (mut ours, theirs) = transport.connect();
+        for limit in [Some(Duration::from_nanos(1)), None, Some(Duration::MAX)] {
+            ours.limit_untaken(limit).unwrap();
+        }
+        let (mut sends, _receives) = theirs.split().unwrap();
+        sends.limit_untaken(Some(Duration::from_secs(1))).unwrap();
+    }
+}
+
 /// Connections to a listener whose accept queue is full looked established, and were reset when they spoke.
 #[test]
 fn no_connection_is_lost_in_a_short_accept_queue() {

@@ -63,6 +63,17 @@ pub trait SendHalf: Send {
         Ok(())
     }
 
+    /// Has the connection end, in both directions, when nothing of what was written is taken for `limit`: the peer's host does
+    /// not acknowledge it, or its process does not read. `None`: as long as the kernel itself tries, which is a quarter of an hour
+    /// for a host that is gone. Transports without a network in between ignore it.
+    ///
+    /// # Errors
+    /// Why it is not possible; the connection works as before then.
+    fn limit_untaken(&mut self, limit: Option<std::time::Duration>) -> io::Result<()> {
+        let _ = limit;
+        Ok(())
+    }
+
     /// Ends this direction: the peer reads all that was written, and then 0. The other direction goes on. Every
     /// [`write`](Self::write) fails from now on, whether this succeeds or not; to call it again does nothing.
     ///
@@ -185,6 +196,19 @@ impl Transit {
         Transit { unacknowledged, round_trip }
     }
 }
+
+/// Has the connection of `sends` end by itself when its peer takes nothing for a while longer than `stall_limit`: the account of
+/// all connections, which says that the peer is silent, comes first where it is kept.
+pub(crate) fn end_if_untaken(sends: &mut (impl SendHalf + ?Sized), stall_limit: Option<std::time::Duration>) {
+    let limit = stall_limit.map(|limit| limit.saturating_add(AFTER_THE_STALL_LIMIT));
+    if let Err(error) = sends.limit_untaken(limit) {
+        tracing::debug!(%error, "the kernel decides how long a host that is gone is waited for");
+    }
+}
+
+/// A channel may wait at a barrier with what the kernel holds for it while others still move pages of the round before: some
+/// megabytes in all, which a slow network moves in this time.
+const AFTER_THE_STALL_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 //! connect, the handshake of TLS. It is done by the thread that the connection will have anyway, so a slow peer holds up
 //! only itself, and the channels of a source are established at the same time.
 
-use std::{io, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use super::{Stopper, Stream};
 
@@ -29,6 +29,12 @@ pub trait Pending: Send {
 
     /// The other end, for messages.
     fn peer(&self) -> String;
+
+    /// The address of the other end, of one that a listener has accepted and that has an address: for those who decide by it
+    /// before anything is read. An IPv4 address is one, also where it arrives by IPv6.
+    fn ip(&self) -> Option<IpAddr> {
+        None
+    }
 }
 
 /// A connection for which nothing is left to be done.
@@ -81,5 +87,9 @@ impl<F: FnOnce(Box<dyn Stream>) -> io::Result<Box<dyn Stream>> + Send> Pending f
 
     fn peer(&self) -> String {
         self.pending.peer()
+    }
+
+    fn ip(&self) -> Option<IpAddr> {
+        self.pending.ip()
     }
 }

@@ -109,6 +109,10 @@ impl<S: SendHalf + ?Sized> SendHalf for RecordedStream<S> {
         self.stream.limit_unsent(bytes)
     }
 
+    fn limit_untaken(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.stream.limit_untaken(limit)
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.stream.finish()
     }

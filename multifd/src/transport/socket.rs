@@ -6,7 +6,7 @@
 // `std`, because model checkers open no sockets, and because loom has no `Weak`.
 use std::{
     io,
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Weak},
     time::{Duration, Instant},
@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use super::{
-    Established, Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, stop_event::StopEvent,
+    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, stop_event::StopEvent,
     unix::OwnPath, uri::Uri,
 };
 use crate::{
@@ -100,6 +100,17 @@ impl SendHalf for SocketStream {
             AddressFamily::INET | AddressFamily::INET6 => unsent::limit(self.socket.as_fd(), bytes),
             // What is in the buffer of a unix socket waits for the peer to read it.
             _ => Ok(sockopt::set_socket_send_buffer_size(&self.socket, bytes)?),
+        }
+    }
+
+    fn limit_untaken(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        match sockopt::socket_domain(&self.socket)? {
+            AddressFamily::INET | AddressFamily::INET6 => {
+                // The kernel takes 0 as its own limit, and counts in milliseconds in an int.
+                let millis = limit.map_or(0, |limit| limit.as_millis().clamp(1, i32::MAX as u128) as u32);
+                Ok(sockopt::set_tcp_user_timeout(&self.socket, millis)?)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -265,7 +276,7 @@ impl Listen for SocketListener {
                         Uri::Unix(_) => stream.with_peer(self.uri.to_string()),
                         _ => stream,
                     };
-                    return Ok(Some(Box::new(Established::new(stream))));
+                    return Ok(Some(Box::new(Accepted(stream))));
                 }
                 Err(Errno::AGAIN) => return Ok(None),
                 // A connection that was gone before it was accepted; the next one may be fine.
@@ -277,6 +288,30 @@ impl Listen for SocketListener {
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
         Ok(Box::new(self.stopped.clone()))
+    }
+}
+
+/// A connection that has arrived.
+struct Accepted(SocketStream);
+
+impl Pending for Accepted {
+    fn establish(self: Box<Self>, _limit: Option<Duration>) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.0))
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        Stream::stopper(&self.0)
+    }
+
+    fn peer(&self) -> String {
+        Stream::peer(&self.0)
+    }
+
+    fn ip(&self) -> Option<IpAddr> {
+        match sockopt::socket_domain(&self.0.socket).ok()? {
+            AddressFamily::INET | AddressFamily::INET6 => Some(tcp_peer(&self.0.socket)?.ip().to_canonical()),
+            _ => None,
+        }
     }
 }
 
@@ -313,8 +348,8 @@ fn prepare_tcp(socket: &OwnedFd) -> io::Result<()> {
     // A SYNC packet must not wait for the acknowledgement of the pages before it.
     sockopt::set_tcp_nodelay(socket, true)?;
     // A destination that only reads would otherwise never notice that the source's host is gone. With these it is told
-    // within 90 s, while an idle but living source is not disturbed. No TCP_USER_TIMEOUT on top: it also ends
-    // connections whose peer is alive and does not read for a while, as a destination does at a barrier.
+    // within 90 s, while an idle but living source is not disturbed. A TCP_USER_TIMEOUT, which replaces the number of probes,
+    // comes with the stall limit ([`SendHalf::limit_untaken`]): it also ends connections whose peer is alive and does not read.
     sockopt::set_socket_keepalive(socket, true)?;
     sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
     sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;

@@ -77,7 +77,9 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
     let original = Original::new(&checkpoint, options).map_err(of_engine)?;
     let identity = Identity::of(&checkpoint).map_err(|error| failed(format!("{:?}: {error}", args.file)))?;
     let listener = args.listen.listener().map_err(|error| failed(error.to_string()))?;
-    listening::announce(&format!("listening on {}", listener.uri()));
+    let at = listener.uri().clone();
+    let listener = args.allow.listener(Box::new(listener));
+    listening::announce(&format!("listening on {at}"));
     let server = Server {
         checkpoint,
         original,
@@ -87,7 +89,7 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
         stall_limit: args.stall_timeout.0,
         output: args.output.clone(),
     };
-    Ok((Arc::new(server), Box::new(listener)))
+    Ok((Arc::new(server), listener))
 }
 
 /// # Errors

@@ -160,6 +160,10 @@ impl Pending for TlsPending {
     fn peer(&self) -> String {
         self.inner.peer()
     }
+
+    fn ip(&self) -> Option<std::net::IpAddr> {
+        self.inner.ip()
+    }
 }
 
 struct PendingStopper(Arc<Mutex<PendingStop>>);

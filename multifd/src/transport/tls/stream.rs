@@ -67,6 +67,10 @@ impl SendHalf for TlsStream {
         self.sends.limit_unsent(bytes)
     }
 
+    fn limit_untaken(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.sends.limit_untaken(limit)
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.sends.finish()
     }
@@ -192,6 +196,10 @@ impl SendHalf for TlsSends {
 
     fn limit_unsent(&mut self, bytes: usize) -> io::Result<()> {
         self.inner.limit_unsent(bytes)
+    }
+
+    fn limit_untaken(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        self.inner.limit_untaken(limit)
     }
 
     fn finish(&mut self) -> io::Result<()> {
