@@ -1,5 +1,6 @@
 //! The `multifd` command: reads the command line, runs the verb, prints its report.
 
+mod activation;
 mod advice;
 mod allow;
 mod args;
@@ -43,6 +44,8 @@ use self::{args::Verb, exit::Exit, report::Outcome};
 fn main() -> ExitCode {
     // SAFETY: nothing has been opened yet, and descriptors are passed on as owned values only.
     unsafe { multifd::transport::fd::claim_inherited() };
+    // SAFETY: the same, and there is no other thread yet.
+    unsafe { activation::claim() };
     let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) => return explain(&error),

@@ -180,6 +180,12 @@ fn assert_runs_on(source: &Guest, context: &str) -> String {
 /// The guest has moved, and is whole.
 #[track_caller]
 fn assert_moved(source: Guest, destination: Guest, context: &str) {
+    // A guest that stays would be waited for.
+    while let Some(status) = source.ask("x-guest-status", json!({})) {
+        let status = &status["return"];
+        assert_ne!(status["state"], "running", "{context}: {status}, {}", destination.stderr());
+        thread::sleep(Duration::from_millis(5));
+    }
     let (exit, report) = source.end();
     assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{context}: {report}");
     destination.runs_on();

@@ -1,4 +1,4 @@
-//! Where a stream comes from: `-`, `file:PATH[,offset=N]`, or a URI.
+//! Where a stream comes from: `-`, `file:PATH[,offset=N]`, `systemd[:NAME]`, or a URI.
 
 use std::{fmt, io, path::PathBuf};
 
@@ -9,7 +9,7 @@ use multifd::transport::{
     uri::{Uri, UriError},
 };
 
-use crate::units;
+use crate::{activation, units};
 
 /// Where a destination finds its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub enum Origin {
     },
     /// Where the source connects to, or an inherited descriptor.
     Uri(Uri),
+    /// A socket that systemd passes: the only one, or the one of this name.
+    Systemd(Option<String>),
 }
 
 impl Origin {
@@ -45,6 +47,10 @@ impl Origin {
                 let what = format!("listening on {}", listener.uri());
                 (Box::new(listener), what)
             }
+            Origin::Systemd(name) => {
+                let (listener, at) = activation::listener(name.as_deref())?;
+                (listener, format!("listening on {at}"))
+            }
         })
     }
 
@@ -52,13 +58,13 @@ impl Origin {
     pub fn address(&self) -> Option<&Uri> {
         match self {
             Origin::Uri(uri) => Some(uri),
-            Origin::StandardInput | Origin::File { .. } => None,
+            Origin::StandardInput | Origin::File { .. } | Origin::Systemd(_) => None,
         }
     }
 
     /// Whether there is a single connection, without a way back.
     pub fn is_one_way(&self) -> bool {
-        !matches!(self, Origin::Uri(_))
+        !matches!(self, Origin::Uri(_) | Origin::Systemd(_))
     }
 }
 
@@ -69,6 +75,8 @@ impl fmt::Display for Origin {
             Origin::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
             Origin::File { path, offset } => write!(f, "file:{},offset={offset}", path.display()),
             Origin::Uri(uri) => uri.fmt(f),
+            Origin::Systemd(None) => f.write_str("systemd"),
+            Origin::Systemd(Some(name)) => write!(f, "systemd:{name}"),
         }
     }
 }
@@ -81,10 +89,37 @@ pub fn origin(text: &str) -> Result<Origin, String> {
     if text == "-" {
         return Ok(Origin::StandardInput);
     }
-    match text.parse().map_err(|error: UriError| format!("{error}; or - for the standard input"))? {
+    if let Some(socket) = systemd(text)? {
+        return Ok(socket);
+    }
+    match text.parse().map_err(|error: UriError| format!("{error}; or systemd, or - for the standard input"))? {
         Uri::Fd(0) => Ok(Origin::StandardInput),
         Uri::File(_) => file(text.strip_prefix("file:").unwrap_or(text)),
         uri => Ok(Origin::Uri(uri)),
+    }
+}
+
+/// Reads where any number of connections arrive: `tcp:HOST:PORT`, `unix:PATH`, `fd:N` or `systemd[:NAME]`.
+///
+/// # Errors
+/// What was expected, for clap.
+pub fn meeting_place(text: &str) -> Result<Origin, String> {
+    if let Some(socket) = systemd(text)? {
+        return Ok(socket);
+    }
+    match text.parse().map_err(|error: UriError| format!("{error}; or systemd"))? {
+        Uri::File(_) => Err("a file connects nothing; expected tcp:HOST:PORT, unix:PATH, fd:N or systemd".to_owned()),
+        uri => Ok(Origin::Uri(uri)),
+    }
+}
+
+/// `systemd` or `systemd:NAME`; nothing where it is something else.
+fn systemd(text: &str) -> Result<Option<Origin>, String> {
+    match text.strip_prefix("systemd") {
+        Some("") => Ok(Some(Origin::Systemd(None))),
+        Some(":") => Err("expected systemd, or systemd:NAME with the FileDescriptorName= of a socket".to_owned()),
+        Some(name) => Ok(name.strip_prefix(':').map(|name| Origin::Systemd(Some(name.to_owned())))),
+        None => Ok(None),
     }
 }
 
@@ -126,6 +161,8 @@ mod tests {
             ("file:a,offset=1,offset=2", file("a,offset=1", 2)),
             ("unix:/tmp/s", Origin::Uri(Uri::Unix("/tmp/s".into()))),
             ("fd:7", Origin::Uri(Uri::Fd(7))),
+            ("systemd", Origin::Systemd(None)),
+            ("systemd:vm", Origin::Systemd(Some("vm".to_owned()))),
         ] {
             assert_eq!(origin(text).as_ref(), Ok(&expected), "{text}");
             assert_eq!(expected.to_string(), text);
@@ -141,6 +178,8 @@ mod tests {
         {
             assert!(origin(text).unwrap_err().contains("file:PATH[,offset=N]"), "{text}");
         }
+        assert!(origin("systemd:").unwrap_err().contains("systemd:NAME"));
+        assert!(origin("systemdx").unwrap_err().contains("or systemd"));
         assert!(origin("stdin").unwrap_err().contains("or - for the standard input"));
     }
 }

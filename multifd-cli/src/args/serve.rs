@@ -3,9 +3,15 @@
 use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 
 use clap::Args;
-use multifd::transport::uri::Uri;
 
-use super::{MIGRATION, listen::AllowArgs, output::OutputArgs, postcopy::PrefetchWhen, values::uuid};
+use super::{
+    MIGRATION,
+    listen::AllowArgs,
+    origin::{Origin, meeting_place},
+    output::OutputArgs,
+    postcopy::PrefetchWhen,
+    values::uuid,
+};
 use crate::units::{self, Limit};
 
 /// Options of `multifd serve`.
@@ -14,11 +20,11 @@ pub struct ServeArgs {
     /// The checkpoint, which has to stay as it is: of multifd receive, or a mapped-ram migration file of QEMU.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Where clients connect: tcp:HOST:PORT, unix:PATH, or fd:N for an inherited socket that listens. Each connection is one VM: the
+    /// Where clients connect: tcp:HOST:PORT, unix:PATH, fd:N for an inherited socket that listens, systemd or systemd:NAME for one of systemd's. Each connection is one VM: the
     /// process that starts a QEMU opens it and passes it on (-incoming fd:N, capability postcopy-ram on). A process that can connect gets the
     /// memory: prefer a unix socket in a directory of your own.
-    #[arg(long, value_name = "URI", value_parser = listen_uri, help_heading = MIGRATION)]
-    pub listen: Uri,
+    #[arg(long, value_name = "URI", value_parser = meeting_place, help_heading = MIGRATION)]
+    pub listen: Origin,
     /// End when so many clients have come and gone [default: at an interrupt].
     #[arg(long, value_name = "N", help_heading = MIGRATION)]
     pub clients: Option<NonZeroU32>,
@@ -64,7 +70,9 @@ impl ServeArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
-        self.allow.check(Some(&self.listen))?;
+        if !matches!(self.listen, Origin::Systemd(_)) {
+            self.allow.check(self.listen.address())?;
+        }
         match self.preempt {
             true => Err(
                 "a QEMU takes one connection through '-incoming fd:N', and refuses postcopy-preempt there; expected \
@@ -73,14 +81,6 @@ impl ServeArgs {
             ),
             false => Ok(()),
         }
-    }
-}
-
-/// Where connections can be waited for.
-fn listen_uri(text: &str) -> Result<Uri, String> {
-    match text.parse().map_err(|error: multifd::transport::uri::UriError| error.to_string())? {
-        Uri::File(_) => Err("a file connects nothing; expected tcp:HOST:PORT, unix:PATH or fd:N".to_owned()),
-        uri => Ok(uri),
     }
 }
 
@@ -103,11 +103,11 @@ mod tests {
         for wrong in ["0", "4097", "-1", "many", ""] {
             assert!(max_clients(wrong).unwrap_err().contains("1 to 4096"), "{wrong}");
         }
-        for right in ["tcp:127.0.0.1:0", "unix:/tmp/s", "fd:3"] {
-            assert_eq!(listen_uri(right).unwrap().to_string(), right);
+        for right in ["tcp:127.0.0.1:0", "unix:/tmp/s", "fd:3", "systemd", "systemd:vms"] {
+            assert_eq!(meeting_place(right).unwrap().to_string(), right);
         }
         for wrong in ["file:/tmp/s", "nonsense"] {
-            assert!(listen_uri(wrong).unwrap_err().contains("expected"), "{wrong}");
+            assert!(meeting_place(wrong).unwrap_err().contains("expected"), "{wrong}");
         }
     }
 }

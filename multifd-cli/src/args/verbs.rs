@@ -170,7 +170,7 @@ impl GuestArgs {
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {
     /// Where the source is: tcp:HOST:PORT or unix:PATH to wait for it (port 0 picks a free one), fd:N for an inherited
-    /// socket or pipe, - for the standard input, file:PATH[,offset=N] for a file or FIFO. All but tcp, unix and a listening
+    /// socket or pipe, systemd or systemd:NAME for a socket that systemd listens at, - for the standard input, file:PATH[,offset=N] for a file or FIFO. All but tcp, unix and a listening
     /// socket are one connection, which takes only a migration without multifd; a pipe or file has no way back to the source.
     #[arg(value_name = "URI", value_parser = origin, allow_hyphen_values = true)]
     pub from: Origin,
@@ -224,7 +224,9 @@ impl ReceiveArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
-        self.listen.allow.check(self.from.address())?;
+        if !matches!(self.from, Origin::Systemd(_)) {
+            self.listen.allow.check(self.from.address())?;
+        }
         match self.channels {
             Some(_) if self.from.is_one_way() => {
                 Err(format!("{} is one connection, which has no channels; expected no '--channels' with it", self.from))

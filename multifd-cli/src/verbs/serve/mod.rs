@@ -76,10 +76,9 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
     let options = options(args, &checkpoint).map_err(failed)?;
     let original = Original::new(&checkpoint, options).map_err(of_engine)?;
     let identity = Identity::of(&checkpoint).map_err(|error| failed(format!("{:?}: {error}", args.file)))?;
-    let listener = args.listen.listener().map_err(|error| failed(error.to_string()))?;
-    let at = listener.uri().clone();
-    let listener = args.allow.listener(Box::new(listener));
-    listening::announce(&format!("listening on {at}"));
+    let (listener, what) = args.listen.listener().map_err(|error| failed(error.to_string()))?;
+    let listener = args.allow.listener(listener);
+    listening::announce(&what);
     let server = Server {
         checkpoint,
         original,
