@@ -21,8 +21,8 @@ use rustix::{
 };
 
 use super::{
-    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, stop_event::StopEvent,
-    unix::OwnPath, uri::Uri,
+    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, stop_event::StopEvent, unix::OwnPath,
+    uri::Uri,
 };
 use crate::{
     ram::GuestRange,
