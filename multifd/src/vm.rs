@@ -55,7 +55,8 @@ pub trait SourceVm {
 pub trait DestinationVm {
     /// The memory of the VM: blocks of the same names and lengths as on the source. The same at every call.
     ///
-    /// From the first call until [`start`](Self::start), only [`load`](Self::load) and the engine write to it.
+    /// From the first call until [`start`](Self::start), only [`load`](Self::load) and the engine write to it. What it held
+    /// before is lost then, also where the migration fails.
     fn ram(&self) -> &Ram;
 
     /// Reads the state of one device. `input` has to be read exactly to the end of what [`SourceVm::save`] wrote, no

@@ -5,6 +5,8 @@
 //! [`skip`] with the reason and returns. `cargo xtask test` counts these as skipped, not as passed, and prints the
 //! reasons. It relies on nothing but the standard library, so each crate can use it as a dev-dependency.
 
+mod huge_pages;
+
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -12,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 use std::{env, io, process, thread};
+
+pub use huge_pages::HugePages;
 
 /// Names the file to which [`skip`] appends one line per skipped test.
 pub const SKIPPED_FILE: &str = "MULTIFD_SKIPPED_FILE";

@@ -592,27 +592,6 @@ fn pages_that_a_guest_asked_for_are_sent_first() {
     });
 }
 
-/// Huge pages of the host, which are given back when this is dropped.
-struct HugePages(String);
-
-impl HugePages {
-    /// At least `wanted`; nothing where this process may not have them.
-    fn reserve(wanted: u64) -> Option<HugePages> {
-        let before = fs::read_to_string(HUGE_PAGES).ok()?;
-        let had: u64 = before.trim().parse().ok()?;
-        let kept = HugePages(before);
-        fs::write(HUGE_PAGES, (had + wanted).to_string()).ok()?;
-        let now: u64 = fs::read_to_string(HUGE_PAGES).ok()?.trim().parse().ok()?;
-        (now >= had + wanted).then_some(kept)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(HUGE_PAGES, self.0.trim());
-    }
-}
-
 /// QEMU compares the sizes of pages before it runs anything. It says nothing on the connection, so the error names it.
 #[test]
 fn a_destination_with_huge_pages_is_refused_before_it_runs() {
@@ -640,5 +619,3 @@ fn a_destination_with_huge_pages_is_refused_before_it_runs() {
         }
     });
 }
-
-const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";

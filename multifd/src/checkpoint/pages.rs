@@ -206,10 +206,6 @@ impl PageSink for FilePages {
             .read_exact_at(into, self.first[block] + offset)
             .map_err(|error| io::Error::new(error.kind(), format!("reading {:?}: {error}", self.path)))
     }
-
-    fn ram_complete(&self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Whether every byte is zero.

@@ -112,10 +112,6 @@ impl Run {
                 if self.report.dialect == Some(Dialect::PerSection) {
                     self.sync_point(observer)?;
                 }
-                if self.main().decoder().ram_ended() {
-                    // Every page is in place, also in a VM without devices.
-                    self.sink().ram_complete().map_err(Error::io(self.main().place()))?;
-                }
             }
             // A footer, and a block of the list that BLOCKS_END ends.
             _ => {}

@@ -7,6 +7,7 @@
 
 mod accept;
 mod channel;
+mod clean;
 mod commit;
 mod connections;
 mod first_touch;
@@ -103,8 +104,10 @@ impl Destination {
         if let Some(block) = vm.ram().blocks().iter().find(|block| block.access() != Access::ReadWrite) {
             return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
         }
-        let first_touch = self.options.first_touch;
-        self.receive(&mut VmTarget::new(vm, first_touch), page_size, from, observer)
+        let mut target = VmTarget::new(vm, self.options.first_touch, self.stop.clone());
+        // While no source waits.
+        target.prepare_memory();
+        self.receive(&mut target, page_size, from, observer)
     }
 
     /// The same for anything that can take a stream.

@@ -291,8 +291,6 @@ impl Run {
         let connections = self.shared.connections.clone();
         let patience = self.shared.options.setup_timeout;
         self.shared.switch.await_pages(patience, || connections.any_is_silent())?;
-        let place = self.main().place();
-        self.sink().ram_complete().map_err(Error::io(place))?;
         let devices = self.package.take().expect("the decoder ends no postcopy without its package");
         target.devices(&devices, self.shared.page_size)
     }

@@ -5,18 +5,22 @@
 
 use std::{io, ops::Range};
 
-use super::first_touch::{Filler, FirstTouch};
+use super::{
+    clean::CleanMemory,
+    first_touch::{Filler, FirstTouch},
+};
 use crate::{
-    dirty::untouched::untouched,
-    dirty_bitmap::{DirtyBitmap, word_masks},
+    dirty_bitmap::word_masks,
     layout::Layout,
     ram::{GuestRange, Ram, RamBlock},
+    stop::StopHandle,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     sys::zeroed::zeroed_atomics,
     transport::Stream,
 };
 
-/// Takes the pages of all channels and of main, from all their threads.
+/// Takes the pages of all channels and of main, from all their threads. Pages that are never named are zeros: they have to
+/// be from the start.
 ///
 /// Within a round, several threads may bring the same page, as from QEMU 7.2; either copy may then remain. Copies differ
 /// only if the page comes once more in a later round: docs/migration/multifd.rst, What can go wrong between two rounds.
@@ -35,9 +39,6 @@ pub(crate) trait PageSink: Send + Sync {
 
     /// Copies the page at `offset` out.
     fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()>;
-
-    /// No further page comes. Pages that were never named are zeros from here on.
-    fn ram_complete(&self) -> io::Result<()>;
 }
 
 /// Private memory of one thread, for pages on their way.
@@ -51,39 +52,36 @@ pub(crate) struct MemorySink {
     ram: Ram,
     /// Our position of each of the source's blocks.
     order: Vec<usize>,
-    /// One bit for each page that may hold something else than zeros: neither in a fresh block nor absent. Set only when its content is in place, so that two
-    /// threads that bring the same page both fill it.
+    /// One bit for each page that costs memory, so that it may hold something else than zeros. Set only when its content is in
+    /// place, so that two threads that bring the same page both fill it.
     touched: PageBits,
-    /// One bit for each page that was named; only where there is memory that is not known to be zeros.
-    named: Option<PageBits>,
     /// How pages that are not touched are filled.
     filler: Filler,
 }
 
 impl MemorySink {
-    pub(crate) fn new(ram: Ram, order: Vec<usize>, first_touch: FirstTouch) -> MemorySink {
-        let touched = PageBits::new(ram.layout());
+    /// Takes pages into the memory of `clean`, of which the blocks that are not fresh are made zero, if they are not yet.
+    pub(crate) fn new(
+        mut clean: CleanMemory,
+        order: Vec<usize>,
+        first_touch: FirstTouch,
+        stop: &StopHandle,
+    ) -> MemorySink {
+        let ram = clean.ram().clone();
         // From here on pages are written: the next migration into this memory finds nothing fresh.
         let fresh: Vec<bool> = ram.blocks().iter().map(RamBlock::take_fresh).collect();
-        let mut absent = DirtyBitmap::new(ram.layout());
-        let mut named = None;
-        if fresh.contains(&false) {
-            // While the source still runs, so that pages that are zeros anyway are not cleared when it is paused.
-            if let Err(error) = untouched(&ram, &mut absent) {
-                tracing::debug!(%error, "it is not known which pages are absent");
-            }
-            named = Some(PageBits::new(ram.layout()));
-        }
+        clean.clean(stop, |index, _| !fresh[index]);
+        let touched = PageBits::new(ram.layout());
         for (layout, _) in ram.layout().blocks().iter().zip(&fresh).filter(|(_, fresh)| !**fresh) {
-            layout.page_range().filter(|&page| !absent.contains(page)).for_each(|page| touched.set(page));
+            layout.page_range().filter(|&page| !clean.is_absent(page)).for_each(|page| touched.set(page));
         }
-        let filler = if fresh.contains(&true) || absent.count() > 0 {
+        let filler = if fresh.contains(&true) || clean.has_absent() {
             Filler::new(first_touch, &ram)
         } else {
             // Nothing to gain for memory that was touched before.
             Filler::Direct
         };
-        MemorySink { ram, order, touched, named, filler }
+        MemorySink { ram, order, touched, filler }
     }
 
     /// The page at `offset` of the source's block `block`, with its number.
@@ -92,9 +90,6 @@ impl MemorySink {
         let index = self.order[block];
         let range = self.ram.blocks()[index].range(offset, layout.page_size()).ok_or(io::ErrorKind::InvalidInput)?;
         let page = layout.blocks()[index].page_at(offset);
-        if let Some(named) = &self.named {
-            named.set(page);
-        }
         Ok((page, range))
     }
 
@@ -185,17 +180,6 @@ impl PageSink for MemorySink {
 
     fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.page(block, offset)?.1.read(into);
-        Ok(())
-    }
-
-    fn ram_complete(&self) -> io::Result<()> {
-        let Some(named) = &self.named else { return Ok(()) };
-        for block in self.ram.layout().blocks() {
-            // What was absent at the start and was not named is zeros still.
-            for page in block.page_range().filter(|&page| !named.contains(page) && self.touched.contains(page)) {
-                self.ram.page(page).expect("a page of the block").clear();
-            }
-        }
         Ok(())
     }
 }

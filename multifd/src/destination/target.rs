@@ -9,11 +9,12 @@ use multifd_proto::{
     stream::{Item, MainDecoder, Section, Step},
 };
 
-use super::{FirstTouch, MainReader, PageSink, sink::MemorySink};
+use super::{FirstTouch, MainReader, PageSink, clean::CleanMemory, sink::MemorySink};
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     layout::Layout,
     ram::Access,
+    stop::StopHandle,
     sync::Arc,
     vm::{DestinationVm, SectionId},
 };
@@ -83,11 +84,22 @@ pub(crate) trait Target {
 pub(super) struct VmTarget<'a> {
     vm: &'a mut dyn DestinationVm,
     first_touch: FirstTouch,
+    stop: StopHandle,
+    /// The memory of the VM, once it was [prepared](Self::prepare_memory).
+    clean: Option<CleanMemory>,
 }
 
 impl<'a> VmTarget<'a> {
-    pub(super) fn new(vm: &'a mut dyn DestinationVm, first_touch: FirstTouch) -> VmTarget<'a> {
-        VmTarget { vm, first_touch }
+    pub(super) fn new(vm: &'a mut dyn DestinationVm, first_touch: FirstTouch, stop: StopHandle) -> VmTarget<'a> {
+        VmTarget { vm, first_touch, stop, clean: None }
+    }
+
+    /// Makes the memory of the VM read as zeros where that is not known: as early as possible, as it may take a while.
+    pub(super) fn prepare_memory(&mut self) {
+        let mut clean = CleanMemory::new(self.vm.ram());
+        // A block that is read-only will be refused.
+        clean.clean(&self.stop, |_, block| !block.is_fresh() && block.access() == Access::ReadWrite);
+        self.clean = Some(clean);
     }
 }
 
@@ -105,7 +117,8 @@ impl Target for VmTarget<'_> {
         if let Some(missing) = (0..ram.blocks().len()).find(|index| !order.contains(index)) {
             return Err(Mismatch::BlockMissing { name: ram.blocks()[missing].name().clone() }.into());
         }
-        Ok(Arc::new(MemorySink::new(ram.clone(), order, self.first_touch)))
+        let clean = self.clean.take().filter(|clean| clean.is_of(ram)).unwrap_or_else(|| CleanMemory::new(ram));
+        Ok(Arc::new(MemorySink::new(clean, order, self.first_touch, &self.stop)))
     }
 
     fn section(&mut self, section: &Section, _ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {

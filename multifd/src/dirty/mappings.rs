@@ -41,28 +41,32 @@ pub(crate) fn of_block(block: &RamBlock) -> io::Result<Vec<Mapping>> {
 /// The parts of `within` that `smaps` lists.
 fn parts(smaps: &str, within: &Range<u64>) -> Vec<Mapping> {
     let mut parts: Vec<Mapping> = Vec::new();
-    let mut inside = false;
+    let (mut inside, mut huge) = (false, false);
     for line in smaps.lines() {
-        if let Some(mapping) = parse(line) {
+        if let Some((mapping, names_huge_pages)) = parse(line) {
             let addresses = mapping.addresses.start.max(within.start)..mapping.addresses.end.min(within.end);
-            inside = addresses.start < addresses.end;
+            (inside, huge) = (addresses.start < addresses.end, names_huge_pages);
             parts.extend(inside.then_some(Mapping { addresses, ..mapping }));
         } else if let (true, Some(flags), Some(part)) = (inside, line.strip_prefix("VmFlags:"), parts.last_mut()) {
-            // A userfaultfd gets the faults of missing pages.
-            part.absent_is_zero &= !flags.split_ascii_whitespace().any(|flag| flag == "um");
+            let has = |wanted| flags.split_ascii_whitespace().any(|flag| flag == wanted);
+            // A userfaultfd gets the faults of missing pages; a file on a disk can have any name.
+            part.absent_is_zero &= !has("um") && (!huge || has("ht"));
         }
     }
     parts
 }
 
-/// `7f12a0000000-7f12a0200000 rw-s 00001000 00:01 1033   /memfd:ram (deleted)`
-fn parse(line: &str) -> Option<Mapping> {
+/// `7f12a0000000-7f12a0200000 rw-s 00001000 00:01 1033   /memfd:ram (deleted)`; and whether the name is that of private memory
+/// of huge pages, for which the kernel makes a file.
+fn parse(line: &str) -> Option<(Mapping, bool)> {
     let hex = |text| u64::from_str_radix(text, 16).ok();
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let shared = fields.next()?.ends_with('s');
     let inode: u64 = fields.nth(2)?.parse().ok()?;
-    Some(Mapping { addresses: hex(start)?..hex(end)?, shared, absent_is_zero: !shared && inode == 0 })
+    let huge = fields.next() == Some("/anon_hugepage") && fields.next() == Some("(deleted)");
+    let addresses = hex(start)?..hex(end)?;
+    Some((Mapping { addresses, shared, absent_is_zero: !shared && (inode == 0 || huge) }, huge))
 }
 
 #[cfg(test)]
@@ -80,6 +84,10 @@ VmFlags: rd wr mr mw me ac uw
 VmFlags: rd wr mr mw me ac um
 7f12a0400000-7f12a0500000 r--p 00000000 08:01 77   /a/file
 VmFlags: rd mr mw me
+7f12a0600000-7f12a0800000 rw-p 00000000 00:0f 78   /anon_hugepage (deleted)
+VmFlags: rd wr mr mw me de ht
+7f12a0800000-7f12a0a00000 rw-p 00000000 08:01 79   /anon_hugepage (deleted)
+VmFlags: rd wr mr mw me
 ";
 
     fn found(within: Range<u64>) -> Vec<(Range<u64>, bool, bool)> {
@@ -92,6 +100,13 @@ VmFlags: rd mr mw me
         assert_eq!(found(0..4096), []);
         let all = found(0x7f12_a000_0000..0x7f12_a050_0000);
         assert_eq!(all.iter().map(|(_, shared, _)| *shared).collect::<Vec<_>>(), [true, false, false, false]);
+    }
+
+    /// Each was cleared, and by that allocated.
+    #[test]
+    fn absent_huge_pages_of_private_memory_are_zeros_and_those_of_a_file_are_not() {
+        let all = found(0x7f12_a060_0000..0x7f12_a0a0_0000);
+        assert_eq!(all.iter().map(|(_, _, zero)| *zero).collect::<Vec<_>>(), [true, false]);
     }
 
     /// Its pages were taken for zeros: they are wherever the other end of the userfaultfd has them.

@@ -6,7 +6,7 @@
 use std::{fs::File, io, os::fd::BorrowedFd};
 
 pub use crate::sys::file_block::FileMemory;
-use crate::sys::holes;
+use crate::sys::holes::{self, SharedMemory};
 
 /// What the memory of a RAM block is made of. Blocks that this crate maps know it; the VMM says it of its own, by
 /// [`RamBlock::backed_by`](crate::ram::RamBlock::backed_by).
@@ -24,31 +24,31 @@ pub enum Backing {
     Foreign,
 }
 
-/// A memfd, or a file in a tmpfs, from some offset on.
+/// A memfd, or a file in a tmpfs or hugetlbfs, from some offset on.
 #[derive(Debug)]
 pub struct MemoryFile {
-    file: File,
+    memory: SharedMemory,
     offset: u64,
 }
 
 impl MemoryFile {
     /// The bytes of `file` from `offset` on, where the block is mapped from. The file is opened once more, so that the caller's
-    /// position in it does not move.
+    /// position in it does not move; where `/proc` is not mounted, the position is not used.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for a file of another kind: only memory tells without delay what was written through a
-    /// mapping; the kernel's, also where `/proc` is not mounted.
+    /// mapping; the kernel's.
     pub fn new(file: BorrowedFd<'_>, offset: u64) -> io::Result<MemoryFile> {
-        Ok(MemoryFile { file: holes::open_shared_memory(file)?, offset })
+        Ok(MemoryFile { memory: holes::open_shared_memory(file)?, offset })
     }
 
-    /// A memory file whose position is of no importance to any other part of the process.
+    /// A memory file of small pages, whose position is of no importance to any other part of the process.
     pub(super) fn own(file: File) -> MemoryFile {
-        MemoryFile { file, offset: 0 }
+        MemoryFile { memory: SharedMemory { file, has_own_position: true, is_huge: false }, offset: 0 }
     }
 
-    pub(crate) fn file(&self) -> &File {
-        &self.file
+    pub(crate) fn memory(&self) -> &SharedMemory {
+        &self.memory
     }
 
     /// Where in the file the block begins.

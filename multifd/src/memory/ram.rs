@@ -85,6 +85,11 @@ impl Ram {
         self
     }
 
+    /// Whether `other` is a clone of this.
+    pub(crate) fn is_same(&self, other: &Ram) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// The memory is in use: no block is fresh any more.
     pub(crate) fn forget_fresh(&self) {
         for block in &self.inner.blocks {
@@ -108,6 +113,7 @@ pub struct RamBlock {
     /// [`UNKNOWN`], [`FRESH`] or [`USED`]. Shared by all clones of a [`Ram`].
     contents: AtomicU8,
     backing: Backing,
+    pinned: bool,
     /// Keeps the mapping alive for as long as anybody can reach the block.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -150,7 +156,7 @@ impl RamBlock {
         owner: Box<dyn Any + Send + Sync>,
     ) -> RamBlock {
         let (access, contents) = (Access::ReadWrite, AtomicU8::new(UNKNOWN));
-        RamBlock { name, base, len, access, contents, backing: Backing::Foreign, _owner: owner }
+        RamBlock { name, base, len, access, contents, backing: Backing::Foreign, pinned: false, _owner: owner }
     }
 
     /// Describes `len` bytes of guest memory at `base`, which are never written through the block.
@@ -171,10 +177,21 @@ impl RamBlock {
 
     /// The same block, whose memory is made of `backing`.
     ///
-    /// Said wrongly, pages that hold something may be taken for pages of zeros, and are lost.
+    /// Said wrongly, pages that hold something may be taken for pages of zeros, and are lost. A destination may throw pages
+    /// away and have the kernel give new ones: see [`pinned`](Self::pinned).
     #[must_use]
     pub fn backed_by(self, backing: Backing) -> RamBlock {
         RamBlock { backing, ..self }
+    }
+
+    /// The same block, of which devices hold pages by their physical address: an assigned device (VFIO, vDPA), or buffers
+    /// registered with `io_uring`.
+    ///
+    /// A destination then clears what the block held in place. Of memory that is [backed by](Self::backed_by) something it
+    /// knows, it throws the pages away otherwise, and the devices would be left with the old ones.
+    #[must_use]
+    pub fn pinned(self) -> RamBlock {
+        RamBlock { pinned: true, ..self }
     }
 
     /// The same block, which is only read from now on.
@@ -263,6 +280,11 @@ impl RamBlock {
         &self.backing
     }
 
+    /// Whether devices hold pages of the block: [`pinned`](Self::pinned).
+    pub fn is_pinned(&self) -> bool {
+        self.pinned
+    }
+
     /// The name of the block.
     pub fn name(&self) -> &BlockName {
         &self.name
@@ -276,6 +298,11 @@ impl RamBlock {
     /// Address of the first byte in this process, for kernel interfaces that take addresses.
     pub fn address(&self) -> u64 {
         self.base.as_ptr() as u64
+    }
+
+    /// All of the block.
+    pub(crate) fn whole(&self) -> GuestRange<'_> {
+        GuestRange { base: self.base, len: self.len, block: self }
     }
 
     /// The `len` bytes from `offset` on; `None` where any of them lies outside the block, or where either is not a

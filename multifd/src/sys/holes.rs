@@ -3,15 +3,28 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
 };
 
-/// Opens a memfd, or a file in a tmpfs, once more, so that looking for holes does not move the caller's position.
+/// A file that is in memory only, as [`open_shared_memory`] finds it.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    pub(crate) file: File,
+    /// Whether looking for holes moves no position but our own.
+    pub(crate) has_own_position: bool,
+    /// Whether it is made of huge pages; then the kernel does not tell its holes.
+    pub(crate) is_huge: bool,
+}
+
+/// Opens a memfd, or a file in a tmpfs or hugetlbfs, once more, so that looking for holes does not move the caller's
+/// position. Where that cannot be done, because `/proc` is not mounted, it is the same open file.
 ///
 /// # Errors
 /// Also for a file of another kind: only memory tells without delay what was written through a mapping.
-pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<File> {
-    let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<SharedMemory> {
     let mut system = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the kernel fills one struct statfs.
     let result = unsafe { libc::fstatfs(file.as_raw_fd(), system.as_mut_ptr()) };
@@ -20,10 +33,19 @@ pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<File> {
     }
     // SAFETY: filled above; zeros are valid as well.
     let system = unsafe { system.assume_init() };
-    if system.f_type != libc::TMPFS_MAGIC {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "neither a memfd nor a file in a tmpfs"));
+    if system.f_type != libc::TMPFS_MAGIC && system.f_type != libc::HUGETLBFS_MAGIC {
+        let message = "neither a memfd nor a file in a tmpfs or hugetlbfs";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    Ok(file)
+    let opened = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let has_own_position = opened.is_ok();
+    let file = opened.or_else(|_| file.try_clone_to_owned().map(File::from))?;
+    Ok(SharedMemory { file, has_own_position, is_huge: system.f_type == libc::HUGETLBFS_MAGIC })
+}
+
+/// Bytes for which the file has memory, wherever they are mapped.
+pub(crate) fn allocated(file: &File) -> io::Result<u64> {
+    Ok(file.metadata()?.blocks() * 512)
 }
 
 /// The first byte at or behind `from` that lies in a page which was written; `None` where only a hole follows.

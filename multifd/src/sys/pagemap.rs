@@ -1,8 +1,15 @@
-//! What the kernel knows about the pages of this process: PAGEMAP_SCAN (Linux 6.7).
+//! What the kernel knows about the pages of this process: PAGEMAP_SCAN (Linux 6.7), and the entries that came before it.
 
-use std::{fs::File, io, ops::Range, os::fd::AsRawFd};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+};
 
 use linux_raw_sys::general::{self, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, page_region, pm_scan_arg};
+
+use super::kvm::system_page_size;
 
 /// `/proc/self/pagemap`, open.
 #[derive(Debug)]
@@ -83,6 +90,30 @@ impl Pagemap {
     }
 }
 
+impl Pagemap {
+    /// Calls `found` with the ranges of addresses in `within` (a multiple of the system's page size) whose pages are neither
+    /// in memory nor in swap, in order. For kernels without PAGEMAP_SCAN.
+    pub(crate) fn absent(&self, within: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        let page = system_page_size();
+        let mut entries = vec![0u8; ENTRIES * ENTRY];
+        let mut absent: Option<Range<u64>> = None;
+        for from in within.clone().step_by(ENTRIES * page as usize) {
+            let pages = ((within.end - from) / page).min(ENTRIES as u64) as usize;
+            self.file.read_exact_at(&mut entries[..pages * ENTRY], from / page * ENTRY as u64)?;
+            for (index, entry) in entries[..pages * ENTRY].as_chunks::<ENTRY>().0.iter().enumerate() {
+                let at = from + index as u64 * page;
+                if u64::from_ne_bytes(*entry) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 {
+                    absent.take().into_iter().for_each(&mut found);
+                } else {
+                    absent.get_or_insert(at..at).end = at + page;
+                }
+            }
+        }
+        absent.into_iter().for_each(found);
+        Ok(())
+    }
+}
+
 /// PAGE_IS_WRITTEN: not protected by a userfaultfd; also set for a page that has no entry in the page table.
 pub(crate) const WRITTEN: u64 = general::PAGE_IS_WRITTEN as u64;
 /// PAGE_IS_PRESENT
@@ -92,6 +123,13 @@ pub(crate) const SWAPPED: u64 = general::PAGE_IS_SWAPPED as u64;
 /// PAGE_IS_PFNZERO: the kernel's shared page of zeros.
 pub(crate) const PFNZERO: u64 = general::PAGE_IS_PFNZERO as u64;
 
+/// Bytes of one entry of `/proc/PID/pagemap`, its bit 63, and its bit 62, which is also set for a page that was never there
+/// and is protected.
+const ENTRY: usize = 8;
+const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_SWAPPED: u64 = 1 << 62;
+/// Entries read at a time: 64 KiB.
+const ENTRIES: usize = 8192;
 /// The kernel itself works in portions of 512 regions; twice that keeps the calls few and the buffer (24 KiB) in cache.
 const REGIONS: usize = 1024;
 /// `_IOWR('f', 16, struct pm_scan_arg)`, which `linux-raw-sys` does not have.

@@ -87,28 +87,59 @@ fn a_second_attempt_into_the_same_memory_leaves_nothing_of_the_first() {
 /// Each page was cleared with the guest paused: seconds of downtime, and all of its memory allocated.
 #[test]
 fn absent_pages_of_memory_that_was_not_declared_fresh_are_not_written() {
-    let ram = of(RamBlock::anonymous(name(), PAGES * 4096).unwrap()).not_fresh();
-    let mut absent = DirtyBitmap::new(ram.layout());
-    if let Err(error) = untouched(&ram, &mut absent) {
-        return skip(&format!("absent pages cannot be told here: {error}"));
+    for pinned in [false, true] {
+        let block = RamBlock::anonymous(name(), PAGES * 4096).unwrap();
+        let ram = of(if pinned { block.pinned() } else { block }).not_fresh();
+        let mut absent = DirtyBitmap::new(ram.layout());
+        untouched(&ram, &mut absent).unwrap();
+        if absent.is_empty() {
+            return skip("absent pages cannot be told here");
+        }
+        assert_eq!(absent.count(), PAGES as u64);
+        // The VMM has written these two, and the source names neither.
+        for page in [4, 100] {
+            ram.page(page).unwrap().write(&[0xee; 4096]);
+        }
+        let mut to = TestDestination::new(ram.clone());
+        let value = |page| if page % 5 == 2 { page } else { 0 };
+        let (from, received) = send(&mut to, Untouched::Skip, value);
+        received.unwrap();
+        let mut absent = DirtyBitmap::new(ram.layout());
+        untouched(&ram, &mut absent).unwrap();
+        for page in 0..PAGES as u64 {
+            // Of pinned memory the pages stay, for the devices that hold them.
+            let stays = value(page) != 0 || pinned && (page == 4 || page == 100);
+            assert_eq!(absent.contains(page), !stays, "pinned: {pinned}, page {page}");
+        }
+        for page in 0..PAGES as u64 {
+            assert!(ram.page_bytes(page) == from.page_bytes(page), "pinned: {pinned}, page {page}");
+        }
     }
-    assert_eq!(absent.count(), PAGES as u64);
-    // The VMM has written these two, and the source names neither.
-    for page in [4, 100] {
-        ram.page(page).unwrap().write(&[0xee; 4096]);
-    }
-    let mut to = TestDestination::new(ram.clone());
-    let value = |page| if page % 5 == 2 { page } else { 0 };
-    let (from, received) = send(&mut to, Untouched::Skip, value);
-    received.unwrap();
-    let mut absent = DirtyBitmap::new(ram.layout());
-    untouched(&ram, &mut absent).unwrap();
-    for page in 0..PAGES as u64 {
-        let named_or_written = value(page) != 0 || page == 4 || page == 100;
-        assert_eq!(absent.contains(page), !named_or_written, "page {page}");
-    }
-    for page in 0..PAGES as u64 {
-        assert!(ram.page_bytes(page) == from.page_bytes(page), "page {page}");
+}
+
+/// It was cleared after the last page had come, when the guest was paused at the source.
+#[test]
+fn memory_is_zeros_before_a_source_is_waited_for() {
+    for (kind, ram) in each_kind() {
+        let ram = ram.not_fresh();
+        for page in [0, 77, PAGES as u64 - 1] {
+            ram.page(page).unwrap().write(&[0xee; 4096]);
+        }
+        let mut to = TestDestination::new(ram.clone());
+        let (listener, _connector) = memory::listener(1 << 15);
+        let destination = Destination::new(Default::default());
+        let stop = destination.stop_handle();
+        let error = time_limit(Duration::from_secs(60), || {
+            std::thread::scope(|scope| {
+                let waiting = scope.spawn(|| destination.run(&mut to, Box::new(listener), &mut ()));
+                while !(0..PAGES as u64).all(|page| ram.page(page).unwrap().is_zero()) {
+                    std::thread::yield_now();
+                }
+                stop.cancel();
+                waiting.join().unwrap().unwrap_err()
+            })
+        });
+        assert!(matches!(error, Error::Cancelled), "{kind}: {error}");
     }
 }
 
