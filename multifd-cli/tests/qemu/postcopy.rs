@@ -16,7 +16,7 @@ use multifd_qmp::Client;
 use qemu_peer::{Installed, Qemu, Status, Version};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use test_support::{TempDir, report, time_limit};
+use test_support::{HugePages, TempDir, report, time_limit};
 
 use crate::harness::{
     LIMIT, MIB, Multifd, Settings, TEST_LIMIT, assert_goes_on, entries, guest, listen, migrate_away, receive_uri, vm,
