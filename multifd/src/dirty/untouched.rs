@@ -32,17 +32,13 @@ use crate::{
 /// of ([`RamBlock::backed_by`]), and all memory where there is swap.
 ///
 /// # Errors
-/// [`io::ErrorKind::InvalidInput`] where a part of a block is not mapped.
+/// None so far.
 pub fn untouched(ram: &Ram, into: &mut DirtyBitmap) -> io::Result<()> {
     let mut kernel = Kernel::new();
     for index in 0..ram.blocks().len() {
-        match untouched_block(ram, index, &mut kernel, into) {
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Err(error),
-            Err(error) => {
-                let block = ram.blocks()[index].name().as_str();
-                tracing::debug!(block, %error, "it is not known which pages were never touched");
-            }
-            Ok(()) => {}
+        if let Err(error) = untouched_block(ram, index, &mut kernel, into) {
+            let block = ram.blocks()[index].name().as_str();
+            tracing::debug!(block, %error, "it is not known which pages were never touched");
         }
     }
     Ok(())
