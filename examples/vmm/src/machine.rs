@@ -1,0 +1,136 @@
+//! The virtual machine: memory, vCPUs and devices. It knows nothing of migration.
+
+// KVM is told addresses of this process.
+#![allow(unsafe_code)]
+
+use std::{
+    os::fd::{AsRawFd, BorrowedFd},
+    sync::Arc,
+};
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::{
+    Failure,
+    devices::{Display, Dma, Serial},
+    gate::Gate,
+    guest,
+    memory::{self, Backing, Memory},
+    vcpu::{CpuState, Vcpu},
+};
+
+/// What a VM is like; the same on both sides of a migration.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    pub cpus: u64,
+    pub ram_bytes: usize,
+    /// How much of it the guest uses.
+    pub busy_bytes: usize,
+    pub display_bytes: usize,
+    /// What this side's memory is made of; the other side's may be made of something else.
+    pub backing: Backing,
+}
+
+/// A VM, paused when it was made.
+pub struct Machine {
+    pub memory: Memory,
+    pub serial: Arc<Serial>,
+    pub dma: Dma,
+    pub display: Display,
+    pub vcpus: Vec<Vcpu>,
+    config: Config,
+    gate: Arc<Gate>,
+    cpuid: CpuId,
+    msrs: Vec<u32>,
+    vm: VmFd,
+}
+
+impl Machine {
+    /// A VM without any state: for a guest that boots, or one that arrives.
+    pub fn new(config: Config) -> Result<Machine, Failure> {
+        let per_cpu = config.busy_bytes / 4096 / config.cpus.max(1) as usize;
+        if per_cpu == 0 || config.busy_bytes > config.ram_bytes || config.ram_bytes > guest::MAX_RAM {
+            return Err("each vCPU needs a page, all pages have to lie in RAM, and RAM has a limit of 64 GiB".into());
+        }
+        // The signal only ends KVM_RUN.
+        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(SIGRTMIN(), nothing)?;
+        let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
+        let vm = kvm.create_vm()?;
+        let memory = memory::allocate(config.backing, config.ram_bytes)?;
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the machine keeps the memory for longer than the VM.
+            unsafe { vm.set_user_memory_region(region) }?;
+        }
+        let (gate, serial) = (Arc::new(Gate::default()), Arc::new(Serial::default()));
+        let vcpus = (0..config.cpus).map(|index| Vcpu::new(&vm, index, &gate, &serial));
+        Ok(Machine {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            dma: Dma::new(&memory, &gate)?,
+            display: Display::new(config.display_bytes),
+            cpuid: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?,
+            msrs: kvm.get_msr_index_list()?.as_slice().to_vec(),
+            memory,
+            serial,
+            config,
+            gate,
+            vm,
+        })
+    }
+
+    /// Loads the guest's program.
+    pub fn boot(&mut self) -> Result<(), Failure> {
+        guest::boot(&self.memory, self.config.ram_bytes)?;
+        let share = self.config.busy_bytes as u64 / 4096 / self.config.cpus * 4096;
+        for (index, vcpu) in (0..).zip(&self.vcpus) {
+            vcpu.boot(&self.cpuid, guest::RAM + index * share, guest::RAM + (index + 1) * share)?;
+        }
+        Ok(())
+    }
+
+    /// Lets vCPUs and devices run.
+    pub fn run(&self) {
+        self.gate.open();
+    }
+
+    /// Pauses vCPUs and devices. When it returns, nothing writes guest memory.
+    pub fn pause(&self) {
+        self.gate.close(|| self.kick());
+    }
+
+    /// The state of all vCPUs.
+    pub fn cpu_states(&self) -> Result<Vec<CpuState>, Failure> {
+        self.vcpus.iter().map(|vcpu| vcpu.state(&self.msrs)).collect()
+    }
+
+    /// Gives a vCPU its state.
+    pub fn load_cpu(&self, index: usize, state: &CpuState) -> Result<(), Failure> {
+        self.vcpus.get(index).ok_or("the source has more vCPUs")?.load(&self.cpuid, state)
+    }
+
+    /// The VM, for KVM's dirty log.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: open for as long as `self`.
+        unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
+    }
+
+    fn kick(&self) {
+        self.vcpus.iter().for_each(Vcpu::kick);
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.gate.end(|| self.kick());
+    }
+}

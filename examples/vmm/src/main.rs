@@ -1,0 +1,103 @@
+//! A virtual machine monitor to read in an evening, which migrates with `multifd`.
+//!
+//! ```text
+//! vmm run [OPTIONS]            boots the guest
+//! vmm receive URI [OPTIONS]    waits for one to arrive
+//!
+//! --cpus N --memory MIB --busy MIB --display MIB --backing anonymous|memfd|huge
+//! ```
+//! While a guest runs, commands are read from stdin: `migrate URI` moves it there, `quit` ends it. What the guest writes
+//! to its serial port goes to stdout: a dot for each pass over its memory, `X` if it finds anything wrong.
+//!
+//! Read `machine.rs` for the VM, and `migration.rs` for all that migration takes.
+
+mod devices;
+mod gate;
+mod guest;
+mod machine;
+mod memory;
+mod migration;
+mod vcpu;
+
+use std::{io::BufRead, process::ExitCode};
+
+use machine::{Config, Machine};
+use memory::Backing;
+use multifd::transport::uri::Uri;
+
+/// What goes wrong in a program that only has to say so.
+pub type Failure = multifd::vm::VmError;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Failure> {
+    let mut arguments = std::env::args().skip(1);
+    let verb = arguments.next();
+    let from = match verb.as_deref() {
+        Some("run") => None,
+        Some("receive") => Some(arguments.next().ok_or("receive from where?")?.parse::<Uri>()?),
+        _ => return Err("usage: vmm run [OPTIONS] | vmm receive URI [OPTIONS]".into()),
+    };
+    let mut machine = Machine::new(config(arguments)?)?;
+    match from {
+        None => {
+            machine.boot()?;
+            machine.run();
+        }
+        Some(uri) => migration::receive(&mut machine, &uri, |uri| eprintln!("listening at {uri}"))?,
+    }
+    eprintln!("running");
+    console(&mut machine)
+}
+
+fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure> {
+    const MIB: usize = 1 << 20;
+    let mut config = Config {
+        cpus: 2,
+        ram_bytes: 256 * MIB,
+        busy_bytes: 16 * MIB,
+        display_bytes: 8 * MIB,
+        backing: Backing::Anonymous,
+    };
+    while let Some(name) = arguments.next() {
+        let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
+        let mib = || value.parse::<usize>().ok().and_then(|mib| mib.checked_mul(MIB)).ok_or("not a number of MiB");
+        match name.as_str() {
+            "--cpus" => config.cpus = value.parse()?,
+            "--memory" => config.ram_bytes = mib()?,
+            "--busy" => config.busy_bytes = mib()?,
+            "--display" => config.display_bytes = mib()?,
+            "--backing" => config.backing = value.parse()?,
+            _ => return Err(format!("{name} is no option").into()),
+        }
+    }
+    Ok(config)
+}
+
+/// Does what stdin says, until the guest has gone or is to end.
+fn console(machine: &mut Machine) -> Result<(), Failure> {
+    for line in std::io::stdin().lock().lines() {
+        match line?.split_once(' ') {
+            Some(("migrate", uri)) => match uri.parse::<Uri>().map_err(Failure::from) {
+                Ok(uri) => match migration::send(machine, &uri) {
+                    Ok(report) => {
+                        eprintln!("moved to {uri}: {:?} of downtime", report.downtime.total);
+                        return Ok(());
+                    }
+                    Err(error) => eprintln!("not moved: {error}"),
+                },
+                Err(error) => eprintln!("not moved: {error}"),
+            },
+            _ => break,
+        }
+    }
+    Ok(())
+}
