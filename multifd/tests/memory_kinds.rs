@@ -212,9 +212,8 @@ fn what_memory_held_before_is_gone() {
 /// The file of a hugetlbfs was refused, and private huge pages were cleared one by one.
 #[test]
 fn a_sparse_guest_with_huge_pages_costs_what_is_in_use() {
+    let Some(_pages) = HugePages::reserve(24) else { return skip("no huge pages can be reserved here (as root)") };
     for kind in [Kind::Huge, Kind::HugeMemfd] {
-        // 4 pages in use on each side, of 256 that are mapped: the source's first 2 MiB are touched, and no others.
-        let Some(_pages) = HugePages::reserve(24) else { return skip("no huge pages can be reserved here (as root)") };
         let (len, pages) = (512 << 20, (512u64 << 20) / 4096);
         let (source, destination) = (map(kind, len), map(kind, len));
         let (mut from, mut to) = (Vm::new(&source), Vm::new(&destination));
