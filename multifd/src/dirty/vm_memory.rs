@@ -5,15 +5,21 @@
 //! through raw pointers (`ptr_guard_mut`) has to mark by itself, when it is done. As with every bitmap of the host
 //! process, vCPUs are tracked by another log: merge both.
 
-use std::io;
+use std::{any::Any, fmt, io};
 
 use multifd_proto::BlockName;
 use vm_memory::{
-    GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
+    GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
     bitmap::{AtomicBitmap, Bitmap},
 };
 
-use crate::{dirty::DirtyLog, dirty_bitmap::DirtyBitmap, error::Mismatch, ram::Ram, sys};
+use crate::{
+    dirty::DirtyLog,
+    dirty_bitmap::DirtyBitmap,
+    error::Mismatch,
+    ram::{Backing, Ram, RamBlock},
+    sys,
+};
 
 /// The regions of `memory` as RAM blocks, with pages of `page_size` bytes, called what `name` says for the position and
 /// the guest physical address of a region.
@@ -29,29 +35,100 @@ pub fn ram<B: Bitmap + Send + Sync + 'static>(
 ) -> Result<Ram, Mismatch> {
     let blocks = memory.iter().enumerate().map(|(index, region)| {
         let name = name(index, region.start_addr().0);
-        sys::vm_memory::block(name.clone(), region.get_mmap()).ok_or(Mismatch::BlockAddress { name })
+        let block = sys::vm_memory::block(name.clone(), region.get_mmap()).ok_or(Mismatch::BlockAddress { name })?;
+        Ok(block.at(region.start_addr().0))
+    });
+    Ram::new(page_size, blocks.collect::<Result<_, _>>()?)
+}
+
+/// What a VMM says of a region of a memory of its own kind: see [`ram_of`].
+pub struct RegionBlock {
+    name: BlockName,
+    owner: Box<dyn Any + Send + Sync>,
+    backing: Backing,
+}
+
+impl RegionBlock {
+    /// A block called `name`, whose region stays mapped until `owner` is dropped: a clone of the `Arc` that holds it, or of all of the
+    /// memory. What it is made of is looked up where it matters.
+    pub fn new(name: BlockName, owner: impl Any + Send + Sync) -> RegionBlock {
+        RegionBlock { name, owner: Box::new(owner), backing: Backing::Foreign }
+    }
+
+    /// The same, made of `backing`: see [`RamBlock::backed_by`](crate::ram::RamBlock::backed_by).
+    #[must_use]
+    pub fn backed_by(self, backing: Backing) -> RegionBlock {
+        RegionBlock { backing, ..self }
+    }
+}
+
+/// The regions of any memory as RAM blocks, in pages of `page_size` bytes, for VMMs whose regions are of a type of their
+/// own. `describe` is given the position of a region and the region, and says what is not known from it.
+///
+/// # Safety
+/// What [`RamBlock::from_raw`](crate::ram::RamBlock::from_raw) asks for holds for each region, with the owner that `describe` names: all of
+/// it is mapped readable and writable at its host address until that owner is dropped.
+///
+/// # Errors
+/// As [`Ram::new`]; [`Mismatch::BlockAddress`] for a region without an address in this process.
+#[allow(unsafe_code)]
+pub unsafe fn ram_of<M: GuestMemoryBackend>(
+    memory: &M,
+    page_size: usize,
+    mut describe: impl FnMut(usize, &M::R) -> RegionBlock,
+) -> Result<Ram, Mismatch> {
+    let blocks = memory.iter().enumerate().map(|(index, region)| {
+        let RegionBlock { name, owner, backing } = describe(index, region);
+        // SAFETY: as the caller promises.
+        let block = unsafe { sys::vm_memory::region_block(name.clone(), region, owner) };
+        let block = block.ok_or(Mismatch::BlockAddress { name })?;
+        Ok(block.backed_by(backing).at(region.start_addr().0))
     });
     Ram::new(page_size, blocks.collect::<Result<_, _>>()?)
 }
 
 /// The bitmaps of a `vm-memory` guest memory: what the devices wrote.
-#[derive(Debug)]
-pub struct VmMemoryLog {
-    memory: GuestMemoryMmap<AtomicBitmap>,
-    /// While tracking: for each region the number of its block's first page, the pages of the block, and the bytes
-    /// that one bit stands for.
-    regions: Vec<(u64, u64, u64)>,
+pub struct VmMemoryLog<M: GuestMemoryBackend = GuestMemoryMmap<AtomicBitmap>> {
+    memory: M,
+    bitmap: BitmapOf<M::R>,
+    /// While tracking, for each region.
+    regions: Vec<Tracked>,
     page_size: u64,
+}
+
+/// The bitmap of a region, if it has one.
+type BitmapOf<R> = fn(&R) -> Option<&AtomicBitmap>;
+
+/// A region and its block.
+#[derive(Debug)]
+struct Tracked {
+    first_page: u64,
+    pages: u64,
+    /// Bytes that one bit of the bitmap stands for.
+    unit: u64,
 }
 
 impl VmMemoryLog {
     /// A log over the bitmaps of `memory`, which is cloned: all clones share their regions.
     pub fn new(memory: &GuestMemoryMmap<AtomicBitmap>) -> VmMemoryLog {
-        VmMemoryLog { memory: memory.clone(), regions: Vec::new(), page_size: 0 }
+        VmMemoryLog::of(memory.clone(), |region| Some(MmapRegion::bitmap(region)))
     }
 }
 
-impl DirtyLog for VmMemoryLog {
+impl<M: GuestMemoryBackend> VmMemoryLog<M> {
+    /// A log over any memory, where `bitmap` finds the bitmap of a region: also `Option<AtomicBitmap>`, by `as_ref`.
+    pub fn of(memory: M, bitmap: fn(&M::R) -> Option<&AtomicBitmap>) -> VmMemoryLog<M> {
+        VmMemoryLog { memory, bitmap, regions: Vec::new(), page_size: 0 }
+    }
+}
+
+impl<M: GuestMemoryBackend> fmt::Debug for VmMemoryLog<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmMemoryLog").field("regions", &self.regions).finish_non_exhaustive()
+    }
+}
+
+impl<M: GuestMemoryBackend + Send> DirtyLog for VmMemoryLog<M> {
     fn name(&self) -> &'static str {
         "vm-memory"
     }
@@ -59,30 +136,31 @@ impl DirtyLog for VmMemoryLog {
     /// Forgets the marks of earlier writes.
     ///
     /// # Errors
-    /// If a region is no RAM block of `ram`, or its bitmap has pages whose size is not a power of two.
+    /// If a region is no RAM block of `ram`, has no bitmap, or one whose pages have a size that is not a power of two.
     fn start(&mut self, ram: &Ram) -> io::Result<()> {
         let refused = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
         self.page_size = ram.layout().page_size() as u64;
         self.regions.clear();
         let mut regions = Vec::new();
         for region in self.memory.iter() {
-            let address = region.as_ptr() as u64;
-            let index =
-                ram.blocks().iter().position(|block| block.address() == address && block.bytes() == region.size());
+            let address = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
+            let is_region = |block: &RamBlock| block.address() == address && block.bytes() as u64 == region.len();
+            let index = ram.blocks().iter().position(is_region);
             let layout = &ram.layout().blocks()[index.ok_or_else(|| refused("a region is no RAM block"))?];
-            let bitmap = MmapRegion::bitmap(region);
+            let bitmap = (self.bitmap)(region).ok_or_else(|| refused("a region has no bitmap"))?;
             let unit = bytes_per_bit(bitmap.byte_size() as u64, bitmap.len() as u64);
             let unit = unit.ok_or_else(|| refused("a bitmap has pages of a size that is no power of two"))?;
             bitmap.get_and_reset();
-            regions.push((layout.first_page(), layout.pages(), unit));
+            regions.push(Tracked { first_page: layout.first_page(), pages: layout.pages(), unit });
         }
         self.regions = regions;
         Ok(())
     }
 
     fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
-        for (region, &(first_page, pages, unit)) in self.memory.iter().zip(&self.regions) {
-            for (index, mut word) in MmapRegion::bitmap(region).get_and_reset().into_iter().enumerate() {
+        for (region, &Tracked { first_page, pages, unit }) in self.memory.iter().zip(&self.regions) {
+            let bitmap = (self.bitmap)(region).ok_or_else(|| io::Error::other("a region lost its bitmap"))?;
+            for (index, mut word) in bitmap.get_and_reset().into_iter().enumerate() {
                 if unit == self.page_size {
                     into.merge_word((first_page / 64) as usize + index, word);
                     continue;
@@ -195,6 +273,85 @@ mod tests {
         let mut word = [0; 8];
         block.range(0, 8).unwrap().read(&mut word);
         assert_eq!(u64::from_ne_bytes(word), 0x1234_5678);
+    }
+
+    /// A region of a VMM's own, as Firecracker has it: it knows more than `vm-memory`, and may have no bitmap.
+    struct Region {
+        inner: GuestRegionMmap<Option<AtomicBitmap>>,
+        plugged: bool,
+    }
+
+    impl GuestMemoryRegion for Region {
+        type B = Option<AtomicBitmap>;
+
+        fn len(&self) -> u64 {
+            self.inner.len()
+        }
+
+        fn start_addr(&self) -> GuestAddress {
+            self.inner.start_addr()
+        }
+
+        fn bitmap(&self) -> vm_memory::bitmap::BS<'_, Self::B> {
+            GuestMemoryRegion::bitmap(&self.inner)
+        }
+
+        fn get_host_address(&self, address: MemoryRegionAddress) -> vm_memory::guest_memory::Result<*mut u8> {
+            self.inner.get_host_address(address)
+        }
+
+        fn get_slice(
+            &self,
+            offset: MemoryRegionAddress,
+            count: usize,
+        ) -> vm_memory::guest_memory::Result<vm_memory::VolatileSlice<'_, vm_memory::bitmap::BS<'_, Self::B>>> {
+            self.inner.get_slice(offset, count)
+        }
+    }
+
+    impl vm_memory::GuestMemoryRegionBytes for Region {}
+
+    #[test]
+    fn regions_of_a_type_of_the_vmms_own_are_blocks_and_their_bitmaps_a_log() {
+        type Memory = vm_memory::GuestRegionCollection<Region>;
+        let region = |address, bitmap: Option<AtomicBitmap>| {
+            let mapping = MmapRegionBuilder::new_with_bitmap(0x3000, bitmap)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+                .build()
+                .unwrap();
+            Region { inner: GuestRegionMmap::new(mapping, GuestAddress(address)).unwrap(), plugged: true }
+        };
+        let memory = |bitmap: fn() -> Option<AtomicBitmap>| {
+            let regions = vec![region(0, bitmap()), region(0x10_0000, bitmap())];
+            Memory::from_regions(regions).unwrap()
+        };
+        let blocks = |memory: &Memory| {
+            let describe = |index, region: &Region| {
+                assert!(region.plugged);
+                RegionBlock::new(name(index, region.start_addr().0), memory.clone()).backed_by(Backing::Anonymous)
+            };
+            // SAFETY: a clone of the memory keeps its regions.
+            #[allow(unsafe_code)]
+            unsafe { ram_of(memory, 4096, describe) }.unwrap()
+        };
+        let of: BitmapOf<Region> = |region| MmapRegion::bitmap(&region.inner).as_ref();
+
+        let tracked = memory(|| Some(AtomicBitmap::new(0x3000, NonZeroUsize::new(4096).unwrap())));
+        let ram = blocks(&tracked);
+        let mut log = VmMemoryLog::of(tracked.clone(), of);
+        log.start(&ram).unwrap();
+        tracked.write_obj(7u64, GuestAddress(0x10_1000)).unwrap();
+        let mut written = DirtyBitmap::new(ram.layout());
+        log.drain(&mut written).unwrap();
+        drop((tracked, log));
+        let page = ram.pages_at(0x10_1000..0x10_1008).next().unwrap().start;
+        assert_eq!(written.iter().collect::<Vec<_>>(), [page]);
+        assert_eq!(ram.page_bytes(page)[0], 7, "the block keeps the region");
+
+        let untracked = memory(|| None);
+        let error = VmMemoryLog::of(untracked.clone(), of).start(&blocks(&untracked)).unwrap_err();
+        assert_eq!(error.to_string(), "a region has no bitmap", "its devices' writes would be lost");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::{
     any::Any,
     fmt,
     io,
+    ops::Range,
     ptr::NonNull,
     // Not from `crate::sync`: only main threads look at it, between migrations.
     sync::atomic::{AtomicU8, Ordering::Relaxed},
@@ -77,6 +78,22 @@ impl Ram {
 }
 
 impl Ram {
+    /// The numbers of the pages in which any byte of `guest` lies, a range of guest physical addresses: for logs that speak
+    /// these, as KVM's and vhost's do. One range for each block that it reaches, in the order of the layout.
+    ///
+    /// What lies in no block is left out, and so are blocks of which it is not known [where they are](RamBlock::at).
+    pub fn pages_at(&self, guest: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.inner.blocks.iter().zip(self.layout().blocks()).filter_map(move |(block, layout)| {
+            let base = block.guest_address?;
+            // As offsets in the block: its end may be the end of the address space.
+            let start = guest.start.saturating_sub(base);
+            let end = guest.end.saturating_sub(base).min(block.len as u64);
+            let page_size = self.layout().page_size() as u64;
+            let pages = start / page_size..end.div_ceil(page_size);
+            (start < end).then(|| layout.first_page() + pages.start..layout.first_page() + pages.end)
+        })
+    }
+
     /// Declares that no byte of any block was written since it was mapped; see [`RamBlock::fresh`]. Of no effect on memory
     /// that a migration has used.
     #[must_use]
@@ -114,6 +131,7 @@ pub struct RamBlock {
     contents: AtomicU8,
     backing: Backing,
     pinned: bool,
+    guest_address: Option<u64>,
     /// Keeps the mapping alive for as long as anybody can reach the block.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -156,7 +174,17 @@ impl RamBlock {
         owner: Box<dyn Any + Send + Sync>,
     ) -> RamBlock {
         let (access, contents) = (Access::ReadWrite, AtomicU8::new(UNKNOWN));
-        RamBlock { name, base, len, access, contents, backing: Backing::Foreign, pinned: false, _owner: owner }
+        RamBlock {
+            name,
+            base,
+            len,
+            access,
+            contents,
+            backing: Backing::Foreign,
+            pinned: false,
+            guest_address: None,
+            _owner: owner,
+        }
     }
 
     /// Describes `len` bytes of guest memory at `base`, which are never written through the block.
@@ -192,6 +220,12 @@ impl RamBlock {
     #[must_use]
     pub fn pinned(self) -> RamBlock {
         RamBlock { pinned: true, ..self }
+    }
+
+    /// The same block, whose first byte the guest has at `guest_address`: [`Ram::pages_at`] then finds its pages.
+    #[must_use]
+    pub fn at(self, guest_address: u64) -> RamBlock {
+        RamBlock { guest_address: Some(guest_address), ..self }
     }
 
     /// The same block, which is only read from now on.
@@ -283,6 +317,11 @@ impl RamBlock {
     /// Whether devices hold pages of the block: [`pinned`](Self::pinned).
     pub fn is_pinned(&self) -> bool {
         self.pinned
+    }
+
+    /// Where the guest has the first byte of the block, if the VMM has said so: [`at`](Self::at).
+    pub fn guest_address(&self) -> Option<u64> {
+        self.guest_address
     }
 
     /// The name of the block.
@@ -494,6 +533,30 @@ mod tests {
         let range = block.range(0, 4096).unwrap();
         assert!(range.slice(4088, 8).is_some());
         assert!(range.slice(4088, 16).is_none());
+    }
+
+    #[test]
+    fn guest_addresses_are_pages_clipped_to_blocks_and_over_holes() {
+        let block = |name: &str, pages: usize| heap::zeroed_block(BlockName::new(name).unwrap(), pages * 4096);
+        let blocks = vec![
+            block("high", 3).at(u64::MAX - 3 * 4096 + 1),
+            block("low", 10).at(0x1000),
+            block("elsewhere", 5),
+            block("after a hole", 2).at(0xd000),
+        ];
+        let ram = Ram::new(4096, blocks).unwrap();
+        let [high, low, _, after] = [0, 1, 2, 3].map(|index| ram.layout().blocks()[index].first_page());
+        let pages = |guest| ram.pages_at(guest).collect::<Vec<_>>();
+        assert_eq!(pages(0x1000..0x1001), [low..low + 1]);
+        assert_eq!(pages(0x1fff..0x2001), [low..low + 2]);
+        assert_eq!(pages(0..0xd001), [low..low + 10, after..after + 1]);
+        assert_eq!(pages(0..u64::MAX), [high..high + 3, low..low + 10, after..after + 2]);
+        for nothing in [0..0x1000, 0xb000..0xd000, 0xf000..0x10_0000, 0x2000..0x2000, u64::MAX..u64::MAX] {
+            assert_eq!(pages(nothing.clone()), [], "{nothing:x?}");
+        }
+        #[allow(clippy::reversed_empty_ranges)]
+        let reversed = 0x5000..0x3000;
+        assert_eq!(pages(reversed), []);
     }
 
     #[test]

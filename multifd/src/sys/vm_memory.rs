@@ -1,9 +1,9 @@
 //! RAM blocks over the mappings of the `vm-memory` crate.
 
-use std::{os::fd::AsFd, ptr::NonNull, sync::Arc};
+use std::{any::Any, os::fd::AsFd, ptr::NonNull, sync::Arc};
 
 use multifd_proto::BlockName;
-use vm_memory::{MmapRegion, bitmap::Bitmap};
+use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, MmapRegion, bitmap::Bitmap};
 
 use crate::ram::{Backing, MemoryFile, RamBlock};
 
@@ -22,6 +22,22 @@ pub(crate) fn block<B: Bitmap + Send + Sync + 'static>(
     // The crate itself hands out no references to the bytes, only volatile and atomic access.
     let block = unsafe { RamBlock::from_raw(name, base, len, Box::new(mapping)) };
     Some(block.backed_by(backing))
+}
+
+/// All of `region` as a RAM block, which `owner` keeps mapped; `None` where it is not mapped for this process.
+///
+/// # Safety
+/// As for [`RamBlock::from_raw`], for the bytes of `region`.
+pub(crate) unsafe fn region_block<R: GuestMemoryRegion>(
+    name: BlockName,
+    region: &R,
+    owner: Box<dyn Any + Send + Sync>,
+) -> Option<RamBlock> {
+    let base = NonNull::new(region.get_host_address(MemoryRegionAddress(0)).ok()?)?;
+    let len = usize::try_from(region.len()).ok()?;
+    // SAFETY: as the caller promises.
+    let block = unsafe { RamBlock::from_raw(name, base, len, owner) };
+    Some(block)
 }
 
 /// What `mapping` is made of, as the VMM told `vm-memory`. Of private memory without a file it is not known whether a userfaultfd fills
