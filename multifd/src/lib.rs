@@ -76,6 +76,8 @@ pub mod beside_ram;
 pub mod checkpoint;
 pub mod clock;
 mod compress;
+#[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
+pub mod conformance;
 pub mod destination;
 pub mod dirty;
 pub mod error;

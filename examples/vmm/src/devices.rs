@@ -27,6 +27,10 @@ impl Serial {
     /// The guest writes.
     pub fn write(&self, bytes: &[u8]) {
         self.written.fetch_add(bytes.len() as u64, Relaxed);
+        if cfg!(test) {
+            // The tests in this process would bury their own output.
+            return;
+        }
         let mut out = std::io::stdout().lock();
         // A console that is gone is no reason to stop the guest.
         let _ = out.write_all(bytes).and_then(|()| out.flush());

@@ -19,10 +19,14 @@ mod memory;
 mod migration;
 mod vcpu;
 
+#[cfg(test)]
+mod conformance;
+
 use std::{io::BufRead, process::ExitCode};
 
 use machine::{Config, Machine};
 use memory::Backing;
+use migration::Vm;
 use multifd::transport::uri::Uri;
 
 /// What goes wrong in a program that only has to say so.
@@ -46,16 +50,16 @@ fn run() -> Result<(), Failure> {
         Some("receive") => Some(arguments.next().ok_or("receive from where?")?.parse::<Uri>()?),
         _ => return Err("usage: vmm run [OPTIONS] | vmm receive URI [OPTIONS]".into()),
     };
-    let mut machine = Machine::new(config(arguments)?)?;
+    let mut vm = Vm::new(Machine::new(config(arguments)?)?)?;
     match from {
         None => {
-            machine.boot()?;
-            machine.run();
+            vm.machine.boot()?;
+            vm.machine.run();
         }
-        Some(uri) => migration::receive(&mut machine, &uri, |uri| eprintln!("listening at {uri}"))?,
+        Some(uri) => migration::receive(&mut vm, &uri, |uri| eprintln!("listening at {uri}"))?,
     }
     eprintln!("running");
-    console(&mut machine)
+    console(&mut vm)
 }
 
 fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure> {
@@ -83,11 +87,11 @@ fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure
 }
 
 /// Does what stdin says, until the guest has gone or is to end.
-fn console(machine: &mut Machine) -> Result<(), Failure> {
+fn console(vm: &mut Vm) -> Result<(), Failure> {
     for line in std::io::stdin().lock().lines() {
         match line?.split_once(' ') {
             Some(("migrate", uri)) => match uri.parse::<Uri>().map_err(Failure::from) {
-                Ok(uri) => match migration::send(machine, &uri) {
+                Ok(uri) => match migration::send(vm, &uri) {
                     Ok(report) => {
                         eprintln!("moved to {uri}: {:?} of downtime", report.downtime.total);
                         return Ok(());

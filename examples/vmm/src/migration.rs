@@ -27,14 +27,14 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use crate::{Failure, machine::Machine};
 
 /// A machine as the engine sees it.
-struct Vm<'a> {
-    machine: &'a mut Machine,
+pub struct Vm {
+    pub machine: Machine,
     ram: Ram,
     log: MergedLog,
 }
 
-impl<'a> Vm<'a> {
-    fn new(machine: &'a mut Machine) -> Result<Vm<'a>, Failure> {
+impl Vm {
+    pub fn new(machine: Machine) -> Result<Vm, Failure> {
         // RAM blocks: one for each region. The name says where it lies, so both sides agree on it.
         let ram = ram(&machine.memory, 4096, |_, address| {
             BlockName::new(&format!("ram@{address:#x}")).expect("short, and not empty")
@@ -54,7 +54,7 @@ impl<'a> Vm<'a> {
     }
 }
 
-impl SourceVm for Vm<'_> {
+impl SourceVm for Vm {
     fn ram(&self) -> &Ram {
         &self.ram
     }
@@ -87,7 +87,7 @@ impl SourceVm for Vm<'_> {
     }
 }
 
-impl DestinationVm for Vm<'_> {
+impl DestinationVm for Vm {
     fn ram(&self) -> &Ram {
         &self.ram
     }
@@ -96,12 +96,13 @@ impl DestinationVm for Vm<'_> {
         let body = body(input)?;
         let number = || Ok::<_, VmError>(u64::from_le_bytes(body[..].try_into()?));
         match (section.name.as_str(), section.version) {
-            ("cpu", 1) => self.machine.load_cpu(section.instance as usize, &serde_json::from_slice(&body)?),
-            ("serial", 1) => Ok(self.machine.serial.written.store(number()?, Relaxed)),
-            ("dma", 1) => self.machine.dma.load(number()?),
-            ("display", 1) => self.machine.display.load(body),
-            _ => Err(format!("this VM has no device {section:?}").into()),
+            ("cpu", 1) => self.machine.load_cpu(section.instance as usize, &serde_json::from_slice(&body)?)?,
+            ("serial", 1) => self.machine.serial.written.store(number()?, Relaxed),
+            ("dma", 1) => self.machine.dma.load(number()?)?,
+            ("display", 1) => self.machine.display.load(body)?,
+            _ => return Err(format!("this VM has no device {section:?}").into()),
         }
+        Ok(())
     }
 
     fn start(&mut self) -> Result<(), VmError> {
@@ -129,14 +130,14 @@ fn body(input: &mut dyn Read) -> Result<Vec<u8>, VmError> {
 }
 
 /// Moves the VM to `to`. On an error it runs on here, except for those that say otherwise.
-pub fn send(machine: &mut Machine, to: &Uri) -> Result<source::Report, Failure> {
-    Ok(Source::new(source::Options::default()).run(&mut Vm::new(machine)?, &*to.connector()?, &mut ())?)
+pub fn send(vm: &mut Vm, to: &Uri) -> Result<source::Report, Failure> {
+    Ok(Source::new(source::Options::default()).run(vm, &*to.connector()?, &mut ())?)
 }
 
 /// Waits for a VM at `at`, and lets it run. `listening` is told the address.
-pub fn receive(machine: &mut Machine, at: &Uri, listening: impl FnOnce(&Uri)) -> Result<(), Failure> {
+pub fn receive(vm: &mut Vm, at: &Uri, listening: impl FnOnce(&Uri)) -> Result<(), Failure> {
     let listener = at.listener()?;
     listening(listener.uri());
-    Destination::new(destination::Options::default()).run(&mut Vm::new(machine)?, Box::new(listener), &mut ())?;
+    Destination::new(destination::Options::default()).run(vm, Box::new(listener), &mut ())?;
     Ok(())
 }

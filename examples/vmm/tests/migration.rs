@@ -271,7 +271,7 @@ fn the_glue_has_at_most_150_lines() {
         let file = file.unwrap().path();
         let text = std::fs::read_to_string(&file).unwrap();
         let knows = text.lines().any(|line| line.contains("multifd::") && !line.trim_start().starts_with("//"));
-        let may = ["migration.rs", "main.rs"].iter().any(|name| file.ends_with(name));
+        let may = ["migration.rs", "main.rs", "conformance.rs"].iter().any(|name| file.ends_with(name));
         assert!(may || !knows, "{} uses multifd", file.display());
     }
 }

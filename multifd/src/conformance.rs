@@ -1,0 +1,360 @@
+//! The suite for a VMM's own two traits: everything goes wrong once, and each time exactly one side has the guest.
+//!
+//! [`vm`] migrates between the VMs that the caller makes, over connections within the process, again and again. Each time
+//! one thing goes wrong: an operation of a connection, on either side, or a call of either VM. Afterwards the guest has one
+//! owner, no memory was lost, and where it is still at the source, the next attempt succeeds.
+//!
+//! The suites for dirty logs and for transports are [`dirty::conformance`](crate::dirty::conformance) and
+//! [`transport::conformance`](crate::transport::conformance).
+
+mod watched;
+
+use std::{io, time::Duration};
+
+use self::watched::{Plan, WatchedDestination, WatchedSource};
+use crate::{
+    destination::{self, Destination},
+    error::Error,
+    progress::Phase,
+    source::{self, Source},
+    testing::{
+        faulty::{Fault, Faults},
+        memory,
+    },
+    vm::{DestinationVm, SourceVm},
+};
+
+/// How much is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// At how many operations of the connections each kind of fault happens on each side, spread over a migration: a guest
+    /// that writes much makes many of them.
+    pub operations: u64,
+}
+
+impl Effort {
+    /// At every operation.
+    pub const FULL: Effort = Effort { operations: u64::MAX };
+    /// At some of them: for VMs that take a while to make.
+    pub const QUICK: Effort = Effort { operations: 6 };
+}
+
+/// What was tried, and who had the guest afterwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// Faults that happened.
+    pub faults: u64,
+    /// The guest ran on at the source.
+    pub at_source: u64,
+    /// It ran at the destination, and the source knew it or was in doubt.
+    pub at_destination: u64,
+    /// It was paused at the source, which was in doubt, and did not run at the destination.
+    pub in_doubt: u64,
+}
+
+/// What does not hold.
+#[derive(Debug, thiserror::Error)]
+#[error("{context}: {what}")]
+#[non_exhaustive]
+pub struct Broken {
+    /// What went wrong on purpose.
+    pub context: String,
+    /// What should not have happened.
+    pub what: String,
+}
+
+/// Migrates from VMs of `make_source` to VMs of `make_destination`, and lets everything go wrong once.
+///
+/// A source is a VM that runs, a destination one that waits for it. The source is used for as many attempts as it takes to
+/// lose it, the destination for one. Make them small: there are hundreds of migrations. Destinations are made and used in
+/// a thread of their own.
+///
+/// The caller's methods are called as in any migration, except where one is made to fail: then it is not called.
+/// [`pause`](SourceVm::pause) is called first, so that [`resume`](SourceVm::resume) has something to do.
+///
+/// # Errors
+/// The first thing that does not hold: the guest has two owners or none and no side says so, a page differs, a VM cannot
+/// be moved after a fault that left it where it was.
+pub fn vm<S: SourceVm, D: DestinationVm>(
+    make_source: impl FnMut() -> S,
+    make_destination: impl FnMut() -> D + Send,
+) -> Result<Report, Broken> {
+    vm_with(Effort::FULL, make_source, make_destination)
+}
+
+/// The same with another effort.
+///
+/// # Errors
+/// As [`vm`].
+pub fn vm_with<S: SourceVm, D: DestinationVm>(
+    effort: Effort,
+    make_source: impl FnMut() -> S,
+    make_destination: impl FnMut() -> D + Send,
+) -> Result<Report, Broken> {
+    let mut suite = Suite { make_source, make_destination, source: None, report: Report::default() };
+    suite.nothing_goes_wrong()?;
+    suite.each_call_fails_once()?;
+    suite.each_operation_fails_once(effort)?;
+    Ok(suite.report)
+}
+
+struct Suite<S, MS, MD> {
+    make_source: MS,
+    make_destination: MD,
+    /// A VM that runs; `None` once it has gone.
+    source: Option<WatchedSource<S>>,
+    report: Report,
+}
+
+/// What is to go wrong.
+#[derive(Clone, Default)]
+struct Trouble {
+    on_source: Faults,
+    on_destination: Faults,
+    source_call: Option<usize>,
+    destination_call: Option<usize>,
+}
+
+/// What became of a migration.
+struct Outcome {
+    sent: Result<(), Error>,
+    received: Result<(), Error>,
+    /// Calls of the destination that could have failed.
+    destination_calls: usize,
+    /// Whether it was started.
+    runs_there: bool,
+    /// A digest of each page as it was at the destination when all were there.
+    memory: Vec<u64>,
+}
+
+impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> Suite<S, MS, MD> {
+    fn nothing_goes_wrong(&mut self) -> Result<(), Broken> {
+        self.attempt("nothing goes wrong", Trouble::default()).map(drop)
+    }
+
+    fn each_call_fails_once(&mut self) -> Result<(), Broken> {
+        for call in 0.. {
+            let trouble = Trouble { source_call: Some(call), ..Trouble::default() };
+            let context = format!("call {call} of the source's VM fails");
+            if self.attempt(&context, trouble)?.sent.is_ok() {
+                break;
+            }
+        }
+        for call in 0.. {
+            let trouble = Trouble { destination_call: Some(call), ..Trouble::default() };
+            let context = format!("call {call} of the destination's VM fails");
+            if self.attempt(&context, trouble)?.destination_calls <= call {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn each_operation_fails_once(&mut self, effort: Effort) -> Result<(), Broken> {
+        for on_source in [true, false] {
+            let counted = Faults::new();
+            self.attempt("operations are counted", Trouble::on(on_source, counted.clone()))?;
+            let step = counted.operations().div_ceil(effort.operations.max(1)).max(1);
+            for fault in [Fault::Fail(io::ErrorKind::TimedOut), Fault::Cut, Fault::Shorten(7)] {
+                for operation in (0..).step_by(usize::try_from(step).unwrap_or(usize::MAX)) {
+                    let faults = Faults::new().at(operation, fault.clone());
+                    let side = if on_source { "source" } else { "destination" };
+                    let context = format!("operation {operation} on the {side}'s connections: {fault:?}");
+                    self.attempt(&context, Trouble::on(on_source, faults.clone()))?;
+                    if faults.operations() <= operation {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Migrates once with `trouble`, and checks what has to hold then; and once more without, where the guest has stayed.
+    fn attempt(&mut self, context: &str, trouble: Trouble) -> Result<Outcome, Broken> {
+        let broken = |what: String| Broken { context: context.to_owned(), what };
+        let outcome = self.migrate(trouble.clone());
+        let source = self.source.as_mut().expect("made by `migrate`");
+        self.report.faults += u64::from(outcome.sent.is_err() || outcome.received.is_err());
+        match (source.runs(), outcome.runs_there) {
+            (true, true) => return Err(broken(format!("the guest runs on both sides: {:?}", outcome.sent))),
+            (true, false) => {
+                self.report.at_source += 1;
+                if outcome.sent.is_ok() || outcome.received.is_ok() {
+                    return Err(broken("a side reports success, and the guest is at the source".to_owned()));
+                }
+            }
+            (false, true) => {
+                self.report.at_destination += 1;
+                if let Err(error) = &outcome.sent
+                    && !matches!(error, Error::InDoubt { .. })
+                {
+                    return Err(broken(format!("the guest is at the destination, and the source reports: {error}")));
+                }
+                let differing = source.digest().iter().zip(&outcome.memory).position(|(ours, theirs)| ours != theirs);
+                if let Some(page) = differing {
+                    return Err(broken(format!("page {page} differs at the destination")));
+                }
+                self.source = None;
+            }
+            (false, false) => {
+                self.report.in_doubt += 1;
+                if !matches!(outcome.sent, Err(Error::InDoubt { .. })) {
+                    return Err(broken(format!("the guest runs on no side: {:?}", outcome.sent)));
+                }
+                // The operator's part.
+                source.resume().map_err(|error| broken(format!("it cannot be resumed: {error}")))?;
+            }
+        }
+        if self.source.is_some() {
+            let again = self.migrate(Trouble::default());
+            match (again.sent, again.received) {
+                (Ok(()), Ok(())) => self.source = None,
+                (sent, received) => return Err(broken(format!("the next attempt fails: {sent:?}, {received:?}"))),
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn migrate(&mut self, trouble: Trouble) -> Outcome {
+        let source = self.source.get_or_insert_with(|| WatchedSource::new((self.make_source)()));
+        source.plan = Plan::failing(trouble.source_call);
+        let make_destination = &mut self.make_destination;
+        let (listener, connector) = memory::listener(1 << 16);
+        let listener = trouble.on_destination.listener(Box::new(listener));
+        let connector = trouble.on_source.connector(Box::new(connector));
+        let mut options = source::Options::default();
+        options.plan.channels = CHANNELS;
+        let receiving = destination::Options {
+            channels: Some(CHANNELS),
+            setup_timeout: Some(Duration::from_secs(3)),
+            ..destination::Options::default()
+        };
+        let destination = Destination::new(receiving);
+        let (waiting, progress) = (destination.stop_handle(), destination.progress());
+        std::thread::scope(|scope| {
+            let receiving = scope.spawn(move || {
+                let mut vm = WatchedDestination::new(make_destination());
+                vm.plan = Plan::failing(trouble.destination_call);
+                let received = destination.run(&mut vm, Box::new(listener), &mut ()).map(drop);
+                (received, vm.plan.calls(), vm.runs(), vm.into_digest())
+            });
+            let sent = Source::new(options).run(source, &connector, &mut ()).map(drop);
+            drop(connector);
+            // A source that has ended before it said that it is one leaves the destination waiting for one.
+            while sent.is_err() && !receiving.is_finished() {
+                std::thread::sleep(Duration::from_millis(5));
+                if matches!(progress.snapshot().phase, None | Some(Phase::Connect)) {
+                    waiting.cancel();
+                }
+            }
+            let (received, destination_calls, runs_there, memory) = match receiving.join() {
+                Ok(received) => received,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            Outcome { sent, received, destination_calls, runs_there, memory }
+        })
+    }
+}
+
+impl Trouble {
+    fn on(source: bool, faults: Faults) -> Trouble {
+        if source {
+            Trouble { on_source: faults, ..Trouble::default() }
+        } else {
+            Trouble { on_destination: faults, ..Trouble::default() }
+        }
+    }
+}
+
+/// Connections beside main.
+const CHANNELS: u8 = 2;
+
+#[cfg(test)]
+mod tests {
+    use test_support::time_limit;
+
+    use super::*;
+    use crate::{
+        ram::Ram,
+        sections::Sections,
+        testing::vm::{TestDestination, TestSource},
+        vm::{SectionId, VmError},
+    };
+
+    fn source() -> TestSource {
+        let vm = TestSource::new(Ram::for_test(&[("ram", 70)]));
+        for page in (0..70).step_by(3) {
+            assert!(vm.writer.write(page, 1000 + page));
+        }
+        vm
+    }
+
+    fn destination() -> TestDestination {
+        TestDestination::new(Ram::for_test(&[("ram", 70)]))
+    }
+
+    #[test]
+    fn our_own_vm_passes() {
+        // `testing::faults` goes through all operations of the same VM.
+        let some = Effort { operations: 10 };
+        let report = time_limit(Duration::from_secs(300), || vm_with(some, source, destination)).unwrap();
+        assert!(report.faults > 10 && report.at_source > 10 && report.at_destination > 3, "{report:?}");
+    }
+
+    /// A VM that says it runs again, and does not.
+    struct Lame(TestSource);
+
+    impl SourceVm for Lame {
+        fn ram(&self) -> &Ram {
+            self.0.ram()
+        }
+
+        fn dirty_log(&mut self) -> &mut dyn crate::dirty::DirtyLog {
+            self.0.dirty_log()
+        }
+
+        fn pause(&mut self) -> Result<(), VmError> {
+            self.0.pause()
+        }
+
+        fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+            self.0.save(out)
+        }
+
+        fn resume(&mut self) -> Result<(), VmError> {
+            Err("it does not".into())
+        }
+    }
+
+    #[test]
+    fn a_vm_that_cannot_be_resumed_is_found() {
+        let broken = time_limit(Duration::from_secs(300), || vm(|| Lame(source()), destination)).unwrap_err();
+        assert!(broken.what.contains("the guest runs on no side"), "{broken}");
+    }
+
+    /// A VM that loses a page when it loads the state of a device.
+    struct Forgetful(TestDestination);
+
+    impl DestinationVm for Forgetful {
+        fn ram(&self) -> &Ram {
+            self.0.ram()
+        }
+
+        fn load(&mut self, section: &SectionId, input: &mut dyn io::Read) -> Result<(), VmError> {
+            self.0.ram().page(3).unwrap().clear();
+            self.0.load(section, input)
+        }
+
+        fn start(&mut self) -> Result<(), VmError> {
+            self.0.start()
+        }
+    }
+
+    #[test]
+    fn a_vm_that_loses_a_page_is_found() {
+        let broken = time_limit(Duration::from_secs(300), || vm(source, || Forgetful(destination()))).unwrap_err();
+        assert!(broken.what.contains("page 3 differs"), "{broken}");
+    }
+}

@@ -1,0 +1,150 @@
+//! VMs that are watched while they migrate, and of which one call fails.
+
+use std::io::Read;
+
+use crate::{
+    dirty::DirtyLog,
+    dirty_bitmap::DirtyBitmap,
+    ram::Ram,
+    sections::Sections,
+    vm::{DestinationVm, SectionId, SourceVm, Throttled, VmError},
+};
+
+/// Which call fails, of those that can.
+#[derive(Default)]
+pub(super) struct Plan {
+    fails_at: Option<usize>,
+    calls: usize,
+}
+
+impl Plan {
+    pub(super) fn failing(at: Option<usize>) -> Plan {
+        Plan { fails_at: at, calls: 0 }
+    }
+
+    /// Calls so far.
+    pub(super) fn calls(&self) -> usize {
+        self.calls
+    }
+
+    /// One more call, of the method `name`.
+    fn next(&mut self, name: &str) -> Result<(), VmError> {
+        let call = self.calls;
+        self.calls += 1;
+        if self.fails_at == Some(call) { Err(format!("{name} fails on purpose").into()) } else { Ok(()) }
+    }
+}
+
+pub(super) struct WatchedSource<S> {
+    vm: S,
+    pub(super) plan: Plan,
+    paused: bool,
+}
+
+impl<S: SourceVm> WatchedSource<S> {
+    pub(super) fn new(vm: S) -> WatchedSource<S> {
+        WatchedSource { vm, plan: Plan::default(), paused: false }
+    }
+
+    pub(super) fn runs(&self) -> bool {
+        !self.paused
+    }
+
+    /// A digest of each page.
+    pub(super) fn digest(&self) -> Vec<u64> {
+        digest(self.vm.ram())
+    }
+}
+
+impl<S: SourceVm> SourceVm for WatchedSource<S> {
+    fn ram(&self) -> &Ram {
+        self.vm.ram()
+    }
+
+    fn dirty_log(&mut self) -> &mut dyn DirtyLog {
+        self.vm.dirty_log()
+    }
+
+    fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        self.vm.untouched(into)
+    }
+
+    fn throttle(&mut self, percent: u8) -> Throttled {
+        self.vm.throttle(percent)
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.paused = true;
+        self.vm.pause()?;
+        self.plan.next("pause")
+    }
+
+    fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+        self.plan.next("save")?;
+        self.vm.save(out)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.vm.resume()?;
+        self.paused = false;
+        Ok(())
+    }
+}
+
+pub(super) struct WatchedDestination<D> {
+    vm: D,
+    pub(super) plan: Plan,
+    started: bool,
+    digest: Vec<u64>,
+}
+
+impl<D: DestinationVm> WatchedDestination<D> {
+    pub(super) fn new(vm: D) -> WatchedDestination<D> {
+        WatchedDestination { vm, plan: Plan::default(), started: false, digest: Vec::new() }
+    }
+
+    pub(super) fn runs(&self) -> bool {
+        self.started
+    }
+
+    pub(super) fn into_digest(self) -> Vec<u64> {
+        self.digest
+    }
+}
+
+impl<D: DestinationVm> DestinationVm for WatchedDestination<D> {
+    fn ram(&self) -> &Ram {
+        self.vm.ram()
+    }
+
+    fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
+        self.plan.next("load")?;
+        self.vm.load(section, input)
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        self.plan.next("start")?;
+        // All is in place, and no vCPU runs yet.
+        self.digest = digest(self.vm.ram());
+        self.vm.start()?;
+        self.started = true;
+        Ok(())
+    }
+}
+
+/// FNV-1a over the words of each page; 0 for a page of zeros.
+fn digest(ram: &Ram) -> Vec<u64> {
+    let mut bytes = vec![0; ram.layout().page_size()];
+    let pages = ram.layout().blocks().iter().flat_map(|block| block.page_range());
+    pages
+        .map(|page| {
+            let range = ram.page(page).expect("a page of a block");
+            if range.is_zero() {
+                return 0;
+            }
+            range.read(&mut bytes);
+            let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word));
+            words.fold(0xcbf2_9ce4_8422_2325, |hash: u64, word| (hash ^ word).wrapping_mul(0x0100_0000_01b3))
+        })
+        .collect()
+}
