@@ -50,6 +50,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bodies;
+pub mod channel_end;
 pub mod command;
 pub mod commit;
 pub mod convergence;

@@ -57,6 +57,18 @@ pub struct Rounds {
     seats: Vec<Seat>,
     /// Main has passed its last sync point.
     closed: bool,
+    last: Last,
+}
+
+/// Whether the rounds come to their end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Last {
+    /// More may follow.
+    No,
+    /// Main has said that this round is the last.
+    Open,
+    /// It is over.
+    Over,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -85,7 +97,7 @@ impl Rounds {
     }
 
     fn with(members: Membership) -> Rounds {
-        Rounds { round: 0, members, main: Seat::Ready, seats: Vec::new(), closed: false }
+        Rounds { round: 0, members, main: Seat::Ready, seats: Vec::new(), closed: false, last: Last::No }
     }
 
     /// The round whose end the parties are on their way to.
@@ -196,6 +208,18 @@ impl Rounds {
         Ok(())
     }
 
+    /// Main has said that this round is the last.
+    pub fn is_last(&mut self) {
+        if self.last == Last::No {
+            self.last = Last::Open;
+        }
+    }
+
+    /// Whether the last round is over: all that belongs to it is there, on every channel.
+    pub fn are_over(&self) -> bool {
+        self.last == Last::Over
+    }
+
     /// Main has passed its last sync point.
     ///
     /// # Errors
@@ -237,6 +261,9 @@ impl Rounds {
 
     fn end_round(&mut self) {
         self.round += 1;
+        if self.last == Last::Open {
+            self.last = Last::Over;
+        }
         self.main = Seat::Ready;
         for seat in self.seats.iter_mut().filter(|seat| **seat == Seat::Arrived) {
             *seat = Seat::Ready;
@@ -519,5 +546,22 @@ mod tests {
         assert_eq!(early.close(), Err(Violation::PageAfterLastSync { channel: ID }));
         assert_eq!(late.close(), Ok(()));
         assert_eq!(late.begin(ID), Err(Violation::PageAfterLastSync { channel: ID }));
+    }
+
+    #[test]
+    fn the_rounds_are_over_when_the_one_is_that_main_called_the_last() {
+        let mut rounds = Rounds::new(1);
+        let pass = |rounds: &mut Rounds| {
+            for party in [Party::Main, Party::Channel(ChannelId(0))] {
+                rounds.arrive(party).unwrap();
+            }
+        };
+        pass(&mut rounds);
+        rounds.is_last();
+        assert!(!rounds.are_over());
+        rounds.arrive(Party::Channel(ChannelId(0))).unwrap();
+        assert!(!rounds.are_over(), "main is missing");
+        rounds.arrive(Party::Main).unwrap();
+        assert!(rounds.are_over());
     }
 }

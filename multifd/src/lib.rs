@@ -73,6 +73,7 @@
 #![deny(unsafe_code)]
 
 pub mod beside_ram;
+mod channel_end;
 pub mod checkpoint;
 pub mod clock;
 mod compress;

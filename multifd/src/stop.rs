@@ -163,6 +163,11 @@ impl StopHandle {
         if stopped { Err(Error::Stopped) } else { Ok(()) }
     }
 
+    /// Whether it was [decided](Self::decide) that nothing stops the migration any more.
+    pub(crate) fn is_decided(&self) -> bool {
+        lock(&self.state).phase == Phase::Decided
+    }
+
     /// Whether the migration was stopped.
     pub fn is_stopped(&self) -> bool {
         lock(&self.state).phase == Phase::Stopped

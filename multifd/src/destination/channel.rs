@@ -7,6 +7,7 @@ use std::io;
 
 use multifd_proto::{
     BlockName, ChannelId, ProtocolError, Violation,
+    channel_end::{End, Meaning, Reached, meaning},
     packet::{self, Compression, DeviceStatePacket, Hello, PREFIX_LEN, Prefix, RamPacket},
     rounds::{Party, Sync},
     violation,
@@ -19,6 +20,7 @@ use super::{
     shared::{Pages, Shared},
 };
 use crate::{
+    channel_end::end_by,
     compress::Decompressor,
     error::{Connection, Error, Place},
     layout::Layout,
@@ -53,6 +55,8 @@ pub(super) struct ReceiveChannel<'a> {
     rounds: u64,
     /// Packets with pages since the last SYNC.
     packets: u64,
+    /// A part of a packet was read, and not all of it.
+    within: bool,
     /// The round at whose end the channel has arrived, and which it has not seen to be over.
     arrived: Option<u64>,
     /// Set behind the first sync point.
@@ -87,6 +91,7 @@ impl<'a> ReceiveChannel<'a> {
             received: packet::HELLO_LEN as u64,
             rounds: 0,
             packets: 0,
+            within: false,
             arrived: None,
             pages: None,
             block: None,
@@ -100,9 +105,40 @@ impl<'a> ReceiveChannel<'a> {
     /// [`Error::Stopped`].
     pub(super) fn run(mut self) -> Result<(), Refused> {
         while !self.join()? {}
-        while self.packet()? {}
-        self.pass()?;
-        Ok(self.shared.barrier.leave(self.id, self.place())?)
+        let ended = loop {
+            match self.packet() {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        Ok(self.ends(ended)?)
+    }
+
+    /// Does what it means that the channel ended so.
+    ///
+    /// # Errors
+    /// The migration ends with it.
+    fn ends(&mut self, ended: Result<(), Error>) -> Result<(), Error> {
+        let end = ended.as_ref().map_or_else(|error| end_by(error, self.within), |()| End::Clean);
+        if matches!(end, End::Clean | End::Reset | End::Unreachable) && self.packets == 0 {
+            // All that it has to bring of this round is there. Whether that was the last is known when the round is over.
+            self.pass()?;
+        }
+        let reached = match () {
+            () if self.shared.stop.is_decided() => Reached::Decided,
+            () if self.shared.barrier.rounds_are_over() => Reached::LastSync,
+            () => Reached::Rounds,
+        };
+        match (meaning(reached, end), ended) {
+            (Meaning::Fatal | Meaning::Replace, Err(error)) | (_, Err(error @ Error::Stopped)) => Err(error),
+            (_, ended) => {
+                if let Err(error) = ended {
+                    tracing::debug!(channel = %self.id, %error, "a channel ends that has brought all");
+                }
+                self.shared.barrier.leave(self.id, self.place())
+            }
+        }
     }
 
     /// Takes one packet before the channel has joined: it joins with its first SYNC, which comes before any page. Returns
@@ -110,6 +146,7 @@ impl<'a> ReceiveChannel<'a> {
     fn join(&mut self) -> Result<bool, Refused> {
         let place = self.place();
         let header = match self.header() {
+            // Nothing of it counts so far: another connection may come in its place.
             Ok(None) => return Err(self.stranger("ends before its first packet")),
             Err(Error::Io { source, .. }) => return Err(self.stranger(format!("breaks: {source}"))),
             other => other.map(Option::unwrap_or_default),
@@ -126,6 +163,7 @@ impl<'a> ReceiveChannel<'a> {
         }
         let (sync, number) = (packet.sync(), packet.packet_num());
         self.received += header_len as u64;
+        self.within = false;
         if !sync {
             return Ok(false);
         }
@@ -158,6 +196,7 @@ impl<'a> ReceiveChannel<'a> {
                 0 => return Err(Error::Io { at: self.place_at(filled), source: io::ErrorKind::UnexpectedEof.into() }),
                 n => filled += n,
             }
+            self.within = true;
         }
         let prefix = Prefix::decode(self.header.first_chunk().expect("longer than a prefix"));
         let prefix = prefix.map_err(Error::protocol(place))?;
@@ -181,6 +220,7 @@ impl<'a> ReceiveChannel<'a> {
         let (sync, payload_len) = self.pages(place)?;
         let total = (header_len + payload_len) as u64;
         self.received += total;
+        self.within = false;
         self.shared.pulse.add(header_len + payload_len);
         self.shared.progress.add_channel_bytes(self.id, total);
         if let Some(number) = sync {

@@ -211,6 +211,9 @@ impl Run {
             }
         }
         self.paused = end;
+        if end {
+            self.shared.barrier.is_last();
+        }
         self.enter_once(if end { Phase::Switchover } else { Phase::Rounds }, observer);
         Ok(())
     }

@@ -142,6 +142,16 @@ impl RoundBarrier {
         lock(&self.shared.state).rounds.begin(id).map_err(Error::protocol(place))
     }
 
+    /// Main has said that this round is the last.
+    pub(crate) fn is_last(&self) {
+        lock(&self.shared.state).rounds.is_last();
+    }
+
+    /// Whether the last round is over.
+    pub(crate) fn rounds_are_over(&self) -> bool {
+        lock(&self.shared.state).rounds.are_over()
+    }
+
     /// Main has passed its last sync point.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::{io, num::NonZeroU8, time::Duration};
 
 use multifd_proto::{
     ChannelId,
+    channel_end::{Meaning, Reached, meaning},
     machine::ZeroPages,
     packet::{self, Compression, Hello, PacketHeader},
     rounds::Party,
@@ -12,20 +13,25 @@ use multifd_proto::{
 use super::{
     Shared,
     auto_compression::{AutoCompression, ChannelCompression, Sent},
+    openings::Attempt,
 };
 use crate::{
+    channel_end::end_by,
     compress::Compressor,
     error::{Connection, Error, Place},
     ram::GuestRange,
     round::{scan::Batch, trace::Step},
     stop::PanicGuard,
     sync::{Arc, atomic::Ordering, lock},
-    transport::{Pending, Stream, end_if_untaken},
+    transport::{Pending, Stream, Transit, end_if_untaken},
 };
 
 /// A channel's thread and all that it owns.
 pub(super) struct SendChannel {
     id: ChannelId,
+    attempt: Attempt,
+    /// The destination's host has the hello: from now on no other connection takes its place.
+    is_open: bool,
     /// Set once it is established.
     stream: Option<Box<dyn Stream>>,
     shared: Arc<Shared>,
@@ -39,7 +45,8 @@ pub(super) struct SendChannel {
 }
 
 impl SendChannel {
-    pub(super) fn new(id: ChannelId, shared: &Arc<Shared>) -> Result<SendChannel, Error> {
+    pub(super) fn new(attempt: Attempt, shared: &Arc<Shared>) -> Result<SendChannel, Error> {
+        let id = attempt.id;
         let page_size = shared.ram.layout().page_size();
         let options = &shared.options;
         let compressor = match options.format.compression {
@@ -51,6 +58,8 @@ impl SendChannel {
         };
         Ok(SendChannel {
             id,
+            attempt,
+            is_open: false,
             stream: None,
             shared: shared.clone(),
             packet: vec![0; packet::header_len(page_size)],
@@ -65,6 +74,9 @@ impl SendChannel {
     fn open(&mut self, pending: Box<dyn Pending>) -> Result<(), Error> {
         let at = self.place();
         let shared = self.shared.clone();
+        if let Some(wait) = self.attempt.wait_before() {
+            shared.backlog.rest(wait)?;
+        }
         let stream = self.stream.insert(pending.establish(None).map_err(Error::io(at))?);
         shared.stop.register(stream.stopper().map_err(Error::io(at))?);
         shared.backlog.add(&**stream).map_err(Error::io(at))?;
@@ -78,7 +90,35 @@ impl SendChannel {
         let hello = Hello { uuid, channel: self.id, channels: NonZeroU8::new(options.plan.channels) }.encode();
         stream.write(&hello, &[]).map_err(Error::io(at))?;
         self.count(hello.len() as u64);
+        self.wait_until_heard()?;
+        self.is_open = true;
+        shared.openings.open();
         Ok(())
+    }
+
+    /// Waits until the destination's host has the hello, where the transport can tell.
+    ///
+    /// A listener whose queue is full leaves connections unanswered that look established from here. Their first bytes are taken when
+    /// there is room; whatever follows before that has them reset. One that is left so for long is given up: the kernel tries it less and
+    /// less often.
+    fn wait_until_heard(&mut self) -> Result<(), Error> {
+        let (at, shared) = (self.place(), self.shared.clone());
+        let Some(meter) = self.stream().meter().map_err(Error::io(at))? else { return Ok(()) };
+        let begun = shared.options.clock.now();
+        let mut wait = FIRST_LOOK;
+        loop {
+            let Transit { unacknowledged, round_trip } = meter.transit().map_err(Error::io(at))?;
+            if unacknowledged == 0 {
+                return Ok(());
+            }
+            if shared.options.clock.now() - begun > UNHEARD.max(round_trip * 20) {
+                // Nothing of it may come later, when another connection has taken its place.
+                self.stream().discard().map_err(Error::io(at))?;
+                return Err(Error::Io { at, source: io::Error::new(io::ErrorKind::ConnectionReset, NOT_TAKEN) });
+            }
+            shared.backlog.rest(wait)?;
+            wait = (wait * 5 / 4).min(LONGEST_LOOK);
+        }
     }
 
     fn stream(&mut self) -> &mut dyn Stream {
@@ -105,12 +145,26 @@ impl SendChannel {
         let outcome = self.open(pending).and_then(|()| self.sections());
         guard.disarm();
         if let Err(error) = outcome {
-            // Before the connection closes: the destination sees that, ends main, and main's thread would take that for
-            // the reason.
-            stop.stop(error);
+            self.ends(error);
             return Err(Error::Stopped);
         }
         Ok(self)
+    }
+
+    /// Does what it means that the channel ended by `error`. The main thread may be waiting for anything: to stop the migration
+    /// is to wake it.
+    fn ends(&self, error: Error) {
+        let reached = match self.is_open {
+            false => Reached::Nothing { in_time: self.attempt.may_be_repeated() },
+            true => Reached::Rounds,
+        };
+        match meaning(reached, end_by(&error, false)) {
+            // Before the connection closes: the destination sees that, ends main, and main's thread would take that for
+            // the reason.
+            Meaning::Fatal => drop(self.shared.stop.stop(error)),
+            Meaning::Replace => self.shared.openings.lost(self.attempt, error),
+            Meaning::Finished => tracing::debug!(channel = %self.id, %error, "a channel ends"),
+        }
     }
 
     fn sections(&mut self) -> Result<(), Error> {
@@ -286,4 +340,10 @@ impl Shared {
     }
 }
 
+/// Between two looks at whether the hello has arrived.
+const FIRST_LOOK: Duration = Duration::from_micros(250);
+const LONGEST_LOOK: Duration = Duration::from_millis(20);
+/// A hello that was lost has been sent again several times by then, and so has the answer of a listener.
+const UNHEARD: Duration = Duration::from_secs(4);
+const NOT_TAKEN: &str = "the destination's host answers, and does not take the first bytes";
 const OPEN: &str = "open() has established it";

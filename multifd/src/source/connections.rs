@@ -2,31 +2,19 @@
 
 use std::io;
 
-use multifd_proto::ChannelId;
-
 use super::{Run, Shared, channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
 use crate::{
     error::{Connection, Error, Place},
     sync::lock,
-    threads::{Task, ThreadRole},
     transport::{Connect, end_if_untaken},
 };
 
 impl Run {
     /// Opens main, with its first bytes: a destination may take the first connection for main, and may wait for those bytes
-    /// before it accepts the next. Then begins all channels, each of which its own thread establishes.
+    /// before it accepts the next. Then opens all channels.
     pub(super) fn connect(&mut self, to: &dyn Connect) -> Result<(), Error> {
         self.connect_main(to)?;
-        let shared = &self.shared;
-        for id in (0..shared.options.plan.channels).map(ChannelId) {
-            let at = Place { connection: Connection::Channel(id), offset: 0 };
-            let pending = to.dial().map_err(Error::io(at))?;
-            shared.stop.register(pending.stopper().map_err(Error::io(at))?);
-            let channel = SendChannel::new(id, shared)?;
-            let (threads, role) = (&*shared.options.threads, ThreadRole::SendChannel(id));
-            self.channels.push(Task::spawn(threads, role, &shared.stop, move || channel.run(pending))?);
-        }
-        Ok(())
+        self.open_channels(to)
     }
 
     fn connect_main(&mut self, to: &dyn Connect) -> Result<(), Error> {

@@ -12,6 +12,7 @@ mod connections;
 mod ending;
 mod handle;
 mod main_channel;
+mod openings;
 mod options;
 mod parameters;
 mod pause_limit;
@@ -40,8 +41,8 @@ pub use self::{
     report::{Downtime, Report, ZeroCopy},
 };
 use self::{
-    backlog::Backlog, channel::SendChannel, main_channel::MainChannel, options::fresh_token, parameters::Live,
-    pause_limit::PauseLimit, return_path::ReturnPath, sections::FIRST_SECTION_PAGES, shared::Shared,
+    backlog::Backlog, channel::SendChannel, main_channel::MainChannel, openings::Openings, options::fresh_token,
+    parameters::Live, pause_limit::PauseLimit, return_path::ReturnPath, sections::FIRST_SECTION_PAGES, shared::Shared,
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -112,6 +113,7 @@ impl Source {
 struct Run {
     shared: Arc<Shared>,
     main: Option<MainChannel>,
+    /// By id.
     channels: Vec<Task<Result<SendChannel, Error>>>,
     /// Channels that have ended; their connections stay open until the destination has confirmed.
     ended: Vec<SendChannel>,
@@ -158,6 +160,8 @@ impl Run {
         stop.register(live.limiter.stopper());
         let backlog = Backlog::default();
         stop.register(Box::new(backlog.clone()));
+        let openings = Openings::default();
+        stop.register(Box::new(openings.clone()));
         progress.set_pages_total(ram.layout().pages());
         let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
@@ -179,6 +183,7 @@ impl Run {
                 progress,
                 pulse: Pulse::default(),
                 backlog,
+                openings,
                 stop,
                 options,
                 legacy_zeros: Mutex::new(legacy_zeros),

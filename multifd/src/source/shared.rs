@@ -1,6 +1,6 @@
 //! What all threads of one source share.
 
-use super::{Live, Options, backlog::Backlog};
+use super::{Live, Options, backlog::Backlog, openings::Openings};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     progress::Progress,
@@ -23,7 +23,10 @@ pub(super) struct Shared {
     pub(super) progress: Progress,
     /// What all connections moved; by it the migration notices that the destination is silent.
     pub(super) pulse: Pulse,
+    /// What the connections hold of what was sent.
     pub(super) backlog: Backlog,
+    /// What channels report until all are open.
+    pub(super) openings: Openings,
     pub(super) stop: StopHandle,
     pub(super) options: Options,
     /// Zero pages that channels found and main has to name, in legacy mode.

@@ -1,7 +1,6 @@
 //! What the connections hold when a round is over: a source that can tell lets it out before it pauses its guest.
 
 use std::{
-    io,
     sync::atomic::{AtomicU64, Ordering::SeqCst},
     time::Duration,
 };
@@ -13,88 +12,18 @@ use crate::{
     clock::Clock,
     destination::{self, Destination},
     error::Error,
-    ram::{GuestRange, Ram},
+    ram::Ram,
     source::{self, Source},
     sync::{Arc, lock},
     testing::{
+        far::Far,
         memory,
         vm::{Calls, TestDestination, TestSource},
     },
-    transport::{Connect, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, wrapped},
 };
 
-/// Says how much is on its way, at each look.
+/// Says how much is on its way on main, at each look.
 type Look = Arc<dyn Fn() -> u64 + Send + Sync>;
-
-/// Connections of which main says that something is on its way.
-struct Far {
-    inner: memory::MemoryConnector,
-    look: Look,
-    dialed: AtomicU64,
-}
-
-impl Connect for Far {
-    fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        let is_main = self.dialed.fetch_add(1, SeqCst) == 0;
-        let look = is_main.then(|| self.look.clone());
-        Ok(wrapped(self.inner.dial()?, |inner| Ok(Box::new(FarStream { inner, look }))))
-    }
-}
-
-struct FarStream {
-    inner: Box<dyn Stream>,
-    look: Option<Look>,
-}
-
-struct FarMeter(Look);
-
-impl Meter for FarMeter {
-    fn transit(&self) -> io::Result<Transit> {
-        Ok(Transit::new((self.0)(), Duration::ZERO))
-    }
-}
-
-impl SendHalf for FarStream {
-    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.write(header, pages)
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.inner.finish()
-    }
-}
-
-impl RecvHalf for FarStream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
-
-impl Stream for FarStream {
-    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
-        self.inner.split()
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.stopper()
-    }
-
-    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
-        Ok(self.look.clone().map(|look| Box::new(FarMeter(look)) as Box<dyn Meter>))
-    }
-
-    fn peer(&self) -> String {
-        self.inner.peer()
-    }
-}
 
 fn filled() -> Ram {
     let ram = Ram::for_test(&[("ram", 700)]);
@@ -105,7 +34,10 @@ fn filled() -> Ram {
 /// Migrates `vm` over connections that hold what `look` says. Returns how it went, and whether the destination has the same memory.
 fn migrate(vm: &mut TestSource, source: Source, look: Look) -> (Result<source::Report, Error>, bool) {
     let (listener, inner) = memory::listener(100_000);
-    let connector = Far { inner, look, dialed: AtomicU64::new(0) };
+    let connector = Far::new(inner, move |dialed| {
+        let look = look.clone();
+        (dialed == 0).then(|| Box::new(move || Ok(look())) as _)
+    });
     time_limit(Duration::from_secs(60), || {
         std::thread::scope(|scope| {
             let destination = scope.spawn(|| {

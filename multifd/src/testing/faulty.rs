@@ -215,6 +215,10 @@ impl<S: SendHalf + ?Sized> SendHalf for FaultyStream<S> {
         self.stream.limit_untaken(limit)
     }
 
+    fn discard(&mut self) -> io::Result<()> {
+        self.stream.discard()
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.stream.finish()
     }

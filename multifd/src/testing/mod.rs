@@ -24,6 +24,8 @@ mod close_order;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod distance;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod far;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod faults;
 #[cfg(all(test, loom))]
 mod loom;
@@ -31,6 +33,8 @@ mod loom;
 mod machine;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod migrations;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod openings;
 #[cfg(all(test, shuttle))]
 mod shuttle;
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -449,51 +449,6 @@ fn every_transport_takes_a_limit_for_what_is_not_taken_and_none() {
     }
 }
 
-/// Connections to a listener whose accept queue is full looked established, and were reset when they spoke.
-#[test]
-fn no_connection_is_lost_in_a_short_accept_queue() {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with};
-    time_limit(Duration::from_secs(120), || {
-        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
-        bind(&socket, &std::net::SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-        listen(&socket, 1).unwrap();
-        let listener = std::net::TcpListener::from(socket);
-        let connector = TcpConnector::new("127.0.0.1", listener.local_addr().unwrap().port());
-        let connections: u8 = 8;
-        let begin = Arc::new(std::sync::Barrier::new(connections.into()));
-        let connecting: Vec<_> = (0..connections)
-            .map(|number| {
-                let pending = connector.dial().unwrap();
-                let begin = begin.clone();
-                thread::spawn(move || {
-                    begin.wait();
-                    let mut stream = pending.establish(None).unwrap();
-                    stream.write(&[number; 64], &[]).unwrap();
-                    stream.write(&[number; 1344], &[]).unwrap();
-                    // Until the other end has it.
-                    stream.read(&mut [0]).unwrap()
-                })
-            })
-            .collect();
-        let mut heard: Vec<u8> = (0..connections)
-            .map(|_| {
-                // Room for one connection at a time comes while all others have begun to speak.
-                thread::sleep(Duration::from_millis(100));
-                let (mut stream, _) = listener.accept().unwrap();
-                let mut bytes = [0; 64 + 1344];
-                stream.read_exact(&mut bytes).unwrap();
-                stream.write_all(&bytes[..1]).unwrap();
-                bytes[0]
-            })
-            .collect();
-        heard.sort_unstable();
-        assert_eq!(heard, (0..connections).collect::<Vec<_>>());
-        for thread in connecting {
-            assert_eq!(thread.join().unwrap(), 1);
-        }
-    });
-}
-
 fn fill(ram: &Ram, pages: u64) {
     let mut random = Rng::with_seed(42);
     for page in 0..pages {

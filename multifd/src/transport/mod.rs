@@ -74,6 +74,15 @@ pub trait SendHalf: Send {
         Ok(())
     }
 
+    /// Has the connection reset when it is dropped: the peer does not get what was written and is not there yet. Transports that have
+    /// nothing on its way ignore it.
+    ///
+    /// # Errors
+    /// Why it is not possible; the connection works as before then.
+    fn discard(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Ends this direction: the peer reads all that was written, and then 0. The other direction goes on. Every
     /// [`write`](Self::write) fails from now on, whether this succeeds or not; to call it again does nothing.
     ///
@@ -231,8 +240,8 @@ pub trait Stopper: Send + Sync {
 /// Opens connections to one destination: main first, then the channels.
 pub trait Connect {
     /// Begins one more connection. Does not wait: that is the part of [`Pending::establish`], which the engine calls for all
-    /// channels at the same time, each in the thread of its own. (TCP's handshakes with one listener take turns all the same; what comes
-    /// after them, such as one of TLS, does not.)
+    /// channels at the same time, each in the thread of its own. One that is reset before the destination's host is known to have
+    /// its first bytes ([`Stream::meter`]) is dialed again.
     ///
     /// # Errors
     /// The connection cannot be begun.

@@ -113,6 +113,10 @@ impl<S: SendHalf + ?Sized> SendHalf for RecordedStream<S> {
         self.stream.limit_untaken(limit)
     }
 
+    fn discard(&mut self) -> io::Result<()> {
+        self.stream.discard()
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.stream.finish()
     }

@@ -114,6 +114,10 @@ impl SendHalf for SocketStream {
         }
     }
 
+    fn discard(&mut self) -> io::Result<()> {
+        Ok(sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO))?)
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         match shutdown(&self.socket, Shutdown::Write) {
             // The peer has ended the connection.

@@ -26,11 +26,10 @@ use crate::sync::{Arc, Deadline, Mutex, lock};
 pub struct TcpConnector {
     host: String,
     port: u16,
-    /// Held from a SYN to the end of its handshake. Clones take turns.
+    /// Held by one handshake at a time. Others do without for a while: where they are answered, that saves a round trip for each.
     ///
-    /// A listener with a full accept queue ignores a SYN, which is sent again. But several SYNs that come while there is one place
-    /// left are all answered: the connections look established here, and what is sent on all but one of them is answered by a
-    /// reset. So connections to one listener are not begun at the same time.
+    /// A listener whose accept queue is full ignores a SYN, and the kernel waits longer and longer before it sends it again. Many that
+    /// come at the same time may miss each place that becomes free. Those who take turns do not.
     turn: Arc<Mutex<()>>,
     resolver: Resolver,
 }
@@ -78,17 +77,28 @@ impl PendingTcp {
     }
 
     fn connect(&self, address: SocketAddr, deadline: Deadline) -> io::Result<OwnedFd> {
-        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let limit = |limit: Duration| deadline.left().map_or(limit, |left| left.min(limit));
+        if let Ok(_turn) = self.to.turn.try_lock() {
+            return self.handshake(address, limit(CONNECT_TIMEOUT));
+        }
+        match self.handshake(address, limit(TOGETHER)) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !deadline.is_over() => {}
+            other => return other,
+        }
         // Ends with the waits of those before: each has a limit, and a stop ends all.
         let _turn = lock(&self.to.turn);
+        self.handshake(address, limit(CONNECT_TIMEOUT))
+    }
+
+    fn handshake(&self, address: SocketAddr, limit: Duration) -> io::Result<OwnedFd> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
         match net::connect(&socket, &address) {
             Ok(()) => return Ok(socket),
             Err(Errno::INPROGRESS | Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let limit = deadline.left().map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT));
         self.stopped.wait_writable(socket.as_fd(), Some(limit)).map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => io::Error::new(io::ErrorKind::TimedOut, "connection timed out"),
             _ => aborted(error),
@@ -147,6 +157,9 @@ fn aborted(error: io::Error) -> io::Error {
 
 /// For each address. The kernel alone would take over two minutes to give up one that does not answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a handshake goes on beside others: the kernel has sent its SYN a second time then.
+const TOGETHER: Duration = Duration::from_secs(3);
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {

@@ -73,7 +73,7 @@ impl<T> Planned<T> {
     }
 
     fn wrap(&self, pending: Box<dyn Pending>) -> Box<dyn Pending> {
-        let plan = self.plans.0[self.next.fetch_add(1, SeqCst)].clone();
+        let plan = self.plans.0.get(self.next.fetch_add(1, SeqCst)).cloned().unwrap_or_default();
         wrapped(pending, move |stream| Ok(Box::new(plan.stream(stream))))
     }
 }

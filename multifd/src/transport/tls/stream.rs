@@ -71,6 +71,10 @@ impl SendHalf for TlsStream {
         self.sends.limit_untaken(limit)
     }
 
+    fn discard(&mut self) -> io::Result<()> {
+        self.sends.discard()
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.sends.finish()
     }
@@ -200,6 +204,10 @@ impl SendHalf for TlsSends {
 
     fn limit_untaken(&mut self, limit: Option<Duration>) -> io::Result<()> {
         self.inner.limit_untaken(limit)
+    }
+
+    fn discard(&mut self) -> io::Result<()> {
+        self.inner.discard()
     }
 
     fn finish(&mut self) -> io::Result<()> {

@@ -1,0 +1,97 @@
+//! Connections that say what the test wants of how much is on its way.
+
+use std::{
+    io,
+    sync::atomic::{AtomicU64, Ordering::SeqCst},
+    time::Duration,
+};
+
+use crate::{
+    ram::GuestRange,
+    sync::Arc,
+    transport::{Connect, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, wrapped},
+};
+
+/// Says how many bytes are on their way, at each look.
+pub(super) type Look = Box<dyn Fn() -> io::Result<u64> + Send + Sync>;
+
+/// A connector whose connections tell what is on its way.
+pub(super) struct Far<C, L> {
+    inner: C,
+    /// What each connection says, by how many were dialed before; `None` where it cannot tell.
+    look: L,
+    dialed: AtomicU64,
+}
+
+impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
+    pub(super) fn new(inner: C, look: L) -> Far<C, L> {
+        Far { inner, look, dialed: AtomicU64::new(0) }
+    }
+
+    /// How many connections were begun.
+    pub(super) fn dialed(&self) -> u64 {
+        self.dialed.load(SeqCst)
+    }
+}
+
+impl<C: Connect, L: Fn(u64) -> Option<Look>> Connect for Far<C, L> {
+    fn dial(&self) -> io::Result<Box<dyn Pending>> {
+        let look = (self.look)(self.dialed.fetch_add(1, SeqCst)).map(Arc::new);
+        Ok(wrapped(self.inner.dial()?, |inner| Ok(Box::new(FarStream { inner, look }))))
+    }
+}
+
+struct FarStream {
+    inner: Box<dyn Stream>,
+    look: Option<Arc<Look>>,
+}
+
+struct FarMeter(Arc<Look>);
+
+impl Meter for FarMeter {
+    fn transit(&self) -> io::Result<Transit> {
+        Ok(Transit::new((self.0)()?, Duration::ZERO))
+    }
+}
+
+impl SendHalf for FarStream {
+    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        self.inner.write(header, pages)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.inner.finish()
+    }
+}
+
+impl RecvHalf for FarStream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buf)
+    }
+
+    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
+        self.inner.read_pages(pages)
+    }
+
+    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
+        self.inner.interrupter()
+    }
+}
+
+impl Stream for FarStream {
+    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
+        self.inner.split()
+    }
+
+    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+        self.inner.stopper()
+    }
+
+    fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
+        Ok(self.look.clone().map(|look| Box::new(FarMeter(look)) as Box<dyn Meter>))
+    }
+
+    fn peer(&self) -> String {
+        self.inner.peer()
+    }
+}
