@@ -36,7 +36,36 @@ fn zero_test(c: &mut Criterion) {
 
 /// A terabyte of 4 KiB pages.
 fn terabyte() -> Layout {
-    Layout::new(PAGE, [(BlockName::new("ram").expect("short"), 1 << 40)]).expect("one block")
+    terabytes(1)
+}
+
+fn terabytes(count: u64) -> Layout {
+    Layout::new(PAGE, [(BlockName::new("ram").expect("short"), count << 40)]).expect("one block")
+}
+
+/// What each round pays for the size of the guest, and the pause once more: counting what is dirty, and taking over what a
+/// log reports. The bitmap has been through a round with all of its pages.
+fn rounds_of_large_guests(c: &mut Criterion) {
+    let mut group = c.benchmark_group("bitmap after a full round");
+    group.sample_size(10);
+    for count in [1, 16, 64] {
+        let layout = terabytes(count);
+        let mut dirty = DirtyBitmap::full(&layout);
+        let mut none = DirtyBitmap::new(&layout);
+        dirty.subtract(&DirtyBitmap::full(&layout));
+        group.bench_function(format!("{count} TiB, count"), |b| b.iter(|| black_box(&dirty).count()));
+        let mut few = DirtyBitmap::new(&layout);
+        (0..1000).for_each(|page| few.set(page * (layout.pages() / 1000)));
+        group.bench_function(format!("{count} TiB, drain and count 1000 pages"), |b| {
+            b.iter(|| {
+                none.merge(black_box(&few));
+                let counted = none.count();
+                none.subtract(&few);
+                counted
+            });
+        });
+    }
+    group.finish();
 }
 
 fn scan(c: &mut Criterion) {
@@ -142,5 +171,5 @@ fn barrier(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(inner, zero_test, scan, batches, codec, barrier);
+criterion_group!(inner, zero_test, scan, rounds_of_large_guests, batches, codec, barrier);
 criterion_main!(inner);
