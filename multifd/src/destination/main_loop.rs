@@ -112,6 +112,9 @@ impl Run {
                 if self.report.dialect == Some(Dialect::PerSection) {
                     self.sync_point(observer)?;
                 }
+                if self.main().decoder().ram_ended() {
+                    self.sink().settle(true);
+                }
             }
             // A footer, and a block of the list that BLOCKS_END ends.
             _ => {}

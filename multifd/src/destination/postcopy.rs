@@ -291,6 +291,7 @@ impl Run {
         let connections = self.shared.connections.clone();
         let patience = self.shared.options.setup_timeout;
         self.shared.switch.await_pages(patience, || connections.any_is_silent())?;
+        self.sink().settle(true);
         let devices = self.package.take().expect("the decoder ends no postcopy without its package");
         target.devices(&devices, self.shared.page_size)
     }

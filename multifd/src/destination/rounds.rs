@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::rounds::Party;
+use multifd_proto::{machine::Dialect, rounds::Party};
 
 use super::Run;
 use crate::{
@@ -26,6 +26,10 @@ impl Run {
         #[cfg(any(test, feature = "broken-variants"))]
         self.shared.loose.fix_channels(self.shared.barrier.members(|members| members.joined()));
         self.look_at_members();
+        if let Some(sink) = self.sink.as_ref().filter(|_| self.phase >= Some(Phase::Rounds)) {
+            // Sections end at sync points, too. What is told to settle late is told again when RAM is complete.
+            sink.settle(self.report.dialect == Some(Dialect::PerRound));
+        }
         self.count_round(observer);
         Ok(())
     }

@@ -39,6 +39,12 @@ pub(crate) trait PageSink: Send + Sync {
 
     /// Copies the page at `offset` out.
     fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// A sync point has passed; if `round_over`, it was the end of a whole round, or of the last page. Pages of a later one may
+    /// come already.
+    fn settle(&self, round_over: bool) {
+        let _ = round_over;
+    }
 }
 
 /// Private memory of one thread, for pages on their way.
@@ -138,8 +144,7 @@ impl MemorySink {
 impl PageSink for MemorySink {
     fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()> {
         let runs = self.runs(block, offsets)?;
-        let all_touched = runs.iter().all(|(_, _, touched)| *touched);
-        if self.filler.copies() && !all_touched {
+        if runs.iter().any(|(_, run, touched)| !touched && self.filler.copies(*run)) {
             scratch.bytes.resize(offsets.len() * self.ram.layout().page_size(), 0);
             stream.read_exact(&mut scratch.bytes)?;
             return self.place(&runs, &scratch.bytes);
@@ -181,6 +186,10 @@ impl PageSink for MemorySink {
     fn load(&self, block: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.page(block, offset)?.1.read(into);
         Ok(())
+    }
+
+    fn settle(&self, round_over: bool) {
+        self.filler.settle(round_over);
     }
 }
 

@@ -65,6 +65,18 @@ impl Userfaultfd {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// Ends what [`register`](Self::register) began for the `len` bytes at `start`. Pages that are there stay as they are.
+    ///
+    /// The kernel walks the page tables of these bytes with the address space locked, and again not when the userfaultfd
+    /// is closed.
+    pub(crate) fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut range = uffdio_range { start, len };
+        // SAFETY: the kernel reads one struct `uffdio_range`. What the memory holds does not change.
+        let result =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::UFFDIO_UNREGISTER as libc::Ioctl, &raw mut range) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     /// Fills pages that nobody has touched yet with the start of `from`, beginning with the first of `to`, which is
     /// registered. Returns how many bytes were filled: less than asked for where the next page is already present, or
     /// where the kernel wants to be asked again.

@@ -35,6 +35,8 @@ mod machine;
 mod migrations;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod openings;
+#[cfg(all(test, not(any(loom, shuttle))))]
+pub(crate) mod registered;
 #[cfg(all(test, shuttle))]
 mod shuttle;
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -3,12 +3,14 @@
 //! A plain read into such memory takes a page fault for each page, in which the kernel clears a page that is overwritten
 //! at once. The alternatives save the fault, the clearing, or both.
 
+mod slices;
+
 use std::io;
 
+use self::slices::Slices;
 use crate::{
     ram::{GuestRange, Ram},
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
-    sys::{advice, kvm::system_page_size, uffd::Userfaultfd},
+    sys::{advice, kvm::system_page_size},
 };
 
 /// How fresh memory is filled.
@@ -33,11 +35,7 @@ pub enum FirstTouch {
 /// A strategy, prepared for the memory of one VM.
 pub(crate) enum Filler {
     Direct,
-    Copy {
-        uffd: Userfaultfd,
-        /// The kernel does not fill this memory by small pages, as it does not with huge ones.
-        refused: AtomicBool,
-    },
+    Copy(Slices),
     Populate,
 }
 
@@ -54,8 +52,8 @@ impl Filler {
             // The kernel fills whole pages of its own, and some guests have smaller ones.
             _ if !(ram.layout().page_size() as u64).is_multiple_of(system_page_size()) => Filler::Direct,
             FirstTouch::Auto if has_huge_pages(ram) => Filler::Direct,
-            FirstTouch::Auto | FirstTouch::Copy => match register(ram) {
-                Ok(uffd) => Filler::Copy { uffd, refused: AtomicBool::new(false) },
+            FirstTouch::Auto | FirstTouch::Copy => match Slices::new(ram) {
+                Ok(slices) => Filler::Copy(slices),
                 Err(error) => {
                     tracing::debug!(%error, "no userfaultfd; fresh memory is filled by page faults");
                     Filler::Direct
@@ -64,9 +62,9 @@ impl Filler {
         }
     }
 
-    /// Whether content comes through private memory and [`fill`](Self::fill).
-    pub(super) fn copies(&self) -> bool {
-        matches!(self, Filler::Copy { refused, .. } if !refused.load(Relaxed))
+    /// Whether content for `range`, which was never touched, comes through private memory and [`fill`](Self::fill).
+    pub(super) fn copies(&self, range: GuestRange<'_>) -> bool {
+        matches!(self, Filler::Copy(slices) if slices.takes(range))
     }
 
     /// Gets `range`, which was never touched, ready to be read into.
@@ -80,48 +78,24 @@ impl Filler {
 
     /// Puts `from` into `range`, which was never touched as far as is known.
     pub(crate) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
-        let Filler::Copy { uffd, refused } = self else {
-            range.write(from);
-            return Ok(());
-        };
-        if refused.load(Relaxed) {
-            range.write(from);
-            return Ok(());
-        }
-        let mut done = 0;
-        while done < from.len() {
-            let rest = range.slice(done, from.len() - done).expect("done < len, whole pages");
-            let filled = match uffd.fill(rest, &from[done..]) {
-                Ok(filled) => filled,
-                // Huge pages that could not be told in time: without /proc there is nothing to read about a mapping.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    if !refused.swap(true, Relaxed) {
-                        tracing::debug!(%error, "the kernel does not fill this memory; it is filled by page faults");
-                    }
-                    rest.write(&from[done..]);
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
-            };
-            if filled == 0 {
-                // Somebody has touched the page since: another channel in the same round, or the VMM.
-                let page = rest.slice(0, page_size).expect("at least one page is left");
-                page.write(&from[done..done + page_size]);
-                done += page_size;
+        match self {
+            Filler::Copy(slices) => slices.fill(range, from, page_size),
+            Filler::Direct | Filler::Populate => {
+                range.write(from);
+                Ok(())
             }
-            done += filled;
         }
-        Ok(())
     }
-}
 
-/// A userfaultfd with all of `ram` registered.
-fn register(ram: &Ram) -> io::Result<Userfaultfd> {
-    let uffd = Userfaultfd::open().map_err(|(_, error)| error)?;
-    for block in ram.blocks() {
-        uffd.register(block.address(), block.bytes() as u64)?;
+    /// A sync point has passed; if `round_over`, it was the end of a whole round. What is prepared of memory and was not
+    /// needed is given back, since later nothing may be left to do that grows with memory.
+    pub(super) fn settle(&self, round_over: bool) {
+        match self {
+            Filler::Copy(slices) if round_over => slices.close(),
+            Filler::Copy(slices) => slices.age(),
+            Filler::Direct | Filler::Populate => {}
+        }
     }
-    Ok(uffd)
 }
 
 fn for_each_block(ram: &Ram, what: &str, advise: impl Fn(GuestRange<'_>) -> io::Result<()>) {
@@ -191,7 +165,7 @@ mod tests {
         let block = RamBlock::anonymous(BlockName::new("ram").unwrap(), 4 * page).unwrap();
         let ram = Ram::new(page, vec![block]).unwrap();
         let filler = Filler::new(FirstTouch::Copy, &ram);
-        if !filler.copies() {
+        if !filler.copies(ram.page(0).unwrap()) {
             return test_support::skip("no userfaultfd");
         }
         let content = vec![7; page];
@@ -201,7 +175,7 @@ mod tests {
         let mut found = vec![0; page];
         askew.read(&mut found);
         assert_eq!(found, content);
-        assert!(!filler.copies(), "it is not asked again");
+        assert!(!filler.copies(ram.page(2).unwrap()), "it is not asked again");
         filler.fill(ram.page(2).unwrap(), &content, page).unwrap();
         assert_eq!(ram.page_bytes(2), content);
     }

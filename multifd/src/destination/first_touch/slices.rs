@@ -1,0 +1,416 @@
+//! Which parts of memory are registered with a userfaultfd while they get their first content.
+//!
+//! Ending a registration walks the page tables of all that is registered, with the address space locked: 30 to 75 ms for
+//! each GiB, for which every thread waits that maps, or touches a page for the first time. So memory is registered in slices of a few
+//! MiB, at the first page that comes for one, and each registration ends when its slice is full, or when too many are open:
+//! at most [`MOST_OPEN`] slices are registered at any time, however much memory there is, and after
+//! [`close`](Slices::close) none.
+//!
+//! A slice is registered once. Pages that come for it afterwards are written like any other, also by a thread that
+//! finds the registration gone between two system calls.
+
+use std::{collections::VecDeque, io, ops::Range};
+
+use crate::{
+    ram::{GuestRange, Ram},
+    sync::{
+        Mutex,
+        atomic::{
+            AtomicU8, AtomicU32, AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
+        },
+        lock,
+    },
+    sys::uffd::Userfaultfd,
+};
+
+/// Fresh memory that the kernel fills by `UFFDIO_COPY`, slice by slice.
+pub(crate) struct Slices {
+    uffd: Userfaultfd,
+    /// In order of their addresses.
+    blocks: Vec<Block>,
+    /// Bytes in a slice, a power of two; slices begin at multiples of it.
+    bytes: u64,
+    most_open: usize,
+    /// How often [`age`](Self::age) was called.
+    age: AtomicU32,
+    open: Mutex<Open>,
+}
+
+struct Block {
+    addresses: Range<u64>,
+    slices: Vec<Slice>,
+}
+
+struct Slice {
+    /// [`FRESH`], [`OPEN`] or [`OVER`].
+    state: AtomicU8,
+    /// Bytes that were not filled yet. Wraps where pages come twice; that matters to no slice that is [`OVER`].
+    left: AtomicU64,
+    /// The age in which it was last filled.
+    used: AtomicU32,
+}
+
+/// Not registered yet.
+const FRESH: u8 = 0;
+/// Registered.
+const OPEN: u8 = 1;
+/// Not registered any more, for good.
+const OVER: u8 = 2;
+
+#[derive(Default)]
+struct Open {
+    /// Those that are registered, the oldest first.
+    slices: VecDeque<SliceId>,
+    /// No further one is registered.
+    closed: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct SliceId {
+    block: usize,
+    slice: usize,
+}
+
+impl Slices {
+    /// All of `ram`, of which nothing is registered yet.
+    ///
+    /// # Errors
+    /// The kernel's: there is no userfaultfd for this process.
+    pub(super) fn new(ram: &Ram) -> io::Result<Slices> {
+        Slices::of(ram, SLICE, MOST_OPEN)
+    }
+
+    fn of(ram: &Ram, bytes: u64, most_open: usize) -> io::Result<Slices> {
+        let uffd = Userfaultfd::open().map_err(|(_, error)| error)?;
+        let block = |block: &crate::ram::RamBlock| {
+            let addresses = block.address()..block.address() + block.bytes() as u64;
+            let count = (addresses.end - 1) / bytes - addresses.start / bytes + 1;
+            let slices = (0..count as usize).map(|slice| {
+                let part = slice_of(&addresses, slice, bytes);
+                let left = AtomicU64::new(part.end - part.start);
+                Slice { state: AtomicU8::new(FRESH), left, used: AtomicU32::new(0) }
+            });
+            Block { slices: slices.collect(), addresses }
+        };
+        let mut blocks: Vec<Block> = ram.blocks().iter().map(block).collect();
+        blocks.sort_by_key(|block| block.addresses.start);
+        let (age, open) = (AtomicU32::new(0), Mutex::new(Open::default()));
+        Ok(Slices { uffd, blocks, bytes, most_open, age, open })
+    }
+
+    /// Whether pages that come for `range` are filled by the kernel, as far as can be told now.
+    pub(super) fn takes(&self, range: GuestRange<'_>) -> bool {
+        let state = |id: SliceId| self.slice(id).state.load(Relaxed);
+        self.parts(range).any(|(id, _)| state(id) != OVER)
+    }
+
+    /// Puts `from` into `range`, which was never touched as far as is known, in pages of `page_size`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
+        for (id, part) in self.parts(range) {
+            let (to, from) = (range.slice(part.start, part.len()).expect("a part"), &from[part]);
+            if self.is_open(id) {
+                self.copy(to, from, page_size)?;
+            } else {
+                to.write(from);
+            }
+            self.filled(id, from.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// A sync point has passed: ends the registration of slices that were not filled since the one before.
+    pub(super) fn age(&self) {
+        let mut open = lock(&self.open);
+        let now = self.age.load(Relaxed);
+        let (used, idle): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut open.slices).into_iter().partition(|&id| self.slice(id).used.load(Relaxed) == now);
+        open.slices = used;
+        self.age.store(now + 1, Relaxed);
+        idle.into_iter().for_each(|id| self.end(id));
+    }
+
+    /// Ends all registrations. None is made afterwards: what comes later is written.
+    pub(super) fn close(&self) {
+        let mut open = lock(&self.open);
+        if !open.closed {
+            open.closed = true;
+            self.blocks.iter().flat_map(|block| &block.slices).for_each(|slice| {
+                let _ = slice.state.compare_exchange(FRESH, OVER, AcqRel, Relaxed);
+            });
+        }
+        std::mem::take(&mut open.slices).into_iter().for_each(|id| self.end(id));
+    }
+
+    /// Has the kernel fill `to`, and writes the pages that it does not.
+    fn copy(&self, to: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
+        let mut done = 0;
+        while done < from.len() {
+            let rest = to.slice(done, from.len() - done).expect("done < len, whole pages");
+            match self.uffd.fill(rest, &from[done..]) {
+                // Somebody has touched the page since: another channel in the same round, or the VMM.
+                Ok(0) => {
+                    let page = rest.slice(0, page_size).expect("at least one page is left");
+                    page.write(&from[done..done + page_size]);
+                    done += page_size;
+                }
+                Ok(filled) => done += filled,
+                // The registration has ended meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                    rest.write(&from[done..]);
+                    return Ok(());
+                }
+                // Huge pages that could not be told in time: without /proc there is nothing to read about a mapping.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.refused(&error);
+                    rest.write(&from[done..]);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether slice `id` is registered, which it is from its first use on for a while.
+    fn is_open(&self, id: SliceId) -> bool {
+        let (slice, now) = (self.slice(id), self.age.load(Relaxed));
+        if slice.used.load(Relaxed) != now {
+            slice.used.store(now, Relaxed);
+        }
+        match slice.state.load(Acquire) {
+            OPEN => true,
+            FRESH => self.begin(id),
+            _ => false,
+        }
+    }
+
+    /// Registers slice `id`, unless another thread has done that, or it is too late.
+    fn begin(&self, id: SliceId) -> bool {
+        let mut open = lock(&self.open);
+        let slice = self.slice(id);
+        if open.closed || slice.state.load(Relaxed) != FRESH {
+            return slice.state.load(Relaxed) == OPEN;
+        }
+        let addresses = slice_of(&self.blocks[id.block].addresses, id.slice, self.bytes);
+        if let Err(error) = self.uffd.register(addresses.start, addresses.end - addresses.start) {
+            drop(open);
+            self.refused(&error);
+            return false;
+        }
+        slice.state.store(OPEN, Release);
+        open.slices.push_back(id);
+        if open.slices.len() > self.most_open
+            && let Some(oldest) = open.slices.pop_front()
+        {
+            self.end(oldest);
+        }
+        true
+    }
+
+    /// `bytes` of slice `id` have their content.
+    fn filled(&self, id: SliceId, bytes: u64) {
+        let slice = self.slice(id);
+        if slice.left.fetch_sub(bytes, Relaxed) != bytes || slice.state.load(Relaxed) != OPEN {
+            return;
+        }
+        let mut open = lock(&self.open);
+        if let Some(position) = open.slices.iter().position(|known| *known == id) {
+            open.slices.remove(position);
+            self.end(id);
+        }
+    }
+
+    /// Ends the registration of slice `id`, which is no longer among those that are open. The caller holds their lock.
+    fn end(&self, id: SliceId) {
+        self.slice(id).state.store(OVER, Release);
+        let addresses = slice_of(&self.blocks[id.block].addresses, id.slice, self.bytes);
+        if let Err(error) = self.uffd.unregister(addresses.start, addresses.end - addresses.start) {
+            // It ends with the userfaultfd then.
+            tracing::debug!(%error, "the registration of filled memory is not ended early");
+        }
+    }
+
+    /// The kernel does not fill this memory.
+    fn refused(&self, error: &io::Error) {
+        tracing::debug!(%error, "the kernel does not fill this memory; it is filled by page faults");
+        self.close();
+    }
+
+    fn slice(&self, id: SliceId) -> &Slice {
+        &self.blocks[id.block].slices[id.slice]
+    }
+
+    /// The slices that `range` lies in, each with the bytes of the range that are its.
+    fn parts(&self, range: GuestRange<'_>) -> impl Iterator<Item = (SliceId, Range<usize>)> + use<> {
+        let (start, bytes) = (range.as_ptr() as u64, self.bytes);
+        let block = self.blocks.partition_point(|block| block.addresses.end <= start);
+        let (first, mut done, len) = (self.blocks[block].addresses.start / bytes, 0, range.len());
+        std::iter::from_fn(move || {
+            let from = start + done as u64;
+            let part = done..len.min(done + (bytes - from % bytes) as usize);
+            done = part.end;
+            let id = SliceId { block, slice: (from / bytes - first) as usize };
+            (!part.is_empty()).then_some((id, part))
+        })
+    }
+
+    /// How many slices are registered.
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    pub(super) fn open(&self) -> usize {
+        lock(&self.open).slices.len()
+    }
+}
+
+impl Drop for Slices {
+    fn drop(&mut self) {
+        // Slice by slice also where a migration has failed: the VMM's other threads do not stand still for it either.
+        self.close();
+    }
+}
+
+/// The addresses of slice number `slice` of a block at `addresses`.
+fn slice_of(addresses: &Range<u64>, slice: usize, bytes: u64) -> Range<u64> {
+    let start = (addresses.start / bytes + slice as u64) * bytes;
+    start.max(addresses.start)..(start + bytes).min(addresses.end)
+}
+
+/// Bytes in a slice.
+const SLICE: u64 = 4 << 20;
+/// The most slices that are registered at a time: channels fill the same one, or neighbours.
+const MOST_OPEN: usize = 16;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use multifd_proto::BlockName;
+    use test_support::{skip, time_limit};
+
+    use super::*;
+    use crate::{ram::RamBlock, testing::registered::registered};
+
+    const PAGE: usize = 4096;
+    const SMALL: u64 = 64 << 10;
+
+    fn ram(blocks: &[(&str, usize)]) -> Ram {
+        let block =
+            |&(name, pages): &(&str, usize)| RamBlock::anonymous(BlockName::new(name).unwrap(), pages * PAGE).unwrap();
+        Ram::new(PAGE, blocks.iter().map(block).collect()).unwrap()
+    }
+
+    /// `None` where this process gets no userfaultfd.
+    fn slices(ram: &Ram, most_open: usize) -> Option<Slices> {
+        Slices::of(ram, SMALL, most_open).map_err(|error| skip(&format!("no userfaultfd: {error}"))).ok()
+    }
+
+    fn content(page: u64) -> [u8; PAGE] {
+        [(page % 255) as u8 + 1; PAGE]
+    }
+
+    fn fill(slices: &Slices, ram: &Ram, pages: Range<u64>) {
+        for page in pages {
+            slices.fill(ram.page(page).unwrap(), &content(page), PAGE).unwrap();
+        }
+    }
+
+    #[track_caller]
+    fn assert_filled(ram: &Ram, pages: Range<u64>) {
+        for page in pages {
+            assert_eq!(ram.page_bytes(page), content(page), "page {page}");
+        }
+    }
+
+    /// All memory was registered until the end, and the guest waited while the kernel walked all of its page tables.
+    #[test]
+    fn a_slice_is_registered_from_its_first_page_until_it_is_full() {
+        let ram = ram(&[("ram", 100)]);
+        let Some(slices) = slices(&ram, 3) else { return };
+        assert_eq!(registered(&ram), 0);
+        // The first slice may be a part of one: the mapping begins at any page.
+        let first = (SMALL - ram.blocks()[0].address() % SMALL) / PAGE as u64;
+        fill(&slices, &ram, first..first + 15);
+        assert_eq!((registered(&ram), slices.open()), (SMALL, 1));
+        fill(&slices, &ram, first + 15..first + 17);
+        assert_eq!((registered(&ram), slices.open()), (SMALL, 1), "the next one is, the full one no longer");
+        assert_filled(&ram, first..first + 17);
+    }
+
+    #[test]
+    fn however_pages_come_few_slices_are_registered_and_none_after_the_close() {
+        let ram = ram(&[("a", 300), ("b", 1), ("c", 260)]);
+        let Some(slices) = slices(&ram, 3) else { return };
+        let pages: Vec<u64> = ram.layout().blocks().iter().flat_map(|block| block.page_range()).collect();
+        // Every 17th page: each in another slice than the one before.
+        for from in 0..17 {
+            for &page in pages.iter().skip(from).step_by(17) {
+                fill(&slices, &ram, page..page + 1);
+                assert!(slices.open() <= 3);
+            }
+            assert!(registered(&ram) <= 3 * SMALL, "{}", registered(&ram));
+        }
+        slices.close();
+        assert_eq!(registered(&ram), 0);
+        pages.iter().for_each(|&page| assert_filled(&ram, page..page + 1));
+    }
+
+    #[test]
+    fn after_the_close_pages_are_written_and_nothing_is_registered() {
+        let ram = ram(&[("ram", 100)]);
+        let Some(slices) = slices(&ram, 3) else { return };
+        fill(&slices, &ram, 0..5);
+        assert!(slices.takes(ram.page(90).unwrap()));
+        slices.close();
+        assert!(!slices.takes(ram.page(90).unwrap()) && !slices.takes(ram.page(6).unwrap()));
+        fill(&slices, &ram, 5..100);
+        assert_eq!(registered(&ram), 0);
+        assert_filled(&ram, 0..100);
+    }
+
+    #[test]
+    fn a_slice_that_is_not_filled_between_two_sync_points_is_no_longer_registered() {
+        let ram = ram(&[("ram", 100)]);
+        let Some(slices) = slices(&ram, 3) else { return };
+        fill(&slices, &ram, 20..22);
+        slices.age();
+        assert_eq!(slices.open(), 1, "it was filled since the sync point before");
+        fill(&slices, &ram, 60..61);
+        slices.age();
+        assert_eq!((slices.open(), registered(&ram)), (1, SMALL));
+        slices.age();
+        assert_eq!((slices.open(), registered(&ram)), (0, 0));
+        fill(&slices, &ram, 0..100);
+        assert_filled(&ram, 0..100);
+    }
+
+    /// A page that came later must not be replaced by one that is filled now: the kernel fills only what is not there.
+    #[test]
+    fn a_page_that_is_there_is_not_lost_around_one_that_is_filled() {
+        let ram = ram(&[("ram", 40)]);
+        let Some(slices) = slices(&ram, 3) else { return };
+        let all = ram.blocks()[0].range(0, 40 * PAGE).unwrap();
+        ram.page(7).unwrap().write(&[0xee; PAGE]);
+        let bytes: Vec<u8> = (0..40).flat_map(content).collect();
+        slices.fill(all, &bytes, PAGE).unwrap();
+        assert_filled(&ram, 0..40);
+    }
+
+    #[test]
+    fn threads_fill_while_registrations_end() {
+        time_limit(std::time::Duration::from_secs(60), || {
+            let ram = ram(&[("ram", 2000)]);
+            let Some(slices) = slices(&ram, 2) else { return };
+            std::thread::scope(|scope| {
+                for thread in 0..4 {
+                    let (slices, ram) = (&slices, &ram);
+                    scope.spawn(move || (thread..2000).step_by(4).for_each(|page| fill(slices, ram, page..page + 1)));
+                }
+                scope.spawn(|| (0..20).for_each(|_| slices.age()));
+            });
+            assert_filled(&ram, 0..2000);
+            slices.close();
+            assert_eq!(registered(&ram), 0);
+        });
+    }
+}
