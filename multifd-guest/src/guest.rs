@@ -29,6 +29,7 @@ use crate::{
     process::{self, ProcessCpus, reported},
     sys::Mapping,
     verify::{self, VerifyReport},
+    view::{GuestView, View},
     worker::Reins,
 };
 
@@ -102,6 +103,8 @@ pub struct Guest {
     missing: Vec<SectionId>,
     verified: Option<VerifyReport>,
     verify_time: Duration,
+    /// When it stopped at the source and how long that took digests afterwards, in nanoseconds, where the source has told.
+    stopped_there: Option<(u64, u64)>,
 }
 
 enum Cpus {
@@ -155,6 +158,7 @@ impl Guest {
             missing: Vec::new(),
             verified: None,
             verify_time: Duration::ZERO,
+            stopped_there: None,
         })
     }
 
@@ -295,6 +299,18 @@ impl Guest {
         self.verify_time
     }
 
+    /// What the guest saw of its migration to here. `None` as long as it has not written a page on each CPU, and where the
+    /// source has not told when it stopped.
+    pub fn view(&self) -> Option<GuestView> {
+        let (stopped, digests) = self.stopped_there?;
+        let seen = self.cpus.reins().map(|reins| reins.view(View::seen));
+        let (first_page, longest_wait) = seen.reduce(|one, other| {
+            one.zip(other).map(|((page, wait), (other, more))| (page.max(other), wait.max(more)))
+        })??;
+        let pause = Duration::from_nanos(first_page.checked_sub(stopped)?.saturating_sub(digests));
+        Some(GuestView { pause: pause.saturating_sub(self.verify_time), longest_wait })
+    }
+
     /// How many pages of all blocks were ever touched; those of which the kernel does not know it count as touched.
     pub fn touched_pages(&self) -> u64 {
         self.memory.ram.layout().pages() - self.untouched_pages().count()
@@ -310,14 +326,16 @@ impl Guest {
 
     /// All sections of the paused guest.
     pub(crate) fn save_sections(&mut self) -> Result<Vec<SavedSection>, GuestError> {
-        let mut sections = vec![(CONFIG_SECTION, 0, CONFIG_VERSION, self.config_body())];
-        if self.verify {
+        let digests = self.verify.then(|| {
             let begin = Instant::now();
             let untouched = self.untouched_pages();
             let body = verify::to_body(&self.memory.ram, &untouched);
             self.verify_time = begin.elapsed();
-            sections.push((verify::SECTION, 0, verify::VERSION, body));
-        }
+            (verify::SECTION, 0, verify::VERSION, body)
+        });
+        // First, as it says what the others are about.
+        let mut sections = vec![(CONFIG_SECTION, 0, CONFIG_VERSION, self.config_body())];
+        sections.extend(digests);
         sections.extend(match &self.cpus {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Cpus::Kvm(cpus) => cpus.save()?,
@@ -364,7 +382,11 @@ impl Guest {
 
     fn config_body(&self) -> Vec<u8> {
         let Pattern { seed, pages, working_set, writes, filled_percent, zero_mask } = self.pattern;
+        let stopped = self.cpus.reins().filter_map(|reins| reins.view(View::stopped)).min();
+        let digests = u64::try_from(self.verify_time.as_nanos()).unwrap_or(u64::MAX);
         BodyWriter::new(CONFIG_FORMAT)
+            .number(STOPPED, stopped.unwrap_or(0))
+            .number(DIGESTS, digests)
             .number(KIND, self.kind().number())
             .number(CPUS, self.cpus.reins().count() as u64)
             .number(PAGES, pages)
@@ -387,6 +409,9 @@ impl Guest {
             filled_percent: u8::try_from(body.take_number(FILLED)?).unwrap_or(u8::MAX).min(100),
             zero_mask: body.take_number(ZERO_MASK)?,
         };
+        // A source of another version may not tell.
+        let told = body.take_number(STOPPED).ok().zip(body.take_number(DIGESTS).ok());
+        self.stopped_there = told.filter(|(stopped, _)| *stopped > 0);
         body.finish()?;
         let ours = self.cpus.reins().count() as u64;
         if kind != self.kind().number() || cpus != ours {
@@ -457,7 +482,7 @@ impl DestinationVm for Guest {
         if let Some(missing) = self.missing.first() {
             return Err(GuestError::MissingSection { id: missing.clone() }.into());
         }
-        self.run();
+        self.cpus.reins().for_each(Reins::arrive);
         Ok(())
     }
 }
@@ -784,6 +809,8 @@ const SEED: u16 = 5;
 const WRITES: u16 = 6;
 const FILLED: u16 = 7;
 const ZERO_MASK: u16 = 8;
+const STOPPED: u16 = 9;
+const DIGESTS: u16 = 10;
 
 /// Each 16th page that is written whole becomes zero, another one in each pass.
 const ZERO_PAGES: u64 = 15;

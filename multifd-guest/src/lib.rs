@@ -27,4 +27,5 @@ pub mod pattern;
 pub mod process;
 mod sys;
 pub mod verify;
+pub mod view;
 mod worker;

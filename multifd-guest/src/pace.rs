@@ -57,6 +57,11 @@ impl Pacer {
         Pacer { pace, throttle: 0, origin: None, slice: None, resting_until: None, slice_pages: 256 }
     }
 
+    /// Whether it never grants anything.
+    pub fn is_idle(&self) -> bool {
+        self.pace == Pace::Idle
+    }
+
     /// Takes away `percent` of the time, at most 99.
     pub fn throttle(&mut self, percent: u8) {
         self.throttle = percent.min(99);

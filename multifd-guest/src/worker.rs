@@ -15,6 +15,7 @@ use std::{
 use crate::{
     pace::{Grant, Pacer},
     sys::Mapping,
+    view::View,
 };
 
 /// Shared by a worker and its guest.
@@ -33,6 +34,7 @@ struct State {
     target: Option<u64>,
     /// Pages that were finished when the worker asked last.
     done: u64,
+    view: View,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -62,7 +64,8 @@ pub(crate) enum Next {
 impl Reins {
     /// For a worker that begins paused, and reads its budget at `budget_at` of `mailbox`.
     pub(crate) fn new(pacer: Pacer, mailbox: Arc<Mapping>, budget_at: usize) -> Reins {
-        let state = State { wanted: Wanted::Pause, phase: Phase::Running, pacer, target: None, done: 0 };
+        let state =
+            State { wanted: Wanted::Pause, phase: Phase::Running, pacer, target: None, done: 0, view: View::default() };
         Reins { state: Mutex::new(state), changed: Condvar::new(), mailbox, budget_at }
     }
 
@@ -70,6 +73,19 @@ impl Reins {
     pub(crate) fn run(&self) {
         self.lock().wanted = Wanted::Run;
         self.changed.notify_all();
+    }
+
+    /// Lets a worker run that has come from elsewhere, and watches it for a while.
+    pub(crate) fn arrive(&self) {
+        let mut state = self.lock();
+        state.view.arrives();
+        state.wanted = Wanted::Run;
+        self.changed.notify_all();
+    }
+
+    /// What the worker sees of a migration; `f` is called with it.
+    pub(crate) fn view<T>(&self, f: impl FnOnce(&View) -> T) -> T {
+        f(&self.lock().view)
     }
 
     /// Asks the worker to pause; it follows at the latest when it is kicked.
@@ -155,6 +171,7 @@ impl Reins {
     pub(crate) fn next(&self, done: u64) -> Next {
         let mut state = self.lock();
         state.done = done;
+        state.view.asks(done);
         loop {
             match state.wanted {
                 Wanted::Run => {}
@@ -165,9 +182,15 @@ impl Reins {
                 state.target = None;
                 self.changed.notify_all();
             }
-            match state.pacer.grant(done, Instant::now()) {
+            let grant = match state.view.wants_first_page() && !state.pacer.is_idle() {
+                // What it sees of the pause ends with this page, not with a rest.
+                true => Grant::Until(done + 1),
+                false => state.pacer.grant(done, Instant::now()),
+            };
+            match grant {
                 Grant::Until(pages) => {
                     let budget = state.target.map_or(pages, |target| target.min(pages));
+                    let budget = state.view.runs(done, budget);
                     self.budget().store(budget, Ordering::Relaxed);
                     return Next::Run;
                 }
@@ -180,6 +203,7 @@ impl Reins {
     /// Called by the worker when it stands still; returns when it may go on.
     pub(crate) fn paused(&self) {
         let mut state = self.lock();
+        state.view.stops();
         state.phase = Phase::Paused;
         self.changed.notify_all();
         while state.wanted == Wanted::Pause {
