@@ -16,6 +16,7 @@ mod directory;
 mod error;
 mod kind;
 mod output;
+mod page_file;
 mod pages;
 mod pending;
 mod read;
@@ -35,12 +36,14 @@ mod tests;
 
 pub(crate) use self::{
     directory::unnamed_file,
+    page_file::PageFile,
     pages::FilePages,
     read::Stamp,
     tail::{Tail, section_beside_ram},
 };
 pub use self::{
     error::CheckpointError,
+    page_file::DirectWrites,
     read::{BlockReader, Checkpoint, CheckpointBlock},
     source::CheckpointSource,
     write::Writer,

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{CheckpointError, directory::unnamed_file, pending::PendingFile};
+use super::{CheckpointError, DirectWrites, directory::unnamed_file, page_file::PageFile, pending::PendingFile};
 use crate::sync::Arc;
 
 /// A file that is written.
@@ -34,6 +34,19 @@ impl Output {
         match self {
             Output::Named(file) => file.file(),
             Output::Unnamed { file, .. } => file,
+        }
+    }
+
+    /// The file, for pages.
+    ///
+    /// # Errors
+    /// Direct writes are required and refused.
+    pub(super) fn page_file(&self, direct: DirectWrites) -> Result<PageFile, CheckpointError> {
+        match self {
+            Output::Named(file) => {
+                PageFile::kept(file.file().clone(), direct).map_err(self.error("opening it for direct writes"))
+            }
+            Output::Unnamed { file, .. } => Ok(PageFile::temporary(file.clone())),
         }
     }
 

@@ -21,7 +21,8 @@ use multifd_proto::{
 };
 
 use super::{
-    Checkpoint, CheckpointError, FilePages, MAX_RAM, PAGE_SIZE, Tail, output::Output, pending::PendingFile, tail,
+    Checkpoint, CheckpointError, DirectWrites, FilePages, MAX_RAM, PAGE_SIZE, Tail, output::Output,
+    pending::PendingFile, tail,
 };
 use crate::{
     beside_ram::BesideRam,
@@ -29,13 +30,13 @@ use crate::{
     error::Error,
     progress::Observer,
     sync::Arc,
-    sys,
     transport::Listen,
 };
 
 /// A checkpoint that is yet to be received.
 pub struct Writer {
     file: Output,
+    direct: DirectWrites,
     /// What stands in the file before the stream.
     preamble: Vec<u8>,
     ram: Option<ReceivedRam>,
@@ -73,7 +74,14 @@ impl Writer {
 
     fn into_output(file: Output) -> Writer {
         let (beside_ram, tail) = (BesideRam::default(), Tail::default());
-        Writer { file, preamble: Vec::new(), ram: None, beside_ram, tail }
+        Writer { file, direct: DirectWrites::Auto, preamble: Vec::new(), ram: None, beside_ram, tail }
+    }
+
+    /// Says whether pages are written past the page cache; [`DirectWrites::Auto`] where it is not said. Of no effect on a
+    /// file without a name.
+    #[must_use]
+    pub fn direct_writes(self, direct: DirectWrites) -> Writer {
+        Writer { direct, ..self }
     }
 
     /// Has the file begin with `bytes`, behind which the stream begins. Offsets in the stream count from the beginning of the
@@ -204,7 +212,8 @@ impl Target for Writer {
             blocks.push(entry);
         }
         let first = blocks.iter().filter_map(|entry| Some(entry.mapped_ram?.pages_offset)).collect();
-        let (file, path) = (self.file.file().clone(), self.file.path().to_owned());
+        let (file, path) = (self.file.page_file(self.direct)?, self.file.path().to_owned());
+        file.reserve(at);
         let pages = Arc::new(FilePages::new(file, path, head.layout.clone(), first)?);
         let (machine, section) = (head.machine.clone(), head.ram_section);
         self.ram = Some(ReceivedRam { machine, section, blocks, pages: pages.clone() });
@@ -213,10 +222,6 @@ impl Target for Writer {
 
     fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
         if ram_ended {
-            // All pages are in the file: they can go to disk while the rest comes, and while we see that nothing follows it.
-            if let Err(error) = sys::writeback::begin(self.file.file()) {
-                tracing::debug!(%error, "pages are written to disk at the end only");
-            }
             self.tail = Tail::receive(section, self.beside_ram.early(), main)?;
             return Ok(Body::RestOfStream);
         }

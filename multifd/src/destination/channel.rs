@@ -340,10 +340,10 @@ impl<'a> ReceiveChannel<'a> {
                 self.decompressors.len() - 1
             }
         };
-        self.scratch.bytes.resize(self.normal.len() * self.shared.page_size, 0);
+        let bytes = self.scratch.room(self.normal.len() * self.shared.page_size);
         let decompressor = &mut self.decompressors[index].1;
-        decompressor.decompress(&self.payload, &mut self.scratch.bytes).map_err(Error::payload(at))?;
-        sink.store(block, &self.normal, &self.scratch.bytes).map_err(Error::io(at))
+        decompressor.decompress(&self.payload, bytes).map_err(Error::payload(at))?;
+        sink.store(block, &self.normal, bytes).map_err(Error::io(at))
     }
 
     fn place(&self) -> Place {

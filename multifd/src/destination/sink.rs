@@ -50,7 +50,18 @@ pub(crate) trait PageSink: Send + Sync {
 /// Private memory of one thread, for pages on their way.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    pub(crate) bytes: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+impl Scratch {
+    /// Room for `len` bytes, at an address that direct writes to a disk can have. What it holds is of no meaning.
+    pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.bytes.len() < len + ALIGNMENT {
+            self.bytes.resize(len + ALIGNMENT, 0);
+        }
+        let begin = self.bytes.as_ptr().addr().next_multiple_of(ALIGNMENT) - self.bytes.as_ptr().addr();
+        &mut self.bytes[begin..begin + len]
+    }
 }
 
 /// The memory of a VM in this process.
@@ -145,9 +156,9 @@ impl PageSink for MemorySink {
     fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()> {
         let runs = self.runs(block, offsets)?;
         if runs.iter().any(|(_, run, touched)| !touched && self.filler.copies(*run)) {
-            scratch.bytes.resize(offsets.len() * self.ram.layout().page_size(), 0);
-            stream.read_exact(&mut scratch.bytes)?;
-            return self.place(&runs, &scratch.bytes);
+            let bytes = scratch.room(offsets.len() * self.ram.layout().page_size());
+            stream.read_exact(bytes)?;
+            return self.place(&runs, bytes);
         }
         for (_, run, touched) in &runs {
             if !touched {
@@ -192,6 +203,9 @@ impl PageSink for MemorySink {
         self.filler.settle(round_over);
     }
 }
+
+/// What a page of the kernel is, and at most a block of a disk.
+const ALIGNMENT: usize = 4096;
 
 /// A set of pages that all threads change.
 pub(crate) struct PageBits {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    checkpoint::{CheckpointError, FilePages, MAX_RAM, unnamed_file},
+    checkpoint::{CheckpointError, FilePages, MAX_RAM, PageFile, unnamed_file},
     destination::PageSink,
     layout::Layout,
     sync::Arc,
@@ -42,7 +42,8 @@ pub struct Contents {
 impl Contents {
     pub(super) fn new(scratch: Scratch, layout: Layout) -> Result<Contents, CheckpointError> {
         let first = layout.blocks().iter().map(|block| block.first_page() * layout.page_size() as u64).collect();
-        let pages = FilePages::new(Arc::new(scratch.file), scratch.directory, layout.clone(), first)?;
+        let pages =
+            FilePages::new(PageFile::temporary(Arc::new(scratch.file)), scratch.directory, layout.clone(), first)?;
         Ok(Contents { layout, pages })
     }
 
