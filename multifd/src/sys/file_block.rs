@@ -2,8 +2,20 @@
 //!
 //! The file is read, and not mapped: reading a mapping behind the end of a file that became shorter ends the process
 //! (SIGBUS), and a library must not handle signals.
+//!
+//! What the page cache does not have is read past it, where the file system permits it: each byte is needed once, and a cold
+//! file would drive out what others have there.
 
-use std::{fmt, fs::File, io, os::fd::AsRawFd, path::PathBuf};
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use rustix::fs::{CWD, Mode, OFlags};
 
 use multifd_proto::BlockName;
 
@@ -21,7 +33,11 @@ pub(crate) fn file_block(name: BlockName, file: FilePart, len: usize) -> io::Res
     let base = memory.base();
     // SAFETY: the mapping is that long and lives as long as its owner, which the block keeps. No reference to it exists.
     let block = unsafe { RamBlock::from_raw(name, base, len, Box::new(memory.clone())) };
-    Ok(block.read_only().backed_by(Backing::File(FileMemory { memory, len, file })))
+    let path = format!("/proc/self/fd/{}", file.file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let direct = rustix::fs::openat(CWD, path, flags, Mode::empty()).ok().map(File::from);
+    let refused = AtomicBool::new(false);
+    Ok(block.read_only().backed_by(Backing::File(FileMemory { memory, len, file, direct, refused })))
 }
 
 /// Where a block lies in a file.
@@ -37,6 +53,10 @@ pub struct FileMemory {
     memory: Arc<Mapping>,
     len: usize,
     file: FilePart,
+    /// The file, opened to be read past the page cache.
+    direct: Option<File>,
+    /// The file system has refused such a read, and is not asked again.
+    refused: AtomicBool,
 }
 
 impl FileMemory {
@@ -57,25 +77,49 @@ impl FileMemory {
     /// # Errors
     /// They cannot be had. What the memory holds then is undefined.
     pub(crate) fn load(&self, offset: u64, len: usize) -> Result<(), Error> {
-        let FilePart { file, path, offset: begin } = &self.file;
+        let FilePart { path, offset: begin, .. } = &self.file;
         let to = self.at(offset, len);
+        let failed = |source| CheckpointError::Io { path: path.clone(), doing: "reading it", source };
         let mut done = 0;
         while done < len {
-            let failed = |source| CheckpointError::Io { path: path.clone(), doing: "reading it", source };
             let from = libc::off_t::try_from(begin + offset + done as u64);
             let from = from.map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
-            // SAFETY: `at` checked that these bytes are mapped; the kernel writes them, and no reference to them exists.
-            let n = unsafe { libc::pread(file.as_raw_fd(), to.wrapping_byte_add(done), len - done, from) };
-            match n {
-                0 => return Err(CheckpointError::Changed { path: path.clone() }.into()),
-                1.. => done += n as usize,
-                _ => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(failed(error).into()),
-                },
+            match self.read_some(to.wrapping_byte_add(done), len - done, from) {
+                Ok(0) => return Err(CheckpointError::Changed { path: path.clone() }.into()),
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed(error).into()),
             }
         }
         Ok(())
+    }
+
+    /// Reads at least one of the `len` bytes from `from` of the file on to `to`, which [`at`](Self::at) gave: from the page
+    /// cache, past it, or through it. Returns how many; 0 at the end of the file.
+    fn read_some(&self, to: *mut libc::c_void, len: usize, from: libc::off_t) -> io::Result<usize> {
+        let aligned =
+            to.addr().is_multiple_of(ALIGNMENT) && len.is_multiple_of(ALIGNMENT) && from % ALIGNMENT as i64 == 0;
+        if let Some(direct) = self.direct.as_ref().filter(|_| aligned && !self.refused.load(Relaxed)) {
+            let part = libc::iovec { iov_base: to, iov_len: len };
+            // SAFETY: these bytes are mapped, as `at` checked; the kernel writes them, and no reference to them exists.
+            let cached =
+                unsafe { libc::preadv2(self.file.file.as_raw_fd(), &raw const part, 1, from, libc::RWF_NOWAIT) };
+            if let Ok(n @ 1..) = usize::try_from(cached) {
+                return Ok(n);
+            }
+            // SAFETY: as above.
+            let read = unsafe { libc::pread(direct.as_raw_fd(), to, len, from) };
+            match usize::try_from(read) {
+                Ok(n) => return Ok(n),
+                Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) => {
+                    self.refused.store(true, Relaxed);
+                }
+                Err(_) => return Err(io::Error::last_os_error()),
+            }
+        }
+        // SAFETY: as above.
+        let read = unsafe { libc::pread(self.file.file.as_raw_fd(), to, len, from) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
     /// The memory of these bytes is no longer needed.
@@ -91,6 +135,9 @@ impl fmt::Debug for FileMemory {
         write!(f, "{:?} from {:#x} on", self.file.path, self.file.offset)
     }
 }
+
+/// What addresses, places and lengths of reads past the page cache are multiples of, on any disk.
+const ALIGNMENT: usize = 4096;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
@@ -127,5 +174,29 @@ mod tests {
         assert_eq!(first(0), [1; PAGE]);
         let error = block.load(&[4096], PAGE).unwrap_err().to_string();
         assert!(error.ends_with("/x\" was changed while it was read"), "{error}");
+    }
+
+    /// Whatever the page cache has of it: nothing, the middle, or all.
+    #[test]
+    fn a_file_is_read_whatever_part_of_it_is_cached() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("x");
+        let file = File::options().create_new(true).read(true).write(true).open(&path).unwrap();
+        let content: Vec<u8> = (0..300u32).flat_map(|page| (page + 1).to_le_bytes().repeat(PAGE / 4)).collect();
+        (&file).write_all(&content).unwrap();
+        file.sync_all().unwrap();
+        let part = FilePart { file: file.try_clone().unwrap(), path, offset: 0 };
+        let block = file_block(BlockName::new("ram").unwrap(), part, 300 * PAGE).unwrap();
+        let offsets: Vec<u64> = (0..300).map(|page| page * PAGE as u64).collect();
+        for cached in [0..0, 100..150, 0..300] {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            let mut some = vec![0; cached.len() * PAGE];
+            std::os::unix::fs::FileExt::read_exact_at(&file, &mut some, (cached.start * PAGE) as u64).unwrap();
+            block.load(&offsets, PAGE).unwrap();
+            let mut found = vec![0; 300 * PAGE];
+            block.range(0, 300 * PAGE).unwrap().read(&mut found);
+            assert!(found == content, "{cached:?}");
+            block.release(0, 299 * PAGE as u64, PAGE);
+        }
     }
 }
