@@ -37,7 +37,7 @@ use multifd_proto::extension::{Extensions, Offer};
 pub(crate) use self::first_touch::Filler;
 use self::{accept::Acceptor, named::NamedPages, shared::Shared, switchover_ack::AckTiming, target::VmTarget};
 pub use self::{
-    first_touch::FirstTouch,
+    first_touch::{FirstTouch, FreshMemory},
     give_back::give_back,
     options::{Options, SwitchoverAck},
     report::{Mode, Report},
@@ -307,6 +307,7 @@ impl Run {
         // What is still registered refers to what is about to go away.
         let _ = self.shared.stop.decide();
         let Some(not_first) = failure else {
+            self.report.fresh_memory = self.sink.as_ref().map_or_else(Vec::new, |sink| sink.fresh_memory());
             self.report.audit = self.audit.map(|audit| audit.findings());
             self.report.compression = lock(&self.shared.seen).compression;
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use multifd_proto::{BlockName, machine::Dialect, packet::Compression};
 
+use super::FreshMemory;
 use crate::progress::{Progress, RoundStats};
 use crate::round::audit::Findings;
 
@@ -56,6 +57,8 @@ pub struct Report {
     pub normal: u64,
     /// Pages received as zeros.
     pub zero: u64,
+    /// How memory that was never touched got its content, and why so, by block, where there was a choice.
+    pub fresh_memory: Vec<FreshMemory>,
     /// What the audit found, where [`Options::audit`](super::Options::audit) asked for it.
     pub audit: Option<Findings>,
     /// Bytes on main.

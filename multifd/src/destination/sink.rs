@@ -7,7 +7,7 @@ use std::{io, ops::Range};
 
 use super::{
     clean::CleanMemory,
-    first_touch::{Filler, FirstTouch},
+    first_touch::{Filler, FirstTouch, FreshMemory},
 };
 use crate::{
     dirty_bitmap::word_masks,
@@ -44,6 +44,11 @@ pub(crate) trait PageSink: Send + Sync {
     /// come already.
     fn settle(&self, round_over: bool) {
         let _ = round_over;
+    }
+
+    /// How memory that was never touched got its content, by block, where there was a choice.
+    fn fresh_memory(&self) -> Vec<FreshMemory> {
+        Vec::new()
     }
 }
 
@@ -127,6 +132,20 @@ impl MemorySink {
         Ok(runs)
     }
 
+    /// Reads `runs` from `stream` to where they belong.
+    fn receive_into_place(&self, stream: &mut dyn Stream, runs: &[(u64, GuestRange<'_>, bool)]) -> io::Result<()> {
+        for (_, run, touched) in runs {
+            if !touched {
+                self.filler.prepare(*run);
+            }
+        }
+        let ranges: Vec<GuestRange<'_>> = runs.iter().map(|(_, run, _)| *run).collect();
+        let outcome = stream.read_pages(&ranges);
+        // Also on failure: any part of it may have been written.
+        self.touch(runs);
+        outcome
+    }
+
     fn touch(&self, runs: &[(u64, GuestRange<'_>, bool)]) {
         for (first, run, touched) in runs {
             if !touched {
@@ -155,21 +174,21 @@ impl MemorySink {
 impl PageSink for MemorySink {
     fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()> {
         let runs = self.runs(block, offsets)?;
-        if runs.iter().any(|(_, run, touched)| !touched && self.filler.copies(*run)) {
-            let bytes = scratch.room(offsets.len() * self.ram.layout().page_size());
+        let len = offsets.len() * self.ram.layout().page_size();
+        let copies = runs.iter().any(|(_, run, touched)| !touched && self.filler.copies(*run));
+        let all_fresh = runs.iter().all(|(_, _, touched)| !touched);
+        let trial = runs.first().filter(|_| all_fresh).and_then(|(_, run, _)| self.filler.trial(*run, copies));
+        if copies {
+            let bytes = scratch.room(len);
             stream.read_exact(bytes)?;
-            return self.place(&runs, bytes);
+            self.place(&runs, bytes)?;
+        } else {
+            self.receive_into_place(stream, &runs)?;
         }
-        for (_, run, touched) in &runs {
-            if !touched {
-                self.filler.prepare(*run);
-            }
+        if let Some(trial) = trial {
+            trial.ends(len as u64);
         }
-        let ranges: Vec<GuestRange<'_>> = runs.iter().map(|(_, run, _)| *run).collect();
-        let outcome = stream.read_pages(&ranges);
-        // Also on failure: any part of it may have been written.
-        self.touch(&runs);
-        outcome
+        Ok(())
     }
 
     fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
@@ -201,6 +220,10 @@ impl PageSink for MemorySink {
 
     fn settle(&self, round_over: bool) {
         self.filler.settle(round_over);
+    }
+
+    fn fresh_memory(&self) -> Vec<FreshMemory> {
+        self.filler.account()
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod advice;
+pub(crate) mod cpu_time;
 pub(crate) mod file_block;
 #[cfg(all(any(test, feature = "fuzzing"), not(any(loom, shuttle))))]
 pub(crate) mod guarded;

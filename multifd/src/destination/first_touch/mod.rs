@@ -3,11 +3,18 @@
 //! A plain read into such memory takes a page fault for each page, in which the kernel clears a page that is overwritten
 //! at once. The alternatives save the fault, the clearing, or both.
 
+mod advised;
+mod choice;
+mod folios;
 mod slices;
 
 use std::io;
 
-use self::slices::Slices;
+pub use self::slices::FreshMemory;
+use self::{
+    choice::{Trial, Way},
+    slices::Slices,
+};
 use crate::{
     ram::{GuestRange, Ram},
     sys::{advice, kvm::system_page_size},
@@ -17,7 +24,9 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FirstTouch {
     /// [`Copy`](FirstTouch::Copy) where the kernel permits it and the memory has small pages, else
-    /// [`Direct`](FirstTouch::Direct).
+    /// [`Direct`](FirstTouch::Direct). Where the host gives pages of 64 to 512 KiB, runs of pages that fill some are read into
+    /// those instead if that costs less CPU time, which is tried for each block, and again every 256 MiB. A sparse guest does not
+    /// grow by that, unless the host gives large pages to all memory, unasked: then to four times its content at most.
     #[default]
     Auto,
     /// Read from the socket into place. Best where the memory is present already or has huge pages.
@@ -52,27 +61,48 @@ impl Filler {
             // The kernel fills whole pages of its own, and some guests have smaller ones.
             _ if !(ram.layout().page_size() as u64).is_multiple_of(system_page_size()) => Filler::Direct,
             FirstTouch::Auto if has_huge_pages(ram) => Filler::Direct,
-            FirstTouch::Auto | FirstTouch::Copy => match Slices::new(ram) {
-                Ok(slices) => Filler::Copy(slices),
-                Err(error) => {
-                    tracing::debug!(%error, "no userfaultfd; fresh memory is filled by page faults");
-                    Filler::Direct
-                }
-            },
+            FirstTouch::Auto => Filler::of(Slices::or_large_pages(ram)),
+            FirstTouch::Copy => Filler::of(Slices::new(ram)),
+        }
+    }
+
+    fn of(slices: io::Result<Slices>) -> Filler {
+        match slices {
+            Ok(slices) => Filler::Copy(slices),
+            Err(error) => {
+                tracing::debug!(%error, "no userfaultfd; fresh memory is filled by page faults");
+                Filler::Direct
+            }
         }
     }
 
     /// Whether content for `range`, which was never touched, comes through private memory and [`fill`](Self::fill).
     pub(super) fn copies(&self, range: GuestRange<'_>) -> bool {
-        matches!(self, Filler::Copy(slices) if slices.takes(range))
+        matches!(self, Filler::Copy(slices) if slices.way(range) == Way::Copy)
+    }
+
+    /// Begins to measure what it costs to fill `range`, which was never touched, where the result is of interest. `copies`
+    /// says how it is filled.
+    pub(super) fn trial(&self, range: GuestRange<'_>, copies: bool) -> Option<Trial<'_>> {
+        let Filler::Copy(slices) = self else { return None };
+        slices.trial(range, if copies { Way::Copy } else { Way::InPlace })
+    }
+
+    /// How each block got its first content, where there was a choice.
+    pub(super) fn account(&self) -> Vec<FreshMemory> {
+        if let Filler::Copy(slices) = self { slices.account() } else { Vec::new() }
     }
 
     /// Gets `range`, which was never touched, ready to be read into.
     pub(crate) fn prepare(&self, range: GuestRange<'_>) {
-        if let Filler::Populate = self
-            && let Err(error) = advice::populate(range)
-        {
-            tracing::debug!(%error, "memory is not populated ahead");
+        match self {
+            Filler::Copy(slices) => slices.prepare(range),
+            Filler::Populate => {
+                if let Err(error) = advice::populate(range) {
+                    tracing::debug!(%error, "memory is not populated ahead");
+                }
+            }
+            Filler::Direct => {}
         }
     }
 

@@ -8,11 +8,21 @@
 //!
 //! A slice is registered once. Pages that come for it afterwards are written like any other, also by a thread that
 //! finds the registration gone between two system calls.
+//!
+//! Where the host gives large pages (see `folios`), each slice goes one of two ways, as `choice` says: it is registered, or runs
+//! are read into place, which the kernel was asked before to back with large pages.
 
 use std::{collections::VecDeque, io, ops::Range};
 
+use multifd_proto::BlockName;
+
+use super::{
+    advised::Advised,
+    choice::{Choice, Trial, Way},
+    folios::{self, Folios, Memory},
+};
 use crate::{
-    ram::{GuestRange, Ram},
+    ram::{Backing, GuestRange, Ram, RamBlock},
     sync::{
         Mutex,
         atomic::{
@@ -38,8 +48,17 @@ pub(crate) struct Slices {
 }
 
 struct Block {
+    name: BlockName,
     addresses: Range<u64>,
     slices: Vec<Slice>,
+    choice: Choice,
+    large: Result<Large, String>,
+}
+
+/// Large pages, which a block may get.
+struct Large {
+    folios: Folios,
+    advised: Advised,
 }
 
 struct Slice {
@@ -49,6 +68,8 @@ struct Slice {
     left: AtomicU64,
     /// The age in which it was last filled.
     used: AtomicU32,
+    /// 0 before its first long run, then one more than its [`Way`].
+    way: AtomicU8,
 }
 
 /// Not registered yet.
@@ -78,20 +99,34 @@ impl Slices {
     /// # Errors
     /// The kernel's: there is no userfaultfd for this process.
     pub(super) fn new(ram: &Ram) -> io::Result<Slices> {
-        Slices::of(ram, SLICE, MOST_OPEN)
+        Slices::of(ram, SLICE, MOST_OPEN, |_| Err("asked for".to_owned()))
     }
 
-    fn of(ram: &Ram, bytes: u64, most_open: usize) -> io::Result<Slices> {
+    /// The same, where large pages are used if they are cheaper.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(super) fn or_large_pages(ram: &Ram) -> io::Result<Slices> {
+        Slices::of(ram, SLICE, MOST_OPEN, folios::of_host)
+    }
+
+    fn of(
+        ram: &Ram,
+        bytes: u64,
+        most_open: usize,
+        host: impl Fn(Memory) -> Result<Folios, String>,
+    ) -> io::Result<Slices> {
         let uffd = Userfaultfd::open().map_err(|(_, error)| error)?;
-        let block = |block: &crate::ram::RamBlock| {
+        let block = |block: &RamBlock| {
             let addresses = block.address()..block.address() + block.bytes() as u64;
             let count = (addresses.end - 1) / bytes - addresses.start / bytes + 1;
             let slices = (0..count as usize).map(|slice| {
                 let part = slice_of(&addresses, slice, bytes);
                 let left = AtomicU64::new(part.end - part.start);
-                Slice { state: AtomicU8::new(FRESH), left, used: AtomicU32::new(0) }
+                Slice { state: AtomicU8::new(FRESH), left, used: AtomicU32::new(0), way: AtomicU8::new(0) }
             });
-            Block { slices: slices.collect(), addresses }
+            let (name, slices, large) = (block.name().clone(), slices.collect(), large(block, &host));
+            Block { name, addresses, slices, choice: Choice::default(), large }
         };
         let mut blocks: Vec<Block> = ram.blocks().iter().map(block).collect();
         blocks.sort_by_key(|block| block.addresses.start);
@@ -99,10 +134,52 @@ impl Slices {
         Ok(Slices { uffd, blocks, bytes, most_open, age, open })
     }
 
-    /// Whether pages that come for `range` are filled by the kernel, as far as can be told now.
-    pub(super) fn takes(&self, range: GuestRange<'_>) -> bool {
-        let state = |id: SliceId| self.slice(id).state.load(Relaxed);
-        self.parts(range).any(|(id, _)| state(id) != OVER)
+    /// How pages that come for `range` get their first content, as far as can be told now.
+    pub(super) fn way(&self, range: GuestRange<'_>) -> Way {
+        let parts: Vec<SliceId> = self.parts(range).map(|(id, _)| id).collect();
+        if parts.iter().all(|id| self.slice(*id).state.load(Relaxed) == OVER) {
+            return Way::InPlace;
+        }
+        let block = &self.blocks[parts[0].block];
+        // A large page that comes unasked may hold more than what is filled: [`MOST_INFLATED`] times as much.
+        let long = |large: &Large| range.len() >= LEAST_RUN.max(large.folios.largest_unasked / MOST_INFLATED);
+        if !block.large.as_ref().is_ok_and(long) {
+            return Way::Copy;
+        }
+        let chosen = &self.slice(parts[0]).way;
+        match chosen.load(Relaxed) {
+            0 => {
+                let way = block.choice.next();
+                // Of threads that are here at the same time, the first one chooses.
+                match chosen.compare_exchange(0, way as u8 + 1, Relaxed, Relaxed) {
+                    Ok(_) => way,
+                    Err(other) => Way::of(other - 1),
+                }
+            }
+            way => Way::of(way - 1),
+        }
+    }
+
+    /// Begins to measure what it costs that `range` goes `way`, where that is of interest.
+    pub(super) fn trial(&self, range: GuestRange<'_>, way: Way) -> Option<Trial<'_>> {
+        let block = self.block_of(range);
+        block.large.is_ok().then(|| block.choice.trial(way))
+    }
+
+    /// Asks for large pages for `range`, which is about to be filled in place.
+    pub(super) fn prepare(&self, range: GuestRange<'_>) {
+        let block = self.block_of(range);
+        block.choice.went(Way::InPlace, range.len() as u64);
+        if let Ok(large) = &block.large
+            && large.folios.advised
+        {
+            large.advised.ask(range);
+        }
+    }
+
+    /// What became of the memory of each block.
+    pub(super) fn account(&self) -> Vec<FreshMemory> {
+        self.blocks.iter().map(Block::account).collect()
     }
 
     /// Puts `from` into `range`, which was never touched as far as is known, in pages of `page_size`.
@@ -110,6 +187,7 @@ impl Slices {
     /// # Errors
     /// The kernel's.
     pub(super) fn fill(&self, range: GuestRange<'_>, from: &[u8], page_size: usize) -> io::Result<()> {
+        self.block_of(range).choice.went(Way::Copy, range.len() as u64);
         for (id, part) in self.parts(range) {
             let (to, from) = (range.slice(part.start, part.len()).expect("a part"), &from[part]);
             if self.is_open(id) {
@@ -240,6 +318,15 @@ impl Slices {
         self.close();
     }
 
+    fn block_of(&self, range: GuestRange<'_>) -> &Block {
+        &self.blocks[self.block_at(range.as_ptr() as u64)]
+    }
+
+    /// The position of the block that `address` lies in.
+    fn block_at(&self, address: u64) -> usize {
+        self.blocks.partition_point(|block| block.addresses.end <= address)
+    }
+
     fn slice(&self, id: SliceId) -> &Slice {
         &self.blocks[id.block].slices[id.slice]
     }
@@ -247,7 +334,7 @@ impl Slices {
     /// The slices that `range` lies in, each with the bytes of the range that are its.
     fn parts(&self, range: GuestRange<'_>) -> impl Iterator<Item = (SliceId, Range<usize>)> + use<> {
         let (start, bytes) = (range.as_ptr() as u64, self.bytes);
-        let block = self.blocks.partition_point(|block| block.addresses.end <= start);
+        let block = self.block_at(start);
         let (first, mut done, len) = (self.blocks[block].addresses.start / bytes, 0, range.len());
         std::iter::from_fn(move || {
             let from = start + done as u64;
@@ -272,6 +359,67 @@ impl Drop for Slices {
     }
 }
 
+/// The large pages that `block` may get.
+fn large(block: &RamBlock, host: impl Fn(Memory) -> Result<Folios, String>) -> Result<Large, String> {
+    let memory = match block.backing() {
+        Backing::Anonymous => Memory::Private,
+        Backing::MemoryFile(file) => {
+            // The kernel maps a large page only where its address and its place in the file are alike.
+            if !(block.address() ^ file.offset()).is_multiple_of(CONGRUENT) {
+                return Err(format!(
+                    "it is mapped at {:#x}, from {:#x} of its file on: for large pages both have to be the same in their last {} \
+                     bits",
+                    block.address(),
+                    file.offset(),
+                    CONGRUENT.trailing_zeros()
+                ));
+            }
+            Memory::Shared
+        }
+        _ => return Err("it was not said what it is made of".to_owned()),
+    };
+    let folios = host(memory)?;
+    let advised = Advised::new(block.address(), block.bytes() as u64).map_err(|error| error.to_string())?;
+    Ok(Large { folios, advised })
+}
+
+impl Block {
+    fn account(&self) -> FreshMemory {
+        let [copied, in_place] = [Way::Copy, Way::InPlace].map(|way| self.choice.bytes(way));
+        let [copy_cost, in_place_cost] = [Way::Copy, Way::InPlace].map(|way| self.choice.cost(way));
+        let reason = match (&self.large, copy_cost, in_place_cost) {
+            (Err(why), ..) => format!("put in place by the kernel (UFFDIO_COPY): {why}"),
+            (Ok(_), Some(copy), Some(place)) => {
+                let way = match self.choice.way() {
+                    Way::Copy => "put in place by the kernel (UFFDIO_COPY)",
+                    Way::InPlace => "read into large pages",
+                };
+                format!("{way}: {copy:.2} CPU s/GB the one way, {place:.2} into large pages, as measured last")
+            }
+            (Ok(_), ..) => "there was too little to find out whether large pages are cheaper".to_owned(),
+        };
+        FreshMemory { block: self.name.clone(), copied, in_place, copy_cost, in_place_cost, reason }
+    }
+}
+
+/// How the memory of one RAM block got its first content.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct FreshMemory {
+    /// The name of the block.
+    pub block: BlockName,
+    /// Bytes that went through private memory, and were put in place by the kernel.
+    pub copied: u64,
+    /// Bytes that were read into place.
+    pub in_place: u64,
+    /// CPU seconds for a GB the first way, when it was tried last; `None` where it was not tried.
+    pub copy_cost: Option<f64>,
+    /// The same of the second way.
+    pub in_place_cost: Option<f64>,
+    /// Why most of it went the way it did, in words; also what the host would have to be set to.
+    pub reason: String,
+}
+
 /// The addresses of slice number `slice` of a block at `addresses`.
 fn slice_of(addresses: &Range<u64>, slice: usize, bytes: u64) -> Range<u64> {
     let start = (addresses.start / bytes + slice as u64) * bytes;
@@ -282,6 +430,13 @@ fn slice_of(addresses: &Range<u64>, slice: usize, bytes: u64) -> Range<u64> {
 const SLICE: u64 = 4 << 20;
 /// The most slices that are registered at a time: channels fill the same one, or neighbours.
 const MOST_OPEN: usize = 16;
+/// Bytes in the shortest run that is read into place: the smallest large page.
+const LEAST_RUN: usize = 64 << 10;
+/// How many times the content of a sparse guest may take, where the host gives large pages that it was not asked for. (What it
+/// is asked for is filled to the last byte.) Of pages of 2 MiB, a run as long as the longest packet fills this part.
+const MOST_INFLATED: usize = 4;
+/// The largest of the large pages that are used: addresses and places in a file have to be the same modulo this.
+const CONGRUENT: u64 = 512 << 10;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
@@ -302,7 +457,8 @@ mod tests {
 
     /// `None` where this process gets no userfaultfd.
     fn slices(ram: &Ram, most_open: usize) -> Option<Slices> {
-        Slices::of(ram, SMALL, most_open).map_err(|error| skip(&format!("no userfaultfd: {error}"))).ok()
+        let none = |_| Err("it is not asked".to_owned());
+        Slices::of(ram, SMALL, most_open, none).map_err(|error| skip(&format!("no userfaultfd: {error}"))).ok()
     }
 
     fn content(page: u64) -> [u8; PAGE] {
@@ -360,9 +516,9 @@ mod tests {
         let ram = ram(&[("ram", 100)]);
         let Some(slices) = slices(&ram, 3) else { return };
         fill(&slices, &ram, 0..5);
-        assert!(slices.takes(ram.page(90).unwrap()));
+        assert_eq!(slices.way(ram.page(90).unwrap()), Way::Copy);
         slices.close();
-        assert!(!slices.takes(ram.page(90).unwrap()) && !slices.takes(ram.page(6).unwrap()));
+        assert_eq!([90, 6].map(|page| slices.way(ram.page(page).unwrap())), [Way::InPlace; 2]);
         fill(&slices, &ram, 5..100);
         assert_eq!(registered(&ram), 0);
         assert_filled(&ram, 0..100);
@@ -412,5 +568,59 @@ mod tests {
             slices.close();
             assert_eq!(registered(&ram), 0);
         });
+    }
+
+    /// Memory of 12 slices, on a host that gives large pages.
+    fn with_large_pages(largest_unasked: usize) -> Option<(Ram, Slices)> {
+        let ram = ram(&[("ram", 12 * 256)]);
+        let host = |_| Ok(Folios { advised: largest_unasked == 0, largest_unasked });
+        let slices =
+            Slices::of(&ram, 1 << 20, 3, host).map_err(|error| skip(&format!("no userfaultfd: {error}"))).ok()?;
+        Some((ram, slices))
+    }
+
+    #[test]
+    fn long_runs_are_tried_both_ways_where_the_host_gives_large_pages() {
+        let Some((ram, slices)) = with_large_pages(0) else { return };
+        let run = |first: u64, pages: usize| ram.blocks()[0].range(first * 4096, pages * PAGE).unwrap();
+        assert_eq!(ram.blocks()[0].address() % (1 << 20), 0, "mapped at a multiple of a large page");
+        assert_eq!(slices.way(run(0, 15)), Way::Copy, "shorter than a large page");
+        assert_eq!(
+            [0, 16, 256, 300].map(|first| slices.way(run(first, 16))),
+            [Way::Copy, Way::Copy, Way::InPlace, Way::InPlace]
+        );
+        for (first, way, cost) in [(0, Way::Copy, 2000), (256, Way::InPlace, 1)] {
+            let trial = slices.trial(run(first, 256), way).unwrap();
+            // What it costs is what the thread does meanwhile.
+            (0..cost).for_each(|round| drop(std::hint::black_box(vec![round as u8; 64 << 10])));
+            trial.ends(1 << 20);
+        }
+        assert_eq!(slices.way(run(512, 16)), Way::InPlace);
+        slices.prepare(run(512, 256));
+        let [account] = &slices.account()[..] else { panic!("one block") };
+        assert_eq!((account.copied, account.in_place), (0, 1 << 20));
+        assert!(
+            account.copy_cost > account.in_place_cost && account.reason.starts_with("read into large pages"),
+            "{account:?}"
+        );
+    }
+
+    /// A host that gives large pages to all made a guest that uses one page in many as large as its memory.
+    #[test]
+    fn a_run_is_read_into_place_only_if_it_fills_a_quarter_of_any_large_page() {
+        let Some((ram, slices)) = with_large_pages(2 << 20) else { return };
+        let run = |first: u64, pages: usize| ram.blocks()[0].range(first * 4096, pages * PAGE).unwrap();
+        slices.way(run(0, 256));
+        assert_eq!([127, 128].map(|pages| slices.way(run(256, pages))), [Way::Copy, Way::InPlace]);
+    }
+
+    #[test]
+    fn the_account_says_why_there_are_no_large_pages() {
+        let ram = ram(&[("ram", 20)]);
+        let Some(slices) = slices(&ram, 3) else { return };
+        fill(&slices, &ram, 0..20);
+        let [account] = &slices.account()[..] else { panic!("one block") };
+        assert_eq!((account.copied, account.in_place), (20 * 4096, 0));
+        assert_eq!(account.reason, "put in place by the kernel (UFFDIO_COPY): it is not asked");
     }
 }
