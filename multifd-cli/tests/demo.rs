@@ -62,6 +62,9 @@ fn a_process_guest_moves_over_each_transport() {
         // 64 MiB of RAM and 2 MiB of the guest's own.
         assert_eq!(number(&report, "/verified/pages-compared"), 16384.0 + 512.0);
         assert!(number(&report, "/verify-time") > 0.0);
+        // What the guest saw itself ends with its first page there; digests are in neither figure.
+        assert!(number(&report, "/verified/guest-pause") > 0.0, "{report}");
+        assert!(number(&report, "/verified/guest-longest-wait") > 0.0, "{report}");
     }
 }
 

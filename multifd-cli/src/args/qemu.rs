@@ -16,7 +16,7 @@ use super::{
     tls::TlsArgs,
     transfer::{Compression, DEFAULT_CHANNELS, TransferArgs},
     values::{channels, meeting_uri, unix_uri},
-    verbs::{ReceiveArgs, ReturnPathAck},
+    verbs::{Direct, ReceiveArgs, ReturnPathAck},
 };
 use crate::units::{self, Limit};
 
@@ -223,6 +223,7 @@ impl CheckpointArgs {
             digest: self.digest,
             audit: false,
             record: None,
+            direct: Direct::Auto,
             return_path_ack: ReturnPathAck::Auto,
             channels: NonZeroU8::new(self.channels()).filter(|_| live),
             compression: live.then_some(compression),

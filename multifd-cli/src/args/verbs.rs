@@ -4,6 +4,7 @@ use std::{num::NonZeroU8, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
 use multifd::{
+    checkpoint::DirectWrites,
     source,
     transport::uri::{Uri, UriError},
 };
@@ -187,6 +188,10 @@ pub struct ReceiveArgs {
     /// status 6.
     #[arg(long)]
     pub audit: bool,
+    /// Write runs of pages past the page cache (O_DIRECT): the pause does not grow with the memory, and other files stay in
+    /// the cache. auto does so where the file system permits it.
+    #[arg(long, value_enum, default_value_t = Direct::Auto, value_name = "WHEN")]
+    pub direct: Direct,
     /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
     #[arg(long, value_name = "DIR")]
     pub record: Option<PathBuf>,
@@ -309,6 +314,27 @@ pub struct InspectArgs {
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Whether to write past the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Direct {
+    /// Where the file system permits it.
+    Auto,
+    /// Always; fail where the file system refuses.
+    On,
+    /// Never.
+    Off,
+}
+
+impl From<Direct> for DirectWrites {
+    fn from(direct: Direct) -> DirectWrites {
+        match direct {
+            Direct::Auto => DirectWrites::Auto,
+            Direct::On => DirectWrites::On,
+            Direct::Off => DirectWrites::Off,
+        }
+    }
 }
 
 /// Whether to tell the source that it may switch over.

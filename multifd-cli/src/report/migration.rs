@@ -12,7 +12,9 @@ use multifd::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Audit, ChannelCompression, ZeroCopy, compression_name, dialect_name, micros, millis, whole_millis};
+use super::{
+    Audit, ChannelCompression, FreshMemory, ZeroCopy, compression_name, dialect_name, micros, millis, whole_millis,
+};
 use crate::{role::Role, rounds::Rounds};
 
 /// The figures of one migration.
@@ -61,6 +63,9 @@ pub struct MigrationReport {
     /// By how many percent the guest was slowed down in the end.
     #[serde(default)]
     pub cpu_throttle_percentage: u8,
+    /// How memory that was never touched got its content, by block, where there was a choice.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fresh_memory: Vec<FreshMemory>,
     /// What the audit found, where one was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<Audit>,
@@ -205,6 +210,7 @@ impl MigrationReport {
             zero_copy: report.zero_copy.as_ref().map(ZeroCopy::from),
             dialect: Some(dialect_name(report.dialect).to_owned()),
             cpu_throttle_percentage: report.throttle,
+            fresh_memory: Vec::new(),
             audit: None,
             rounds: report.rounds.iter().map(Round::sent).collect(),
             channel_bytes: report.channel_bytes.clone(),
@@ -264,6 +270,7 @@ impl MigrationReport {
             zero_copy: None,
             dialect: report.dialect.map(|dialect| dialect_name(dialect).to_owned()),
             cpu_throttle_percentage: 0,
+            fresh_memory: report.fresh_memory.iter().map(FreshMemory::from).collect(),
             audit: report.audit.as_ref().map(Audit::from),
             rounds: report.rounds.iter().map(Round::received).collect(),
             channel_bytes: report.channel_bytes.clone(),
@@ -312,6 +319,7 @@ impl MigrationReport {
             zero_copy: None,
             dialect: None,
             cpu_throttle_percentage: rounds.latest().map_or(0, |round| round.throttle),
+            fresh_memory: Vec::new(),
             audit: None,
             rounds: kept.iter().map(|stats| Round::new(role, stats)).collect(),
             channel_bytes,

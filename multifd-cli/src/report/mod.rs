@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 pub use self::{
     migration::{MigrationReport, Round},
     outcome::Outcome,
-    parts::{Audit, ChannelCompression, ZeroCopy},
+    parts::{Audit, ChannelCompression, FreshMemory, ZeroCopy},
 };
 
 /// The fields of `value`, which is a struct, as part of a JSON object.

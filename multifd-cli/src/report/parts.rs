@@ -60,6 +60,39 @@ impl From<&source::ChannelCompression> for ChannelCompression {
     }
 }
 
+/// How the memory of one RAM block got its first content.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct FreshMemory {
+    /// The name of the block.
+    pub block: String,
+    /// Bytes that went through private memory, and were put in place by the kernel.
+    pub copied: u64,
+    /// Bytes that were read into place.
+    pub in_place: u64,
+    /// CPU seconds for a GB the first way, when it was tried last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_cost: Option<f64>,
+    /// The same of the second way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place_cost: Option<f64>,
+    /// Why most of it went the way it did, and what the host would have to be set to for the other one.
+    pub reason: String,
+}
+
+impl From<&destination::FreshMemory> for FreshMemory {
+    fn from(memory: &destination::FreshMemory) -> FreshMemory {
+        FreshMemory {
+            block: memory.block.as_str().to_owned(),
+            copied: memory.copied,
+            in_place: memory.in_place,
+            copy_cost: memory.copy_cost,
+            in_place_cost: memory.in_place_cost,
+            reason: memory.reason.clone(),
+        }
+    }
+}
+
 /// How sending without copies went.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

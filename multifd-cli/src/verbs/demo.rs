@@ -22,7 +22,7 @@ use crate::{
     child::{Ending, GuestProcess, Said},
     exit::Exit,
     monitor, progress,
-    report::{Audit, MigrationReport, Outcome, fields},
+    report::{Audit, FreshMemory, MigrationReport, Outcome, fields},
     role::Role,
     signals::{self, Hangup},
     table::{self, Columns},
@@ -84,6 +84,13 @@ pub struct Verified {
     guest_passes_before: u64,
     /// And at the end.
     guest_passes_after: u64,
+    /// The pause as the guest saw it, in milliseconds: until each of its CPUs had written a page at the destination. Without the
+    /// time for digests; of a guest that writes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_pause: Option<f64>,
+    /// The longest that one of its CPUs took for a few pages in the second after the pause, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_longest_wait: Option<f64>,
 }
 
 /// What the destination reports beside the migration.
@@ -98,6 +105,9 @@ struct DestinationReport {
     guest_errors: u64,
     guest_passes_before: u64,
     guest_passes_after: u64,
+    guest_pause: Option<f64>,
+    guest_longest_wait: Option<f64>,
+    fresh_memory: Vec<FreshMemory>,
     audit: Option<Audit>,
 }
 
@@ -307,12 +317,15 @@ impl<'a> Demo<'a> {
         };
         migration.exclude_verify_time(there.verify_time);
         migration.audit = there.audit.clone();
+        migration.fresh_memory = there.fresh_memory.clone();
         let verified = Verified {
             pages_compared: there.pages_compared,
             pages_different: there.pages_different + there.pages_wrong,
             guest_errors: there.guest_errors,
             guest_passes_before: there.guest_passes_before,
             guest_passes_after: there.guest_passes_after,
+            guest_pause: there.guest_pause,
+            guest_longest_wait: there.guest_longest_wait,
         };
         let mut report = Map::new();
         for name in ["guest", "guest-reason", "dirty-log", "dirty-log-reason"] {
@@ -381,6 +394,10 @@ impl<'a> Demo<'a> {
             table::grouped(ram.skipped),
         ));
         lines.extend(migration.auto_compression.iter().map(|channel| format!("{:<12}{}", "", channel.text())));
+        // The largest one; the others are small beside it.
+        if let Some(memory) = migration.fresh_memory.iter().max_by_key(|memory| memory.copied + memory.in_place) {
+            lines.push(format!("first touch {}", memory.reason));
+        }
         lines.extend(migration.zero_copy.as_ref().map(|zero_copy| format!("zero-copy   {}", zero_copy.text())));
         if let (Some(downtime), Some(parts)) = (migration.downtime_us, migration.downtime_parts) {
             lines.push(format!(
@@ -391,6 +408,14 @@ impl<'a> Demo<'a> {
                 parts.last_round,
                 parts.devices,
                 parts.confirm
+            ));
+        }
+        if let (Some(pause), Some(wait)) = (verified.guest_pause, verified.guest_longest_wait) {
+            lines.push(format!(
+                "{:<12}the guest saw a pause of {}, and waited for {} at most in the second after it",
+                "",
+                table::milliseconds(pause),
+                table::milliseconds(wait)
             ));
         }
         if !self.args.no_verify {

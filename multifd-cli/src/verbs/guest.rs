@@ -35,7 +35,7 @@ use crate::{
     listening,
     progress::Display,
     qmp::{Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
-    report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
+    report::{Audit, ChannelCompression, MigrationReport, Outcome, fields, millis},
     signals::{self, Hangup},
     table, terminal,
 };
@@ -135,6 +135,13 @@ pub struct Account {
     pub pages_checked: u64,
     /// How many of them were different.
     pub pages_wrong: u64,
+    /// The pause as the guest saw it, in milliseconds: from the moment at which it stopped at the source until each of its CPUs had
+    /// written a page here, without `verify-time`. Of a guest that came and writes, by the clocks of both hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_pause: Option<f64>,
+    /// The longest that one of its CPUs took for a few pages in the first second here, waiting included, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_longest_wait: Option<f64>,
 }
 
 /// The comparison with the source's digests.
@@ -696,6 +703,8 @@ impl<'a> Session<'a> {
             guest_errors: status.guest_errors() + u64::from(!registers),
             pages_checked: check.pages_compared,
             pages_wrong: check.pages_different,
+            guest_pause: guest.view().map(|view| millis(view.pause)),
+            guest_longest_wait: guest.view().map(|view| millis(view.longest_wait)),
         };
         Ok((account, check))
     }
@@ -709,6 +718,13 @@ impl<'a> Session<'a> {
             table::grouped(account.pages_wrong),
             table::grouped(account.pages_checked),
         ));
+        if let (Some(pause), Some(wait)) = (account.guest_pause, account.guest_longest_wait) {
+            outcome.text.push_str(&format!(
+                "It saw a pause of {} on its way here, and waited for {} at most in the second after.\n",
+                table::milliseconds(pause),
+                table::milliseconds(wait)
+            ));
+        }
         let mut wrong = Vec::new();
         if *guest_errors > 0 {
             wrong.push(format!("the guest found {guest_errors} errors in its memory or registers"));

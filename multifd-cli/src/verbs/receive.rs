@@ -45,6 +45,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         CheckpointError::Exists { path } => format!("{path:?} exists; --force replaces it").into(),
         error => Box::<dyn std::error::Error>::from(error),
     })?;
+    writer = writer.direct_writes(args.direct.into());
     let destination = Destination::new(options(args));
     let interrupted = Arc::new(AtomicBool::new(false));
     let (stop, seen) = (destination.stop_handle(), interrupted.clone());
