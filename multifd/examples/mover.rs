@@ -4,6 +4,8 @@
 //! mover send MIB MEMORY CONTENT [USED]         MEMORY: anonymous, memory-file
 //! mover receive URI MIB MEMORY FIRST_TOUCH [audit|tls=DIR]   MEMORY: also present (anonymous, touched before)
 //! mover receive-raw URI MIB CHANNELS           the same bytes over plain sockets: the limit
+//! mover checkpoint URI FILE DIRECT             into a checkpoint; DIRECT: auto, on, off
+//! mover restore FILE URI CHANNELS              from a checkpoint
 //! mover touch MIB MEMORY FIRST_TOUCH THREADS   content from the same few pages into fresh memory, without a connection
 //! mover warm MIB                               touches and frees memory
 //! ```
@@ -15,11 +17,13 @@
 
 use std::{
     io::{BufRead, Read, Write},
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
 
 use multifd::{
+    checkpoint::{Checkpoint, CheckpointSource, DirectWrites, Writer},
     destination::{self, Destination, FirstTouch},
     dirty::{DirtyLog, untouched::untouched},
     dirty_bitmap::DirtyBitmap,
@@ -44,6 +48,8 @@ fn main() -> Outcome {
             receive(&uri.parse()?, mib.parse()?, memory, first_touch, option)
         }
         ["receive-raw", uri, mib, channels] => receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?),
+        ["checkpoint", uri, file, direct] => checkpoint(&uri.parse()?, file.as_ref(), direct),
+        ["restore", file, uri, channels] => restore(file.as_ref(), &uri.parse()?, channels.parse()?),
         ["touch", mib, memory, first_touch, threads] => touch(mib.parse()?, memory, first_touch, threads.parse()?),
         ["warm", mib] => {
             std::hint::black_box(vec![1u8; mib.parse::<usize>()? << 20]);
@@ -79,6 +85,36 @@ fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, option: &str)
         report.normal,
         report.zero
     ));
+    Ok(())
+}
+
+fn checkpoint(uri: &Uri, file: &Path, direct: &str) -> Outcome {
+    let direct = match direct {
+        "auto" => DirectWrites::Auto,
+        "on" => DirectWrites::On,
+        "off" => DirectWrites::Off,
+        other => return Err(format!("direct {other}").into()),
+    };
+    let mut writer = Writer::create(file, true)?.direct_writes(direct);
+    let listener = uri.listener()?;
+    say(&format!("listening on {}", listener.uri()));
+    let cpu = cpu_seconds();
+    let destination = Destination::new(destination::Options::default());
+    let report = writer.receive(destination, Box::new(listener), &mut ())?;
+    let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
+    let downtime = report.downtime.unwrap_or_default().as_secs_f64() * 1e3;
+    say(&format!("{{\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"downtime-ms\":{downtime:.1}}}"));
+    Ok(())
+}
+
+fn restore(file: &Path, uri: &Uri, channels: u8) -> Outcome {
+    let cpu = cpu_seconds();
+    let mut vm = CheckpointSource::new(&Checkpoint::open(file)?)?;
+    let mut options = source::Options::default();
+    options.plan.channels = channels;
+    let report = Source::new(options).run(&mut vm, &*uri.connector()?, &mut ())?;
+    let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
+    say(&format!("{{\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3}}}"));
     Ok(())
 }
 

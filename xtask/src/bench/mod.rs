@@ -5,6 +5,7 @@
 //! `target/bench-quick`, and the page in `docs` stays as it is. With `--once` sizes are full and measurements are not
 //! repeated, but for throughput and rounds.
 
+mod checkpoint;
 mod downtime;
 mod findings;
 mod inner;
@@ -60,6 +61,7 @@ const SECTIONS: &[Section] = &[
     ("downtime", "Downtime of a guest that writes", downtime::writing),
     ("convergence", "How fast a guest may write", downtime::convergence),
     ("sparse", "Memory that was never touched", sparse::run),
+    ("checkpoint", "A checkpoint on disk", checkpoint::run),
     ("compression", "Compression", throughput::compression),
     ("tls", "TLS", tls::run),
     ("link", "A shaped link", link::run),

@@ -66,6 +66,13 @@ pub enum Destination<'a> {
     },
     /// The engine, into anonymous memory, with TLS and the certificates in this directory.
     Tls(&'a Path),
+    /// The engine, into a checkpoint.
+    Checkpoint {
+        /// The file.
+        file: &'a Path,
+        /// Whether pages go past the page cache.
+        direct: &'a str,
+    },
     /// Plain sockets, into memory that is present.
     Raw,
 }
@@ -119,9 +126,14 @@ impl Source {
             Destination::Tls(dir) => format!("tls={}", dir.display()),
             _ => String::new(),
         };
+        let file = match destination {
+            Destination::Checkpoint { file, .. } => file.display().to_string(),
+            _ => String::new(),
+        };
         let (arguments, option) = match destination {
             Destination::Engine { memory, first_touch } => (vec!["receive", uri, &mib, memory, first_touch], ""),
             Destination::Tls(_) => (vec!["receive", uri, &mib, "anonymous", "auto", &tls], &*tls),
+            Destination::Checkpoint { direct, .. } => (vec!["checkpoint", uri, &file, direct], ""),
             Destination::Raw => (vec!["receive-raw", uri, &mib, &count], "raw"),
         };
         let mut receiver = Mover::start(&self.program, &arguments)?;
@@ -131,6 +143,17 @@ impl Source {
         writeln!(self.input, "{uri} {channels} {options} {option}").map_err(|error| format!("the mover: {error}"))?;
         Ok(Moved { source: self.mover.json()?, destination: receiver.json()? })
     }
+}
+
+/// Sends the checkpoint in `file` over 4 channels into `mib` MiB that are present. Returns the seconds that it took.
+pub fn restore(bench: &Bench, mib: u32, file: &Path) -> Result<f64, String> {
+    let program = program(bench);
+    let mut receiver = Mover::start(&program, &["receive", "tcp:127.0.0.1:0", &mib.to_string(), "present", "direct"])?;
+    let said = receiver.line()?;
+    let uri = said.strip_prefix("listening on ").ok_or_else(|| format!("the mover said `{said}`"))?;
+    let report = Mover::start(&program, &["restore", &file.display().to_string(), uri, "4"])?.json()?;
+    receiver.json()?;
+    Ok(number(&report, "seconds"))
 }
 
 /// CPU seconds and seconds for the first content of `mib` MiB of fresh memory, without a connection.

@@ -179,6 +179,34 @@ impl Source {
         moved.map_err(|error| error.to_string())
     }
 
+    /// Migrates to `file`, a mapped-ram file, and puts that on disk. Returns the seconds until it is there, and the CPU seconds
+    /// of QEMU.
+    pub fn migrate_to_file(&mut self, file: &Path, channels: u8, direct: bool) -> Result<(f64, f64), String> {
+        self.drive_to_file(file, channels, direct).map_err(|error| error.to_string())
+    }
+
+    fn drive_to_file(
+        &mut self,
+        file: &Path,
+        channels: u8,
+        direct: bool,
+    ) -> Result<(f64, f64), Box<dyn std::error::Error>> {
+        let source = &mut self.qemu;
+        if source.qmp().run_state()? == "postmigrate" {
+            source.qmp().cont()?;
+            source.qmp().stop()?;
+        }
+        source.qmp().set_capabilities(&[("return-path", false), ("mapped-ram", true)])?;
+        source.qmp().set_multifd(channels, "none")?;
+        source.qmp().set_parameters(&[("max-bandwidth", json!(100u64 << 30)), ("direct-io", json!(direct))])?;
+        let before = cpu_seconds(source.pid());
+        let begun = Instant::now();
+        source.qmp().migrate(&format!("file:{}", file.display()))?;
+        source.qmp().wait_migration(&[Status::Completed], Duration::from_secs(120))?;
+        File::open(file)?.sync_all()?;
+        Ok((begun.elapsed().as_secs_f64(), cpu_seconds(source.pid()) - before))
+    }
+
     fn drive(
         &mut self,
         destination: &mut Qemu,
