@@ -33,7 +33,7 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Fresh private memory.
     pub(crate) fn anonymous(len: usize) -> io::Result<Mapping> {
-        Mapping::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+        Mapping::map_aligned(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
     }
 
     /// Fresh memory of a file that exists in memory only.
@@ -46,7 +46,7 @@ impl Mapping {
         // SAFETY: the descriptor is new and nobody else's.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(len as u64)?;
-        let mut mapping = Mapping::map(len, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())?;
+        let mut mapping = Mapping::map_aligned(len, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())?;
         mapping.file = Some(file);
         Ok(mapping)
     }
@@ -54,6 +54,35 @@ impl Mapping {
     /// The first `len` bytes of a descriptor, shared with the kernel or another mapping.
     pub(crate) fn shared(fd: RawFd, len: usize) -> io::Result<Mapping> {
         Mapping::map(len, libc::MAP_SHARED, fd)
+    }
+
+    /// Maps memory that is long enough at a multiple of a huge page, as VMMs do: the kernel maps large pages only where the address and
+    /// the place in the file are alike.
+    fn map_aligned(len: usize, flags: i32, fd: RawFd) -> io::Result<Mapping> {
+        if len < HUGE_PAGE || !len.is_multiple_of(HUGE_PAGE) {
+            return Mapping::map(len, flags, fd);
+        }
+        // Room is taken first; what is left of it before and behind the memory goes back.
+        let room_len = len.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mut room = Mapping::map(room_len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)?;
+        let start = room.base.addr().get();
+        let before = start.next_multiple_of(HUGE_PAGE) - start;
+        let at = room.base.as_ptr().wrapping_add(before);
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: `len` bytes within the room, which is ours and holds nothing.
+        let base = unsafe { libc::mmap(at.cast(), len, access, flags | libc::MAP_FIXED, fd, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        for (from, len) in [(room.base.as_ptr(), before), (at.wrapping_add(len), HUGE_PAGE - before)] {
+            if len > 0 {
+                // SAFETY: whole pages of the room before and behind the memory.
+                unsafe { libc::munmap(from.cast(), len) };
+            }
+        }
+        room.base = NonNull::new(at).ok_or_else(|| io::Error::other("memory was mapped at address 0"))?;
+        room.len = len;
+        Ok(room)
     }
 
     fn map(len: usize, flags: i32, fd: RawFd) -> io::Result<Mapping> {
@@ -105,6 +134,9 @@ impl Mapping {
         unsafe { AtomicU8::from_ptr(self.base.as_ptr().wrapping_add(offset)) }
     }
 }
+
+/// The largest page that the kernel gives without being asked for it by name.
+const HUGE_PAGE: usize = 2 << 20;
 
 impl Drop for Mapping {
     fn drop(&mut self) {
