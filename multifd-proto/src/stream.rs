@@ -23,6 +23,14 @@
 //!
 //! The package is the payload of its command; [`crate::postcopy::package`] knows its parts.
 //!
+//! Where the connection breaks after the package, the source goes on over a new one, which has no header
+//! ([`MainDecoder::resumed`]):
+//!
+//! ```text
+//! RECV_BITMAP for every block · POSTCOPY_RESUME
+//!          · PART ram { every page that was not received } … · END ram { } · end of state
+//! ```
+//!
 //! Elements, by their first byte:
 //!
 //! | byte | element       | followed by                                                          |
@@ -73,6 +81,8 @@ pub struct MainDecoder {
     ram: Ram,
     /// Sections other than `ram` that were started and have not ended.
     open: Vec<Section>,
+    /// Indices of the blocks that a recovery has asked for.
+    asked: Vec<usize>,
 }
 
 /// What the configuration said.
@@ -121,6 +131,8 @@ enum Postcopy {
     Before,
     /// Pages are discarded: nothing else may come before the package.
     Discarding,
+    /// The source goes on over a new connection, and asks first what was received.
+    Recovering,
     /// The package has come. Only discarded pages follow.
     Begun,
 }
@@ -182,7 +194,23 @@ impl MainDecoder {
             commands: false,
             ram: Ram::default(),
             open: Vec::new(),
+            asked: Vec::new(),
         }
+    }
+
+    /// A decoder at the first byte of the connection over which the source of this stream goes on, after the connection broke
+    /// behind the [package](Self::is_postcopy).
+    ///
+    /// # Panics
+    /// Before the package there is nothing to go on with.
+    #[must_use]
+    pub fn resumed(&self) -> Self {
+        assert!(self.is_postcopy(), "the package has come");
+        let mut decoder = self.clone();
+        (decoder.position, decoder.state) = (0, State::Elements);
+        (decoder.ram.phase, decoder.ram.last) = (RamPhase::Started, None);
+        (decoder.postcopy, decoder.asked) = (Postcopy::Recovering, Vec::new());
+        decoder
     }
 
     /// A decoder at the first section of a package of postcopy: it holds the state of devices, and nothing else.
@@ -291,7 +319,12 @@ impl MainDecoder {
 
     /// Whether the package has come: the source has given its VM away.
     pub fn is_postcopy(&self) -> bool {
-        self.postcopy == Postcopy::Begun
+        matches!(self.postcopy, Postcopy::Begun | Postcopy::Recovering)
+    }
+
+    /// Whether the source goes on over a new connection and has not said POSTCOPY_RESUME yet.
+    pub fn is_recovering(&self) -> bool {
+        self.postcopy == Postcopy::Recovering
     }
 
     /// The dialect the stream turned out to have, once the START section of `ram` is complete. In a stream without channels it
@@ -435,7 +468,8 @@ impl MainDecoder {
         match command {
             Command::OpenReturnPath => self.return_path = true,
             Command::PostcopyRamDiscard { .. } => self.postcopy = Postcopy::Discarding,
-            Command::Packaged { .. } => self.postcopy = Postcopy::Begun,
+            Command::Packaged { .. } | Command::PostcopyResume => self.postcopy = Postcopy::Begun,
+            Command::RecvBitmap { block } => self.asked.extend(self.ram.index.get(block)),
             Command::PostcopyAdvise(advice) => {
                 (self.advised, self.may_switch) = (true, advice.is_some());
                 self.configuration.layout.backing_page_size =
@@ -477,6 +511,9 @@ impl MainDecoder {
     fn element(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
         let byte = reader.u8()?;
         match byte {
+            byte if self.is_recovering() && byte != COMMAND => {
+                Err(unexpected(element_name(byte)?, "before POSTCOPY_RESUME"))
+            }
             EOF if self.ram.phase != RamPhase::Ended && !(self.may_be_snapshot() && self.ram.full_since) => {
                 Err(unexpected("EOF", "before the END section of ram"))
             }
@@ -546,6 +583,9 @@ impl MainDecoder {
 
     fn command(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
         let command = Command::read(reader)?;
+        if self.is_recovering() {
+            return self.recovery(command);
+        }
         if let Some(refusal) = command.refusal() {
             return Err(refusal.into());
         }
@@ -568,6 +608,21 @@ impl MainDecoder {
                 Ok(Item::Command(command))
             }
             _ => Ok(Item::Command(command)),
+        }
+    }
+
+    /// A command of a source that goes on: each block is asked for at most once, which bounds what it is answered.
+    fn recovery(&self, command: Command) -> Result<Item, Stop> {
+        match &command {
+            Command::PostcopyResume | Command::Ping(_) => Ok(Item::Command(command)),
+            Command::RecvBitmap { block } => match self.ram.index.get(block) {
+                Some(index) if self.asked.contains(index) => {
+                    Err(unexpected("RECV_BITMAP", "a second time for a block"))
+                }
+                Some(_) => Ok(Item::Command(command)),
+                None => Err(Violation::UnknownBlock { name: block.clone() }.into()),
+            },
+            _ => Err(unexpected(command.name(), "before POSTCOPY_RESUME")),
         }
     }
 

@@ -128,6 +128,69 @@ fn an_announced_switch_that_does_not_come_changes_nothing() {
     assert!(decoder.may_switch_to_postcopy() && !decoder.switches_to_postcopy() && decoder.finished());
 }
 
+/// What a decoder that goes on after a switch, which broke behind each of its last pieces, makes of `wire`: how many items it takes, and
+/// what it says then.
+fn resumed(wire: &MainEncoder) -> (usize, String, MainDecoder) {
+    use Piece::*;
+    let pieces = [Part, Discard, Package, Ping, Part, End];
+    let mut outcomes: Vec<(usize, String, MainDecoder)> = (3..=pieces.len())
+        .map(|len| {
+            let mut decoder = decode(&pieces[..len]).1.resumed();
+            let (mut items, mut at) = (0, 0);
+            loop {
+                match decoder.step(&wire.as_bytes()[at..]) {
+                    Ok(Step::Item { item, used }) => (items, at) = (items + 1, at + used + item.payload_len() as usize),
+                    Ok(Step::Need(_)) => return (items, String::new(), decoder),
+                    Err(error) => return (items, error.to_string(), decoder),
+                }
+            }
+        })
+        .collect();
+    let last = outcomes.pop().unwrap();
+    assert!(
+        outcomes.iter().all(|(items, said, _)| (*items, said) == (last.0, &last.1)),
+        "where it broke makes no difference"
+    );
+    last
+}
+
+/// A new connection has no header. The positions in it are its own, and its first page names its block.
+#[test]
+fn a_source_that_goes_on_asks_what_has_come_before_it_sends_the_rest() {
+    let block = BlockName::new("pc.ram").unwrap();
+    let asks = |out: &mut MainEncoder| _ = out.command(&Command::RecvBitmap { block: block.clone() });
+    let mut whole = MainEncoder::new();
+    asks(&mut whole);
+    whole.command(&Command::PostcopyResume).ram_part(RAM, false).zero_page(&block, 0).eos().footer(RAM);
+    whole.ram_part(RAM, true).eos().footer(RAM).eof();
+    let (items, said, decoder) = resumed(&whole);
+    assert_eq!((items, said.as_str()), (10, ""));
+    assert!(decoder.is_postcopy() && !decoder.is_recovering() && decoder.ram_ended() && decoder.finished());
+    assert_eq!(decoder.position(), whole.as_bytes().len() as u64);
+
+    let refused = |build: &dyn Fn(&mut MainEncoder), message: &str| {
+        let mut wire = MainEncoder::new();
+        asks(&mut wire);
+        build(&mut wire);
+        let (_, said, decoder) = resumed(&wire);
+        assert!(said.contains(message) && decoder.is_recovering(), "{said:?}, and not {message:?}");
+    };
+    refused(&asks, "RECV_BITMAP a second time for a block");
+    let vga = BlockName::new("vga").unwrap();
+    refused(&|out| _ = out.command(&Command::RecvBitmap { block: vga.clone() }), "block \"vga\" is unknown");
+    refused(&|out| _ = out.ram_part(RAM, false), "SECTION_PART before POSTCOPY_RESUME");
+    refused(&|out| _ = out.ram_part(RAM, true), "SECTION_END before POSTCOPY_RESUME");
+    refused(&|out| _ = out.eof(), "EOF before POSTCOPY_RESUME");
+    refused(&|out| _ = out.command(&Command::OpenReturnPath), "OPEN_RETURN_PATH before POSTCOPY_RESUME");
+    refused(&|out| _ = out.command(&Command::Packaged { len: 5 }), "PACKAGED before POSTCOPY_RESUME");
+    let mut again = MainEncoder::new();
+    again.command(&Command::PostcopyResume).command(&Command::PostcopyResume);
+    assert!(resumed(&again).1.contains("POSTCOPY_RESUME: an interrupted postcopy"), "{}", resumed(&again).1);
+    let mut nameless = MainEncoder::new();
+    nameless.command(&Command::PostcopyResume).ram_part(RAM, false).raw(&[0, 0, 0, 0, 0, 0, 0, 0x28]);
+    assert!(resumed(&nameless).1.contains("no block was named before"), "{}", resumed(&nameless).1);
+}
+
 proptest! {
     #[test]
     fn elements_of_a_switch_follow_one_another_as_a_second_reading_of_the_rules_says(

@@ -118,6 +118,14 @@ pub enum Error {
         /// [give the VM back](crate::destination::give_back).
         blocks: Vec<(BlockName, u64)>,
     },
+    /// A source that has switched to postcopy lost its connections and did not go on over new ones in time.
+    #[error("{reason}; the source did not go on over new connections within {} s", limit.as_secs_f64())]
+    NotContinued {
+        /// What ended the connections.
+        reason: Box<Error>,
+        /// How long it was waited for.
+        limit: Duration,
+    },
     /// The guest was paused for longer than the options allow, and the destination had not been told to start it.
     #[error("the guest was paused for {:.1} s, which is the limit of the pause", limit.as_secs_f64())]
     PauseLimit {

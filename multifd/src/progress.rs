@@ -101,6 +101,20 @@ pub enum Event {
     Round(RoundStats),
     /// The guest is slowed down from now on.
     Throttle(u8),
+    /// A source that has switched to postcopy has lost its connections; it is waited for until it goes on over new ones.
+    Interrupted {
+        /// What ended the connections.
+        reason: String,
+        /// Pages that are missing.
+        missing: u64,
+        /// How long it is waited for.
+        limit: Duration,
+    },
+    /// It goes on.
+    Continued {
+        /// Pages that are missing.
+        missing: u64,
+    },
 }
 
 /// Is told what happens, by the thread that called `run`.

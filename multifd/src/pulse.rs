@@ -31,7 +31,18 @@ impl Pulse {
         limit: impl Fn() -> Option<Duration> + Send + 'static,
         stop: &StopHandle,
     ) {
-        let (pulse, stop) = (self.clone(), stop.clone());
+        let stop = stop.clone();
+        self.watch_with(timers, limit, move |limit| _ = stop.stop(Error::Stalled { limit }));
+    }
+
+    /// The same with `silent`, which is called once with the limit, in place of the stop.
+    pub(crate) fn watch_with(
+        &self,
+        timers: &Timers,
+        limit: impl Fn() -> Option<Duration> + Send + 'static,
+        silent: impl Fn(Duration) + Send + 'static,
+    ) {
+        let pulse = self.clone();
         let next_look = |limit: Option<Duration>| limit.map_or(LONGEST_LOOK, |limit| (limit / LOOKS).min(LONGEST_LOOK));
         let (mut seen, mut quiet) = (self.bytes.load(Relaxed), Duration::ZERO);
         let mut look = next_look(limit());
@@ -46,7 +57,7 @@ impl Pulse {
             if let Some(limit) = limit
                 && quiet + look / 2 >= limit
             {
-                stop.stop(Error::Stalled { limit });
+                silent(limit);
                 return None;
             }
             look = next_look(limit);

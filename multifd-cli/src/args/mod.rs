@@ -26,6 +26,7 @@ pub use self::{
     give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
     observe::ObserveArgs,
+    origin::Ready,
     output::{LogFormat, OutputArgs, ProgressMode},
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     schema::SchemaArgs,

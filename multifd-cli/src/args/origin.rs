@@ -29,27 +29,41 @@ pub enum Origin {
     Systemd(Option<String>),
 }
 
+/// An origin that can be accepted from.
+pub struct Ready {
+    /// Where connections arrive.
+    pub listener: Box<dyn Listen>,
+    /// What is waited for, as a sentence.
+    pub what: String,
+    /// Where the source connects to, with the port that was picked.
+    pub uri: Option<Uri>,
+}
+
 impl Origin {
-    /// Makes it ready to be accepted from, and says what is waited for.
+    /// Makes it ready to be accepted from.
     ///
     /// # Errors
     /// It cannot be opened or listened at.
-    pub fn listener(&self) -> io::Result<(Box<dyn Listen>, String)> {
+    pub fn listener(&self) -> io::Result<Ready> {
         Ok(match self {
-            Origin::StandardInput => {
-                (Box::new(FdListener::standard_input()?), "reading from standard input".to_owned())
-            }
-            Origin::File { path, offset } => {
-                (Box::new(OneWayListener::open(path, *offset)?), format!("reading from {self}"))
-            }
+            Origin::StandardInput => Ready {
+                listener: Box::new(FdListener::standard_input()?),
+                what: "reading from standard input".to_owned(),
+                uri: None,
+            },
+            Origin::File { path, offset } => Ready {
+                listener: Box::new(OneWayListener::open(path, *offset)?),
+                what: format!("reading from {self}"),
+                uri: None,
+            },
             Origin::Uri(uri) => {
                 let listener = uri.listener()?;
-                let what = format!("listening on {}", listener.uri());
-                (Box::new(listener), what)
+                let uri = listener.uri().clone();
+                Ready { listener: Box::new(listener), what: format!("listening on {uri}"), uri: Some(uri) }
             }
             Origin::Systemd(name) => {
                 let (listener, at) = activation::listener(name.as_deref())?;
-                (listener, format!("listening on {at}"))
+                Ready { listener, what: format!("listening on {at}"), uri: None }
             }
         })
     }

@@ -229,6 +229,7 @@ impl CheckpointArgs {
             compression: live.then_some(compression),
             qmp: None,
             uuid: None,
+            recover_timeout: Duration::ZERO,
             observe: self.observe.clone(),
             link: LinkArgs { stall_timeout: self.stall_timeout, token: None, tls: self.tls.clone() },
             listen: self.incoming.clone(),

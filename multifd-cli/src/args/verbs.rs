@@ -211,6 +211,10 @@ pub struct ReceiveArgs {
     /// UUID of the VM that is expected; a source with another one is refused [default: any].
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     pub uuid: Option<[u8; 16]>,
+    /// How long to wait for a source that has switched to postcopy when its connections break, until it goes on over new ones (at the
+    /// source: migrate -r); what came is kept meanwhile. 0 to fail at once. Not with --token.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time)]
+    pub recover_timeout: Duration,
     /// The connections.
     #[command(flatten)]
     pub link: LinkArgs,

@@ -111,6 +111,8 @@ pub(super) struct Received {
     pub mode: Option<Mode>,
     /// From when the state is.
     pub instant: Option<Instant>,
+    /// How often the source went on over new connections, after a switch to postcopy.
+    pub recoveries: Option<u64>,
     /// The file.
     pub checkpoint: Option<File>,
     /// The file is complete, though the migration failed: the source may not know it.

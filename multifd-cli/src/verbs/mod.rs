@@ -6,6 +6,7 @@ mod demo;
 mod give_back;
 mod guest;
 mod inspect;
+mod interrupted;
 mod postcopy;
 mod receive;
 mod restore;

@@ -14,13 +14,14 @@ use multifd::{
     checkpoint::{self, Checkpoint, CheckpointError},
     destination::{self, Destination, Mode, SwitchoverAck},
     error::Error,
-    transport::{Listen, record::Recording},
+    transport::{Listen, record::Recording, uri::Uri},
 };
 use multifd_proto::BlockName;
 use serde_json::{Map, Value, json};
 
+use super::interrupted::Interrupted;
 use crate::{
-    args::{Compression, ReceiveArgs, ReturnPathAck},
+    args::{Compression, Ready, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
     listening, printable,
@@ -53,7 +54,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         seen.store(true, Ordering::Relaxed);
         stop.cancel();
     })?;
-    let listener = listener(args)?;
+    let (listener, at) = listener(args)?;
     let progress = destination.progress();
     let commands = Steered { verb: "receives", stop: destination.stop_handle() };
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::InMigrate, Settings::default(), false, commands)?;
@@ -61,7 +62,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let mut display = Display::new(Role::Destination, &args.output, &progress);
     let begun = Instant::now();
     let watched = &mut Watched::new(&mut display, qmp.clone(), Role::Destination);
-    let received = writer.receive(destination, listener, watched);
+    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, at));
     let rounds = display.rounds();
     drop(display);
     match received {
@@ -99,6 +100,7 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
     options.token = args.link.token.map(|token| token.0);
     options.audit = args.audit;
     options.max_unidentified = args.listen.max_unidentified.into();
+    options.recover_limit = args.recover_timeout;
     options.switchover_ack = match args.return_path_ack {
         ReturnPathAck::Auto => SwitchoverAck::Auto,
         ReturnPathAck::Never => SwitchoverAck::Never,
@@ -107,14 +109,15 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
     options
 }
 
-fn listener(args: &ReceiveArgs) -> io::Result<Box<dyn Listen>> {
+/// What the source connects to, and its address where it has one.
+fn listener(args: &ReceiveArgs) -> io::Result<(Box<dyn Listen>, Option<Uri>)> {
     let recording = args.record.as_deref().map(Recording::new).transpose()?;
-    let (listener, what) = args.from.listener()?;
+    let Ready { listener, what, uri } = args.from.listener()?;
     let listener = args.link.tls.listener(args.listen.allow.listener(listener))?;
     listening::announce(&what);
     Ok(match recording {
-        Some(recording) => Box::new(recording.listener(listener)),
-        None => listener,
+        Some(recording) => (Box::new(recording.listener(listener)), uri),
+        None => (listener, uri),
     })
 }
 
@@ -143,6 +146,9 @@ pub(super) fn described(args: &ReceiveArgs, received: &destination::Report, inte
     };
     report.insert("mode".to_owned(), mode.into());
     report.insert("instant".to_owned(), instant.into());
+    if received.mode == Mode::Postcopy {
+        report.insert("recoveries".to_owned(), received.recoveries.into());
+    }
     report.insert("checkpoint".to_owned(), file_report(&args.file));
     let mut text = summary(&migration, received, &args.file);
     if let Err(missing) = read_back(args, interrupted, &mut report, &mut text) {

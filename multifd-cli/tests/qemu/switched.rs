@@ -7,9 +7,12 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use test_support::{TempDir, report, time_limit};
 
-use crate::harness::{
-    LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_runs_on, assert_same_memory, block, entries, listen,
-    load_file, receive_uri, vm,
+use crate::{
+    cutter::Cutter,
+    harness::{
+        LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_runs_on, assert_same_memory, block, entries,
+        listen, load_file, receive_uri, vm,
+    },
 };
 
 const TABLE: &str = "switches to postcopy";
@@ -136,16 +139,98 @@ fn a_source_that_switches_to_postcopy_is_taken_whole() {
 /// A source whose pages come so slowly that it can be caught among them, after `receive` has seen its switch.
 fn among_the_pages(source: Source, installed: &Installed, dir: &TempDir) -> (Qemu, Multifd) {
     let mut qemu = source.start(installed);
-    let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &[]);
+    let more = ["--recover-timeout=0"];
+    let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &more);
+    send_pages_slowly(&mut qemu, &uri);
+    (qemu, receive)
+}
+
+/// Has `qemu` switch and send its pages slowly to `uri`, and waits until the package has been taken.
+fn send_pages_slowly(qemu: &mut Qemu, uri: &str) {
     qemu.qmp().set_parameters(&[("max-postcopy-bandwidth", json!(4 << 20))]).unwrap();
-    switch_after(&mut qemu, &uri, 20 << 20);
-    let transferred = |answer: &Value| answer["ram"]["transferred"].as_u64().unwrap();
-    let switched = transferred(&wait_status(&mut qemu, "postcopy-active"));
-    // More than a socket and a reader hold, so that the package has been taken.
-    while transferred(&wait_status(&mut qemu, "postcopy-active")) < switched + (3 << 20) {
+    switch_after(qemu, uri, 20 << 20);
+    let switched = transferred(&wait_status(qemu, "postcopy-active"));
+    // More than sockets and a reader hold.
+    while transferred(&wait_status(qemu, "postcopy-active")) < switched + (3 << 20) {
         thread::sleep(Duration::from_millis(10));
     }
-    (qemu, receive)
+}
+
+fn transferred(answer: &Value) -> u64 {
+    answer["ram"]["transferred"].as_u64().unwrap()
+}
+
+/// What the network does to a source among its pages.
+#[derive(Clone, Copy, Debug)]
+enum Breaks {
+    /// All connections end.
+    Cut,
+    /// The source gives them up, as an operator has it do where the network says nothing (`migrate-pause`).
+    Paused,
+}
+
+/// Breaks the connections of `qemu`, and has it go on over new ones.
+fn interrupt(qemu: &mut Qemu, cutter: &Cutter, breaks: Breaks) {
+    let taken = cutter.taken();
+    match breaks {
+        Breaks::Cut => cutter.cut(),
+        Breaks::Paused => drop(qemu.qmp().execute("migrate-pause", json!({})).unwrap()),
+    }
+    wait_status(qemu, "postcopy-paused");
+    qemu.qmp().execute("migrate", json!({ "uri": cutter.uri(), "resume": true })).unwrap();
+    wait_status(qemu, "postcopy-active");
+    assert!(cutter.taken() > taken);
+}
+
+/// The migration failed with the connection, and the guest had to be given back.
+fn connections_break_among_the_pages(sources: &[Source]) {
+    for source in sources {
+        let Some(installed) = Installed::require(source.version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let file = dir.join("checkpoint");
+            let mut qemu = source.start(&installed);
+            let more = ["--digest", "--recover-timeout=5min"];
+            let (mut receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &more);
+            let cutter = Cutter::start(&dir.join("network"), &uri);
+            send_pages_slowly(&mut qemu, &cutter.uri());
+            for breaks in [Breaks::Cut, Breaks::Paused] {
+                interrupt(&mut qemu, &cutter, breaks);
+                receive.wait_line_with("the source goes on with");
+                let from = transferred(&wait_status(&mut qemu, "postcopy-active"));
+                while transferred(&wait_status(&mut qemu, "postcopy-active")) < from + (1 << 20) {
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+            qemu.qmp().set_parameters(&[("max-postcopy-bandwidth", json!(0))]).unwrap();
+            let received = receive.done();
+            wait_status(&mut qemu, "completed");
+            assert_eq!((&received["mode"], &received["recoveries"]), (&"postcopy".into(), &2.into()));
+            assert_same_memory(&mut qemu, &received);
+            let mut destination = vm(&installed, source.machine).incoming().start().unwrap();
+            Settings::default().apply(&mut destination);
+            let uri = listen(&mut destination, false);
+            Multifd::start(["send", &file.display().to_string(), &uri]).done();
+            assert_goes_on(&qemu, &mut destination);
+        });
+        report(TABLE, &format!("{}, went on twice over new connections: ok", source.name()));
+    }
+}
+
+#[test]
+fn a_source_of_7_2_whose_connections_break_among_its_pages_goes_on() {
+    connections_break_among_the_pages(&[SOURCES[1]]);
+}
+
+#[test]
+fn a_source_of_10_0_whose_connections_break_among_its_pages_goes_on() {
+    connections_break_among_the_pages(&[SOURCES[2], SOURCES[3]]);
+}
+
+/// Channels are not opened again, and are not needed.
+#[test]
+fn a_source_of_11_1_whose_connections_break_among_its_pages_goes_on() {
+    connections_break_among_the_pages(&[SOURCES[4], SOURCES[8]]);
 }
 
 /// Does what `error` says to have the guest of `qemu` run again.

@@ -3,7 +3,7 @@
 //! A connection is a stranger's until it has said that it is main, or a channel and has joined. Of those that have not said
 //! what they are, and of those that wait to be judged, there is a bounded number: the oldest makes room for the newest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     sync::{Mutex, lock},
@@ -52,8 +52,17 @@ pub(super) enum Stage {
     Silent,
     /// It says that it is a channel.
     Candidate,
+    /// It says that it is main of a source that goes on, and the one before has not ended.
+    Next,
     /// It is main, a channel that has joined, or a preempt connection that has brought a page or its end.
     Member,
+}
+
+impl Stage {
+    /// Whether it belongs to the connections that a source has before it goes on over new ones.
+    const fn is_old_member(self) -> bool {
+        matches!(self, Stage::Candidate | Stage::Member)
+    }
 }
 
 impl Connections {
@@ -135,6 +144,43 @@ impl Connections {
         state.interrupter = Some(interrupter);
     }
 
+    /// Connection `number` outlives its thread, to be main when the one that is main has ended. Returns whether it may.
+    pub(super) fn keep_for_later(&self, number: usize) -> bool {
+        let mut state = lock(&self.state);
+        let goes_on = !state.stopped;
+        if let Some(entry) = state.open.get_mut(&number) {
+            (entry.stage, entry.lives_on) = (Stage::Next, goes_on);
+        }
+        goes_on
+    }
+
+    /// Ends connection `number`, which has no thread.
+    pub(super) fn forget(&self, number: usize) {
+        let forgotten = lock(&self.state).open.remove(&number);
+        if let Some(entry) = forgotten {
+            entry.stopper.stop();
+        }
+    }
+
+    /// Ends main, all channels, and the connections `others`. Silent ones stay, and the one that is to be main next.
+    pub(super) fn end_members(&self, others: &BTreeSet<usize>) {
+        let state = lock(&self.state);
+        let is_old = |number: &usize, entry: &Entry| entry.stage.is_old_member() || others.contains(number);
+        state.open.iter().filter(|(number, entry)| is_old(number, entry)).for_each(|(_, entry)| entry.stopper.stop());
+    }
+
+    /// Whether a channel or a preempt connection that has brought something has a thread.
+    pub(super) fn members_have_threads(&self) -> bool {
+        lock(&self.state).open.values().any(|entry| entry.stage.is_old_member() && !entry.lives_on)
+    }
+
+    /// The connection that was main has ended.
+    pub(super) fn forget_main(&self) {
+        let mut state = lock(&self.state);
+        state.open.retain(|_, entry| !(entry.lives_on && entry.stage.is_old_member()));
+        state.interrupter = None;
+    }
+
     /// Ends main's waiting for its source, now and from now on. All connections stay.
     pub(super) fn interrupt_main(&self) {
         let mut state = lock(&self.state);
@@ -186,6 +232,8 @@ impl State {
         match stage {
             Stage::Silent => self.max_silent,
             Stage::Candidate => MAX_CANDIDATES,
+            // The newest takes the place of the one before.
+            Stage::Next => usize::MAX,
             Stage::Member => usize::MAX,
         }
     }

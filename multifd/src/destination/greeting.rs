@@ -77,10 +77,13 @@ pub(super) fn serve(
             }
             !shared.single
         }
-        Err(Refused::Error(error)) => {
-            shared.stop.stop(error);
-            false
-        }
+        Err(Refused::Error(error)) => match shared.break_off(error) {
+            Ok(()) => true,
+            Err(error) => {
+                shared.stop.stop(error);
+                false
+            }
+        },
     }
 }
 
@@ -144,6 +147,10 @@ fn greet(
                 false => shared.recognize(&hello)?,
             }
             ReceiveChannel::new(hello, number, stream, shared.clone()).run()
+        }
+        Beginning::Recovery if shared.may_go_on() => {
+            unlimited(stream)?;
+            shared.keep_next_main(connection, first.to_vec(), number)
         }
         Beginning::Recovery => Err(stranger(
             "continues a postcopy migration that was interrupted (RECV_BITMAP): it can only be taken from its beginning",

@@ -51,6 +51,12 @@ impl MainReader {
         MainReader { sends: (far_end == FarEnd::Peer).then_some(sends), far_end, peer, ..reader }
     }
 
+    /// Reads from `main`, over which a source goes on, what `decoder` expects.
+    pub(super) fn resumed(main: MainConnection, decoder: MainDecoder, progress: Progress, pulse: Pulse) -> MainReader {
+        let page_size = decoder.page_size();
+        MainReader { decoder, ..MainReader::new(main, page_size, progress, pulse) }
+    }
+
     /// The same for a recording, of which the magic has been read. Its source went on when it had its answer, and the
     /// recording ends where main did.
     pub(crate) fn of_recording(receives: Box<dyn RecvHalf>, page_size: usize) -> MainReader {
@@ -248,12 +254,18 @@ impl MainReader {
 
     /// Sends `message` to the source, if there is a way back.
     pub(super) fn reply(&mut self, message: &Message) -> Result<(), Error> {
+        self.reply_with(message, &[])
+    }
+
+    /// The same with `more` after the message, outside of it.
+    pub(super) fn reply_with(&mut self, message: &Message, more: &[u8]) -> Result<(), Error> {
         let Some(sends) = &mut self.sends else {
             tracing::debug!(?message, "there is no way back");
             return Ok(());
         };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
+        bytes.extend_from_slice(more);
         let at = Place { connection: Connection::ReturnPath, offset: 0 };
         sends.write(&bytes, &[]).map_err(Error::io(at))
     }

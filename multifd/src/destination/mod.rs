@@ -22,6 +22,7 @@ mod named;
 mod options;
 mod postcopy;
 mod preempt;
+mod recovery;
 mod report;
 mod rounds;
 mod shared;
@@ -35,7 +36,10 @@ use multifd_proto::extension::{Extensions, Offer};
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
-use self::{accept::Acceptor, named::NamedPages, shared::Shared, switchover_ack::AckTiming, target::VmTarget};
+use self::{
+    accept::Acceptor, named::NamedPages, recovery::Recoveries, shared::Shared, switchover_ack::AckTiming,
+    target::VmTarget,
+};
 pub use self::{
     first_touch::{FirstTouch, FreshMemory},
     give_back::give_back,
@@ -155,6 +159,7 @@ struct Run {
     named: Option<NamedPages>,
     /// The state of all devices, once a package of postcopy has brought it.
     package: Option<Vec<u8>>,
+    recoveries: Recoveries,
     sink: Option<Arc<dyn PageSink>>,
     audit: Option<Arc<Audit>>,
     begun: Duration,
@@ -195,6 +200,7 @@ impl Run {
             complete: false,
             named: None,
             package: None,
+            recoveries: Recoveries::default(),
             sink: None,
             audit: None,
             begun,
@@ -207,7 +213,7 @@ impl Run {
         self.enter(Phase::Connect, observer);
         self.await_main()?;
         self.enter(Phase::Setup, observer);
-        self.stream(target, observer)?;
+        self.take(target, observer)?;
         self.enter(Phase::Confirm, observer);
         self.confirm(target)?;
         // The VM runs here. Nothing that goes wrong from now on may say that it does not.

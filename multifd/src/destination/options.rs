@@ -40,6 +40,10 @@ pub struct Options {
     pub max_unidentified: usize,
     /// How long the source may send fewer than 4 KiB on all connections once it is there; `None` for no limit.
     pub stall_limit: Option<Duration>,
+    /// How long to wait for a source that has switched to postcopy and lost its connections, until it goes on over new ones; zero
+    /// to fail at once. The wait begins again when a page has come since. Such a connection names no [`token`](Self::token), so with
+    /// one there is no wait.
+    pub recover_limit: Duration,
     /// What to agree on with a source of ours, of what it offers.
     pub extensions: Extensions,
     /// How long the source may take to close main after it was told that the VM is ours.
@@ -72,6 +76,7 @@ impl Default for Options {
             setup_timeout: Some(Duration::from_secs(30)),
             max_unidentified: 64,
             stall_limit: Some(Duration::from_secs(120)),
+            recover_limit: Duration::ZERO,
             extensions: Extensions::known(),
             close_timeout: Duration::from_secs(5),
             audit: false,

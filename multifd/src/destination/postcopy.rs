@@ -4,7 +4,7 @@
 //! where a page was asked for, on a preempt connection. No page is asked for here. Each comes exactly once; when none is missing the
 //! migration is committed as any other. Until then the VM runs nowhere, and its source does not let it run again by itself.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use multifd_proto::{
     BlockName, DecodeError, Violation,
@@ -17,6 +17,7 @@ use multifd_proto::{
 use super::{Mode, Run, Target, shared::Pages};
 use crate::{
     error::{Error, Mismatch, Place},
+    layout::BlockLayout,
     progress::{Observer, Phase},
     round::discarded::Discarded,
     stop::StopHandle,
@@ -31,7 +32,6 @@ pub(super) struct Switch {
     changed: Condvar,
 }
 
-#[derive(Default)]
 struct State {
     /// Whether the source may switch, so that there may be a preempt connection; once main has come to the RAM blocks.
     announced: Option<bool>,
@@ -41,9 +41,32 @@ struct State {
     blocks: Option<Arc<[BlockEntry]>>,
     /// Pages that were claimed and are not in place yet.
     placing: u64,
-    /// Preempt connections that have spoken and have not ended.
+    /// The lowest number of a connection whose pages are taken; none while main is lost.
+    taken_from: Option<usize>,
+    /// Preempt connections whose words are read.
+    reading: BTreeSet<usize>,
+    /// How many of them have brought a page or their end.
     preempts: usize,
+    /// Why all connections were given up, where it was not main that noticed it first.
+    lost: Option<Error>,
     stopped: bool,
+}
+
+impl Default for State {
+    /// Connections come in any order, so all are taken with the first main.
+    fn default() -> State {
+        State {
+            announced: None,
+            discarded: None,
+            blocks: None,
+            placing: 0,
+            taken_from: Some(0),
+            reading: BTreeSet::new(),
+            preempts: 0,
+            lost: None,
+            stopped: false,
+        }
+    }
 }
 
 impl Switch {
@@ -70,32 +93,98 @@ impl Switch {
         }
     }
 
-    /// Waits until the package has come, and returns the block list.
+    /// Preempt connection `number` has something to say: waits until the package has come, and returns the block list. `None`: the
+    /// connection belongs to a main that was lost, and its pages are not taken.
     ///
     /// # Errors
     /// [`Error::Stopped`].
-    pub(super) fn await_package(&self) -> Result<Arc<[BlockEntry]>, Error> {
+    pub(super) fn preempt_begins(&self, number: usize) -> Result<Option<Arc<[BlockEntry]>>, Error> {
         let mut state = lock(&self.state);
         loop {
             if state.stopped {
                 return Err(Error::Stopped);
             }
-            if let Some(blocks) = &state.blocks {
-                return Ok(blocks.clone());
+            match (state.taken_from, state.blocks.clone()) {
+                (Some(first), Some(_)) if number < first => return Ok(None),
+                (Some(_), Some(blocks)) => {
+                    state.reading.insert(number);
+                    return Ok(Some(blocks));
+                }
+                _ => state = wait(&self.changed, state),
             }
-            state = wait(&self.changed, state);
         }
     }
 
-    /// A preempt connection has spoken.
-    pub(super) fn preempt_begins(&self) {
+    /// The first word of a preempt connection was accepted.
+    pub(super) fn preempt_is_accepted(&self) {
         lock(&self.state).preempts += 1;
     }
 
-    /// A preempt connection that has spoken has ended.
-    pub(super) fn preempt_ends(&self) {
-        lock(&self.state).preempts -= 1;
+    /// Preempt connection `number`, which may have been accepted, has ended.
+    pub(super) fn preempt_ends(&self, number: usize, accepted: bool) {
+        let mut state = lock(&self.state);
+        state.reading.remove(&number);
+        state.preempts -= usize::from(accepted);
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Whether the package has come.
+    pub(super) fn has_package(&self) -> bool {
+        lock(&self.state).blocks.is_some()
+    }
+
+    /// All connections are given up because of `error`. Returns the preempt connections.
+    pub(super) fn lose(&self, error: Error) -> BTreeSet<usize> {
+        let mut state = lock(&self.state);
+        state.lost.get_or_insert(error);
+        self.changed.notify_all();
+        state.reading.clone()
+    }
+
+    /// Main is lost: no preempt connection begins to bring pages until [`go_on_from`](Self::go_on_from). Returns those that have begun.
+    pub(super) fn suspend(&self) -> BTreeSet<usize> {
+        let mut state = lock(&self.state);
+        state.taken_from = None;
+        state.reading.clone()
+    }
+
+    /// Waits until no thread of an old connection places a page any more; `are_gone` says whether those of channels have ended.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub(super) fn await_suspension(&self, are_gone: impl Fn() -> bool) -> Result<(), Error> {
+        let mut state = lock(&self.state);
+        while !(state.reading.is_empty() && state.placing == 0 && are_gone()) {
+            if state.stopped {
+                return Err(Error::Stopped);
+            }
+            state = wait(&self.changed, state);
+        }
+        // What the threads that ended met on their way is no news.
+        state.lost = None;
+        Ok(())
+    }
+
+    /// Connection `number` is main now. What preempt connections bring that came before it is not taken.
+    pub(super) fn go_on_from(&self, number: usize) {
+        lock(&self.state).taken_from = Some(number);
+        self.changed.notify_all();
+    }
+
+    /// Main is lost, for the reason `error` if there was none before. Returns the first reason, and how many pages are missing.
+    pub(super) fn lost(&self, error: Error) -> (Error, u64) {
+        let mut state = lock(&self.state);
+        let first = state.lost.take().unwrap_or(error);
+        (first, state.discarded.as_ref().map_or(0, Discarded::missing))
+    }
+
+    /// Calls `tell` with the number of pages of `block`, and with those that are in place, counted from its first page.
+    pub(super) fn received(&self, block: &BlockLayout, tell: impl FnOnce(u64, &mut dyn Iterator<Item = u64>)) {
+        let state = lock(&self.state);
+        let first = block.first_page();
+        let is_here = |page: &u64| !state.discarded.as_ref().is_some_and(|discarded| discarded.lacks(first + page));
+        tell(block.pages(), &mut (0..block.pages()).filter(is_here));
     }
 
     /// A connection that had not spoken has ended: those who wait look again.
@@ -151,6 +240,11 @@ impl Switch {
                 state.discarded.as_ref().map_or((0, 0), |discarded| (discarded.missing(), discarded.pages()));
             if state.placing == 0 && missing == 0 {
                 return Ok(());
+            }
+            if state.placing == 0
+                && let Some(lost) = state.lost.take()
+            {
+                return Err(lost);
             }
             let known = state.preempts > 0 || more_may_come();
             let over = deadline.is_over() || !known && grace.is_over();
@@ -235,19 +329,22 @@ impl Run {
         let place = self.main().place();
         let bytes = self.main().payload(len as usize)?;
         let package = Package::of(bytes).map_err(Error::protocol(place))?;
-        let devices = bytes[package.devices].to_vec();
+        let (devices, pings) = (bytes[package.devices].to_vec(), package.pings);
         if devices.is_empty() || !vmdesc::look_whole(&devices) {
             let what = "its devices are not whole sections";
             return Err(Error::protocol(place)(DecodeError::BadPackage { len: len as usize, what }));
         }
         self.package = Some(devices);
         self.no_round_is_missing(&pages)?;
-        for value in package.pings {
-            self.main().reply(&Message::Pong(value))?;
-        }
         let blocks = self.main().decoder().blocks().into();
         lock(&self.shared.switch.state).blocks = Some(blocks);
         self.shared.switch.changed.notify_all();
+        if self.shared.may_go_on() {
+            self.shared.watch_for_breaks(self.shared.options.stall_limit);
+        }
+        for value in pings {
+            self.main().reply(&Message::Pong(value))?;
+        }
         Ok(())
     }
 
@@ -283,20 +380,30 @@ impl Run {
         Ok(())
     }
 
-    /// Main has ended after the switch: takes what preempt connections still bring, and hands the devices over.
+    /// Main has ended: takes what preempt connections still bring, after a switch.
     ///
     /// # Errors
-    /// Pages are missing; the target's.
-    pub(super) fn postcopy_is_whole(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+    /// Pages are missing; a connection is lost; [`Error::Stopped`].
+    pub(super) fn await_pushed_pages(&mut self) -> Result<(), Error> {
+        if self.report.mode != Mode::Postcopy {
+            return Ok(());
+        }
         let connections = self.shared.connections.clone();
         let patience = self.shared.options.setup_timeout;
-        self.shared.switch.await_pages(patience, || connections.any_is_silent())?;
+        self.shared.switch.await_pages(patience, || connections.any_is_silent())
+    }
+
+    /// Every page is in place after a switch: hands the devices over.
+    ///
+    /// # Errors
+    /// The target's.
+    pub(super) fn postcopy_is_whole(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         self.sink().settle(true);
         let devices = self.package.take().expect("the decoder ends no postcopy without its package");
         target.devices(&devices, self.shared.page_size)
     }
 
-    fn pages(&self) -> Pages {
+    pub(super) fn pages(&self) -> Pages {
         lock(&self.shared.pages).clone().expect("the decoder lets no switch pass before the block list")
     }
 }

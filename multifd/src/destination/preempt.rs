@@ -7,6 +7,7 @@ use std::io;
 
 use multifd_proto::{
     postcopy::{PreemptDecoder, PreemptItem},
+    ram::BlockEntry,
     wire::Step,
 };
 
@@ -47,20 +48,20 @@ impl<'a> PreemptReader<'a> {
     /// It begins with something that is no word of this migration: a stranger's. Else the first rule that it breaks; the
     /// connection's; [`Error::Stopped`].
     pub(super) fn run(mut self) -> Result<(), Refused> {
-        let outcome = self.words();
-        if self.accepted {
-            self.shared.switch.preempt_ends();
-        }
+        // What it says refers to pages that main has discarded.
+        let Some(blocks) = self.shared.switch.preempt_begins(self.number)? else {
+            return Err(Refused::Stranger("belongs to connections that are lost".to_owned()));
+        };
+        let outcome = self.words(&blocks);
+        self.shared.switch.preempt_ends(self.number, self.accepted);
         outcome
     }
 
-    fn words(&mut self) -> Result<(), Refused> {
-        // What it says refers to pages that main has discarded.
-        let blocks = self.shared.switch.await_package()?;
+    fn words(&mut self, blocks: &[BlockEntry]) -> Result<(), Refused> {
         let mut decoder = PreemptDecoder::new();
         loop {
             let place = self.place();
-            let step = match decoder.step(&self.buf, &blocks, self.shared.page_size) {
+            let step = match decoder.step(&self.buf, blocks, self.shared.page_size) {
                 Ok(step) => step,
                 Err(error) if !self.accepted => {
                     return Err(Refused::Stranger(format!("begins with no page of this migration: {error}")));
@@ -80,7 +81,7 @@ impl<'a> PreemptReader<'a> {
             };
             if !std::mem::replace(&mut self.accepted, true) {
                 self.shared.connections.advance(self.number, Stage::Member);
-                self.shared.switch.preempt_begins();
+                self.shared.switch.preempt_is_accepted();
             }
             self.use_up(used);
             match item {

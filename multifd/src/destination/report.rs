@@ -59,6 +59,8 @@ pub struct Report {
     pub zero: u64,
     /// How memory that was never touched got its content, and why so, by block, where there was a choice.
     pub fresh_memory: Vec<FreshMemory>,
+    /// How often the source went on over new connections, after it had switched to postcopy.
+    pub recoveries: u64,
     /// What the audit found, where [`Options::audit`](super::Options::audit) asked for it.
     pub audit: Option<Findings>,
     /// Bytes on main.

@@ -244,6 +244,8 @@ pub(super) struct MainSlot {
     /// Until the main thread has it.
     pub(super) connection: Option<MainConnection>,
     pub(super) taken: bool,
+    /// The main of a source that goes on, with the number of the connection, until the one before has broken.
+    pub(super) next: Option<(usize, MainConnection)>,
     /// Main has said whose migration it is.
     pub(super) identified: bool,
     pub(super) stopped: bool,

@@ -61,6 +61,11 @@ impl Discarded {
         Ok(())
     }
 
+    /// Whether page number `page` was discarded and has not come.
+    pub(crate) fn lacks(&self, page: u64) -> bool {
+        self.missing.contains(page)
+    }
+
     /// How many pages were discarded.
     pub(crate) fn pages(&self) -> u64 {
         self.pages

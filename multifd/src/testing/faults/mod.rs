@@ -11,6 +11,7 @@ mod late;
 mod panics;
 mod pause;
 mod postcopy;
+mod postcopy_recovery;
 mod refusals;
 mod reused_memory;
 mod set_up;

@@ -11,17 +11,17 @@ use multifd_proto::{
 use super::script::*;
 use crate::destination::{Mode, Options};
 
-const LEN: u64 = PAGE as u64;
+pub(super) const LEN: u64 = PAGE as u64;
 /// The element type of a command.
 const COMMAND: u8 = 8;
 
-fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
+pub(super) fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
     let mut encoder = MainEncoder::new();
     encode(&mut encoder).as_bytes().to_vec()
 }
 
 /// Main up to the first page, from a source that may switch.
-fn announced(channels: bool) -> Wire {
+pub(super) fn announced(channels: bool) -> Wire {
     let mut start = MainEncoder::new();
     start.header().configuration("multifd").command(&Command::OpenReturnPath).command(&Command::Ping(1));
     let advice = PostcopyAdvice { page_size_summary: LEN, page_size: LEN };
@@ -37,7 +37,7 @@ fn announced(channels: bool) -> Wire {
 }
 
 /// A section of ram with these pages, each filled with its byte; 0 is a page of zeros.
-fn part(pages: &[(&str, u64, u8)], end: bool) -> Vec<u8> {
+pub(super) fn part(pages: &[(&str, u64, u8)], end: bool) -> Vec<u8> {
     let mut out = MainEncoder::new();
     out.ram_part(1, end);
     for &(name, page, fill) in pages {
@@ -50,7 +50,7 @@ fn part(pages: &[(&str, u64, u8)], end: bool) -> Vec<u8> {
 }
 
 /// RAM_DISCARD of these pages.
-fn discard(name: &str, pages: std::ops::Range<u64>) -> Vec<u8> {
+pub(super) fn discard(name: &str, pages: std::ops::Range<u64>) -> Vec<u8> {
     let ranges = vec![DiscardRange { start: pages.start * LEN, len: (pages.end - pages.start) * LEN }];
     encoded(|out| out.command(&Command::PostcopyRamDiscard { block: block(name), ranges }))
 }
@@ -61,13 +61,13 @@ fn cpu() -> Vec<u8> {
 }
 
 /// PACKAGED with the state of one CPU, and PING 4.
-fn packaged() -> Vec<u8> {
+pub(super) fn packaged() -> Vec<u8> {
     let mut bytes = Vec::new();
     package::encode(&cpu(), &mut bytes);
     [bytes, encoded(|out| out.command(&Command::Ping(4)))].concat()
 }
 
-fn end() -> Vec<u8> {
+pub(super) fn end() -> Vec<u8> {
     [part(&[], true), encoded(|out| out.eof())].concat()
 }
 
@@ -79,7 +79,7 @@ fn switched() -> Wire {
 }
 
 /// What was discarded by [`switched`].
-const DISCARDED: [(&str, u64, u8); 7] = [
+pub(super) const DISCARDED: [(&str, u64, u8); 7] = [
     ("ram", 2, 0x72),
     ("ram", 3, 0),
     ("ram", 4, 0x74),
@@ -90,12 +90,12 @@ const DISCARDED: [(&str, u64, u8); 7] = [
 ];
 
 /// The same behind the package.
-fn given_away() -> Wire {
+pub(super) fn given_away() -> Wire {
     switched().then(encoded(|out| out.command(&Command::Ping(2)))).then(packaged())
 }
 
 /// Without any channel, whether told so or not.
-fn no_channels(told: bool) -> Options {
+pub(super) fn no_channels(told: bool) -> Options {
     Options { channels: told.then_some(0), ..Options::default() }
 }
 
