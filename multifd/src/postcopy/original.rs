@@ -16,7 +16,7 @@ use crate::{
 /// The file is read through one descriptor for all of them, and not mapped. Each [`Source`] adds a bit for each page, and while it
 /// runs three threads and some hundred KiB of buffers.
 pub struct Original {
-    pages: Arc<FilePages>,
+    pub(super) pages: Arc<FilePages>,
     blocks: Arc<[BlockEntry]>,
     opening: Arc<Opening>,
     ram_section: u32,

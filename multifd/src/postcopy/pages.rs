@@ -84,6 +84,13 @@ impl FilePages {
         }
     }
 
+    /// Reads from `file` in place of the checkpoint, whose blocks begin there at `offsets`.
+    #[cfg(test)]
+    pub(super) fn read_instead(&mut self, file: File, offsets: Vec<u64>) {
+        self.stamp = Stamp::of(&file).unwrap();
+        (self.file, self.offsets) = (file, offsets);
+    }
+
     pub(super) fn failed(&self, doing: &'static str, source: io::Error) -> Error {
         CheckpointError::Io { path: self.path.clone(), doing, source }.into()
     }

@@ -1,5 +1,7 @@
 //! The source against destinations that play a part: right ones, hostile ones, and ones that leave.
 
+mod deaths;
+
 use std::{
     fs,
     os::unix::fs::FileExt,
