@@ -3,6 +3,7 @@
 use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 
 use clap::Args;
+use multifd::transport::uri::Uri;
 
 use super::{
     MIGRATION,
@@ -10,6 +11,7 @@ use super::{
     origin::{Origin, meeting_place},
     output::OutputArgs,
     postcopy::PrefetchWhen,
+    tls::TlsArgs,
     values::uuid,
 };
 use crate::units::{self, Limit};
@@ -55,6 +57,9 @@ pub struct ServeArgs {
     /// has everything [default: where FILE is].
     #[arg(long, value_name = "DIR", help_heading = MIGRATION)]
     pub state: Option<PathBuf>,
+    /// The connections. In each of them the QEMU is the server, and has to be there within 30 s.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// Not possible: QEMU takes one connection through fd:N, and --preempt needs two.
     #[arg(long, hide = true)]
     pub preempt: bool,
@@ -73,13 +78,25 @@ impl ServeArgs {
         if !matches!(self.listen, Origin::Systemd(_)) {
             self.allow.check(self.listen.address())?;
         }
-        match self.preempt {
-            true => Err(
+        if self.preempt {
+            return Err(
                 "a QEMU takes one connection through '-incoming fd:N', and refuses postcopy-preempt there; expected \
-                         'multifd send FILE URI --postcopy --preempt --clone' for a VM that needs it"
+                        'multifd send FILE URI --postcopy --preempt --clone' for a VM that needs it"
                     .to_owned(),
-            ),
-            false => Ok(()),
+            );
+        }
+        if self.tls.tls_verify_peer.is_some() {
+            return Err(
+                "the option '--tls-verify-peer' is for the end where a migration arrives, which is the QEMU of each \
+                        client; expected none here"
+                    .to_owned(),
+            );
+        }
+        match (&self.tls.tls_dir, &self.tls.tls_hostname, self.listen.address()) {
+            (Some(_), None, Some(uri @ Uri::Unix(_))) => Err(format!(
+                "{uri} names no host of its clients; expected '--tls-hostname NAME', which their certificates are for"
+            )),
+            _ => Ok(()),
         }
     }
 }

@@ -20,6 +20,7 @@ use test_support::{TempDir, report, time_limit};
 use crate::{
     harness::{LIMIT, MIB, Multifd, TEST_LIMIT, assert_goes_on, entries, vm},
     postcopy::{Recoverable, checkpoint, figure},
+    tls::{certificates, encrypt},
 };
 
 const TABLE: &str = "serve";
@@ -94,6 +95,54 @@ fn a_vm_comes_to_10_0_through_a_connection_that_was_passed_on() {
 #[test]
 fn a_vm_comes_to_11_1_through_a_connection_that_was_passed_on() {
     a_vm_comes_through_a_connection_that_was_passed_on(Version::V11_1, "pc-i440fx-11.1", true);
+}
+
+/// The QEMU is the server of TLS although it did not open the connection.
+#[test]
+fn clones_come_through_encrypted_connections() {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0"), (Version::V11_1, "pc-i440fx-11.1")]
+    {
+        let Some(installed) = Installed::require(version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let kept = TempDir::new().unwrap();
+            let file = dir.join("checkpoint");
+            let source = checkpoint(&installed, machine, &file, &dir);
+            let (ours, other) = (certificates(&kept, "ours", "127.0.0.1"), certificates(&kept, "other", "127.0.0.1"));
+            let tls_dir = format!("--tls-dir={}", ours.display());
+            let (server, uri) = serve(&file, &dir, true, &["--clients=3", &tls_dir]);
+            // One without TLS, and one of another CA: neither gets a byte of the VM.
+            let mut plain = client(&installed, machine, &uri);
+            let mut stranger = encrypted_client(&installed, machine, &uri, &other);
+            let mut qemu = encrypted_client(&installed, machine, &uri, &ours);
+            assert_goes_on(&source, &mut qemu);
+            // The first has nothing to say, and waits.
+            for qemu in [&mut plain, &mut stranger] {
+                assert!(!qemu.output().is_ok_and(|output| output.passes() > 0), "its guest runs");
+                qemu.kill().unwrap();
+            }
+            let reports = ended(server, 0);
+            let status: Vec<&str> = reports.iter().map(|report| report["status"].as_str().unwrap()).collect();
+            assert_eq!(status, ["failed", "failed", "completed"], "{reports:?}");
+            for refused in &reports[..2] {
+                assert!(refused["error"].as_str().unwrap().contains("TLS"), "{refused}");
+            }
+            assert_eq!(entries(dir.path()), ["checkpoint"], "no note is left behind");
+        });
+        report(TABLE, &format!("{:4} {machine}, with TLS: ok", version.name()));
+    }
+}
+
+/// A QEMU with the certificates in `tls` that gets its VM through a new connection to `uri`.
+fn encrypted_client(installed: &Installed, machine: &str, uri: &str, tls: &Path) -> Qemu {
+    pass_on(connect(uri), |from| {
+        let mut qemu = vm(installed, machine).incoming().start().unwrap();
+        qemu.qmp().set_capabilities(&[("postcopy-ram", true)]).unwrap();
+        encrypt(&mut qemu, tls, "server");
+        qemu.qmp().migrate_incoming(from).unwrap();
+        qemu
+    })
 }
 
 /// Eight at a time from one file. What the server keeps in memory is less than one guest has.

@@ -15,14 +15,14 @@ const TABLE: &str = "TLS";
 const TCP: &str = "tcp:127.0.0.1:0";
 
 /// Certificates for `host`.
-fn certificates(dir: &TempDir, name: &str, host: &str) -> PathBuf {
+pub fn certificates(dir: &TempDir, name: &str, host: &str) -> PathBuf {
     let path = dir.join(name);
     Multifd::start(["tls-init", &path.display().to_string(), "--host", host]).done();
     path
 }
 
 /// Has migrations of `qemu` use the certificates in `dir`, as `endpoint`: client or server.
-fn encrypt(qemu: &mut Qemu, dir: &Path, endpoint: &str) {
+pub fn encrypt(qemu: &mut Qemu, dir: &Path, endpoint: &str) {
     let id = format!("tls-{}", dir.file_name().unwrap().to_string_lossy());
     let object = json!({
         "qom-type": "tls-creds-x509", "id": id, "endpoint": endpoint, "verify-peer": true, "dir": dir.display().to_string()

@@ -6,6 +6,7 @@
 mod clients;
 mod serving;
 mod single;
+mod tls;
 
 use std::{
     path::{Path, PathBuf},
@@ -25,13 +26,14 @@ use multifd::{
 use self::{
     clients::{Clients, Refused},
     serving::Serving,
+    tls::Tls,
 };
 use super::{
     postcopy::{lists, record::Identity},
     send,
 };
 use crate::{
-    args::{OutputArgs, ServeArgs},
+    args::{OutputArgs, Ready, ServeArgs},
     exit::Exit,
     image::Stop,
     listening,
@@ -49,6 +51,7 @@ struct Server {
     /// Where the notes are, but for the number of the client.
     notes: PathBuf,
     stall_limit: Option<Duration>,
+    tls: Option<Tls>,
     output: OutputArgs,
 }
 
@@ -76,7 +79,8 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
     let options = options(args, &checkpoint).map_err(failed)?;
     let original = Original::new(&checkpoint, options).map_err(of_engine)?;
     let identity = Identity::of(&checkpoint).map_err(|error| failed(format!("{:?}: {error}", args.file)))?;
-    let (listener, what) = args.listen.listener().map_err(|error| failed(error.to_string()))?;
+    let tls = Tls::of(&args.tls).map_err(|error| failed(error.to_string()))?;
+    let Ready { listener, what, .. } = args.listen.listener().map_err(|error| failed(error.to_string()))?;
     let listener = args.allow.listener(listener);
     listening::announce(&what);
     let server = Server {
@@ -86,6 +90,7 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
         clients: Clients::new(args.max_clients),
         notes: notes(args),
         stall_limit: args.stall_timeout.0,
+        tls,
         output: args.output.clone(),
     };
     Ok((Arc::new(server), listener))

@@ -6,14 +6,14 @@ use std::{
 };
 
 use multifd::{
-    error::Error,
+    error::{Connection, Error, Place},
     postcopy::{Source, Whereabouts},
-    transport::{Pending, uri::Uri},
+    transport::{Connect, Pending, uri::Uri},
     vm::VmError,
 };
 use serde_json::{Map, Value};
 
-use super::{Server, clients::Place, single::Single};
+use super::{Server, clients, single::Single};
 use crate::{
     exit::Exit,
     report::Outcome,
@@ -25,7 +25,7 @@ pub struct Serving<'a> {
     pub server: &'a Server,
     pub number: u32,
     pub peer: String,
-    pub place: &'a Place,
+    pub place: &'a clients::Place,
 }
 
 impl Serving<'_> {
@@ -49,9 +49,21 @@ impl Serving<'_> {
             Ok(record) => record,
             Err(error) => return Outcome::failed(Exit::Failed, format!("{}: {error}", self.name())),
         };
-        let connector = Single::new(pending, self.server.stall_limit.unwrap_or(ESTABLISHED).min(ESTABLISHED));
-        let sent = source.hand_over(&connector, &mut || self.may_run(&mut record));
+        let sent = self
+            .connector(pending)
+            .and_then(|connector| source.hand_over(&*connector, &mut || self.may_run(&mut record)));
         self.conclude(&source, record, begun, sent.err())
+    }
+
+    /// # Errors
+    /// There is no name that the certificate of this client has to be for.
+    fn connector(&self, pending: Box<dyn Pending>) -> Result<Box<dyn Connect + Send + Sync>, Error> {
+        let limit = self.server.stall_limit.unwrap_or(ESTABLISHED).min(ESTABLISHED);
+        let single = Box::new(Single::new(pending, limit));
+        match &self.server.tls {
+            Some(tls) => tls.over(single, &self.peer).map_err(|source| Error::Io { at: MAIN, source }),
+            None => Ok(single),
+        }
     }
 
     /// # Errors
@@ -86,7 +98,8 @@ impl Serving<'_> {
         let file = self.server.checkpoint.path().display();
         let recover = || {
             let again = Uri::Unix("PATH".into());
-            format!("{}, then: multifd send {file} unix:PATH --recover --state {state}", what_to_type(&again))
+            let tls = self.server.tls.as_ref().map_or_else(String::new, |tls| tls.options());
+            format!("{}, then: multifd send {file} unix:PATH --recover --state {state}{tls}", what_to_type(&again))
         };
         match error {
             Error::Incomplete { .. } => format!(
@@ -117,5 +130,6 @@ pub fn name(outcome: &mut Outcome, number: u32, peer: &str) {
 
 /// Why a client gets no VM any more.
 pub const ENDING: &str = "the server ends, and its VM was not handed over";
+const MAIN: Place = Place { connection: Connection::Main, offset: 0 };
 /// The longest that a connection may take to be ready.
 const ESTABLISHED: Duration = Duration::from_secs(30);
