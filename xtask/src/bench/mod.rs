@@ -7,6 +7,7 @@
 
 mod checkpoint;
 mod downtime;
+mod faults;
 mod findings;
 mod inner;
 mod link;
@@ -64,6 +65,7 @@ const SECTIONS: &[Section] = &[
     ("checkpoint", "A checkpoint on disk", checkpoint::run),
     ("compression", "Compression", throughput::compression),
     ("tls", "TLS", tls::run),
+    ("faults", "Pages that a guest waits for", faults::run),
     ("link", "A shaped link", link::run),
     ("inner", "Inner parts", inner::run),
 ];
