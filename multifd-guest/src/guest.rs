@@ -356,7 +356,7 @@ impl Guest {
             _ => {}
         }
         let Some(expected) = self.missing.iter().position(|missing| missing == id) else {
-            return Err(GuestError::UnexpectedSection { id: id.clone(), ours: self.describe() });
+            return Err(GuestError::UnexpectedSection { id: id.clone(), ours: self.in_words() });
         };
         if id.name == CONFIG_SECTION {
             self.load_config(input).map_err(|error| error.in_section(id))?;
@@ -375,7 +375,7 @@ impl Guest {
         Ok(())
     }
 
-    fn describe(&self) -> String {
+    fn in_words(&self) -> String {
         let cpus = self.cpus.reins().count();
         format!("a {} guest with {cpus} CPU{}", self.kind().name(), if cpus == 1 { "" } else { "s" })
     }
@@ -417,7 +417,7 @@ impl Guest {
         if kind != self.kind().number() || cpus != ours {
             let kind = Kind::from_number(kind).map_or("unknown", Kind::name);
             let theirs = format!("a {kind} guest with {cpus} CPU{}", if cpus == 1 { "" } else { "s" });
-            return Err(GuestError::OtherGuest { theirs, ours: self.describe() });
+            return Err(GuestError::OtherGuest { theirs, ours: self.in_words() });
         }
         if pattern.pages != self.pattern.pages || !(2 * ours..=pattern.pages).contains(&pattern.working_set) {
             let (theirs, ours) = (pattern.pages, self.pattern.pages);

@@ -14,9 +14,11 @@
 //! |     10 | RECV_BITMAP          | block name                                               |
 //! |     11 | SWITCHOVER_START     | none; from QEMU 10.0 on                                  |
 //! | 0x4d01 | GO                   | none; ours, the guest may start, see [`crate::commit`]   |
+//! | 0x4d02 | DESCRIBE             | 32-bit length of the VM's description behind the command |
 //!
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
+use crate::extension::MAX_DESCRIPTION;
 use crate::ids::BlockName;
 use crate::postcopy::{DiscardRange, MAX_DISCARD_RANGES};
 use crate::violation::{DecodeError, ProtocolError, Violation};
@@ -60,6 +62,12 @@ pub enum Command {
     SwitchoverStart,
     /// The destination may start the guest: the answer to READY. Only between two ends of this implementation.
     Go,
+    /// What the destination makes its VM by: so many bytes follow, whose meaning is the VMM's. Only between two ends of this
+    /// implementation.
+    Describe {
+        /// How many bytes, at most [`MAX_DESCRIPTION`].
+        len: u32,
+    },
 }
 
 /// What a source that can do postcopy says about page sizes.
@@ -85,7 +93,7 @@ impl Command {
         let mut payload = Vec::new();
         let mut writer = Writer::new(&mut payload);
         match self {
-            Self::Ping(value) | Self::Packaged { len: value } => {
+            Self::Ping(value) | Self::Packaged { len: value } | Self::Describe { len: value } => {
                 writer.u32(*value);
             }
             Self::PostcopyAdvise(Some(advice)) => {
@@ -123,14 +131,14 @@ impl Command {
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let number = reader.u16()?;
-        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && number != GO {
+        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !matches!(number, GO | DESCRIBE) {
             return Err(DecodeError::UnknownCommand { number }.into());
         }
         let command = name(number);
         let len = reader.u16()?;
         // Checked before the payload is asked for: a wrong length must not make the receiver wait for more bytes.
         let possible = match number {
-            PING | PACKAGED => len == 4,
+            PING | PACKAGED | DESCRIBE => len == 4,
             POSTCOPY_ADVISE => len == 0 || len == 16,
             POSTCOPY_RAM_DISCARD => len >= 3,
             RECV_BITMAP => (2..=256).contains(&len),
@@ -180,6 +188,10 @@ impl Command {
             RECV_BITMAP => Self::RecvBitmap { block: BlockName::from_wire(payload.pstr()?)? },
             SWITCHOVER_START => Self::SwitchoverStart,
             GO => Self::Go,
+            DESCRIBE => match payload.u32()? {
+                len if len > MAX_DESCRIPTION => return Err(too_long(len).into()),
+                len => Self::Describe { len },
+            },
             _ => return Err(DecodeError::UnknownCommand { number }.into()),
         })
     }
@@ -198,8 +210,13 @@ impl Command {
             Self::RecvBitmap { .. } => RECV_BITMAP,
             Self::SwitchoverStart => SWITCHOVER_START,
             Self::Go => GO,
+            Self::Describe { .. } => DESCRIBE,
         }
     }
+}
+
+const fn too_long(len: u32) -> Violation {
+    Violation::DescriptionTooLong { what: "description of the VM", len, limit: MAX_DESCRIPTION }
 }
 
 const fn name(number: u16) -> &'static str {
@@ -215,6 +232,7 @@ const fn name(number: u16) -> &'static str {
         POSTCOPY_RESUME => "POSTCOPY_RESUME",
         RECV_BITMAP => "RECV_BITMAP",
         GO => "GO",
+        DESCRIBE => "DESCRIBE",
         _ => "SWITCHOVER_START",
     }
 }
@@ -232,6 +250,7 @@ const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 /// Far from the numbers that QEMU uses.
 const GO: u16 = 0x4d01;
+const DESCRIBE: u16 = 0x4d02;
 
 #[cfg(test)]
 mod tests {
@@ -243,7 +262,7 @@ mod tests {
         out
     }
 
-    fn every_command() -> [Command; 13] {
+    fn every_command() -> [Command; 14] {
         let block = BlockName::new("pc.ram").unwrap();
         [
             Command::OpenReturnPath,
@@ -262,6 +281,7 @@ mod tests {
             Command::RecvBitmap { block },
             Command::SwitchoverStart,
             Command::Go,
+            Command::Describe { len: MAX_DESCRIPTION },
         ]
     }
 
@@ -309,6 +329,7 @@ mod tests {
             (b"\0\x02\xff\xff", "PING", 0xffff),
             (b"\0\x03\0\x08", "POSTCOPY_ADVISE", 8),
             (b"\0\x0a\0\x01", "RECV_BITMAP", 1),
+            (b"\x4d\x02\0\x08", "DESCRIBE", 8),
         ] {
             assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandLength { command, len }.into()));
         }
@@ -319,6 +340,14 @@ mod tests {
             (b"\0\x06\0\x06\0\x01p\0\0\0", "POSTCOPY_RAM_DISCARD"),
         ] {
             assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandPayload { command }.into()), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_description_that_is_too_long_is_refused_before_it_is_read() {
+        for len in [MAX_DESCRIPTION + 1, u32::MAX] {
+            let bytes = encoded(&Command::Describe { len });
+            assert_eq!(Command::decode(&bytes), Err(too_long(len).into()));
         }
     }
 

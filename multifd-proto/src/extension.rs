@@ -22,16 +22,20 @@ use crate::wire::{Reader, Stop, Writer};
 pub enum Extension {
     /// READY from the destination and GO from the source come before the guest starts there, see [`crate::commit`].
     TwoStepCommit,
+    /// DESCRIBE from the source and PREPARED from the destination come before the RAM blocks: the destination makes its VM by
+    /// what the source says of its own.
+    Prepare,
 }
 
 impl Extension {
     /// Every extension that this version knows.
-    pub(crate) const ALL: [Extension; 1] = [Extension::TwoStepCommit];
+    pub(crate) const ALL: [Extension; 2] = [Extension::TwoStepCommit, Extension::Prepare];
 
     /// Its number on the wire.
     pub(crate) const fn number(self) -> u16 {
         match self {
             Extension::TwoStepCommit => 1,
+            Extension::Prepare => 2,
         }
     }
 }
@@ -52,6 +56,13 @@ impl Extensions {
     #[must_use]
     pub fn and(&self, other: &Extensions) -> Extensions {
         Extensions { numbers: self.numbers.iter().copied().filter(|number| other.numbers.contains(number)).collect() }
+    }
+
+    /// The set without `extension`.
+    #[must_use]
+    pub fn without(&self, extension: Extension) -> Extensions {
+        let numbers = self.numbers.iter().copied().filter(|number| *number != extension.number());
+        Extensions { numbers: numbers.collect() }
     }
 
     /// Whether `extension` is in the set.
@@ -110,6 +121,9 @@ impl Offer {
     }
 }
 
+/// The longest description of a VM, and the longest answer to one, in bytes.
+pub const MAX_DESCRIPTION: u32 = 1 << 20;
+
 /// The most extensions that a peer may name.
 pub(crate) const MAX_EXTENSIONS: u16 = 64;
 
@@ -154,5 +168,8 @@ mod tests {
         assert!(!Extensions::known().and(&theirs).contains(Extension::TwoStepCommit));
         assert!(Extensions::known().and(&Extensions::known()).contains(Extension::TwoStepCommit));
         assert!(!theirs.is_subset(&Extensions::known()));
+        let fewer = Extensions::known().without(Extension::Prepare);
+        assert!(fewer.contains(Extension::TwoStepCommit) && !fewer.contains(Extension::Prepare));
+        assert!(fewer.is_subset(&Extensions::known()) && !Extensions::known().is_subset(&fewer));
     }
 }

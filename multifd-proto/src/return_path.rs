@@ -12,15 +12,16 @@
 //! | 4d01 | ACCEPTED       | 16-bit count, as many 16-bit extensions    |
 //! | 4d02 | READY          | none                                       |
 //! | 4d03 | REASON         | text, at most 512 bytes of UTF-8           |
+//! | 4d04 | PREPARED       | 32-bit length of the answer that follows   |
 //!
 //! Each message is a 16-bit type, a 16-bit payload length and the payload. Nothing may be sent before the source opened the
 //! return path with a command. SHUT(0) says that the guest belongs to the destination, and is the last message. A source that sees another status
-//! runs the guest again. The last three messages (types in hexadecimal) are ours: a destination sends them only to a source
+//! runs the guest again. The last four messages (types in hexadecimal) are ours: a destination sends them only to a source
 //! that has made an [offer](crate::extension), which a QEMU never does.
 
-use crate::extension::Extensions;
+use crate::extension::{Extensions, MAX_DESCRIPTION};
 use crate::ids::BlockName;
-use crate::violation::{DecodeError, ProtocolError};
+use crate::violation::{DecodeError, ProtocolError, Violation};
 use crate::wire::{Reader, Step, Stop, Writer, step};
 
 /// One message. QEMU: `MIG_RP_MSG_*`.
@@ -62,6 +63,11 @@ pub enum Message {
     Ready,
     /// Why SHUT with a status other than 0 follows, for people.
     Reason(String),
+    /// The VM that DESCRIBE is about was made. So many bytes of the VMM's answer follow outside of the message.
+    Prepared {
+        /// How many bytes, at most [`MAX_DESCRIPTION`].
+        len: u32,
+    },
 }
 
 impl Message {
@@ -75,7 +81,9 @@ impl Message {
         let mut payload = Vec::new();
         let mut writer = Writer::new(&mut payload);
         match self {
-            Self::Shut(value) | Self::Pong(value) | Self::ResumeAck(value) => writer.u32(*value),
+            Self::Shut(value) | Self::Pong(value) | Self::ResumeAck(value) | Self::Prepared { len: value } => {
+                writer.u32(*value)
+            }
             Self::ReqPagesId { start, len, block } => writer.u64(*start).u32(*len).pstr(block.as_str().as_bytes()),
             Self::ReqPages { start, len } => writer.u64(*start).u32(*len),
             Self::RecvBitmap { block } => writer.pstr(block.as_str().as_bytes()),
@@ -99,7 +107,7 @@ impl Message {
         if kind == TLS_ALERT {
             return Err(DecodeError::SpeaksTls.into());
         }
-        if !(SHUT..=SWITCHOVER_ACK).contains(&kind) && !(ACCEPTED..=REASON).contains(&kind) {
+        if !(SHUT..=SWITCHOVER_ACK).contains(&kind) && !(ACCEPTED..=PREPARED).contains(&kind) {
             return Err(DecodeError::UnknownMessage { kind }.into());
         }
         let len = reader.u16()?;
@@ -139,6 +147,10 @@ impl Message {
                 let text = String::from_utf8_lossy(text);
                 Self::Reason(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
             }
+            PREPARED => match payload.u32()? {
+                len if len > MAX_DESCRIPTION => return Err(too_long(len).into()),
+                len => Self::Prepared { len },
+            },
             _ => return Err(DecodeError::UnknownMessage { kind }.into()),
         })
     }
@@ -155,8 +167,13 @@ impl Message {
             Self::Accepted(_) => ACCEPTED,
             Self::Ready => READY,
             Self::Reason(_) => REASON,
+            Self::Prepared { .. } => PREPARED,
         }
     }
+}
+
+const fn too_long(len: u32) -> Violation {
+    Violation::DescriptionTooLong { what: "answer to the description of the VM", len, limit: MAX_DESCRIPTION }
 }
 
 /// As much of `text` as one message takes, cut between two characters.
@@ -178,6 +195,7 @@ const fn name(kind: u16) -> &'static str {
         ACCEPTED => "ACCEPTED",
         READY => "READY",
         REASON => "REASON",
+        PREPARED => "PREPARED",
         _ => "SWITCHOVER_ACK",
     }
 }
@@ -199,6 +217,7 @@ const TLS_ALERT: u16 = 0x1503;
 const ACCEPTED: u16 = 0x4d01;
 const READY: u16 = 0x4d02;
 const REASON: u16 = 0x4d03;
+const PREPARED: u16 = 0x4d04;
 
 #[cfg(test)]
 mod tests {
@@ -231,6 +250,7 @@ mod tests {
             Message::Accepted(Extensions::known()),
             Message::Ready,
             Message::Reason("no space left on device".to_owned()),
+            Message::Prepared { len: MAX_DESCRIPTION },
         ] {
             let bytes = encoded(&message);
             for len in 0..bytes.len() {
@@ -254,6 +274,13 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_is_too_long_is_refused_before_it_is_read() {
+        for len in [MAX_DESCRIPTION + 1, u32::MAX] {
+            assert_eq!(Message::decode(&encoded(&Message::Prepared { len })), Err(too_long(len).into()));
+        }
+    }
+
+    #[test]
     fn unknown_and_misshapen_messages_are_refused() {
         assert_eq!(Message::decode(&[0x15, 3, 3, 0, 2, 2, 10]), Err(DecodeError::SpeaksTls.into()));
         for kind in [0u16, 8, 0xffff] {
@@ -266,6 +293,7 @@ mod tests {
             (b"\0\x07\0\x01\0", "SWITCHOVER_ACK", 1),
             (b"\0\x05\0\x02\x05p", "RECV_BITMAP", 2),
             (b"\0\x03\x02\x01", "REQ_PAGES_ID", 513),
+            (b"\x4d\x04\0\x03\0\0\0", "PREPARED", 3),
         ] {
             assert_eq!(Message::decode(bytes), Err(DecodeError::BadMessageLength { name, len }.into()));
         }

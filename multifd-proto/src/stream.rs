@@ -78,6 +78,8 @@ pub struct MainDecoder {
     postcopy: Postcopy,
     /// Whether any command came.
     commands: bool,
+    /// Whether the source has described its VM.
+    described: bool,
     ram: Ram,
     /// Sections other than `ram` that were started and have not ended.
     open: Vec<Section>,
@@ -192,6 +194,7 @@ impl MainDecoder {
             may_switch: false,
             postcopy: Postcopy::Before,
             commands: false,
+            described: false,
             ram: Ram::default(),
             open: Vec::new(),
             asked: Vec::new(),
@@ -354,8 +357,11 @@ impl MainDecoder {
 
     /// Whether the peer offered the commit of which GO is a part.
     fn go_may_follow(&self) -> bool {
-        let offer = self.configuration.offer.as_ref();
-        offer.is_some_and(|offer| offer.extensions.contains(Extension::TwoStepCommit))
+        self.is_offered(Extension::TwoStepCommit)
+    }
+
+    fn is_offered(&self, extension: Extension) -> bool {
+        self.configuration.offer.as_ref().is_some_and(|offer| offer.extensions.contains(extension))
     }
 
     /// Reads one item and checks that it may stand here. Changes nothing, since bytes may be missing at the end of it.
@@ -467,6 +473,7 @@ impl MainDecoder {
         self.commands = true;
         match command {
             Command::OpenReturnPath => self.return_path = true,
+            Command::Describe { .. } => self.described = true,
             Command::PostcopyRamDiscard { .. } => self.postcopy = Postcopy::Discarding,
             Command::Packaged { .. } | Command::PostcopyResume => self.postcopy = Postcopy::Begun,
             Command::RecvBitmap { block } => self.asked.extend(self.ram.index.get(block)),
@@ -602,6 +609,10 @@ impl MainDecoder {
                 self.check_advice(advice)?;
                 Ok(Item::Command(command))
             }
+            Command::Describe { .. } => {
+                self.check_describe()?;
+                Ok(Item::Command(command))
+            }
             Command::PostcopyListen | Command::PostcopyRun => Err(unexpected(command.name(), "outside of a package")),
             Command::PostcopyRamDiscard { .. } | Command::Packaged { .. } => {
                 self.check_switch(&command)?;
@@ -624,6 +635,18 @@ impl MainDecoder {
             },
             _ => Err(unexpected(command.name(), "before POSTCOPY_RESUME")),
         }
+    }
+
+    /// Checks where DESCRIBE comes: once, before there is any memory, from a source that hears the answer.
+    fn check_describe(&self) -> Result<(), Stop> {
+        let place = match self {
+            _ if !self.is_offered(Extension::Prepare) => "from a source that has not offered it",
+            _ if !self.return_path => "without an open return path",
+            _ if self.described => "a second time",
+            _ if self.ram.phase != RamPhase::Absent => "after the START section of ram",
+            _ => return Ok(()),
+        };
+        Err(unexpected("DESCRIBE", place))
     }
 
     /// Checks a command of the switch to postcopy.
@@ -777,7 +800,7 @@ pub enum Item {
     ConfigUuid([u8; 16]),
     /// Subsection of the configuration: what an end of this implementation offers.
     ConfigOffer(Offer),
-    /// A command. That of a package has the package as its payload.
+    /// A command. That of a package has the package as its payload, DESCRIBE the description.
     Command(Command),
     /// The START section of `ram` begins; the block list follows.
     RamStart {
@@ -857,7 +880,7 @@ impl Item {
             | Self::Xbzrle { len, .. }
             | Self::CompressPage { len, .. }
             | Self::VmDescription { len } => *len as u64,
-            Self::Command(Command::Packaged { len }) => *len as u64,
+            Self::Command(Command::Packaged { len } | Command::Describe { len }) => *len as u64,
             Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => {
                 header.next_entry(*used_len) - header.bitmap_offset
             }

@@ -337,6 +337,16 @@ pub enum Violation {
         /// The limit.
         limit: u32,
     },
+    /// What one VMM says to the other about the VM is longer than this implementation accepts.
+    #[error("{what} of {len} bytes exceeds {limit}")]
+    DescriptionTooLong {
+        /// The description, or the answer to it.
+        what: &'static str,
+        /// Its length.
+        len: u32,
+        /// The limit.
+        limit: u32,
+    },
     /// Pages were discarded that had been discarded before.
     #[error("range to discard at {start:#x} of {block:?} has pages that were discarded before")]
     DiscardedTwice {

@@ -2,6 +2,7 @@
 
 use multifd_proto::command::{Command, PostcopyAdvice};
 use multifd_proto::encoder::MainEncoder;
+use multifd_proto::extension::{Extension, Extensions, Offer};
 use multifd_proto::machine::Dialect;
 use multifd_proto::mapped_ram::BlockHeader;
 use multifd_proto::ram::{BlockEntry, MAX_BLOCKS};
@@ -412,6 +413,39 @@ fn command_rules() {
     let refused = Violation::RecoveryRefused { command: "POSTCOPY_RESUME" };
     assert_eq!(refusal(start, &command(Command::PostcopyResume)), refused.into());
     assert_eq!(refusal(start, &command(Command::EnableColo)), Violation::ColoRefused.into());
+}
+
+#[test]
+fn a_description_comes_once_before_the_memory_and_only_where_it_was_offered() {
+    let offered = |extensions: Extensions| {
+        move |out: &mut MainEncoder| {
+            begin(out);
+            out.config_offer(&Offer { channels: 1, token: None, extensions: extensions.clone() });
+        }
+    };
+    let command = |command: Command| bytes(|out| _ = out.command(&command));
+    let describe = command(Command::Describe { len: 0 });
+    let known = Extensions::known;
+    let unoffered = unexpected("DESCRIBE", "from a source that has not offered it");
+    assert_eq!(refusal(begin, &describe), unoffered);
+    assert_eq!(refusal(offered(known().without(Extension::Prepare)), &describe), unoffered);
+    assert_eq!(refusal(offered(known()), &describe), unexpected("DESCRIBE", "without an open return path"));
+    let open = |out: &mut MainEncoder| {
+        offered(known())(out);
+        out.command(&Command::OpenReturnPath);
+    };
+    let twice = |out: &mut MainEncoder| {
+        open(out);
+        out.command(&Command::Describe { len: 0 });
+    };
+    assert_eq!(refusal(twice, &describe), unexpected("DESCRIBE", "a second time"));
+    let late = |out: &mut MainEncoder| {
+        open(out);
+        out.ram_start(2, 4096).block(&BlockEntry::new(name("ram"), 4096)).eos().footer(2);
+    };
+    assert_eq!(refusal(late, &describe), unexpected("DESCRIBE", "after the START section of ram"));
+    let too_long = Violation::DescriptionTooLong { what: "description of the VM", len: 1 << 21, limit: 1 << 20 };
+    assert_eq!(refusal(open, &command(Command::Describe { len: 1 << 21 })), too_long.into());
 }
 
 #[test]

@@ -286,6 +286,16 @@ pub enum Mismatch {
         /// In bytes.
         page_size: usize,
     },
+    /// The VM's memory has pages of another size than the VM said before.
+    #[error(
+        "the VM said that its pages have {said} bytes, and its RAM has pages of {found}: DestinationVm::page_size has to tell the size of ram's pages"
+    )]
+    PageSizeChanged {
+        /// By [`DestinationVm::page_size`](crate::vm::DestinationVm::page_size).
+        said: usize,
+        /// By its memory.
+        found: usize,
+    },
     /// A RAM block is empty or ends within a page.
     #[error("RAM block {name:?} has {len:#x} bytes, not a multiple of the page size {page_size:#x} above 0")]
     BlockLength {

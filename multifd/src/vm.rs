@@ -4,10 +4,34 @@
 
 use std::io::Read;
 
+pub use multifd_proto::extension::MAX_DESCRIPTION;
+
 use crate::{dirty::DirtyLog, dirty_bitmap::DirtyBitmap, ram::Ram, sections::Sections};
 
 /// A running VM that can be migrated away.
 pub trait SourceVm {
+    /// What the destination needs to make its VM, in a format of the VMM's own: configuration, CPU model, versions. At most
+    /// [`MAX_DESCRIPTION`] bytes.
+    ///
+    /// Called once, before any memory is sent, where the destination is one of ours that takes descriptions: not with a
+    /// QEMU, not with a checkpoint, and not with a version of this crate that has none. Their VM is made in another way.
+    ///
+    /// # Errors
+    /// The migration ends; the VM runs on.
+    fn describe(&mut self) -> Result<Vec<u8>, VmError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes what [`DestinationVm::prepare`] answered to the description, e.g. what of it is accepted. Called once, and only
+    /// after [`describe`](Self::describe) was.
+    ///
+    /// # Errors
+    /// The migration ends; the VM runs on.
+    fn agreed(&mut self, answer: &[u8]) -> Result<(), VmError> {
+        let _ = answer;
+        Ok(())
+    }
+
     /// The memory of the VM; the same at every call.
     fn ram(&self) -> &Ram;
 
@@ -51,9 +75,36 @@ pub trait SourceVm {
     fn resume(&mut self) -> Result<(), VmError>;
 }
 
-/// A VM that was set up like the source's and waits for its memory and state.
+/// A VM that is set up like the source's and waits for its memory and state.
 pub trait DestinationVm {
-    /// The memory of the VM: blocks of the same names and lengths as on the source. The same at every call.
+    /// The size of the pages that the stream names, in bytes: that of [`ram`](Self::ram) later, and the same on the source.
+    ///
+    /// Asked for once, before there is any connection. It need not be the page size of this machine.
+    fn page_size(&self) -> usize {
+        4096
+    }
+
+    /// Makes the VM by what [`SourceVm::describe`] wrote, and returns what [`SourceVm::agreed`] is to take: at most
+    /// [`MAX_DESCRIPTION`] bytes each way.
+    ///
+    /// Called once for every source, before any other call but [`page_size`](Self::page_size). The description is empty, and
+    /// the answer is not sent, where the source has none to give: a QEMU, a version of this crate without descriptions, or a
+    /// source whose offer the [options](crate::destination::Options::extensions) do not take. The source waits meanwhile; its
+    /// [`stall_limit`](crate::source::Parameters::stall_limit) bounds that, and the guest runs on.
+    ///
+    /// The description is what the peer says: a VMM checks it as any input. Only a
+    /// [token](crate::destination::Options::token) or TLS tells whose it is.
+    ///
+    /// # Errors
+    /// The migration ends; the source's VM runs on. A source of ours reports the text of the error:
+    /// [`Error::Refused`](crate::error::Error::Refused).
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
+        let _ = description;
+        Ok(Vec::new())
+    }
+
+    /// The memory of the VM: blocks of the same names and lengths as on the source. The same at every call. Asked for once
+    /// [`prepare`](Self::prepare) has returned, and not before.
     ///
     /// From the first call until [`start`](Self::start), only [`load`](Self::load) and the engine write to it. What it held
     /// before is lost then, also where the migration fails.

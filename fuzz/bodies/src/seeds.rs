@@ -81,6 +81,7 @@ pub(crate) fn return_paths() -> Vec<Vec<u8>> {
         Message::ResumeAck(1),
         Message::SwitchoverAck,
         Message::Accepted(Extensions::known()),
+        Message::Prepared { len: 0 },
         Message::Reason("the device is busy".to_owned()),
         Message::Ready,
     ];
@@ -323,6 +324,9 @@ fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
         encoder.config_offer(&Offer { channels, token: None, extensions: Extensions::known() });
     }
     encoder.command(&Command::OpenReturnPath).command(&Command::Ping(1));
+    if offers.is_some() {
+        encoder.command(&Command::Describe { len: 9 }).raw(b"two vCPUs");
+    }
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| *pages as u64 * 4096).sum());
     for (block, pages) in BLOCKS {
         encoder.block(&BlockEntry::new(name(block), pages as u64 * 4096));

@@ -118,7 +118,7 @@ fn a_checkpoint_holds_the_memory_and_state_of_a_guest_that_was_writing() {
                     let report = receiver.join().unwrap().unwrap();
                     assert_eq!(report.uuid, Some([7; 16]));
                 });
-                assert_eq!(to.calls(), ["load", "load", "start"]);
+                assert_eq!(to.calls(), ["prepare", "load", "load", "start"]);
                 for index in 0..BLOCKS.len() {
                     assert!(memory_of(&to.ram, index) == memory_of(&ram, index));
                 }

@@ -258,7 +258,7 @@ impl Target for Writer {
         true
     }
 
-    fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error> {
+    fn make_durable(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error> {
         self.write_stream(uuid)?;
         if let Some(ram) = &self.ram {
             ram.pages.punch_holes();

@@ -30,13 +30,12 @@ impl Run {
         let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
         // What it takes to make everything durable is not the source's silence.
         Pulse::rest(self.watchdog.timers());
-        target.prepare(self.report.uuid.or(named))?;
+        target.make_durable(self.report.uuid.or(named))?;
         let two_step = self.extensions.contains(Extension::TwoStepCommit);
         let mut commit = if two_step { DestinationCommit::two_step() } else { DestinationCommit::one_step() };
         let mut action = commit.on(DestinationEvent::Loaded);
         if action == DestinationAction::WriteReady {
-            let stall_limit = self.shared.options.stall_limit;
-            self.shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &self.shared.stop);
+            self.watch_the_source();
             self.main().reply(&Message::Ready)?;
             if let Err(error) = self.main().await_go() {
                 // The source hears of it before its connections end: GO may be under way, and only we can tell.

@@ -2,6 +2,7 @@
 
 use multifd_proto::{
     command::Command,
+    extension::Extension,
     machine::Dialect,
     ram::BlockEntry,
     return_path::Message,
@@ -38,7 +39,10 @@ impl Run {
     fn item(&mut self, item: Item, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<Next, Error> {
         let is_postcopy = self.main().decoder().is_postcopy();
         match item {
-            Item::Section(section) => return self.section(&section, target, observer),
+            Item::Section(section) => {
+                self.prepare_undescribed(target)?;
+                return self.section(&section, target, observer);
+            }
             Item::Eof => return self.eof(is_postcopy),
             Item::VmDescription { len } => {
                 self.main().skip(len)?;
@@ -46,7 +50,8 @@ impl Run {
             }
             Item::Command(Command::PostcopyRamDiscard { block, ranges }) => self.discard(&block, &ranges, observer)?,
             Item::Command(Command::Packaged { len }) => self.package(len, observer)?,
-            Item::Command(command) => self.command(&command)?,
+            Item::Command(Command::Describe { len }) => self.describe(len, target)?,
+            Item::Command(command) => self.command(&command, &*target)?,
             item if is_configuration(&item) => self.configuration(item)?,
             // What the switch has begun goes on.
             Item::RamPart { .. } | Item::Eos if is_postcopy => {}
@@ -90,7 +95,10 @@ impl Run {
     fn ram(&mut self, item: Item, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
         match item {
             // POSTCOPY_ADVISE comes before it.
-            Item::RamStart { .. } => self.shared.switch.announce(false),
+            Item::RamStart { .. } => {
+                self.shared.switch.announce(false);
+                self.prepare_undescribed(target)?;
+            }
             Item::BlocksEnd => self.open_ram(target)?,
             Item::RamPart { end } => self.ram_part(end, observer)?,
             Item::ZeroPage { block, offset } => {
@@ -158,12 +166,15 @@ impl Run {
         }
     }
 
-    fn command(&mut self, command: &Command) -> Result<(), Error> {
+    fn command(&mut self, command: &Command, target: &dyn Target) -> Result<(), Error> {
         match command {
             Command::OpenReturnPath => {
                 self.return_path = true;
                 if let Some(offer) = &self.offer {
                     self.extensions = offer.extensions.and(&self.shared.options.extensions);
+                    if !target.takes_descriptions() {
+                        self.extensions = self.extensions.without(Extension::Prepare);
+                    }
                     let accepted = Message::Accepted(self.extensions.clone());
                     self.main().reply(&accepted)?;
                 }

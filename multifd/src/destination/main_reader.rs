@@ -257,7 +257,7 @@ impl MainReader {
         self.reply_with(message, &[])
     }
 
-    /// The same with `more` after the message, outside of it.
+    /// Sends `message` with `more` behind it, outside of it.
     pub(super) fn reply_with(&mut self, message: &Message, more: &[u8]) -> Result<(), Error> {
         let Some(sends) = &mut self.sends else {
             tracing::debug!(?message, "there is no way back");

@@ -23,6 +23,7 @@ mod options;
 mod postcopy;
 mod preempt;
 mod recovery;
+mod prepare;
 mod report;
 mod rounds;
 mod shared;
@@ -53,9 +54,9 @@ pub(crate) use self::{
 };
 pub use crate::round::audit::{Findings, StaleWrite};
 use crate::{
-    error::{Error, Mismatch},
+    error::Error,
+    layout::check_page_size,
     progress::{Event, Observer, Phase, Progress},
-    ram::Access,
     round::audit::Audit,
     stop::StopHandle,
     sync::{Arc, lock, wait},
@@ -97,20 +98,16 @@ impl Destination {
     ///
     /// # Errors
     /// The first thing that went wrong on any connection, with its place; [`Error::Mismatch`] where `vm` is not like the
-    /// source's; [`Error::Cancelled`].
+    /// source's, or its memory may not be written; [`Error::Cancelled`].
     pub fn run(
         self,
         vm: &mut dyn DestinationVm,
         from: Box<dyn Listen>,
         observer: &mut dyn Observer,
     ) -> Result<Report, Error> {
-        let page_size = vm.ram().layout().page_size();
-        if let Some(block) = vm.ram().blocks().iter().find(|block| block.access() != Access::ReadWrite) {
-            return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
-        }
-        let mut target = VmTarget::new(vm, self.options.first_touch, self.stop.clone());
-        // While no source waits.
-        target.prepare_memory();
+        let page_size = vm.page_size();
+        check_page_size(page_size)?;
+        let mut target = VmTarget::new(vm, page_size, self.options.first_touch, self.stop.clone());
         self.receive(&mut target, page_size, from, observer)
     }
 
@@ -153,6 +150,8 @@ struct Run {
     paused_at: Option<Duration>,
     /// Whether main has said whose migration it is.
     identified: bool,
+    /// Whether the VM was made, or is being made.
+    prepared: bool,
     /// Whether all channels are here, and known to be all.
     complete: bool,
     /// Pages that main has named, as long as there may be no channels, or the stream may be a background snapshot.
@@ -197,6 +196,7 @@ impl Run {
             rounds: 0,
             paused_at: None,
             identified: false,
+            prepared: false,
             complete: false,
             named: None,
             package: None,
@@ -267,9 +267,8 @@ impl Run {
         };
         drop(slot);
         self.begun = self.shared.options.clock.now();
+        self.watch_the_source();
         let shared = &self.shared;
-        let stall_limit = shared.options.stall_limit;
-        shared.pulse.watch(self.watchdog.timers(), move || stall_limit, &shared.stop);
         let (progress, pulse) = (shared.progress.clone(), shared.pulse.clone());
         self.main = Some(MainReader::new(main, shared.page_size, progress, pulse));
         Ok(())

@@ -16,7 +16,7 @@ use crate::{
     ram::Access,
     stop::StopHandle,
     sync::Arc,
-    vm::{DestinationVm, SectionId},
+    vm::{DestinationVm, MAX_DESCRIPTION, SectionId},
 };
 
 /// What main has said before the first page.
@@ -42,6 +42,18 @@ pub(crate) enum Body {
 
 /// Takes RAM and device state. Called by the main thread, in this order.
 pub(crate) trait Target {
+    /// Whether [`prepare`](Self::prepare) has a use for what a source says of its VM. A source of another one is not asked.
+    fn takes_descriptions(&self) -> bool {
+        false
+    }
+
+    /// Makes the VM by `description`, which is empty where the source has none to give. Returns the answer, of at most
+    /// [`MAX_DESCRIPTION`] bytes.
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, Error> {
+        let _ = description;
+        Ok(Vec::new())
+    }
+
     /// Says where the pages of `head` go, or that they do not fit.
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error>;
 
@@ -61,7 +73,7 @@ pub(crate) trait Target {
     }
 
     /// Everything has arrived: makes it last, up to what may still be taken back. `uuid` is that of the VM, if it has one.
-    fn prepare(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
+    fn make_durable(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error>;
 
     /// The migration can no longer be cancelled. With a source of ours [`start`](Self::start) follows, and the source is told
     /// afterwards; with another one the source is told first.
@@ -83,19 +95,26 @@ pub(crate) trait Target {
 /// A VM of the VMM.
 pub(super) struct VmTarget<'a> {
     vm: &'a mut dyn DestinationVm,
+    /// What the VM said of its pages.
+    page_size: usize,
     first_touch: FirstTouch,
     stop: StopHandle,
-    /// The memory of the VM, once it was [prepared](Self::prepare_memory).
+    /// The memory of the VM, once it was [made zero](Self::clean_memory).
     clean: Option<CleanMemory>,
 }
 
 impl<'a> VmTarget<'a> {
-    pub(super) fn new(vm: &'a mut dyn DestinationVm, first_touch: FirstTouch, stop: StopHandle) -> VmTarget<'a> {
-        VmTarget { vm, first_touch, stop, clean: None }
+    pub(super) fn new(
+        vm: &'a mut dyn DestinationVm,
+        page_size: usize,
+        first_touch: FirstTouch,
+        stop: StopHandle,
+    ) -> VmTarget<'a> {
+        VmTarget { vm, page_size, first_touch, stop, clean: None }
     }
 
     /// Makes the memory of the VM read as zeros where that is not known: as early as possible, as it may take a while.
-    pub(super) fn prepare_memory(&mut self) {
+    fn clean_memory(&mut self) {
         let mut clean = CleanMemory::new(self.vm.ram());
         // A block that is read-only will be refused.
         clean.clean(&self.stop, |_, block| !block.is_fresh() && block.access() == Access::ReadWrite);
@@ -104,12 +123,32 @@ impl<'a> VmTarget<'a> {
 }
 
 impl Target for VmTarget<'_> {
-    fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
+    fn takes_descriptions(&self) -> bool {
+        true
+    }
+
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, Error> {
+        let answer = self.vm.prepare(description).map_err(Error::vm("be prepared"))?;
+        if answer.len() > MAX_DESCRIPTION as usize {
+            let text = format!("the answer has {} bytes, at most {MAX_DESCRIPTION} are sent", answer.len());
+            return Err(Error::vm("be prepared")(text.into()));
+        }
         let ram = self.vm.ram();
-        // Once more: a VMM may have made its memory since the start.
+        let (said, found) = (self.page_size, ram.layout().page_size());
+        if said != found {
+            return Err(Mismatch::PageSizeChanged { said, found }.into());
+        }
+        // Before a page is asked for. Once more at the three places that write guest memory.
         if let Some(block) = ram.blocks().iter().find(|block| block.access() != Access::ReadWrite) {
             return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
         }
+        // While the guest runs at the source.
+        self.clean_memory();
+        Ok(answer)
+    }
+
+    fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
+        let ram = self.vm.ram();
         let mut order = Vec::new();
         for entry in &head.blocks {
             order.push(matching_block(ram.layout(), &entry.name, entry.used_len)?);
@@ -167,7 +206,7 @@ impl Target for VmTarget<'_> {
         Ok(())
     }
 
-    fn prepare(&mut self, _uuid: Option<[u8; 16]>) -> Result<(), Error> {
+    fn make_durable(&mut self, _uuid: Option<[u8; 16]>) -> Result<(), Error> {
         Ok(())
     }
 

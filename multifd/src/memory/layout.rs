@@ -31,9 +31,7 @@ impl Layout {
     /// A page size that is not a power of two of at least 1024, a block that is empty or not a multiple of the page size,
     /// two blocks of one name, or more than 2^63 bytes in all.
     pub fn new(page_size: usize, blocks: impl IntoIterator<Item = (BlockName, u64)>) -> Result<Layout, Mismatch> {
-        if !page_size.is_power_of_two() || !(MIN_PAGE_SIZE..=MAX_PAGE_SIZE).contains(&page_size) {
-            return Err(Mismatch::PageSize { page_size });
-        }
+        check_page_size(page_size)?;
         let mut layout = Layout { page_size, blocks: Vec::new(), bits: 0 };
         let mut total = 0u64;
         for (name, len) in blocks {
@@ -124,6 +122,15 @@ impl BlockLayout {
     pub fn offset_of(&self, page: u64) -> u64 {
         debug_assert!(self.page_range().contains(&page));
         (page - self.first_page) * self.page_size as u64
+    }
+}
+
+/// # Errors
+/// `page_size` is not a power of two, or out of bounds.
+pub(crate) fn check_page_size(page_size: usize) -> Result<(), Mismatch> {
+    match page_size.is_power_of_two() && (MIN_PAGE_SIZE..=MAX_PAGE_SIZE).contains(&page_size) {
+        true => Ok(()),
+        false => Err(Mismatch::PageSize { page_size }),
     }
 }
 

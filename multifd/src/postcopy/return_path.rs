@@ -92,6 +92,7 @@ impl ReturnPath<'_> {
             Message::RecvBitmap { block } => self.bitmap(&block, at)?,
             Message::ResumeAck(1) => inbox.update(|mail| mail.is_resumed = true),
             Message::ResumeAck(_) => return Err(unexpected(at, "RESUME_ACK", "with another value than 1")),
+            Message::Prepared { .. } => return Err(unexpected(at, "PREPARED", "without DESCRIBE")),
             other => tracing::debug!(message = other.name(), "return path"),
         }
         Ok(false)

@@ -56,6 +56,12 @@ impl MainChannel {
         self.send()
     }
 
+    /// Tells the destination what to make its VM by: the `len` bytes of `description`.
+    pub(super) fn describe(&mut self, len: u32, description: &[u8]) -> Result<(), Error> {
+        self.encoder.command(&Command::Describe { len }).raw(description);
+        self.send()
+    }
+
     /// Sends the device state that is needed before the RAM blocks, and lists these. A sync point and the end of the section
     /// follow.
     pub(super) fn ram_start(&mut self) -> Result<(), Error> {

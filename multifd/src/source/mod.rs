@@ -4,6 +4,7 @@
 //! pulls batches from the shared page scan. They meet at the round barrier when a section opens; a channel that has sent
 //! its SYNC waits there for the next one.
 
+mod agreement;
 mod auto_compression;
 mod backlog;
 mod channel;
@@ -11,6 +12,7 @@ mod commit;
 mod connections;
 mod ending;
 mod handle;
+mod incoming;
 mod main_channel;
 mod openings;
 mod options;
@@ -212,7 +214,7 @@ impl Run {
         self.shared.pulse.watch(self.watchdog.timers(), move || live.get().stall_limit, &self.shared.stop);
         self.connect(to)?;
         self.enter(Phase::Setup, observer);
-        self.set_up()?;
+        self.set_up(vm)?;
         self.enter(Phase::Rounds, observer);
         let mut dirty = self.start_tracking(vm)?;
         loop {
@@ -241,11 +243,9 @@ impl Run {
         observer.event(&Event::Phase(phase));
     }
 
-    /// Announces the RAM blocks and meets all channels for the first time.
-    fn set_up(&mut self) -> Result<(), Error> {
-        if self.shared.options.peer == Peer::Multifd {
-            self.extensions = self.return_path().wait_for_agreement()?;
-        }
+    /// Agrees with the destination, announces the RAM blocks and meets all channels for the first time.
+    fn set_up(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        self.agree(vm)?;
         self.main().ram_start()?;
         self.section(0)?;
         self.main().sections_beside_ram()?;

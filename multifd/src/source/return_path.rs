@@ -1,16 +1,12 @@
 //! Listens to what the destination says on main, while the main thread writes to it.
 //!
 //! Each kind of message has its place in the [`Mail`], where the main thread waits for it: the extensions that the
-//! destination takes, READY, and the verdict. PONG and the rest are only logged. If the destination says something else, or
+//! destination takes, its answer to the description, READY, and the verdict. PONG and the rest are only logged. If the destination says something else, or
 //! closes main before the commit, the migration is stopped at once: the main thread may be waiting for something else.
 
-use multifd_proto::{
-    Violation,
-    commit::SourceEvent,
-    extension::Extensions,
-    return_path::{MAX_PAYLOAD, Message},
-    wire::Step,
-};
+use multifd_proto::{Violation, commit::SourceEvent, extension::Extensions, return_path::Message};
+
+use super::incoming::Incoming;
 
 use crate::{
     error::{Connection, Error, Place},
@@ -45,6 +41,10 @@ struct Mail {
     /// What this side offered, if it did: only then the destination may accept.
     offered: Option<Extensions>,
     accepted: Option<Extensions>,
+    /// DESCRIBE is on its way, and PREPARED has not come.
+    described: bool,
+    /// What PREPARED brought.
+    prepared: Option<Vec<u8>>,
     /// The end of the stream is on its way: only then the destination may be ready, or have the VM.
     answer_is_due: bool,
     ready: bool,
@@ -85,6 +85,19 @@ impl ReturnPath {
     /// [`Error::Stopped`]: the migration has ended.
     pub(super) fn wait_for_agreement(&self) -> Result<Extensions, Error> {
         self.mail.wait_for(|mail| mail.accepted.take())
+    }
+
+    /// The VM is about to be described: PREPARED may come from now on.
+    pub(super) fn expect_prepared(&self) {
+        lock(&self.mail.shared.mail).described = true;
+    }
+
+    /// Waits until the destination has made its VM. Returns its answer.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`]: the migration has ended.
+    pub(super) fn wait_for_prepared(&self) -> Result<Vec<u8>, Error> {
+        self.mail.wait_for(|mail| mail.prepared.take())
     }
 
     /// The end of the stream is about to be sent: READY and the verdict may come from now on.
@@ -170,39 +183,26 @@ impl Mailbox {
     }
 
     fn read_until_shut(&self, stream: &mut dyn RecvHalf, pulse: &Pulse) -> Result<(), Error> {
-        let mut buf = [0; 4 + MAX_PAYLOAD as usize];
-        let mut filled = 0;
-        let mut position = 0;
+        let mut incoming = Incoming::new(stream, pulse);
         let mut reason = None;
         loop {
-            let place = Place { connection: Connection::ReturnPath, offset: position };
-            match Message::decode(&buf[..filled]).map_err(Error::protocol(place))? {
-                Step::Item { item, used } => {
-                    buf.copy_within(used..filled, 0);
-                    filled -= used;
-                    position += used as u64;
-                    match item {
-                        // Without GO that is a broken rule, and yet the VM may run there: the commit decides.
-                        Message::Shut(0) if lock(&self.shared.mail).answer_is_due => return Ok(()),
-                        Message::Shut(0) => {
-                            return Err(unexpected(place, "SHUT with status 0", "before the end of the stream"));
-                        }
-                        Message::Shut(status) => return Err(Error::Refused { status, reason }),
-                        Message::Reason(text) => reason = Some(text),
-                        Message::Accepted(extensions) => self.accepted(extensions, place)?,
-                        Message::Ready => self.ready(place)?,
-                        Message::Pong(_) => self.answers(),
-                        other => tracing::debug!(message = other.name(), "return path"),
-                    }
+            let (message, place) = incoming.next()?;
+            match message {
+                // Without GO that is a broken rule, and yet the VM may run there: the commit decides.
+                Message::Shut(0) if lock(&self.shared.mail).answer_is_due => return Ok(()),
+                Message::Shut(0) => {
+                    return Err(unexpected(place, "SHUT with status 0", "before the end of the stream"));
                 }
-                Step::Need(_) => match stream.read(&mut buf[filled..]) {
-                    Ok(0) => return Err(Error::Unconfirmed),
-                    Ok(n) => {
-                        filled += n;
-                        pulse.add(n);
-                    }
-                    Err(source) => return Err(Error::Io { at: place, source }),
-                },
+                Message::Shut(status) => return Err(Error::Refused { status, reason }),
+                Message::Reason(text) => reason = Some(text),
+                Message::Accepted(extensions) => self.accepted(extensions, place)?,
+                Message::Prepared { len } => {
+                    self.may_be_prepared(place)?;
+                    self.prepared(incoming.take(len)?);
+                }
+                Message::Ready => self.ready(place)?,
+                Message::Pong(_) => self.answers(),
+                other => tracing::debug!(message = other.name(), "return path"),
             }
         }
     }
@@ -226,6 +226,19 @@ impl Mailbox {
             mail.accepted = Some(Extensions::default());
             self.shared.changed.notify_all();
         }
+    }
+
+    /// Whether PREPARED is due: the VM was described, and it comes once.
+    fn may_be_prepared(&self, place: Place) -> Result<(), Error> {
+        match std::mem::take(&mut lock(&self.shared.mail).described) {
+            true => Ok(()),
+            false => Err(unexpected(place, "PREPARED", "without DESCRIBE, or a second time")),
+        }
+    }
+
+    fn prepared(&self, answer: Vec<u8>) {
+        lock(&self.shared.mail).prepared = Some(answer);
+        self.shared.changed.notify_all();
     }
 
     fn ready(&self, place: Place) -> Result<(), Error> {

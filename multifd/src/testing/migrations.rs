@@ -97,7 +97,7 @@ fn memory_and_device_state_arrive_in_every_mode() {
                     let (sent, received) = (sent.unwrap(), received.unwrap());
                     assert_same(&vm.writer_ram(), &to.ram);
                     assert_eq!(to.loaded, [("cpu".to_owned(), 0, 1), ("timer".to_owned(), 7, 3)]);
-                    assert_eq!(to.calls(), ["load", "load", "start"]);
+                    assert_eq!(to.calls(), ["prepare", "load", "load", "start"]);
                     assert!(!vm.writer.is_running(), "the VM belongs to the destination");
                     assert_eq!(received.audit, Some(destination::Findings::default()));
                     assert_eq!(received.channels, usize::from(channels));
@@ -192,7 +192,7 @@ fn a_failing_load_leaves_the_guest_running_on_the_source() {
     assert!(matches!(sent, Err(Error::Refused { status: 1, .. })), "{sent:?}");
     assert!(matches!(received, Err(Error::Load { .. })), "{received:?}");
     assert!(vm.writer.is_running());
-    assert_eq!(to.calls(), ["load"]);
+    assert_eq!(to.calls(), ["prepare", "load"]);
 }
 
 #[test]

@@ -313,7 +313,7 @@ impl Outcome {
         assert_same(&self.vm, &self.to);
         let findings = self.received.as_ref().unwrap().audit.as_ref().unwrap();
         assert_eq!(findings.stale_writes, 0, "a page differs in its round: {:?}", findings.first);
-        assert_eq!(self.to.calls(), ["load", "load", "start"]);
+        assert_eq!(self.to.calls(), ["prepare", "load", "load", "start"]);
         assert!(!self.vm.writer.is_running(), "the VM belongs to the destination");
     }
 
@@ -599,7 +599,7 @@ fn in_one_step_a_destination_whose_vm_does_not_start_has_all_of_it() {
         assert!(matches!(failure, Error::Vm { call: "start", .. }), "{failure}");
         assert!(outcome.sent.is_ok(), "{:?}", outcome.sent.as_ref().err());
         assert!(!outcome.vm.writer.is_running(), "the VM belongs to the destination");
-        assert_eq!(outcome.to.calls(), ["load", "load", "start"]);
+        assert_eq!(outcome.to.calls(), ["prepare", "load", "load", "start"]);
         assert_same(&outcome.vm, &outcome.to);
     });
 }

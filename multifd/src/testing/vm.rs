@@ -50,6 +50,10 @@ pub(crate) struct TestSource {
     /// Run at each drain, before it: a guest that writes while a round is sent.
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
     pub(crate) untouched: Vec<u64>,
+    /// What it says of itself.
+    pub(crate) description: Vec<u8>,
+    /// What the destination answered.
+    pub(crate) answer: Option<Vec<u8>>,
     /// A defect: what was reported is tracked again only when the next drain comes.
     pub(crate) rearms_late: Option<DirtyBitmap>,
     fallible: usize,
@@ -66,6 +70,8 @@ impl TestSource {
             panics: false,
             at_drain: Box::new(|_| {}),
             untouched: Vec::new(),
+            description: Vec::new(),
+            answer: None,
             rearms_late: None,
             fallible: 0,
         }
@@ -90,6 +96,17 @@ impl TestSource {
 }
 
 impl SourceVm for TestSource {
+    fn describe(&mut self) -> Result<Vec<u8>, VmError> {
+        self.call("describe")?;
+        Ok(self.description.clone())
+    }
+
+    fn agreed(&mut self, answer: &[u8]) -> Result<(), VmError> {
+        self.call("agreed")?;
+        self.answer = Some(answer.to_vec());
+        Ok(())
+    }
+
     fn ram(&self) -> &Ram {
         &self.writer.ram
     }
@@ -166,7 +183,11 @@ impl DirtyLog for TestSource {
 pub(crate) struct TestDestination {
     pub(crate) ram: Ram,
     pub(crate) calls: Calls,
-    /// The call that fails: `load` or `start`.
+    /// What the source is told when the VM was made.
+    pub(crate) answer: Vec<u8>,
+    /// What the source said of its VM.
+    pub(crate) description: Option<Vec<u8>>,
+    /// The call that fails: `prepare`, `load` or `start`.
     pub(crate) fail: Option<&'static str>,
     /// The call that fails, counted from 0 over both.
     pub(crate) fail_at: Option<usize>,
@@ -180,6 +201,8 @@ impl TestDestination {
         TestDestination {
             ram,
             calls: Arc::new(Mutex::new(Vec::new())),
+            answer: Vec::new(),
+            description: None,
             fail: None,
             fail_at: None,
             panics: false,
@@ -204,7 +227,18 @@ impl TestDestination {
 }
 
 impl DestinationVm for TestDestination {
+    fn page_size(&self) -> usize {
+        self.ram.layout().page_size()
+    }
+
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
+        self.call("prepare")?;
+        self.description = Some(description.to_vec());
+        Ok(self.answer.clone())
+    }
+
     fn ram(&self) -> &Ram {
+        assert!(self.calls().contains(&"prepare"), "asked for before it was made");
         &self.ram
     }
 

@@ -55,7 +55,7 @@ fn a_vm_without_devices_starts_with_zeros_where_no_page_was_sent() {
         let options = Options { channels: Some(1), close_timeout, ..Options::default() };
         Destination::new(options).run(&mut vm, Box::new(listener), &mut ()).unwrap();
         drop(streams);
-        assert_eq!(vm.calls(), ["start"]);
+        assert_eq!(vm.calls(), ["prepare", "start"]);
         assert!(ram.page_bytes(5) == [0; PAGE]);
     });
 }

@@ -491,7 +491,7 @@ fn each_call_of_the_destination_vm_fails_once() {
         let attempt = Attempt { load_fails_at: Some(call), ..Attempt::new(small()) };
         let outcome = migrate(&mut guest, attempt, |_, _| {});
         if outcome.received.is_ok() {
-            assert_eq!(call, 3, "two devices are loaded, then the VM is started");
+            assert_eq!(call, 4, "the VM is made, two devices are loaded, then it is started");
             break;
         }
         let owner = settle(&mut guest, outcome, &format!("call {call}"));

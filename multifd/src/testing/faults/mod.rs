@@ -12,6 +12,7 @@ mod panics;
 mod pause;
 mod postcopy;
 mod postcopy_recovery;
+mod prepare;
 mod refusals;
 mod reused_memory;
 mod set_up;

@@ -23,6 +23,10 @@ struct Slow {
 }
 
 impl DestinationVm for Slow {
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
+        self.vm.prepare(description)
+    }
+
     fn ram(&self) -> &Ram {
         self.vm.ram()
     }

@@ -144,10 +144,10 @@ fn memory_is_zeros_before_a_source_is_waited_for() {
 }
 
 #[test]
-fn a_destination_with_a_read_only_block_is_refused_before_it_waits_for_a_source() {
+fn a_destination_with_a_read_only_block_is_refused_before_any_page() {
     let memory = crate::sys::heap::zeroed_block(name(), PAGES * 4096);
     let mut to = TestDestination::new(of(memory.read_only()));
-    let (listener, _connector) = memory::listener(1 << 15);
-    let error = Destination::new(Default::default()).run(&mut to, Box::new(listener), &mut ()).unwrap_err();
+    let (_, received) = send(&mut to, Untouched::Skip, |page| page);
+    let error = received.unwrap_err();
     assert!(matches!(error, Error::Mismatch(Mismatch::BlockReadOnly { .. })), "{error}");
 }

@@ -131,7 +131,7 @@ fn send_on(checkpoint: &Checkpoint) {
         Source::new(options).run(&mut source, &*uri.connector().unwrap(), &mut ()).unwrap();
         destination.join().unwrap().unwrap();
     });
-    assert_eq!(vm.calls(), ["load", "load", "start"]);
+    assert_eq!(vm.calls(), ["prepare", "load", "load", "start"]);
 }
 
 /// What would be lost is the state of the last device, with a source that was told that it is safe.
