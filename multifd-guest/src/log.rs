@@ -39,7 +39,7 @@ impl DirtyLogChoice {
 
 /// A log that was chosen.
 pub(crate) struct Chosen {
-    pub(crate) log: Box<dyn DirtyLog>,
+    pub(crate) log: Box<dyn DirtyLog + Send>,
     /// Never `Auto`.
     pub(crate) choice: DirtyLogChoice,
     /// Why another one was not, in words.
@@ -47,7 +47,7 @@ pub(crate) struct Chosen {
 }
 
 impl Chosen {
-    pub(crate) fn new(log: impl DirtyLog + 'static, choice: DirtyLogChoice) -> Chosen {
+    pub(crate) fn new(log: impl DirtyLog + Send + 'static, choice: DirtyLogChoice) -> Chosen {
         Chosen { log: Box::new(log), choice, reason: None }
     }
 

@@ -10,19 +10,42 @@ use std::time::Duration;
 pub struct Limits {
     /// The pause that is acceptable: the last round has to fit into it.
     pub downtime: Duration,
-    /// Give up after this many rounds with the guest running; `None` for no limit.
+    /// At most so many rounds with the guest running; `None` for no limit.
     pub rounds: Option<u64>,
-    /// Give up after this time; `None` for no limit.
+    /// At most so much time for these rounds; `None` for no limit.
     pub time: Option<Duration>,
+    /// What follows when one of the two limits above is reached and the rest does not fit.
+    pub at_limit: AtLimit,
     /// Slow a guest down that writes too fast.
     pub throttle: bool,
 }
 
 impl Default for Limits {
-    /// 300 ms of downtime, at most 100 rounds, throttling where the VM can.
+    /// 300 ms of downtime, at most 100 rounds and then it gives up, throttling where the VM can.
     fn default() -> Limits {
-        Limits { downtime: Duration::from_millis(300), rounds: Some(100), time: None, throttle: true }
+        let (downtime, rounds) = (Duration::from_millis(300), Some(100));
+        Limits { downtime, rounds, time: None, at_limit: AtLimit::GiveUp, throttle: true }
     }
+}
+
+/// What follows when the rounds or the time are used up, and the rest would take longer than the acceptable pause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AtLimit {
+    /// The migration ends, and the guest runs on at the source.
+    #[default]
+    GiveUp,
+    /// The guest is paused for as long as the rest takes.
+    SwitchOver,
+}
+
+/// What the VMM wants of the moment of the switchover, whatever the limits say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Switch over when the round is over, whether the rest fits or not.
+    pub switch_over: bool,
+    /// Do not switch over. It wins over `switch_over`, which is done once this is taken back. Rounds and time that pass
+    /// meanwhile do not count towards the limits.
+    pub hold: bool,
 }
 
 /// What is known when a round is over and the dirty log was drained again.
@@ -60,8 +83,10 @@ pub enum Decision {
     Continue,
     /// The same, with the guest slowed down by this many percent.
     Throttle(u8),
-    /// Pause the guest: the rest fits.
+    /// Pause the guest: the rest fits, or it is to be done now.
     SwitchOver,
+    /// The rest fits, and the switchover is held: send another round in a while, or when it no longer is.
+    Hold,
     /// The limits are reached and the rest does not fit.
     GiveUp,
 }
@@ -77,6 +102,14 @@ pub struct Convergence {
     /// Bytes on the connections in the same time.
     wire: f64,
     throttle: u8,
+    /// The VM can be slowed down, as far as it is known.
+    can_throttle: bool,
+    wish: Wish,
+    /// Rounds and time that do not count, since the switchover was held.
+    held_rounds: u64,
+    held_time: Duration,
+    /// When the round before was over, since the first began.
+    elapsed: Duration,
     /// Rounds in a row in which the guest wrote more than half of what was sent.
     losing: u32,
 }
@@ -84,7 +117,19 @@ pub struct Convergence {
 impl Convergence {
     /// No round sent yet.
     pub fn new(limits: Limits) -> Convergence {
-        Convergence { limits, bytes: 0.0, seconds: 0.0, wire: 0.0, throttle: 0, losing: 0 }
+        Convergence {
+            limits,
+            bytes: 0.0,
+            seconds: 0.0,
+            wire: 0.0,
+            throttle: 0,
+            can_throttle: true,
+            wish: Wish::default(),
+            held_rounds: 0,
+            held_time: Duration::ZERO,
+            elapsed: Duration::ZERO,
+            losing: 0,
+        }
     }
 
     /// Decides by `limits` from now on.
@@ -92,19 +137,29 @@ impl Convergence {
         self.limits = limits;
     }
 
+    /// Decides by `wish` from now on.
+    pub fn set_wish(&mut self, wish: Wish) {
+        self.wish = wish;
+    }
+
     /// What to do after the round that `report` describes.
     pub fn decide(&mut self, report: &RoundReport) -> Decision {
         self.observe(report);
-        if self.time_for(&report.left) <= self.budget(&report.left) {
-            return Decision::SwitchOver;
-        }
-        let out_of_rounds = self.limits.rounds.is_some_and(|rounds| report.rounds >= rounds);
-        let out_of_time = self.limits.time.is_some_and(|time| report.elapsed >= time);
-        if out_of_rounds || out_of_time {
-            return Decision::GiveUp;
+        let fits = self.time_for(&report.left) <= self.budget(&report.left);
+        match self.wish {
+            Wish { hold: true, .. } if fits => return Decision::Hold,
+            Wish { hold: false, switch_over } if switch_over || fits => return Decision::SwitchOver,
+            Wish { hold: false, .. } if self.is_used_up(report) => {
+                return match self.limits.at_limit {
+                    AtLimit::GiveUp => Decision::GiveUp,
+                    AtLimit::SwitchOver => Decision::SwitchOver,
+                };
+            }
+            _ => {}
         }
         self.losing = if report.left.dirty > report.sent / 2 { self.losing + 1 } else { 0 };
-        if self.limits.throttle && self.losing >= LOSING_ROUNDS && self.throttle < MAX_THROTTLE {
+        let throttles = self.limits.throttle && self.can_throttle;
+        if throttles && self.losing >= LOSING_ROUNDS && self.throttle < MAX_THROTTLE {
             self.throttle = (self.throttle + THROTTLE_STEP).clamp(FIRST_THROTTLE, MAX_THROTTLE);
             return Decision::Throttle(self.throttle);
         }
@@ -113,7 +168,7 @@ impl Convergence {
 
     /// The VM cannot be slowed down, so do not ask again.
     pub fn throttle_unsupported(&mut self) {
-        self.limits.throttle = false;
+        self.can_throttle = false;
         self.throttle = 0;
     }
 
@@ -150,7 +205,20 @@ impl Convergence {
         limit.saturating_sub(left.round_trips).max(limit / 10)
     }
 
+    /// Whether the rounds or the time that count are used up.
+    fn is_used_up(&self, report: &RoundReport) -> bool {
+        let rounds = report.rounds.saturating_sub(self.held_rounds);
+        let time = report.elapsed.saturating_sub(self.held_time);
+        self.limits.rounds.is_some_and(|limit| rounds >= limit) || self.limits.time.is_some_and(|limit| time >= limit)
+    }
+
     fn observe(&mut self, report: &RoundReport) {
+        let passed = report.elapsed.saturating_sub(self.elapsed);
+        self.elapsed = report.elapsed;
+        if self.wish.hold {
+            self.held_rounds += 1;
+            self.held_time += passed;
+        }
         self.bytes += report.sent as f64;
         self.wire += report.wire as f64;
         self.seconds += report.took.as_secs_f64();
@@ -223,11 +291,52 @@ mod tests {
     }
 
     #[test]
+    fn where_the_limits_say_so_the_guest_is_paused_for_as_long_as_it_takes() {
+        let at_limit = AtLimit::SwitchOver;
+        let mut convergence = Convergence::new(Limits { rounds: Some(2), at_limit, ..limits(1) });
+        assert_eq!(convergence.decide(&report(1, 1000 * MB, 1000, 900 * MB)), Decision::Continue);
+        assert_eq!(convergence.decide(&report(2, 1000 * MB, 1000, 900 * MB)), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_switchover_that_is_wanted_comes_after_the_round_and_not_while_it_is_held() {
+        let mut convergence = Convergence::new(limits(1));
+        convergence.set_wish(Wish { switch_over: true, hold: true });
+        assert_eq!(convergence.decide(&report(1, 1000 * MB, 1000, 900 * MB)), Decision::Continue);
+        convergence.set_wish(Wish { switch_over: true, hold: false });
+        assert_eq!(convergence.decide(&report(2, 1000 * MB, 1000, 900 * MB)), Decision::SwitchOver);
+    }
+
+    /// An operator who moves a network for minutes would find that the migration has given up.
+    #[test]
+    fn rounds_and_time_of_a_switchover_that_is_held_do_not_count() {
+        let time = Some(Duration::from_secs(5));
+        for limits in [Limits { rounds: Some(3), ..limits(10) }, Limits { rounds: None, time, ..limits(10) }] {
+            let mut convergence = Convergence::new(Limits { throttle: false, ..limits });
+            assert_eq!(convergence.decide(&report(1, 100 * MB, 1000, 90 * MB)), Decision::Continue);
+            convergence.set_wish(Wish { hold: true, ..Wish::default() });
+            for round in 2..1000 {
+                let dirty = if round % 2 == 0 { 0 } else { 90 * MB };
+                let expected = if round % 2 == 0 { Decision::Hold } else { Decision::Continue };
+                assert_eq!(convergence.decide(&report(round, 100 * MB, 1000, dirty)), expected);
+            }
+            convergence.set_wish(Wish::default());
+            assert_eq!(convergence.decide(&report(1000, 100 * MB, 1000, 90 * MB)), Decision::Continue);
+            for round in 1001..1003 {
+                convergence.decide(&report(round, 100 * MB, 1000, 90 * MB));
+            }
+            assert_eq!(convergence.decide(&report(1003, 100 * MB, 1000, 90 * MB)), Decision::GiveUp);
+        }
+    }
+
+    /// The limits are set anew before each decision.
+    #[test]
     fn a_vm_that_cannot_be_slowed_down_is_not_asked_again() {
         let mut convergence = Convergence::new(limits(1));
         convergence.decide(&report(1, MB, 10, MB));
         assert_eq!(convergence.decide(&report(2, MB, 10, MB)), Decision::Throttle(20));
         convergence.throttle_unsupported();
+        convergence.set_limits(limits(1));
         assert_eq!(convergence.decide(&report(3, MB, 10, MB)), Decision::Continue);
     }
 

@@ -44,7 +44,7 @@ pub trait SourceVm {
     /// named here must have been zero at some moment during the call. Adding nothing is always correct.
     ///
     /// # Errors
-    /// The migration ends.
+    /// It is logged, and all pages are sent: the kernel may be too old, or `/proc` not mounted.
     fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
         let _ = into;
         Ok(())
@@ -127,6 +127,14 @@ pub trait DestinationVm {
     /// No vCPU has run here, and none will: a source of ours is told so, and resumes the VM. With one that knows no GO the VM
     /// is then paused on both sides. An implementation that has started some of its vCPUs must not return an error.
     fn start(&mut self) -> Result<(), VmError>;
+
+    /// Frees what [`prepare`](Self::prepare) and [`load`](Self::load) have made: the VM will not run here.
+    ///
+    /// Called at most once, as the last call, when [`Destination::run`](crate::destination::Destination::run) returns an
+    /// error after `prepare` was called, whether that succeeded or not; all threads of the engine have ended then, and none
+    /// touches the memory. It is not called after [`start`](Self::start) has succeeded, nor with
+    /// [`Error::InDoubt`](crate::error::Error::InDoubt), where the VM is complete and an operator may let it run.
+    fn abandon(&mut self) {}
 }
 
 /// Which device a section of state belongs to.
@@ -149,5 +157,56 @@ pub enum Throttled {
     Unsupported,
 }
 
-/// What a VMM says when it cannot do what it was asked.
+/// What a VMM says when it cannot do what it was asked. For an error that is not `Sync`: [`not_sync`].
 pub type VmError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes a [`VmError`] of an error that is not `Sync`, as one with the payload of a panic is not.
+///
+/// The text and its sources are those of `error` at this moment. The error itself is kept:
+/// `downcast::<NotSync>()` and [`NotSync::into_inner`] give it back.
+pub fn not_sync(error: impl std::error::Error + Send + 'static) -> VmError {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += &format!(": {error}");
+        source = error.source();
+    }
+    Box::new(NotSync { text, error: std::sync::Mutex::new(Box::new(error)) })
+}
+
+/// An error that is not `Sync`, with its text. Made by [`not_sync`].
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct NotSync {
+    text: String,
+    error: std::sync::Mutex<Box<dyn std::error::Error + Send>>,
+}
+
+impl NotSync {
+    /// The error that it was made of.
+    pub fn into_inner(self) -> Box<dyn std::error::Error + Send> {
+        self.error.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the device has no state")]
+    struct WithCell {
+        count: std::cell::Cell<u32>,
+        #[source]
+        because: std::io::Error,
+    }
+
+    #[test]
+    fn an_error_that_is_not_sync_is_told_with_its_sources_and_kept() {
+        let because = std::io::Error::other("it is unplugged");
+        let error = not_sync(WithCell { count: std::cell::Cell::new(7), because });
+        assert_eq!(error.to_string(), "the device has no state: it is unplugged");
+        let inner = error.downcast::<NotSync>().unwrap().into_inner();
+        assert_eq!(inner.downcast::<WithCell>().unwrap().count.get(), 7);
+    }
+}

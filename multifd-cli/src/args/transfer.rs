@@ -99,6 +99,7 @@ impl TransferArgs {
             rounds: Some(self.max_rounds),
             time: self.max_time.and_then(|time| time.0),
             throttle: !self.no_throttle,
+            ..Limits::default()
         };
         options
     }

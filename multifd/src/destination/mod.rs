@@ -33,7 +33,8 @@ mod target;
 
 use std::time::Duration;
 
-use multifd_proto::extension::{Extensions, Offer};
+use multifd_proto::extension::Offer;
+pub use multifd_proto::{BlockName, extension::Extensions, machine::Dialect, packet::Compression};
 
 #[cfg(feature = "bench")]
 pub(crate) use self::first_touch::Filler;
@@ -318,8 +319,10 @@ impl Run {
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
             return Ok(self.report);
         };
-        target.abandon();
         let error = self.shared.explained(first.or(not_first).or(late).unwrap_or(Error::Stopped));
+        if !matches!(error, Error::InDoubt { .. }) {
+            target.abandon();
+        }
         Err(match error {
             Error::InDoubt { .. } => error,
             error if switched => Error::AfterRun { reason: Box::new(error), blocks: self.report.blocks },

@@ -16,6 +16,7 @@ use crate::{
     ram::Access,
     stop::StopHandle,
     sync::Arc,
+    threads::caught,
     vm::{DestinationVm, MAX_DESCRIPTION, SectionId},
 };
 
@@ -88,7 +89,7 @@ pub(crate) trait Target {
         Ok(())
     }
 
-    /// The migration has failed.
+    /// The migration has failed, and the VM will not run here. All threads have ended.
     fn abandon(&mut self);
 }
 
@@ -101,6 +102,8 @@ pub(super) struct VmTarget<'a> {
     stop: StopHandle,
     /// The memory of the VM, once it was [made zero](Self::clean_memory).
     clean: Option<CleanMemory>,
+    /// The VM is being made, or was, and does not run: it has to be told if it never will.
+    is_made: bool,
 }
 
 impl<'a> VmTarget<'a> {
@@ -110,7 +113,7 @@ impl<'a> VmTarget<'a> {
         first_touch: FirstTouch,
         stop: StopHandle,
     ) -> VmTarget<'a> {
-        VmTarget { vm, page_size, first_touch, stop, clean: None }
+        VmTarget { vm, page_size, first_touch, stop, clean: None, is_made: false }
     }
 
     /// Makes the memory of the VM read as zeros where that is not known: as early as possible, as it may take a while.
@@ -128,6 +131,7 @@ impl Target for VmTarget<'_> {
     }
 
     fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, Error> {
+        self.is_made = true;
         let answer = self.vm.prepare(description).map_err(Error::vm("be prepared"))?;
         if answer.len() > MAX_DESCRIPTION as usize {
             let text = format!("the answer has {} bytes, at most {MAX_DESCRIPTION} are sent", answer.len());
@@ -215,10 +219,23 @@ impl Target for VmTarget<'_> {
     }
 
     fn start(&mut self) -> Result<(), Error> {
-        self.vm.start().map_err(Error::vm("start"))
+        self.vm.start().map_err(Error::vm("start"))?;
+        self.is_made = false;
+        Ok(())
     }
 
-    fn abandon(&mut self) {}
+    fn abandon(&mut self) {
+        if !std::mem::take(&mut self.is_made) {
+            return;
+        }
+        let abandoned = caught(|| {
+            self.vm.abandon();
+            Ok(())
+        });
+        if let Err(error) = abandoned {
+            tracing::error!(%error, "while the VM was abandoned");
+        }
+    }
 }
 
 fn matching_block(ours: &Layout, name: &BlockName, theirs: u64) -> Result<usize, Mismatch> {

@@ -8,18 +8,27 @@ use std::io;
 use crate::{dirty::DirtyLog, dirty_bitmap::DirtyBitmap, ram::Ram};
 
 /// Reports what any of its logs reports.
-pub struct MergedLog {
-    logs: Vec<Box<dyn DirtyLog>>,
+///
+/// It is `Send`, as its logs are, unless it is [`local`](MergedLog::local).
+pub struct MergedLog<L: DirtyLog + ?Sized = dyn DirtyLog + Send> {
+    logs: Vec<Box<L>>,
 }
 
 impl MergedLog {
     /// Puts `logs` together.
-    pub fn new(logs: Vec<Box<dyn DirtyLog>>) -> MergedLog {
+    pub fn new(logs: Vec<Box<dyn DirtyLog + Send>>) -> MergedLog {
         MergedLog { logs }
     }
 }
 
-impl DirtyLog for MergedLog {
+impl MergedLog<dyn DirtyLog> {
+    /// Puts `logs` together that stay in this thread.
+    pub fn local(logs: Vec<Box<dyn DirtyLog>>) -> MergedLog<dyn DirtyLog> {
+        MergedLog { logs }
+    }
+}
+
+impl<L: DirtyLog + ?Sized> DirtyLog for MergedLog<L> {
     fn name(&self) -> &'static str {
         "merged"
     }
@@ -46,7 +55,7 @@ impl DirtyLog for MergedLog {
     }
 }
 
-fn stop_all(logs: &mut [Box<dyn DirtyLog>]) -> io::Result<()> {
+fn stop_all<L: DirtyLog + ?Sized>(logs: &mut [Box<L>]) -> io::Result<()> {
     let mut first = Ok(());
     for log in logs {
         // Each one is stopped, whatever the others say.
@@ -101,7 +110,7 @@ mod tests {
         let calls = Calls::default();
         let log = |page: usize| {
             Box::new(Scripted { page: page as u64, refuses: refuses[page], calls: Arc::clone(&calls) })
-                as Box<dyn DirtyLog>
+                as Box<dyn DirtyLog + Send>
         };
         (MergedLog::new((0..3).map(log).collect()), calls)
     }

@@ -23,7 +23,7 @@ pub mod vm_memory;
 /// Reports the pages that were written, by the guest's CPUs or by its devices.
 ///
 /// Every implementation passes the same suite, `dirty::conformance`.
-pub trait DirtyLog: Send {
+pub trait DirtyLog {
     /// What it is called in reports, e.g. `kvm-dirty-log`.
     fn name(&self) -> &'static str;
 

@@ -13,13 +13,15 @@ pub struct DirtyBitmap {
     words: Vec<u64>,
     /// Bit `w` is set if and only if `words[w]` is not 0.
     summary: Vec<u64>,
+    /// How many pages were to be added that it has no bit for, since [`clip`](Self::clip).
+    outside: u64,
 }
 
 impl DirtyBitmap {
     /// An empty set for the pages of `layout`.
     pub fn new(layout: &Layout) -> DirtyBitmap {
         let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
-        DirtyBitmap { words: vec![0; words], summary: vec![0; words.div_ceil(64)] }
+        DirtyBitmap { words: vec![0; words], summary: vec![0; words.div_ceil(64)], outside: 0 }
     }
 
     /// An empty set for the pages of `layout`, which may be a claim of a peer.
@@ -28,7 +30,7 @@ impl DirtyBitmap {
     /// There is no room for it.
     pub(crate) fn try_new(layout: &Layout) -> io::Result<DirtyBitmap> {
         let words = usize::try_from(layout.bits() / 64).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(DirtyBitmap { words: zeroed(words)?, summary: zeroed(words.div_ceil(64))? })
+        Ok(DirtyBitmap { words: zeroed(words)?, summary: zeroed(words.div_ceil(64))?, outside: 0 })
     }
 
     /// The set of all pages of `layout`.
@@ -45,13 +47,20 @@ impl DirtyBitmap {
         self.words.len() as u64 * 64
     }
 
-    /// Adds `page`, which is below [`bits`](Self::bits).
+    /// Adds `page`. One that is not below [`bits`](Self::bits) is left out and counted: see [`clip`](Self::clip).
     pub fn set(&mut self, page: u64) {
-        self.merge_word((page / 64) as usize, 1 << (page % 64));
+        match page < self.bits() {
+            true => self.merge_word((page / 64) as usize, 1 << (page % 64)),
+            false => self.outside = self.outside.saturating_add(1),
+        }
     }
 
-    /// Adds all of `pages`, which end at or below [`bits`](Self::bits).
+    /// Adds all of `pages`. Those that are not below [`bits`](Self::bits) are left out and counted: see [`clip`](Self::clip).
     pub fn set_range(&mut self, pages: Range<u64>) {
+        let inside = pages.start.min(self.bits())..pages.end.min(self.bits());
+        let outside = pages.end.saturating_sub(pages.start.max(self.bits()));
+        self.outside = self.outside.saturating_add(outside);
+        let pages = inside;
         for (word, mask) in word_masks(pages) {
             self.merge_word(word, mask);
         }
@@ -59,6 +68,7 @@ impl DirtyBitmap {
 
     /// Removes all of `pages`.
     pub fn clear_range(&mut self, pages: Range<u64>) {
+        let pages = pages.start.min(self.bits())..pages.end.min(self.bits());
         for (word, mask) in word_masks(pages) {
             self.remove(word, mask);
         }
@@ -72,19 +82,39 @@ impl DirtyBitmap {
         }
     }
 
-    /// Adds the pages `word * 64 + i` for each bit `i` of `bits`: how a kernel's bitmap is merged in.
-    ///
-    /// # Panics
-    /// If `word` is not below `bits() / 64`.
+    /// Adds the pages `word * 64 + i` for each bit `i` of `bits`: how a kernel's bitmap is merged in. Those of a `word` that is
+    /// not below `bits() / 64` are left out and counted: see [`clip`](Self::clip).
     pub fn merge_word(&mut self, word: usize, bits: u64) {
-        if bits != 0 {
-            self.words[word] |= bits;
-            self.summary[word / 64] |= 1 << (word % 64);
+        if bits == 0 {
+            return;
         }
+        match self.words.get_mut(word) {
+            Some(found) => {
+                *found |= bits;
+                self.summary[word / 64] |= 1 << (word % 64);
+            }
+            None => self.outside = self.outside.saturating_add(bits.count_ones().into()),
+        }
+    }
+
+    /// Removes the numbers that belong to no page of `layout`, which lie between two blocks. Returns how many these were, with those
+    /// that were to be added since the last call and have no bit at all.
+    pub fn clip(&mut self, layout: &Layout) -> u64 {
+        let mut outside = std::mem::take(&mut self.outside);
+        for block in layout.blocks() {
+            let end = block.page_range().end;
+            if let Some(word) = self.words.get_mut((end / 64) as usize).filter(|_| end % 64 != 0) {
+                let none = *word & (!0 << (end % 64));
+                outside = outside.saturating_add(none.count_ones().into());
+                *word &= !none;
+            }
+        }
+        outside
     }
 
     /// Adds all pages of `other`, which has as many bits.
     pub fn merge(&mut self, other: &DirtyBitmap) {
+        self.outside = self.outside.saturating_add(other.outside);
         for (word, bits) in other.nonzero_words() {
             self.merge_word(word, bits);
         }
@@ -93,12 +123,15 @@ impl DirtyBitmap {
     /// Removes all pages of `other`, which has as many bits.
     pub fn subtract(&mut self, other: &DirtyBitmap) {
         for (word, bits) in other.nonzero_words() {
-            self.remove(word, bits);
+            if word < self.words.len() {
+                self.remove(word, bits);
+            }
         }
     }
 
     /// Removes all pages.
     pub fn clear(&mut self) {
+        self.outside = 0;
         for index in 0..self.summary.len() {
             let mut bits = std::mem::take(&mut self.summary[index]);
             while bits != 0 {
@@ -220,6 +253,27 @@ pub(crate) fn word_masks(pages: Range<u64>) -> impl Iterator<Item = (usize, u64)
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+
+    /// A device that reports one page too many ended the VMM.
+    #[test]
+    fn numbers_that_belong_to_no_page_are_left_out_and_counted() {
+        let name = |name: &str| multifd_proto::BlockName::new(name).unwrap();
+        let layout = Layout::new(4096, [(name("a"), 3 * 4096), (name("b"), 64 * 4096)]).unwrap();
+        let mut bitmap = DirtyBitmap::full(&layout);
+        assert_eq!((bitmap.bits(), bitmap.clip(&layout)), (128, 0));
+        bitmap.set(3);
+        bitmap.set_range(60..66);
+        bitmap.set(128);
+        bitmap.set(u64::MAX);
+        bitmap.set_range(127..u64::MAX);
+        bitmap.merge_word(2, 0b101);
+        bitmap.merge_word(usize::MAX, 1);
+        let beyond = (u64::MAX - 128).saturating_add(1 + 1 + 2 + 1);
+        assert_eq!(bitmap.clip(&layout), beyond.saturating_add(1 + 4));
+        assert_eq!(bitmap, DirtyBitmap::full(&layout));
+        bitmap.clear_range(127..u64::MAX);
+        assert_eq!(bitmap.count(), 66);
+    }
 
     use multifd_proto::BlockName;
 

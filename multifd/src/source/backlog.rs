@@ -93,9 +93,13 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<Decision, Error> {
         self.convergence.set_limits(self.shared.live.get().limits);
+        self.convergence.set_wish(self.shared.live.steering.wish());
         let waited = self.let_out(dirty, vm)?;
         let report = self.round_report(dirty, self.shared.backlog.transit(), Duration::ZERO);
-        let decision = self.convergence.decide(&report);
+        let decision = self.shared.live.steering.decide(|wish| {
+            self.convergence.set_wish(wish);
+            self.convergence.decide(&report)
+        });
         // The guest wrote more meanwhile than the wait has gained: the next wait ends as soon as the rest fits.
         self.hurries |= waited && decision != Decision::SwitchOver;
         let expected = self.convergence.expected_downtime(&report.left);
@@ -132,7 +136,7 @@ impl Run {
             (transit, waited) = (now, self.now() - begun);
         }
         tracing::debug!(?waited, ?transit, "let out what the connections held");
-        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        self.drain(dirty, vm)?;
         let last = self.report.rounds.last_mut().expect("a round was sent");
         last.took += waited;
         last.dirty_after = dirty.count();

@@ -17,6 +17,24 @@ impl Handle {
         self.stop.cancel();
     }
 
+    /// Switches over when the round that is being sent is over, whether or not the rest fits into the acceptable pause.
+    ///
+    /// Before the first round has begun it counts for that one. While the switchover is [held](Self::hold) it waits.
+    /// Without effect once the guest is paused.
+    pub fn switch_over(&self) {
+        self.live.steering.switch_over();
+    }
+
+    /// With `true`, the switchover waits: the guest runs on and rounds go on, ten in a second where there is little to
+    /// send. With `false`, it comes as soon as the rest fits, as before.
+    ///
+    /// Returns whether it comes in time: `false` once it was decided to pause the guest, which is then not held. A hold has no
+    /// limit of its own; rounds and time that pass meanwhile do not count towards those of
+    /// [`Limits`](super::Limits). It ends by a cancel, an error or the limits of silence, as the migration does.
+    pub fn hold(&self, hold: bool) -> bool {
+        self.live.steering.hold(hold)
+    }
+
     /// The counters of the migration.
     pub fn progress(&self) -> Progress {
         self.progress.clone()

@@ -23,6 +23,7 @@ mod return_path;
 mod rounds;
 mod sections;
 mod shared;
+mod steering;
 mod switchover;
 
 use std::time::Duration;
@@ -30,9 +31,15 @@ use std::time::Duration;
 use multifd_proto::{
     commit::SourceCommit,
     convergence::{Convergence, Decision},
-    extension::Extensions,
-    machine::ZeroPages,
     packet,
+};
+
+pub use multifd_proto::{
+    BlockName,
+    convergence::{AtLimit, Limits},
+    extension::Extensions,
+    machine::{Dialect, ZeroPages},
+    packet::Compression,
 };
 
 pub use self::{
@@ -164,6 +171,7 @@ impl Run {
         stop.register(Box::new(backlog.clone()));
         let openings = Openings::default();
         stop.register(Box::new(openings.clone()));
+        stop.register(Box::new(live.steering.clone()));
         progress.set_pages_total(ram.layout().pages());
         let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
@@ -222,6 +230,7 @@ impl Run {
             match self.decide(&mut dirty, vm, observer)? {
                 Decision::Continue => {}
                 Decision::Throttle(percent) => self.throttle(percent, vm, observer),
+                Decision::Hold => self.shared.live.steering.wait_while_held(),
                 Decision::SwitchOver => break,
                 Decision::GiveUp => return Err(self.does_not_converge(&dirty)),
             }

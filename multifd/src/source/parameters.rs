@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use multifd_proto::convergence::Limits;
 
-use super::pause_limit::PauseLimit;
+use super::{pause_limit::PauseLimit, steering::Steering};
 use crate::{
     limiter::Limiter,
     sync::{Arc, Mutex, lock},
@@ -44,12 +44,13 @@ pub(super) struct Live {
     parameters: Arc<Mutex<Parameters>>,
     pub(super) limiter: Limiter,
     pub(super) pause_limit: PauseLimit,
+    pub(super) steering: Steering,
 }
 
 impl Live {
     pub(super) fn new(parameters: Parameters, pause_limit: PauseLimit) -> Live {
         let limiter = Limiter::new(parameters.max_bandwidth);
-        Live { parameters: Arc::new(Mutex::new(parameters)), limiter, pause_limit }
+        Live { parameters: Arc::new(Mutex::new(parameters)), limiter, pause_limit, steering: Steering::default() }
     }
 
     pub(super) fn get(&self) -> Parameters {

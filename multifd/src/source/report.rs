@@ -43,6 +43,8 @@ pub struct Report {
     pub channel_bytes: Vec<u64>,
     /// By how many percent the guest was slowed down in the end.
     pub throttle: u8,
+    /// How often the dirty log reported a page that the VM does not have. Such numbers are left out.
+    pub dirty_outside: u64,
     /// What tracked the guest's writes.
     pub dirty_log: &'static str,
     /// Where rounds ended on main.
@@ -116,6 +118,7 @@ impl Report {
             main_bytes: 0,
             channel_bytes: vec![0; usize::from(options.plan.channels)],
             throttle: 0,
+            dirty_outside: 0,
             dirty_log: "",
             dialect: options.format.dialect,
             compression: options.format.compression,

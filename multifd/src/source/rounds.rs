@@ -23,7 +23,11 @@ impl Run {
         }
         let mut dirty = DirtyBitmap::full(ram.layout());
         let mut untouched = DirtyBitmap::new(ram.layout());
-        vm.untouched(&mut untouched).map_err(Error::vm("tell which pages were never touched"))?;
+        if let Err(error) = vm.untouched(&mut untouched) {
+            tracing::warn!(%error, "which pages were never touched is not known: all are sent");
+            untouched.clear();
+        }
+        untouched.clip(ram.layout());
         match self.shared.options.format.untouched {
             Untouched::Skip => {
                 dirty.subtract(&untouched);
@@ -60,9 +64,21 @@ impl Run {
             let ram = self.shared.ram.clone();
             vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
         }
-        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        self.drain(dirty, vm)?;
         stats.dirty_after = dirty.count();
         self.close_round(stats);
+        Ok(())
+    }
+
+    /// Adds the pages that were written to `dirty`. Numbers that belong to no page are left out, counted, and once warned of.
+    pub(super) fn drain(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        let outside = dirty.clip(self.shared.ram.layout());
+        if outside > 0 && self.report.dirty_outside == 0 {
+            let log = self.report.dirty_log;
+            tracing::warn!(log, outside, "the dirty log reports pages that the VM does not have: they are left out");
+        }
+        self.report.dirty_outside += outside;
         Ok(())
     }
 

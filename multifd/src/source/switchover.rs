@@ -35,7 +35,7 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<(), Error> {
         let drain_begun = self.now();
-        vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        self.drain(dirty, vm)?;
         let begun = self.now();
         self.report.downtime.drain = begun - drain_begun;
         // The limit protects other traffic from a long migration; the pause is short and the guest waits.

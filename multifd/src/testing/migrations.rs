@@ -192,7 +192,7 @@ fn a_failing_load_leaves_the_guest_running_on_the_source() {
     assert!(matches!(sent, Err(Error::Refused { status: 1, .. })), "{sent:?}");
     assert!(matches!(received, Err(Error::Load { .. })), "{received:?}");
     assert!(vm.writer.is_running());
-    assert_eq!(to.calls(), ["prepare", "load"]);
+    assert_eq!(to.calls(), ["prepare", "load", "abandon"]);
 }
 
 #[test]

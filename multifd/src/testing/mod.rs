@@ -40,6 +40,8 @@ pub(crate) mod registered;
 #[cfg(all(test, shuttle))]
 mod shuttle;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod steering;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod transports;
 #[cfg(all(test, not(loom)))]
 pub(crate) mod vm;

@@ -32,6 +32,11 @@ impl Writer {
         *running
     }
 
+    /// Reports `page` as written, which may be one that there is not.
+    pub(crate) fn report(&self, page: u64) {
+        lock(&self.dirty).set(page);
+    }
+
     pub(crate) fn is_running(&self) -> bool {
         *lock(&self.running)
     }
@@ -50,6 +55,7 @@ pub(crate) struct TestSource {
     /// Run at each drain, before it: a guest that writes while a round is sent.
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
     pub(crate) untouched: Vec<u64>,
+    pub(crate) untouched_fails: bool,
     /// What it says of itself.
     pub(crate) description: Vec<u8>,
     /// What the destination answered.
@@ -70,6 +76,7 @@ impl TestSource {
             panics: false,
             at_drain: Box::new(|_| {}),
             untouched: Vec::new(),
+            untouched_fails: false,
             description: Vec::new(),
             answer: None,
             rearms_late: None,
@@ -116,7 +123,11 @@ impl SourceVm for TestSource {
     }
 
     fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        self.call("untouched")?;
+        lock(&self.calls).push("untouched");
+        if self.untouched_fails {
+            into.set(0);
+            return Err("told to fail at untouched".into());
+        }
         for &page in &self.untouched {
             into.set(page);
         }
@@ -256,5 +267,9 @@ impl DestinationVm for TestDestination {
 
     fn start(&mut self) -> Result<(), VmError> {
         self.call("start")
+    }
+
+    fn abandon(&mut self) {
+        lock(&self.calls).push("abandon");
     }
 }

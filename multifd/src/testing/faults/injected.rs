@@ -245,6 +245,11 @@ pub(super) fn settle(guest: &mut Guest, outcome: Outcome, context: &str) -> Owne
     let here = guest.vm.writer.is_running();
     let started = to.calls().contains(&"start");
     let there = started && received.is_ok();
+    let calls = to.calls();
+    let in_doubt = matches!(received, Err(Error::InDoubt { .. }));
+    let abandoned = calls.contains(&"prepare") && received.is_err() && !in_doubt;
+    assert_eq!(calls.iter().filter(|call| **call == "abandon").count(), usize::from(abandoned), "{context}: {calls:?}");
+    assert!(!abandoned || calls.last() == Some(&"abandon"), "{context}: {calls:?}");
     let owner = match (here, there) {
         (true, false) => Owner::Source,
         (false, true) => Owner::Destination,

@@ -22,7 +22,7 @@ fn gives_up(listener: Box<dyn Listen>, options: Options) -> (Error, Duration) {
         let begin = Instant::now();
         let mut vm = TestDestination::new(guarded_ram());
         let error = Destination::new(options).run(&mut vm, listener, &mut ()).unwrap_err();
-        assert_eq!(vm.calls(), ["prepare"]);
+        assert_eq!(vm.calls(), ["prepare", "abandon"]);
         (error, begin.elapsed())
     })
 }
