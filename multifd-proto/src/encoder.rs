@@ -31,6 +31,11 @@ impl MainEncoder {
         &self.bytes
     }
 
+    /// The bytes written since the last [`clear`](Self::clear), without a copy.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// Forgets the bytes, which have been sent. What later bytes depend on is kept.
     pub fn clear(&mut self) {
         self.bytes.clear();

@@ -1,6 +1,6 @@
-//! Collects device state, as sections that an inspector can cut apart again.
+//! Collects device state, as sections that an inspector can cut apart again, and sends it piece by piece.
 
-use std::io;
+use std::io::{self, Read, Write};
 
 use multifd_proto::{
     BlockName,
@@ -9,49 +9,100 @@ use multifd_proto::{
     vmdesc::{OpaqueSection, VmDescription},
 };
 
+use crate::vm::VmError;
+
 /// Takes the device state of a VM, one section after the other, in the order in which it is to be loaded. Passed to
 /// [`SourceVm::save`](crate::vm::SourceVm::save).
-pub struct Sections {
+///
+/// What is added is sent in pieces of some 64 KiB, and not kept, unless the VM
+/// [writes memory](crate::vm::SourceVm::save_writes_memory) while it is asked: then all of it waits for the last pages.
+pub struct Sections<'a> {
+    /// Not sent yet.
     encoder: MainEncoder,
+    /// Sends what it is given; `None` where all is kept.
+    send: Option<&'a mut dyn FnMut(&[u8]) -> io::Result<()>>,
     /// Id of the next section.
     next_id: u32,
     /// Name, instance, version and body length of each section.
     devices: Vec<(String, u32, u32, u64)>,
     /// Sections and vmdescription of another source, instead of all of the above.
     replayed: Option<(Vec<u8>, Vec<u8>)>,
+    /// A section was begun and has not ended: nothing that follows could be read.
+    open: bool,
 }
 
-impl Sections {
-    pub(crate) fn new() -> Sections {
-        Sections { encoder: MainEncoder::new(), next_id: RAM_SECTION + 1, devices: Vec::new(), replayed: None }
+impl<'a> Sections<'a> {
+    /// Keeps everything.
+    pub(crate) fn kept() -> Sections<'a> {
+        let (encoder, next_id) = (MainEncoder::new(), RAM_SECTION + 1);
+        Sections { encoder, send: None, next_id, devices: Vec::new(), replayed: None, open: false }
+    }
+
+    /// Passes on what it gets to `send`, in pieces.
+    pub(crate) fn sent(send: &'a mut dyn FnMut(&[u8]) -> io::Result<()>) -> Sections<'a> {
+        Sections { send: Some(send), ..Sections::kept() }
     }
 
     /// Adds the state of one device: `body` reaches
     /// [`DestinationVm::load`](crate::vm::DestinationVm::load) under the same name, instance and version.
     ///
     /// # Errors
-    /// A name that is empty or longer than 255 bytes.
+    /// A name that is empty or longer than 255 bytes; the connection's.
     pub fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
-        // Section names follow the rules of block names.
-        BlockName::new(name).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        let id = self.next_id;
-        let head = Section { kind: SectionKind::Full, id, name: name.to_owned(), instance, version };
-        self.encoder.section(&head).raw(body).footer(id);
-        self.next_id += 1;
-        self.devices.push((name.to_owned(), instance, version, body.len() as u64));
-        Ok(())
+        self.begin(name, instance, version)?;
+        self.body(body)?;
+        self.end(name, instance, version, body.len() as u64)
     }
 
-    /// Sends device sections exactly as they were received, with the vmdescription that belongs to them, instead of any
-    /// added with [`section`](Self::section). An empty description is left out.
+    /// Adds the state of one device with its length before it, 64 bits, highest byte first: for a format that does not end by
+    /// itself. [`read_framed`] reads it.
+    ///
+    /// # Errors
+    /// As [`section`](Self::section).
+    pub fn framed(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
+        self.begin(name, instance, version)?;
+        self.body(&(body.len() as u64).to_be_bytes())?;
+        self.body(body)?;
+        self.end(name, instance, version, body.len() as u64 + 8)
+    }
+
+    /// Adds the state of one device as `write` writes it: it is sent in pieces, and never in memory as a whole.
+    ///
+    /// # Errors
+    /// Those of [`section`](Self::section), and those of `write`. The migration cannot go on after either.
+    pub fn section_from(
+        &mut self,
+        name: &str,
+        instance: u32,
+        version: u32,
+        write: &mut dyn FnMut(&mut dyn Write) -> Result<(), VmError>,
+    ) -> Result<(), VmError> {
+        self.begin(name, instance, version)?;
+        let mut body = Body { sections: self, len: 0 };
+        write(&mut body)?;
+        let len = body.len;
+        Ok(self.end(name, instance, version, len)?)
+    }
+
+    /// Sends device sections exactly as they were received, with the vmdescription that belongs to them, by a source that adds
+    /// none with [`section`](Self::section). An empty description is left out.
     pub fn replay(&mut self, sections: Vec<u8>, vmdescription: Vec<u8>) {
         self.replayed = Some((sections, vmdescription));
     }
 
-    /// The sections as they stand on the wire, and the vmdescription.
-    pub(crate) fn into_parts(self, page_size: usize) -> (Vec<u8>, Vec<u8>) {
+    /// What was not sent yet, as it stands on the wire, and the vmdescription.
+    ///
+    /// # Errors
+    /// What was added makes no stream.
+    pub(crate) fn into_parts(self, page_size: usize) -> io::Result<(Vec<u8>, Vec<u8>)> {
+        if self.open {
+            return Err(io::Error::other("the state of a device was not written to its end"));
+        }
         if let Some(replayed) = self.replayed {
-            return replayed;
+            return match self.devices.is_empty() {
+                true => Ok(replayed),
+                false => Err(io::Error::other("sections were replayed, and others added")),
+            };
         }
         let described = self.devices.iter().map(|(name, instance, version, len)| OpaqueSection {
             name,
@@ -60,9 +111,154 @@ impl Sections {
             len: *len,
         });
         let description = VmDescription::opaque(page_size as u64, described).to_json();
-        (self.encoder.as_bytes().to_vec(), description)
+        Ok((self.encoder.into_bytes(), description))
+    }
+
+    fn begin(&mut self, name: &str, instance: u32, version: u32) -> io::Result<()> {
+        // Section names follow the rules of block names.
+        BlockName::new(name).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        self.open = true;
+        let head = Section { kind: SectionKind::Full, id: self.next_id, name: name.to_owned(), instance, version };
+        self.encoder.section(&head);
+        Ok(())
+    }
+
+    /// Adds `bytes` to the body of the open section. Long ones are not copied where they can be sent.
+    fn body(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.len() < PIECE || self.send.is_none() {
+            self.encoder.raw(bytes);
+            return self.send_from(PIECE);
+        }
+        self.send_from(1)?;
+        self.send.as_mut().map_or(Ok(()), |send| bytes.chunks(LONGEST).try_for_each(send))
+    }
+
+    fn end(&mut self, name: &str, instance: u32, version: u32, len: u64) -> io::Result<()> {
+        self.encoder.footer(self.next_id);
+        self.open = false;
+        self.next_id += 1;
+        self.devices.push((name.to_owned(), instance, version, len));
+        self.send_from(PIECE)
+    }
+
+    /// Sends what was added, if it is at least `least` bytes.
+    fn send_from(&mut self, least: usize) -> io::Result<()> {
+        if let Some(send) = &mut self.send
+            && self.encoder.as_bytes().len() >= least
+        {
+            send(self.encoder.as_bytes())?;
+            self.encoder.clear();
+        }
+        Ok(())
+    }
+}
+
+/// The body of a section that is being written.
+struct Body<'s, 'a> {
+    sections: &'s mut Sections<'a>,
+    len: u64,
+}
+
+impl Write for Body<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sections.body(bytes)?;
+        self.len += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads what [`Sections::framed`] wrote, of at most `limit` bytes.
+///
+/// # Errors
+/// It is longer, which the peer says; what `input` runs into.
+pub fn read_framed(input: &mut dyn Read, limit: u64) -> io::Result<Vec<u8>> {
+    let mut len = [0; 8];
+    input.read_exact(&mut len)?;
+    let len = u64::from_be_bytes(len);
+    if len > limit {
+        let text = format!("the state of the device has {len} bytes, at most {limit} are taken");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    let mut body = Vec::new();
+    // It grows with what arrives, and not with what was said.
+    match input.take(len).read_to_end(&mut body)? as u64 == len {
+        true => Ok(body),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 
 /// The id of the `ram` section in streams that we write.
 pub(crate) const RAM_SECTION: u32 = 1;
+/// Bytes that are collected before they are sent.
+const PIECE: usize = 64 << 10;
+/// The most bytes that are sent at once: progress and the limit of silence see each.
+const LONGEST: usize = 4 << 20;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    /// Adds some sections of all sizes, in all ways.
+    fn add(out: &mut Sections<'_>) {
+        out.section("small", 0, 1, b"state").unwrap();
+        out.section("large", 1, 2, &vec![7; 3 * PIECE]).unwrap();
+        out.framed("framed", 0, 1, &[8; 100]).unwrap();
+        let mut write = |out: &mut dyn Write| -> Result<(), VmError> {
+            for part in 0..1000u32 {
+                out.write_all(&part.to_be_bytes().repeat(100))?;
+            }
+            Ok(())
+        };
+        out.section_from("written", 0, 1, &mut write).unwrap();
+    }
+
+    #[test]
+    fn sections_are_the_same_whether_they_are_kept_or_sent_in_pieces() {
+        let mut kept = Sections::kept();
+        add(&mut kept);
+        let kept = kept.into_parts(4096).unwrap();
+        let (mut bytes, mut longest) = (Vec::new(), 0);
+        let mut send = |piece: &[u8]| {
+            longest = longest.max(piece.len());
+            bytes.extend_from_slice(piece);
+            Ok(())
+        };
+        let mut sent = Sections::sent(&mut send);
+        add(&mut sent);
+        let (rest, description) = sent.into_parts(4096).unwrap();
+        assert!(rest.len() < PIECE && longest < 4 * PIECE, "{longest}");
+        bytes.extend_from_slice(&rest);
+        assert!((bytes, description) == kept);
+    }
+
+    #[test]
+    fn a_section_that_was_not_written_to_its_end_makes_no_stream() {
+        let mut out = Sections::kept();
+        let fails = |out: &mut dyn Write| -> Result<(), VmError> {
+            out.write_all(b"half")?;
+            Err("the device is busy".into())
+        };
+        assert!(out.section_from("cpu", 0, 1, &mut { fails }).is_err());
+        assert!(out.into_parts(4096).is_err());
+        let mut out = Sections::kept();
+        out.section("cpu", 0, 1, b"state").unwrap();
+        out.replay(vec![1], vec![2]);
+        assert!(out.into_parts(4096).is_err());
+    }
+
+    #[test]
+    fn a_frame_ends_where_it_says_and_is_bounded() {
+        let frame = [&5u64.to_be_bytes()[..], b"state", b"next"].concat();
+        let mut input = &frame[..];
+        assert_eq!(read_framed(&mut input, 5).unwrap(), b"state");
+        assert_eq!(input, b"next");
+        assert_eq!(read_framed(&mut &frame[..], 4).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(read_framed(&mut &frame[..12], 5).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        let endless = u64::MAX.to_be_bytes();
+        assert_eq!(read_framed(&mut &endless[..], u64::MAX).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

@@ -62,7 +62,17 @@ pub trait SourceVm {
     /// The migration ends and [`resume`](Self::resume) is called, so a half-stopped VM runs again.
     fn pause(&mut self) -> Result<(), VmError>;
 
-    /// Writes the state of vCPUs and devices. The VM is paused and its last pages are sent.
+    /// Whether [`save`](Self::save) may write memory, as devices of vhost-user do when they are asked for their state.
+    ///
+    /// The VM is then asked *before* the last [`drain`](DirtyLog::drain), so that its log can report these writes, and its
+    /// state waits in memory until the last pages were sent. Otherwise a write during `save` is lost, as the tracking law
+    /// ends with `pause`.
+    fn save_writes_memory(&self) -> bool {
+        false
+    }
+
+    /// Writes the state of vCPUs and devices. The VM is paused, and its last pages were sent, unless the state
+    /// [writes memory](Self::save_writes_memory).
     ///
     /// # Errors
     /// The migration ends and [`resume`](Self::resume) is called.
@@ -132,8 +142,9 @@ pub trait DestinationVm {
     ///
     /// Called at most once, as the last call, when [`Destination::run`](crate::destination::Destination::run) returns an
     /// error after `prepare` was called, whether that succeeded or not; all threads of the engine have ended then, and none
-    /// touches the memory. It is not called after [`start`](Self::start) has succeeded, nor with
-    /// [`Error::InDoubt`](crate::error::Error::InDoubt), where the VM is complete and an operator may let it run.
+    /// touches the memory. It is not called after [`start`](Self::start) has succeeded. Nor is it where the VM is complete here
+    /// and an operator may still let it run: with [`Error::InDoubt`](crate::error::Error::InDoubt), and where `start` failed
+    /// after a source that knows no GO was told that the VM is here.
     fn abandon(&mut self) {}
 }
 

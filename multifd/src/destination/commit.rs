@@ -52,7 +52,7 @@ impl Run {
         let mut kept = target.commit();
         if two_step && kept.is_ok() {
             self.shared.options.trace.step(|| Step::Start);
-            kept = target.start();
+            kept = self.start(target);
         }
         let _ = commit.on(if kept.is_ok() { DestinationEvent::Started } else { DestinationEvent::StartFailed });
         // What is left to do needs the source, and has a limit.
@@ -74,8 +74,16 @@ impl Run {
         }
         // Without GO the source may resume when it has not heard of it: then the VM must not start here.
         told.map_err(|error| Error::InDoubt { reason: Box::new(error) })?;
+        self.has_the_vm = true;
         self.shared.options.trace.step(|| Step::Start);
-        target.start()
+        self.start(target)
+    }
+
+    fn start(&mut self, target: &mut dyn Target) -> Result<(), Error> {
+        let begun = self.shared.options.clock.now();
+        let started = target.start();
+        self.report.start = self.shared.options.clock.now() - begun;
+        started
     }
 
     /// Tells the source that the VM runs here, or is about to, if it listens.

@@ -153,6 +153,8 @@ struct Run {
     identified: bool,
     /// Whether the VM was made, or is being made.
     prepared: bool,
+    /// The source was told that the VM is here, and keeps it paused: it is not given up, whatever happens.
+    has_the_vm: bool,
     /// Whether all channels are here, and known to be all.
     complete: bool,
     /// Pages that main has named, as long as there may be no channels, or the stream may be a background snapshot.
@@ -198,6 +200,7 @@ impl Run {
             paused_at: None,
             identified: false,
             prepared: false,
+            has_the_vm: false,
             complete: false,
             named: None,
             package: None,
@@ -320,7 +323,7 @@ impl Run {
             return Ok(self.report);
         };
         let error = self.shared.explained(first.or(not_first).or(late).unwrap_or(Error::Stopped));
-        if !matches!(error, Error::InDoubt { .. }) {
+        if !self.has_the_vm && !matches!(error, Error::InDoubt { .. }) {
             target.abandon();
         }
         Err(match error {

@@ -32,6 +32,9 @@ pub struct Report {
     /// From the source's word that its guest is paused until the VM ran; `None` for a background snapshot, whose guest
     /// runs on.
     pub downtime: Option<Duration>,
+    /// How long the call of [`DestinationVm::start`](crate::vm::DestinationVm::start) took: a part of the downtime, and with a
+    /// source of ours of its [`confirm`](crate::source::Downtime::confirm).
+    pub start: Duration,
     /// How the state came.
     pub mode: Mode,
     /// The source's machine type.

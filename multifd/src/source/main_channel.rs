@@ -15,7 +15,6 @@ use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
     round::trace::Step,
-    sections::Sections,
     sync::Arc,
     transport::SendHalf,
 };
@@ -133,12 +132,16 @@ impl MainChannel {
         self.send()
     }
 
-    /// Sends device state; the vmdescription is kept for [`end`](Self::end).
-    pub(super) fn sections(&mut self, sections: Sections) -> Result<(), Error> {
-        let (bytes, vmdescription) = sections.into_parts(self.shared.ram.layout().page_size());
+    /// Sends what is left of the device state; the vmdescription is kept for [`end`](Self::end).
+    pub(super) fn sections(&mut self, rest: &[u8], vmdescription: Vec<u8>) -> Result<(), Error> {
         self.vmdescription = vmdescription;
-        self.encoder.raw(&bytes);
-        self.send()
+        self.raw(rest)
+    }
+
+    /// Sends `bytes` as they are, without a copy: device state.
+    pub(super) fn raw(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.send()?;
+        self.write(bytes)
     }
 
     /// Ends the stream.
@@ -172,16 +175,22 @@ impl MainChannel {
     }
 
     fn send(&mut self) -> Result<(), Error> {
-        let bytes = self.encoder.as_bytes();
-        if !bytes.is_empty() {
-            self.stream
-                .write(bytes, &[])
-                .map_err(Error::io(Place { connection: Connection::Main, offset: self.sent }))?;
-            self.sent += bytes.len() as u64;
-            self.shared.pulse.add(bytes.len());
-            self.shared.progress.add_main_bytes(bytes.len() as u64);
-            self.encoder.clear();
+        let encoder = std::mem::take(&mut self.encoder);
+        let written = self.write(encoder.as_bytes());
+        self.encoder = encoder;
+        self.encoder.clear();
+        written
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if bytes.is_empty() {
+            return Ok(());
         }
+        let at = self.place();
+        self.stream.write(bytes, &[]).map_err(Error::io(at))?;
+        self.sent += bytes.len() as u64;
+        self.shared.pulse.add(bytes.len());
+        self.shared.progress.add_main_bytes(bytes.len() as u64);
         Ok(())
     }
 }

@@ -237,9 +237,10 @@ impl Run {
         }
         self.enter(Phase::Switchover, observer);
         self.pause(vm)?;
+        let saved = self.save_first(vm)?;
         self.last_round(&mut dirty, vm, observer)?;
         self.enter(Phase::Devices, observer);
-        self.devices(vm)?;
+        self.devices(vm, saved)?;
         self.enter(Phase::Confirm, observer);
         self.confirm()?;
         self.enter(Phase::Done, observer);

@@ -1,5 +1,7 @@
 //! The switchover: the guest is paused, and what is left of it is sent.
 
+use std::io;
+
 use super::Run;
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -64,13 +66,52 @@ impl Run {
         Ok(())
     }
 
-    /// Sends the state of vCPUs and devices, up to the last byte that may still be taken back.
-    pub(super) fn devices(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
+    /// Asks a VM for its state that writes memory meanwhile: before the last drain, which reports these writes.
+    pub(super) fn save_first(&mut self, vm: &mut dyn SourceVm) -> Result<Option<(Vec<u8>, Vec<u8>)>, Error> {
+        if !vm.save_writes_memory() {
+            return Ok(None);
+        }
         let begun = self.now();
-        let mut sections = Sections::new();
-        vm.save(&mut sections).map_err(Error::vm("save its state"))?;
-        self.main().sections(sections)?;
+        let mut sections = Sections::kept();
+        let saved = vm.save(&mut sections).and_then(|()| Ok(sections.into_parts(self.page_size())?));
         self.report.downtime.devices = self.now() - begun;
+        saved.map(Some).map_err(Error::vm("save its state"))
+    }
+
+    /// Sends the state of vCPUs and devices, which may have been `saved`, up to the last byte that may still be taken back.
+    pub(super) fn devices(&mut self, vm: &mut dyn SourceVm, saved: Option<(Vec<u8>, Vec<u8>)>) -> Result<(), Error> {
+        let begun = self.now();
+        let (rest, vmdescription) = match saved {
+            Some(saved) => saved,
+            None => self.save(vm)?,
+        };
+        self.main().sections(&rest, vmdescription)?;
+        self.report.downtime.devices += self.now() - begun;
         Ok(())
+    }
+
+    /// Asks the VM for its state and sends it piece by piece. Returns what was not sent, and the vmdescription.
+    fn save(&mut self, vm: &mut dyn SourceVm) -> Result<(Vec<u8>, Vec<u8>), Error> {
+        let page_size = self.page_size();
+        let main = self.main();
+        let mut failure = None;
+        let mut send = |piece: &[u8]| {
+            main.raw(piece).map_err(|error| {
+                let source = io::Error::other(error.to_string());
+                failure = Some(error);
+                source
+            })
+        };
+        let mut sections = Sections::sent(&mut send);
+        let saved = vm.save(&mut sections).and_then(|()| Ok(sections.into_parts(page_size)?));
+        // What the VM ran into was the connection.
+        match failure {
+            Some(error) => Err(error),
+            None => saved.map_err(Error::vm("save its state")),
+        }
+    }
+
+    fn page_size(&self) -> usize {
+        self.shared.ram.layout().page_size()
     }
 }

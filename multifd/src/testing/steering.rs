@@ -175,3 +175,16 @@ fn pages_that_there_are_not_are_left_out_and_counted() {
     assert_eq!(report.dirty_outside, 4 * drains);
     assert_eq!(report.normal, PAGES as u64 + drains - 1);
 }
+
+/// A device of vhost-user writes its last answers when it is asked for its state: they were lost.
+#[test]
+fn what_is_written_while_the_state_is_saved_arrives_where_the_vm_says_that_it_may() {
+    let mut vm = guest(false);
+    vm.save_writes = Some((17, 0x1234));
+    let (sent, _) = migrate(&mut vm, Options::default(), |_, _| {});
+    assert_eq!(sent.unwrap().rounds_total, 2);
+    assert_eq!(vm.writer_ram().page_bytes(17), 0x1234u64.to_ne_bytes().repeat(512));
+    let calls = vm.calls();
+    let last = |name| calls.iter().rposition(|call| *call == name).unwrap();
+    assert!(last("pause") < last("save") && last("save") < last("drain"), "{calls:?}");
+}

@@ -56,6 +56,8 @@ pub(crate) struct TestSource {
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
     pub(crate) untouched: Vec<u64>,
     pub(crate) untouched_fails: bool,
+    /// Writes this page with this value when it is asked for its state.
+    pub(crate) save_writes: Option<(u64, u64)>,
     /// What it says of itself.
     pub(crate) description: Vec<u8>,
     /// What the destination answered.
@@ -77,6 +79,7 @@ impl TestSource {
             at_drain: Box::new(|_| {}),
             untouched: Vec::new(),
             untouched_fails: false,
+            save_writes: None,
             description: Vec::new(),
             answer: None,
             rearms_late: None,
@@ -144,8 +147,16 @@ impl SourceVm for TestSource {
         Ok(())
     }
 
+    fn save_writes_memory(&self) -> bool {
+        self.save_writes.is_some()
+    }
+
     fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
         self.call("save")?;
+        if let Some((page, value)) = self.save_writes {
+            self.writer.ram.page(page).unwrap().write(&value.to_ne_bytes().repeat(512));
+            self.writer.report(page);
+        }
         out.section("cpu", 0, 1, b"state of cpu 0")?;
         out.section("timer", 7, 3, b"")?;
         Ok(())
