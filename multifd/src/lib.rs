@@ -16,7 +16,7 @@
 //!
 //! | the source | the destination |
 //! |---|---|
-//! | connects, describes the RAM blocks | waits; makes memory zero that is not known to be |
+//! | connects, [`describe`](vm::SourceVm::describe)s the VM and the RAM blocks | waits, [`prepare`](vm::DestinationVm::prepare)s the VM; makes memory zero that is not known to be |
 //! | switches the [dirty log](dirty) on, sends all pages that are in use | puts pages in place as they come |
 //! | *rounds*: sends what was written meanwhile, until the rest fits the downtime limit | every channel ends a round before any begins the next |
 //! | [`pause`](vm::SourceVm::pause), the last round, [`save`](vm::SourceVm::save) | [`load`](vm::DestinationVm::load) for each section |
@@ -94,6 +94,7 @@ pub mod source;
 pub mod stop;
 mod sync;
 mod sys;
+mod system_calls;
 pub mod testing;
 pub mod threads;
 pub mod transport;

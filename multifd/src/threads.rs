@@ -14,8 +14,9 @@
 
 use std::{fmt, io, thread::Result as ThreadResult};
 
-use multifd_proto::ChannelId;
+pub use multifd_proto::ChannelId;
 
+pub use crate::system_calls::{system_calls, system_calls_of_run};
 use crate::{
     error::Error,
     stop::StopHandle,
