@@ -57,6 +57,16 @@ impl<S: SourceVm> WatchedSource<S> {
 }
 
 impl<S: SourceVm> SourceVm for WatchedSource<S> {
+    fn describe(&mut self) -> Result<Vec<u8>, VmError> {
+        self.plan.next("describe")?;
+        self.vm.describe()
+    }
+
+    fn agreed(&mut self, answer: &[u8]) -> Result<(), VmError> {
+        self.plan.next("agreed")?;
+        self.vm.agreed(answer)
+    }
+
     fn ram(&self) -> &Ram {
         self.vm.ram()
     }
@@ -77,6 +87,10 @@ impl<S: SourceVm> SourceVm for WatchedSource<S> {
         self.paused = true;
         self.vm.pause()?;
         self.plan.next("pause")
+    }
+
+    fn save_writes_memory(&self) -> bool {
+        self.vm.save_writes_memory()
     }
 
     fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
@@ -113,6 +127,15 @@ impl<D: DestinationVm> WatchedDestination<D> {
 }
 
 impl<D: DestinationVm> DestinationVm for WatchedDestination<D> {
+    fn page_size(&self) -> usize {
+        self.vm.page_size()
+    }
+
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
+        self.plan.next("prepare")?;
+        self.vm.prepare(description)
+    }
+
     fn ram(&self) -> &Ram {
         self.vm.ram()
     }
@@ -129,6 +152,10 @@ impl<D: DestinationVm> DestinationVm for WatchedDestination<D> {
         self.vm.start()?;
         self.started = true;
         Ok(())
+    }
+
+    fn abandon(&mut self) {
+        self.vm.abandon();
     }
 }
 

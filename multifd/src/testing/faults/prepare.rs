@@ -64,6 +64,7 @@ fn each_vm_is_told_what_the_other_says_before_there_is_memory() {
         received.unwrap();
         sent.unwrap();
         assert!(to.description.as_ref() == Some(&vm.description), "{len}");
+        assert!(!to.asked_early.into_inner(), "its memory was asked for before it was made");
         assert!(vm.answer.as_ref() == Some(&to.answer), "{len}");
         assert_eq!(vm.calls()[..3], ["describe", "agreed", "start log"]);
     }
