@@ -77,10 +77,46 @@ fn checkpoint(dir: &TempDir, name: &str, machine: &str) -> (i32, String) {
     receive.end()
 }
 
+/// `/dev/null` for reading and writing is what many programs give their children, and was taken for a stdout that was closed.
+#[test]
+fn a_stdout_that_is_not_wanted_is_no_failure() {
+    time_limit(LIMIT, || {
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let output = multifd(SHORT).stdout(null).output().unwrap();
+        assert_eq!(exit_code(&output), 0, "{output:?}");
+    });
+}
+
+/// `head` has enough after some lines.
+#[test]
+fn a_reader_of_the_result_that_is_gone_ends_each_verb_without_a_word() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let at = dir.path().display();
+        for args in [
+            "schema".to_owned(),
+            "schema demo --json".to_owned(),
+            format!("tls-init {at}/tls --host a"),
+            format!("pages {at}/pages"),
+            format!("inspect {at}/nonesuch --json"),
+            format!("{SHORT} --json"),
+            "--help".to_owned(),
+        ] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            let output = multifd(&args).stdout(writer).output().unwrap();
+            assert_eq!(exit_code(&output), 1, "{args}: {output:?}");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(!said.contains("roken pipe") && !said.contains("panicked"), "{args}: {said}");
+        }
+    });
+}
+
 #[test]
 fn a_result_that_cannot_be_written_is_a_failure_and_says_so() {
     time_limit(LIMIT, || {
-        for args in [SHORT, &format!("{SHORT} --json"), "--help", "guest --help"] {
+        for args in [SHORT, &format!("{SHORT} --json"), "--help", "guest --help", "schema", "schema demo", "--version"]
+        {
             let full = File::options().write(true).open("/dev/full").unwrap();
             let output = multifd(args).stdout(full).output().unwrap();
             let message = String::from_utf8_lossy(&output.stderr);

@@ -9,6 +9,7 @@ mod machine;
 mod observe;
 mod origin;
 mod output;
+mod pages;
 mod postcopy;
 mod qemu;
 mod schema;
@@ -28,6 +29,7 @@ pub use self::{
     observe::ObserveArgs,
     origin::Ready,
     output::{LogFormat, OutputArgs, ProgressMode},
+    pages::PagesArgs,
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
     schema::SchemaArgs,
     serve::ServeArgs,
@@ -72,6 +74,9 @@ pub enum Verb {
     Inspect(InspectArgs),
     /// Print the JSON schema of the reports.
     Schema(SchemaArgs),
+    /// Write man pages and completions for shells, for packages.
+    #[command(hide = true)]
+    Pages(PagesArgs),
     /// Make certificates and keys for hosts that migrate among each other with TLS.
     TlsInit(TlsInitArgs),
 }
@@ -92,6 +97,7 @@ impl Verb {
             Verb::Inspect(args) => &args.output,
             Verb::TlsInit(args) => &args.output,
             Verb::Schema(args) => &args.output,
+            Verb::Pages(args) => &args.output,
         }
     }
 }
@@ -140,7 +146,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Receive(args) => args.check(),
         Verb::Convert(args) => args.check(),
         Verb::GiveBack(args) => args.check(),
-        Verb::Inspect(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
+        Verb::Inspect(_) | Verb::Pages(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

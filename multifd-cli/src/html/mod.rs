@@ -9,20 +9,14 @@ use std::{io, path::Path};
 use serde_json::{Map, Value};
 
 use self::chart::{bars, split};
-use crate::{report::Outcome, table};
+use crate::{replace, report::Outcome, table};
 
 /// Writes the page about `outcome` to `path`, which appears complete or not at all.
 ///
 /// # Errors
 /// The kernel's.
 pub fn write(path: &Path, verb: &str, outcome: &Outcome) -> io::Result<()> {
-    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-    // Readable as a file that a redirection makes.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    let mut file = tempfile::Builder::new().permissions(mode).suffix(".html").tempfile_in(directory)?;
-    io::Write::write_all(&mut file, page(verb, &outcome.json()).as_bytes())?;
-    file.persist(path)?;
-    Ok(())
+    replace::file(path, page(verb, &outcome.json()).as_bytes())
 }
 
 /// The page about the report of `verb`.

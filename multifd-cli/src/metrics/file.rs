@@ -3,14 +3,15 @@
 //! A reader finds the metrics of one moment, complete: each state is a new file that takes the name of the old one.
 
 use std::{
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
     time::Duration,
 };
 
 use multifd::threads;
-use tempfile::NamedTempFile;
+
+use crate::replace;
 
 /// Writes the file once a second until it is dropped, and once more then.
 pub struct File {
@@ -60,17 +61,7 @@ impl Drop for File {
 }
 
 fn write(path: &Path) -> io::Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let mut file = NamedTempFile::new_in(directory)?;
-    file.write_all(super::now().as_bytes())?;
-    // Readable by the collector, which is another user.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    file.as_file().set_permissions(mode)?;
-    file.persist(path)?;
-    Ok(())
+    replace::file(path, super::now().as_bytes())
 }
 
 const INTERVAL: Duration = Duration::from_secs(1);

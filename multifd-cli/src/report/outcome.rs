@@ -1,15 +1,11 @@
 //! The end of a verb: its exit status, what went wrong, and the report, for a person or as one JSON object.
 
-use std::{
-    io::{self, Write},
-    os::fd::AsFd,
-};
+use std::io::{self, Write};
 
 use multifd::error::Error;
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, makedev};
 use serde_json::{Map, Value};
 
-use crate::{args::OutputArgs, exit::Exit, files, printable, terminal};
+use crate::{args::OutputArgs, exit::Exit, files, printable, stdout, terminal};
 
 /// The end of a verb.
 #[derive(Clone, Debug)]
@@ -77,6 +73,14 @@ impl Outcome {
             terminal::say(&format!("multifd: {error}"));
         }
         match printed {
+            // What reads has ended because it has enough, as head does.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                if self.exit == Exit::Done {
+                    Exit::Failed
+                } else {
+                    self.exit
+                }
+            }
             Err(error) => {
                 let done = if self.exit == Exit::Done { "all is done, but " } else { "" };
                 terminal::say(&format!("multifd: {done}the result could not be written to stdout: {error}"));
@@ -103,24 +107,12 @@ fn print(text: &str) -> io::Result<()> {
     if text.is_empty() {
         return Ok(());
     }
-    if stdout_was_closed() {
+    if stdout::was_closed() {
         return Err(io::Error::new(io::ErrorKind::NotConnected, "it is closed"));
     }
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
-}
-
-/// Whether stdout was closed when the process began: Rust has put `/dev/null` in its place, for reading and writing. A
-/// daemon has that as well, but as all three streams.
-fn stdout_was_closed() -> bool {
-    fn is_null(stream: impl AsFd) -> bool {
-        let null = fstat(&stream).is_ok_and(|stat| {
-            stat.st_rdev == makedev(1, 3) && FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-        });
-        null && fcntl_getfl(&stream).is_ok_and(|flags| flags.contains(OFlags::RDWR))
-    }
-    is_null(io::stdout()) && !(is_null(io::stdin()) && is_null(io::stderr()))
+    let mut lock = io::stdout().lock();
+    lock.write_all(text.as_bytes())?;
+    lock.flush()
 }
 
 #[cfg(test)]

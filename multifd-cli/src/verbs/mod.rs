@@ -7,6 +7,7 @@ mod give_back;
 mod guest;
 mod inspect;
 mod interrupted;
+mod pages;
 mod postcopy;
 mod receive;
 mod restore;
@@ -41,6 +42,7 @@ fn outcome(verb: &Verb) -> Outcome {
         Verb::Convert(args) => convert::run(args),
         Verb::GiveBack(args) => give_back::run(args),
         Verb::Inspect(args) => inspect::run(args),
+        Verb::Pages(args) => pages::run(args),
         Verb::Receive(args) => receive::run(args),
         Verb::Schema(args) => schema::run(args),
         Verb::Send(args) => send::run(args),
