@@ -1,7 +1,7 @@
 //! Makes memory of which it is not known what it holds read as zeros, before the first page comes.
 //!
 //! A page that the source never names is zero at the end. Memory that is [fresh](crate::ram::RamBlock::fresh) is so from
-//! the start. For other memory this is done before a source is waited for, and not when its guest is paused: what is absent
+//! the start. For other memory this is done when the VM was made, and not when its guest is paused: what is absent
 //! is left alone, what may be thrown away is thrown away, and only what is left is read, and cleared where it is not zero.
 
 use std::io;

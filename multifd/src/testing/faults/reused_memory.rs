@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use multifd_proto::BlockName;
+use multifd_proto::{
+    BlockName,
+    command::Command,
+    encoder::MainEncoder,
+    extension::{Extensions, Offer},
+};
 use test_support::{skip, time_limit};
 
 use crate::{
@@ -14,6 +19,7 @@ use crate::{
     source::{Options, Source, Untouched},
     testing::memory,
     testing::vm::{TestDestination, TestSource},
+    transport::Connect,
 };
 
 const PAGES: usize = 150;
@@ -119,16 +125,23 @@ fn absent_pages_of_memory_that_was_not_declared_fresh_are_not_written() {
 
 /// It was cleared after the last page had come, when the guest was paused at the source.
 #[test]
-fn memory_is_zeros_before_a_source_is_waited_for() {
+fn memory_is_zeros_before_any_page_comes() {
     for (kind, ram) in each_kind() {
         let ram = ram.not_fresh();
         for page in [0, 77, PAGES as u64 - 1] {
             ram.page(page).unwrap().write(&[0xee; 4096]);
         }
         let mut to = TestDestination::new(ram.clone());
-        let (listener, _connector) = memory::listener(1 << 15);
+        let (listener, connector) = memory::listener(1 << 15);
         let destination = Destination::new(Default::default());
         let stop = destination.stop_handle();
+        // The VM is made when its source has said what it is like.
+        let mut said = MainEncoder::new();
+        let extensions = Extensions::known();
+        said.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
+        said.command(&Command::OpenReturnPath).command(&Command::Describe { len: 0 });
+        let mut main = connector.connect().unwrap();
+        main.write(said.as_bytes(), &[]).unwrap();
         let error = time_limit(Duration::from_secs(60), || {
             std::thread::scope(|scope| {
                 let waiting = scope.spawn(|| destination.run(&mut to, Box::new(listener), &mut ()));
