@@ -50,8 +50,8 @@ macro_rules! with_common {
 }
 
 const SEND_CHANNEL: &[&str] = with_common!(
-    "connect" "eventfd2" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "ppoll" "pread64" "recvfrom" "recvmsg"
-    "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "writev"
+    "connect" "eventfd2" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "ppoll" "pread64" "preadv2" "recvfrom"
+    "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "writev"
 );
 
 const RETURN_PATH: &[&str] = with_common!("fcntl" "getsockopt" "ioctl" "ppoll" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "writev");
@@ -60,7 +60,7 @@ const WATCHDOG: &[&str] = with_common!("fcntl" "sendmsg" "sendto" "shutdown" "wr
 
 const CONNECTION: &[&str] = with_common!(
     "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
-    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "writev"
+    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
 );
 
 const ACCEPT: &[&str] = with_common!(
@@ -70,7 +70,7 @@ const ACCEPT: &[&str] = with_common!(
     "unlinkat" "accept4" "clone" "clone3" "rseq" "set_robust_list"
     // Those of the threads that it makes.
     "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
-    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "writev"
+    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
 );
 
 const RUN: &[&str] = with_common!(
@@ -81,7 +81,8 @@ const RUN: &[&str] = with_common!(
     // Those of the threads that it makes.
     "accept4" "clone" "clone3" "rseq" "set_robust_list"
     "connect" "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pread64"
-    "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx" "writev"
+    "preadv2" "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
+    "sync_file_range" "writev"
 );
 
 #[cfg(all(test, not(any(loom, shuttle))))]
