@@ -144,7 +144,7 @@ fn received_from<T: Send + 'static>(
 #[track_caller]
 fn assert_whole(outcome: Result<Report, Error>, calls: &[&str], ram: &Ram) -> Report {
     let report = outcome.unwrap();
-    assert_eq!((report.mode, calls), (Mode::Postcopy, &["load", "start"][..]));
+    assert_eq!((report.mode, calls), (Mode::Postcopy, &["prepare", "load", "start"][..]));
     let first_byte = |page: u64| ram.page_bytes(page)[PAGE - 1];
     assert_eq!((0..8).map(first_byte).collect::<Vec<_>>(), [0x10, 0x11, 0x72, 0, 0x74, 0x15, 0x76, 0]);
     let rom = ram.layout().blocks()[1].first_page();
@@ -307,7 +307,7 @@ fn a_source_that_does_not_go_on_is_waited_for_no_longer_than_the_limit() {
     let Error::AfterRun { reason, .. } = &error else { panic!("{error}") };
     assert!(matches!(**reason, Error::NotContinued { .. }), "{error}");
     assert!(error.to_string().contains("; the source did not go on over new connections within 0.1 s; "), "{error}");
-    assert!(calls.is_empty());
+    assert_eq!(calls, ["prepare", "abandon"]);
     // One that comes again and again and brings no page prolongs nothing.
     let (outcome, ..) = received_from(options(), None, |source, _| {
         drop(source.begins(&given_away().bytes));
@@ -346,6 +346,6 @@ fn a_source_that_goes_on_and_breaks_a_rule_ends_the_migration() {
         });
         let error = outcome.unwrap_err();
         assert!(error.to_string().contains(message) && error.is_peers_fault(), "{error}");
-        assert!(calls.is_empty());
+        assert_eq!(calls, ["prepare", "abandon"]);
     }
 }
