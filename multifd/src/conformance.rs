@@ -271,7 +271,7 @@ impl Trouble {
 /// Connections beside main.
 const CHANNELS: u8 = 2;
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use test_support::time_limit;
 

@@ -20,7 +20,7 @@ pub struct Sections<'a> {
     /// Not sent yet.
     encoder: MainEncoder,
     /// Sends what it is given; `None` where all is kept.
-    send: Option<&'a mut dyn FnMut(&[u8]) -> io::Result<()>>,
+    send: Option<Piecewise<'a>>,
     /// Id of the next section.
     next_id: u32,
     /// Name, instance, version and body length of each section.
@@ -31,6 +31,9 @@ pub struct Sections<'a> {
     open: bool,
 }
 
+/// Sends one piece after the other.
+type Piecewise<'a> = &'a mut dyn FnMut(&[u8]) -> io::Result<()>;
+
 impl<'a> Sections<'a> {
     /// Keeps everything.
     pub(crate) fn kept() -> Sections<'a> {
@@ -39,7 +42,7 @@ impl<'a> Sections<'a> {
     }
 
     /// Passes on what it gets to `send`, in pieces.
-    pub(crate) fn sent(send: &'a mut dyn FnMut(&[u8]) -> io::Result<()>) -> Sections<'a> {
+    pub(crate) fn sent(send: Piecewise<'a>) -> Sections<'a> {
         Sections { send: Some(send), ..Sections::kept() }
     }
 

@@ -13,6 +13,9 @@ use crate::{
     vm::SourceVm,
 };
 
+/// Sections that were not sent yet, and the vmdescription.
+type Saved = (Vec<u8>, Vec<u8>);
+
 impl Run {
     /// From here on, memory does not change.
     pub(super) fn pause(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
@@ -67,7 +70,7 @@ impl Run {
     }
 
     /// Asks a VM for its state that writes memory meanwhile: before the last drain, which reports these writes.
-    pub(super) fn save_first(&mut self, vm: &mut dyn SourceVm) -> Result<Option<(Vec<u8>, Vec<u8>)>, Error> {
+    pub(super) fn save_first(&mut self, vm: &mut dyn SourceVm) -> Result<Option<Saved>, Error> {
         if !vm.save_writes_memory() {
             return Ok(None);
         }
@@ -79,7 +82,7 @@ impl Run {
     }
 
     /// Sends the state of vCPUs and devices, which may have been `saved`, up to the last byte that may still be taken back.
-    pub(super) fn devices(&mut self, vm: &mut dyn SourceVm, saved: Option<(Vec<u8>, Vec<u8>)>) -> Result<(), Error> {
+    pub(super) fn devices(&mut self, vm: &mut dyn SourceVm, saved: Option<Saved>) -> Result<(), Error> {
         let begun = self.now();
         let (rest, vmdescription) = match saved {
             Some(saved) => saved,
@@ -91,7 +94,7 @@ impl Run {
     }
 
     /// Asks the VM for its state and sends it piece by piece. Returns what was not sent, and the vmdescription.
-    fn save(&mut self, vm: &mut dyn SourceVm) -> Result<(Vec<u8>, Vec<u8>), Error> {
+    fn save(&mut self, vm: &mut dyn SourceVm) -> Result<Saved, Error> {
         let page_size = self.page_size();
         let main = self.main();
         let mut failure = None;
