@@ -165,9 +165,9 @@ pub(crate) fn borrowed(owner: &impl AsRawFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
 }
 
-/// A thread that can be interrupted in a system call.
+/// A thread that can be interrupted in a system call. Some C libraries name it by a pointer, which is only a number here.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Kick(libc::pthread_t);
+pub(crate) struct Kick(usize);
 
 impl Kick {
     /// The calling thread.
@@ -182,13 +182,13 @@ impl Kick {
             assert_eq!(result, 0, "a handler can be set for a realtime signal");
         });
         // SAFETY: has no preconditions.
-        Kick(unsafe { libc::pthread_self() })
+        Kick(unsafe { libc::pthread_self() } as usize)
     }
 
     /// Interrupts the thread, which must not have been joined.
     pub(crate) fn kick(self) {
         // SAFETY: the caller's promise is kept by `kvm::Cpu`, which kicks only while it holds the join handle.
-        unsafe { libc::pthread_kill(self.0, kick_signal()) };
+        unsafe { libc::pthread_kill(self.0 as libc::pthread_t, kick_signal()) };
     }
 }
 

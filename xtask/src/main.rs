@@ -1,6 +1,7 @@
 //! Developer tasks, one verb per file: `cargo xtask VERB`.
 
 mod bench;
+mod dist;
 #[cfg(test)]
 mod documents;
 mod fuzz;
@@ -21,6 +22,7 @@ const VERBS: &[Verb] = &[
     ("test", "every check that a change has to pass; `--quick` leaves out QEMU and packaging", test::run),
     ("bench", "measures beside QEMU and writes docs/benchmarks.md; `--quick` keeps it small", bench::run),
     ("proof", "the checks of the round guarantee, at length; `--quick` is what `test` runs of it", proof::run),
+    ("dist", "a static binary, man pages, completions, and a .deb of them, below target/dist", dist::run),
     ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
     ("json", "writes docs/json.md, the page about the reports, from the types that are printed", json::run),
     ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),

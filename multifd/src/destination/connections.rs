@@ -2,8 +2,14 @@
 //!
 //! A connection is a stranger's until it has said that it is main, or a channel and has joined. Of those that have not said
 //! what they are, and of those that wait to be judged, there is a bounded number: the oldest makes room for the newest.
+//!
+//! All connections of a source may come in one moment, and none of them has said anything then. So one that has just come does
+//! not make room, as long as there are no more than a migration can have.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use crate::{
     sync::{Mutex, lock},
@@ -19,6 +25,8 @@ pub(super) struct Connections {
 struct State {
     /// How many there may be that have not said what they are.
     max_silent: usize,
+    /// For how long one that is silent has just come.
+    fresh_for: Duration,
     /// By number, in the order of their arrival.
     open: BTreeMap<usize, Entry>,
     /// The number of the next one.
@@ -36,6 +44,7 @@ struct State {
 
 struct Entry {
     stage: Stage,
+    came: Instant,
     stopper: Box<dyn Stopper>,
     /// It had to make room, perhaps before it was established.
     dropped: bool,
@@ -68,7 +77,8 @@ impl Stage {
 impl Connections {
     /// None yet; of those that have not said what they are, at most `max_silent`, and at least one.
     pub(super) fn new(max_silent: usize) -> Connections {
-        Connections { state: Mutex::new(State { max_silent: max_silent.max(1), ..State::default() }) }
+        let state = State { max_silent: max_silent.max(1), fresh_for: FRESH_FOR, ..State::default() };
+        Connections { state: Mutex::new(state) }
     }
 
     /// A connection has come, which `stopper` ends. Returns its number.
@@ -79,9 +89,8 @@ impl Connections {
         if state.stopped || state.complete {
             stopper.stop();
         }
-        state
-            .open
-            .insert(number, Entry { stage: Stage::Silent, stopper, dropped: false, lives_on: false, parked: None });
+        let (stage, came) = (Stage::Silent, Instant::now());
+        state.open.insert(number, Entry { stage, came, stopper, dropped: false, lives_on: false, parked: None });
         state.make_room(Stage::Silent);
         number
     }
@@ -243,7 +252,12 @@ impl State {
         let alike = self.open.values().filter(|entry| entry.stage == stage).count();
         let limit = self.limit(stage);
         let too_many = alike.saturating_sub(limit);
-        for entry in self.open.values_mut().filter(|entry| entry.stage == stage).take(too_many) {
+        let (far_too_many, fresh_for) = (alike.saturating_sub(limit.max(OF_ONE_MIGRATION)), self.fresh_for);
+        let oldest = self.open.values_mut().filter(|entry| entry.stage == stage).take(too_many).enumerate();
+        for (index, entry) in oldest {
+            if index >= far_too_many && entry.came.elapsed() < fresh_for {
+                break;
+            }
             tracing::warn!(limit, "too many connections of strangers: the oldest are dropped");
             entry.dropped = true;
             entry.stopper.stop();
@@ -251,6 +265,10 @@ impl State {
     }
 }
 
+/// As many connections as one migration can have that have not said what they are, and some more.
+const OF_ONE_MIGRATION: usize = 272;
+/// Longer than a TLS handshake takes between distant hosts.
+const FRESH_FOR: Duration = Duration::from_secs(3);
 /// Connections that say they are channels and are not judged yet: all that there can be of one migration, and some more.
 const MAX_CANDIDATES: usize = 320;
 
@@ -281,12 +299,23 @@ mod tests {
     #[test]
     fn the_oldest_silent_connection_makes_room_and_others_stay() {
         let connections = Connections::new(MAX_SILENT);
+        lock(&connections.state).fresh_for = Duration::ZERO;
         let (main, main_stopped) = counted(&connections);
         assert!(connections.advance(main, Stage::Member));
         let all: Vec<_> = (0..=MAX_SILENT).map(|_| counted(&connections)).collect();
         let stopped: Vec<usize> = all.iter().map(|(_, stopped)| stopped.load(Relaxed)).collect();
         assert_eq!((stopped[0], stopped[1..].iter().sum::<usize>()), (1, 0));
         assert_eq!(main_stopped.load(Relaxed), 0);
+    }
+
+    /// 255 channels come at once, and the handshake of each takes a moment.
+    #[test]
+    fn connections_that_have_just_come_make_no_room_while_one_migration_can_have_as_many() {
+        let connections = Connections::new(MAX_SILENT);
+        lock(&connections.state).fresh_for = Duration::MAX;
+        let all: Vec<_> = (0..=OF_ONE_MIGRATION).map(|_| counted(&connections)).collect();
+        let stopped: Vec<usize> = all.iter().map(|(_, stopped)| stopped.load(Relaxed)).collect();
+        assert_eq!((stopped[0], stopped[1..].iter().sum::<usize>()), (1, 0));
     }
 
     #[test]

@@ -37,6 +37,7 @@ pub struct Options {
     /// How long a connection may take to say what it is, and main waits at a sync point for channels that have not come.
     pub setup_timeout: Option<Duration>,
     /// How many connections may be there that have not said what they are; the oldest makes room for the newest. At least one.
+    /// One that came less than 3 seconds ago stays, as long as there are at most 272: a source may open all of its own at once.
     pub max_unidentified: usize,
     /// How long the source may send fewer than 4 KiB on all connections once it is there; `None` for no limit.
     pub stall_limit: Option<Duration>,

@@ -33,14 +33,17 @@ pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<SharedMemor
     }
     // SAFETY: filled above; zeros are valid as well.
     let system = unsafe { system.assume_init() };
-    if system.f_type != libc::TMPFS_MAGIC && system.f_type != libc::HUGETLBFS_MAGIC {
+    // The C libraries do not agree on the type.
+    let [kind, tmpfs, hugetlbfs] =
+        [i128::from(system.f_type), i128::from(libc::TMPFS_MAGIC), i128::from(libc::HUGETLBFS_MAGIC)];
+    if kind != tmpfs && kind != hugetlbfs {
         let message = "neither a memfd nor a file in a tmpfs or hugetlbfs";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     let opened = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let has_own_position = opened.is_ok();
     let file = opened.or_else(|_| file.try_clone_to_owned().map(File::from))?;
-    Ok(SharedMemory { file, has_own_position, is_huge: system.f_type == libc::HUGETLBFS_MAGIC })
+    Ok(SharedMemory { file, has_own_position, is_huge: kind == hugetlbfs })
 }
 
 /// Bytes for which the file has memory, wherever they are mapped.

@@ -85,6 +85,32 @@ fn over_faulty() -> Transport {
     Transport::new(faults.listener(Box::new(listener)), faults.connector(Box::new(connector)))
 }
 
+/// The same with TLS on top.
+#[cfg(feature = "tls")]
+fn with_tls(listener: impl Listen + 'static, connector: impl Connect + Send + Sync + 'static) -> Transport {
+    use crate::transport::tls::{ClientCertificates, ClientCredentials, ServerCredentials, TlsConnector, TlsListener};
+    let dir = super::certificates::directory("localhost");
+    let server = ServerCredentials::from_dir(dir.path(), ClientCertificates::Required).unwrap();
+    let client = ClientCredentials::from_dir(dir.path()).unwrap();
+    let connector = TlsConnector::new(Box::new(connector), client, "localhost").unwrap();
+    Transport::new(TlsListener::new(Box::new(listener), server), connector)
+}
+
+#[cfg(feature = "tls")]
+fn over_tls_over_tcp() -> Transport {
+    let listener = tcp::listen("127.0.0.1", 0).unwrap();
+    let connector = tcp_connector(&listener);
+    with_tls(listener, connector)
+}
+
+#[cfg(feature = "tls")]
+fn over_tls_over_unix() -> Transport {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("s");
+    let listener = unix::listen(&path).unwrap();
+    with_tls(listener, UnixConnector::new(path)).owned_by(dir)
+}
+
 /// Connections that send without copies.
 struct WithoutCopy(TcpConnector);
 
@@ -111,6 +137,10 @@ macro_rules! conformance {
         conformance! { @ over_unix, over_unix(); $($check)* $($listening)* }
         conformance! { @ over_recorded, over_recorded(); $($check)* $($listening)* }
         conformance! { @ over_faulty, over_faulty(); $($check)* $($listening)* }
+        #[cfg(feature = "tls")]
+        conformance! { @ over_tls_over_tcp, over_tls_over_tcp(); $($check)* $($listening)* }
+        #[cfg(feature = "tls")]
+        conformance! { @ over_tls_over_unix, over_tls_over_unix(); $($check)* $($listening)* }
         conformance! { @ over_inherited_listener, over_inherited_listener(); $($check)* $($listening)* }
         conformance! { @ over_socket_pair, over_socket_pair(); $($check)* }
         conformance! { @ over_tcp_v6, {

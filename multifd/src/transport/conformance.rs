@@ -6,13 +6,13 @@
 use std::{
     io,
     sync::mpsc::{self, RecvTimeoutError},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use multifd_proto::BlockName;
 
-use super::{Connect, Listen, Stream};
+use super::{Connect, Listen, Pending, Stream};
 use crate::ram::{GuestRange, Ram, RamBlock};
 
 /// A listener, and what reaches it.
@@ -57,9 +57,25 @@ impl Transport {
 
     /// One connection: the side that opened it, and the one that accepted it.
     pub(crate) fn connect(&mut self) -> (Box<dyn Stream>, Box<dyn Stream>) {
-        let ours = self.connector.connect().unwrap();
-        let theirs = self.listener.accept(Some(SOON)).unwrap().establish(Some(SOON)).unwrap();
-        (ours, theirs)
+        let ours = begin(&*self.connector);
+        let theirs = self.listener.accept(Some(SOON)).unwrap().establish(Some(LIMIT)).unwrap();
+        (ours.join().unwrap().unwrap(), theirs)
+    }
+}
+
+/// Begins a connection in a thread: it may need the other end to be established.
+fn begin(connector: &dyn Connect) -> JoinHandle<io::Result<Box<dyn Stream>>> {
+    let pending = connector.dial().unwrap();
+    thread::spawn(move || pending.establish(Some(LIMIT)))
+}
+
+/// A connection that was begun, once it is there.
+fn arrived(listener: &mut dyn Listen) -> Box<dyn Pending> {
+    loop {
+        if let Some(pending) = listener.try_accept().unwrap() {
+            return pending;
+        }
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -263,13 +279,15 @@ pub(crate) fn what_was_stopped_before_is_not_established(transport: Transport) {
 }
 
 pub(crate) fn an_accepted_connection_can_be_stopped_before_it_is_established(mut transport: Transport) {
-    let _ours = transport.connector.connect().unwrap();
+    let ours = begin(&*transport.connector);
     let pending = transport.listener.accept(Some(SOON)).unwrap();
     assert!(!pending.peer().is_empty());
     pending.stopper().unwrap().stop();
     if let Ok(mut stream) = pending.establish(Some(SOON)) {
         assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
     }
+    // Established or not, it waits no longer.
+    drop(ours.join().unwrap());
 }
 
 pub(crate) fn an_end_within_pages_is_an_error(mut transport: Transport) {
@@ -443,19 +461,21 @@ pub(crate) fn stop_releases_a_blocked_accept(transport: Transport) {
         let (kind, mut listener) = accept.join().unwrap();
         assert_eq!(kind, Some(io::ErrorKind::Interrupted));
         assert!(listener.accept(Some(SOON)).is_err(), "and from now on");
-        transport.connector.connect().unwrap();
-        assert!(listener.try_accept().unwrap().is_some(), "also when stopped");
+        let ours = begin(&*transport.connector);
+        // Also when stopped.
+        drop(arrived(&mut *listener));
+        drop(ours.join().unwrap());
     });
 }
 
 pub(crate) fn every_connection_in_the_backlog_is_found(mut transport: Transport) {
     assert!(transport.listener.try_accept().unwrap().is_none());
-    let mut ours: Vec<_> = (0..256).map(|_| transport.connector.connect().unwrap()).collect();
-    let mut theirs = Vec::new();
-    while let Some(stream) = transport.listener.try_accept().unwrap() {
-        theirs.push(stream.establish(Some(SOON)).unwrap());
-    }
-    assert_eq!(theirs.len(), 256);
+    let ours: Vec<_> = (0..256).map(|_| begin(&*transport.connector)).collect();
+    // All are in the backlog where a connection needs no other end, and those that do are accepted before they are established.
+    let theirs: Vec<_> = (0..256).map(|_| arrived(&mut *transport.listener)).collect();
+    assert!(transport.listener.try_accept().unwrap().is_none());
+    let mut theirs: Vec<_> = theirs.into_iter().map(|pending| pending.establish(Some(LIMIT)).unwrap()).collect();
+    let mut ours: Vec<_> = ours.into_iter().map(|thread| thread.join().unwrap().unwrap()).collect();
     for (index, stream) in ours.iter_mut().enumerate() {
         stream.write(&[index as u8], &[]).unwrap();
     }
@@ -473,12 +493,13 @@ pub(crate) fn accept_gives_up_after_its_timeout(mut transport: Transport) {
     if !transport.has_clock {
         return;
     }
-    let begin = Instant::now();
+    let begun = Instant::now();
     let kind = transport.listener.accept(Some(Duration::from_millis(30))).err().map(|error| error.kind());
     assert_eq!(kind, Some(io::ErrorKind::TimedOut));
-    assert!(begin.elapsed() >= Duration::from_millis(20));
-    transport.connector.connect().unwrap();
-    transport.listener.accept(Some(Duration::ZERO)).unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(20));
+    let ours = begin(&*transport.connector);
+    while transport.listener.accept(Some(Duration::ZERO)).is_err() {}
+    drop(ours.join().unwrap());
 }
 
 /// A packet of random size: a header, and ranges of `pages` pages.

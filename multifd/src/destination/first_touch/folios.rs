@@ -38,11 +38,12 @@ fn below(root: &Path, memory: Memory) -> Result<Folios, String> {
     };
     let global = read(&root.join(name));
     let (mut found, mut largest_unasked, mut any) = (None, 0, false);
-    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
-        let Some(size) = size_of(&entry.file_name().to_string_lossy()) else { continue };
+    // Powers of two, from two pages to the largest huge page: a list of the directory would take system calls of its own.
+    for kib in (3..=20).map(|exponent| 1 << exponent) {
+        let size = kib << 10;
+        let Some(own) = read(&root.join(format!("hugepages-{kib}kB")).join(name)) else { continue };
         any = true;
-        let own = read(&entry.path().join(name));
-        let setting = if own == Some(Setting::Inherit) { global } else { own };
+        let setting = if own == Setting::Inherit { global } else { Some(own) };
         match setting {
             Some(Setting::Always) => largest_unasked = largest_unasked.max(size),
             Some(Setting::Advised) => {}
@@ -81,12 +82,6 @@ fn read(path: &Path) -> Option<Setting> {
         "inherit" => Setting::Inherit,
         _ => Setting::Never,
     })
-}
-
-/// `hugepages-64kB`, in bytes.
-fn size_of(name: &str) -> Option<usize> {
-    let kib: usize = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 /// Sizes that pay: smaller ones save few faults, larger ones meet memory now and then that a virtual host has to fetch first.
