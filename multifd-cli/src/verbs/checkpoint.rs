@@ -395,7 +395,16 @@ impl Migration<'_> {
         if !patience.is_zero() && self.monitor.wait_run_state(patience, is_running)? == "running" {
             return Ok("running".to_owned());
         }
-        self.monitor.execute("cont", json!({}))?;
+        // A QEMU may still be busy with the end of a migration that it has called over, and refuses until then.
+        let begun = Instant::now();
+        while let Err(refusal) = self.monitor.execute("cont", json!({})) {
+            if refusal.lost || begun.elapsed() > SHORT {
+                return Err(refusal);
+            }
+            if is_running(&self.monitor.wait_run_state(BETWEEN_TRIES, is_running)?) {
+                return Ok("running".to_owned());
+            }
+        }
         let state = self.monitor.wait_run_state(END_LIMIT, is_running)?;
         if is_running(&state) {
             return Ok(state);
@@ -437,6 +446,8 @@ const END_LIMIT: Duration = Duration::from_secs(30);
 const FIRST_ROUNDS: Duration = Duration::from_secs(2);
 /// The same for what usually takes no time.
 const SHORT: Duration = Duration::from_secs(5);
+/// Before a QEMU is asked again to resume its guest.
+const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
 mod tests {

@@ -62,6 +62,17 @@ impl Requests {
         Ok(Some(Request { block, start, len }))
     }
 
+    /// What a request that names no block may mean, where the one before is not known: these pages of every block that has them.
+    ///
+    /// A destination that goes on over a new connection may mean the block that it named on the one before, which perhaps went to
+    /// another process.
+    pub fn of_any_block(message: &Message, blocks: &[BlockEntry], page_size: u64) -> Vec<Request> {
+        let Message::ReqPages { start, len } = *message else { return Vec::new() };
+        let has_them = |entry: &BlockEntry| check(&entry.name, entry.used_len, start, len, page_size).is_ok();
+        let having = blocks.iter().enumerate().filter(|(_, entry)| has_them(entry));
+        having.map(|(block, _)| Request { block, start, len }).collect()
+    }
+
     /// The message that asks for `request` after those asked for before on this connection.
     ///
     /// # Panics

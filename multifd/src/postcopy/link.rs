@@ -73,7 +73,8 @@ impl<'a> Link<'a> {
             tracing::debug!(%error, "requests may wait behind what the kernel has not sent");
         }
         self.main = Some(PageConnection::new(stream, Connection::Main, &self.attempt));
-        self.return_path = Some(return_path::listen(reader, &self.attempt)?);
+        let goes_on = self.vm != Whereabouts::Here;
+        self.return_path = Some(return_path::listen(reader, &self.attempt, goes_on)?);
         Ok(())
     }
 

@@ -22,11 +22,12 @@ use crate::{
     transport::RecvHalf,
 };
 
-/// Begins to read from `stream`, until the destination has everything or the attempt ends.
+/// Begins to read from `stream`, until the destination has everything or the attempt ends. The destination may have asked for pages on
+/// another connection before, if it `goes_on`.
 ///
 /// # Errors
 /// [`Error::Thread`].
-pub(super) fn listen(stream: Box<dyn RecvHalf>, attempt: &Arc<Attempt>) -> Result<Task<()>, Error> {
+pub(super) fn listen(stream: Box<dyn RecvHalf>, attempt: &Arc<Attempt>, goes_on: bool) -> Result<Task<()>, Error> {
     let reader = attempt.clone();
     Task::spawn(&*attempt.job.options.threads, ThreadRole::ReturnPath, &attempt.stop, move || {
         let guard = PanicGuard::new(&reader.stop, Connection::ReturnPath);
@@ -36,6 +37,7 @@ pub(super) fn listen(stream: Box<dyn RecvHalf>, attempt: &Arc<Attempt>) -> Resul
             buf: Vec::new(),
             position: 0,
             requests: Requests::new(),
+            goes_on,
             reason: None,
         };
         let outcome = path.read_until_shut();
@@ -56,6 +58,8 @@ struct ReturnPath<'a> {
     /// Bytes before `buf`.
     position: u64,
     requests: Requests,
+    /// The first request may be one for the block of a request on another connection.
+    goes_on: bool,
     /// Why SHUT with another status follows.
     reason: Option<String>,
 }
@@ -102,15 +106,28 @@ impl ReturnPath<'_> {
     fn request(&mut self, message: &Message, at: Place) -> Result<(), Error> {
         let job = &self.attempt.job;
         let layout = job.pages.layout();
-        let request = self.requests.accept(message, &job.blocks, layout.page_size() as u64);
-        let Some(Request { block, start, len }) = request.map_err(Error::protocol(at))? else { return Ok(()) };
+        let page_size = layout.page_size() as u64;
+        let requests = match self.requests.accept(message, &job.blocks, page_size) {
+            Err(unnamed @ Violation::FirstRequestWithoutBlock { .. }) if self.goes_on => {
+                let any = Requests::of_any_block(message, &job.blocks, page_size);
+                if any.is_empty() { Err(unnamed) } else { Ok(any) }
+            }
+            request => request.map(|request| request.into_iter().collect()),
+        };
+        let requests = requests.map_err(Error::protocol(at))?;
         if !self.attempt.inbox.update(|mail| mail.run_sent) {
             return Err(unexpected(at, "a request for pages", "before RUN"));
         }
-        let first = layout.blocks()[block].page_at(start);
-        let pages = first..first + u64::from(len) / layout.page_size() as u64;
         job.figures.add_request();
         job.progress.add_request();
+        requests.into_iter().try_for_each(|request| self.ask(request, at))
+    }
+
+    fn ask(&mut self, Request { block, start, len }: Request, at: Place) -> Result<(), Error> {
+        let job = &self.attempt.job;
+        let layout = job.pages.layout();
+        let first = layout.blocks()[block].page_at(start);
+        let pages = first..first + u64::from(len) / layout.page_size() as u64;
         if job.options.record_faults {
             job.figures.add_fault(first);
         }

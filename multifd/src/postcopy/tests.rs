@@ -673,6 +673,34 @@ fn the_same_source_goes_on_after_a_break() {
     assert_eq!(source.report().left, 0);
 }
 
+/// A QEMU that waited for a page when its connection broke may ask for it again, or for the next one, without its block's name.
+#[test]
+fn a_request_after_a_break_that_names_no_block_is_one_for_every_block_that_has_the_page() {
+    let dir = TempDir::new().unwrap();
+    let (_, outcome) = recovers(source(&checkpoint(&dir), preempt()), |listener| {
+        let mut main = Incoming::accept(listener);
+        main.expect(&recovery());
+        let mut urgent = Incoming::accept(listener);
+        say_received(&mut main, "pc.ram", RAM.0, &[]);
+        say_received(&mut main, "pc.bios", BIOS.0, &[]);
+        main.expect(b"\x08\0\x09\0\0");
+        main.say(&Message::ReqPages { start: 0, len: 0x1000 });
+        assert!(urgent.word() && urgent.word());
+        let mut asked: Vec<_> = urgent.pages.iter().map(|&(block, page, _)| (block, page)).collect();
+        asked.sort_unstable();
+        assert_eq!(asked, [(0, 0), (1, 0)]);
+        main.say(&Message::ResumeAck(1));
+        thread::scope(|scope| {
+            scope.spawn(|| while urgent.word() {});
+            main.pages();
+        });
+        main.say(&Message::Shut(0));
+        main.pages.extend(urgent.pages);
+        assert_all_pages(main.pages);
+    });
+    outcome.unwrap();
+}
+
 #[test]
 fn a_recovery_with_wrong_answers_leaves_a_vm_that_can_go_on() {
     type Destination = fn(&mut Incoming);
