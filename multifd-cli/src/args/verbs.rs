@@ -213,7 +213,7 @@ pub struct ReceiveArgs {
     pub uuid: Option<[u8; 16]>,
     /// How long to wait for a source that has switched to postcopy when its connections break, until it goes on over new ones (at the
     /// source: migrate -r); what came is kept meanwhile. 0 to fail at once. Not with --token.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time)]
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = units::time)]
     pub recover_timeout: Duration,
     /// The connections.
     #[command(flatten)]
