@@ -9,6 +9,7 @@ use multifd_proto::{
 use super::script::*;
 use crate::{
     destination::{Destination, Options},
+    error::Error,
     ram::Ram,
     testing::memory,
     testing::vm::TestDestination,
@@ -348,7 +349,9 @@ fn an_end_anywhere_inside_main_is_an_error() {
         let received = receive(&[whole.clone().cut_by(cut), channel()], Options::default());
         let error = received.outcome.err().unwrap_or_else(|| panic!("without the last {cut} bytes: accepted"));
         let text = error.to_string();
-        assert!(text.ends_with("the connection ended in the middle"), "{cut}: {text}");
+        // On a machine that is busy, main is found to have ended before the channel has joined.
+        let gone = matches!(error, Error::SourceGone { .. });
+        assert!(gone || text.ends_with("the connection ended in the middle"), "{cut}: {text}");
         assert!(text.starts_with("main, at byte "), "{cut}: {text}");
         assert!(!received.calls.contains(&"start"));
         ends += 1;
