@@ -100,6 +100,7 @@ pub mod threads;
 pub mod transport;
 pub mod vm;
 mod watchdog;
+mod watched;
 
 pub use memory::{dirty_bitmap, layout, ram};
 pub use multifd_proto;

@@ -4,22 +4,12 @@ use std::{collections::VecDeque, ops::Range, time::Instant};
 
 use multifd_proto::Violation;
 
-use crate::{
-    error::Error,
-    sync::{Arc, Condvar, Deadline, Mutex, lock, wait_for},
-    transport::Stopper,
-};
+use crate::{error::Error, sync::Deadline, transport::Stopper, watched::Watched};
 
 /// Where the thread of the return path puts what it read. Clones are the same.
 #[derive(Clone, Default)]
 pub(super) struct Inbox {
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    state: Mutex<Mail>,
-    changed: Condvar,
+    mail: Watched<Mail>,
 }
 
 /// What was said and not taken yet.
@@ -45,8 +35,6 @@ pub(super) struct Mail {
     pub(super) end_sent: bool,
     /// The destination has everything.
     pub(super) is_complete: bool,
-    /// Nothing more will come.
-    pub(super) is_over: bool,
 }
 
 /// Pages that the guest waits for.
@@ -65,30 +53,27 @@ impl Inbox {
     /// # Errors
     /// [`Violation::TooManyRequests`].
     pub(super) fn ask(&self, urgent: Urgent) -> Result<(), Violation> {
-        let mut mail = lock(&self.shared.state);
-        if mail.is_closed {
-            return Ok(());
-        }
-        if mail.urgent.len() == MAX_OPEN {
-            return Err(Violation::TooManyRequests { limit: MAX_OPEN });
-        }
-        mail.urgent.push_back(urgent);
-        mail.is_loaded = true;
-        drop(mail);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.update(|mail| {
+            if mail.is_closed {
+                return Ok(());
+            }
+            if mail.urgent.len() == MAX_OPEN {
+                return Err(Violation::TooManyRequests { limit: MAX_OPEN });
+            }
+            mail.urgent.push_back(urgent);
+            mail.is_loaded = true;
+            Ok(())
+        })
     }
 
     /// Changes what is known, and wakes all who wait.
     pub(super) fn update<T>(&self, change: impl FnOnce(&mut Mail) -> T) -> T {
-        let changed = change(&mut lock(&self.shared.state));
-        self.shared.changed.notify_all();
-        changed
+        self.mail.update(change)
     }
 
     /// Takes the oldest request.
     pub(super) fn take(&self) -> Option<Urgent> {
-        lock(&self.shared.state).urgent.pop_front()
+        self.update(|mail| mail.urgent.pop_front())
     }
 
     /// Waits for a request and takes it. `None`: there will be none any more, see [`close`](Self::close).
@@ -110,19 +95,8 @@ impl Inbox {
     /// # Errors
     /// [`Error::Stopped`]: nothing more will come.
     pub(super) fn wait(&self, deadline: Deadline, arrived: impl Fn(&Mail) -> bool) -> Result<bool, Error> {
-        let mut mail = lock(&self.shared.state);
-        loop {
-            if arrived(&mail) {
-                return Ok(true);
-            }
-            if mail.is_over {
-                return Err(Error::Stopped);
-            }
-            if deadline.is_over() {
-                return Ok(false);
-            }
-            mail = wait_for(&self.shared.changed, mail, deadline.left());
-        }
+        let arrived = self.mail.wait(deadline, |mail| arrived(mail).then_some(()))?;
+        Ok(arrived.is_some())
     }
 }
 
@@ -135,7 +109,7 @@ impl Mail {
 
 impl Stopper for Inbox {
     fn stop(&self) {
-        self.update(|mail| mail.is_over = true);
+        self.mail.stop();
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
     stop::PanicGuard,
     sync::Arc,
     threads::{Task, ThreadRole},
-    transport::RecvHalf,
+    transport::{RecvHalf, Stopper},
 };
 
 /// Begins to read from `stream`, until the destination has everything or the attempt ends. The destination may have asked for pages on
@@ -45,7 +45,8 @@ pub(super) fn listen(stream: Box<dyn RecvHalf>, attempt: &Arc<Attempt>, goes_on:
         if let Err(error) = outcome {
             reader.stop.stop(error);
         }
-        reader.inbox.update(|mail| mail.is_over = true);
+        // Nothing more will come.
+        reader.inbox.stop();
     })
 }
 

@@ -16,27 +16,16 @@ use crate::{
     dirty_bitmap::DirtyBitmap,
     error::Error,
     progress::{Event, Observer},
-    sync::{Arc, Condvar, Mutex, lock, wait_for},
+    sync::Arc,
     transport::{Meter, Stopper, Stream, Transit},
     vm::SourceVm,
+    watched::Watched,
 };
 
 /// The meters of all connections of one source. Clones are the same.
 #[derive(Clone, Default)]
 pub(super) struct Backlog {
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    meters: Vec<Arc<dyn Meter>>,
-    stopped: bool,
+    meters: Watched<Vec<Arc<dyn Meter>>>,
 }
 
 impl Backlog {
@@ -46,7 +35,7 @@ impl Backlog {
     /// As [`Stream::meter`].
     pub(super) fn add(&self, stream: &dyn Stream) -> io::Result<()> {
         if let Some(meter) = stream.meter()? {
-            lock(&self.shared.state).meters.push(meter.into());
+            self.meters.update(|meters| meters.push(meter.into()));
         }
         Ok(())
     }
@@ -56,7 +45,7 @@ impl Backlog {
     fn transit(&self) -> Transit {
         let mut all = Transit::default();
         // Not under the lock: a transport's own meter may stop the migration.
-        let meters = lock(&self.shared.state).meters.clone();
+        let meters = self.meters.look(Clone::clone);
         for one in meters.iter().filter_map(|meter| meter.transit().ok()) {
             all.unacknowledged = all.unacknowledged.saturating_add(one.unacknowledged);
             all.round_trip = all.round_trip.max(one.round_trip);
@@ -64,23 +53,13 @@ impl Backlog {
         all
     }
 
-    /// Lets `time` pass. Model checkers have no clock: under them none passes.
-    ///
-    /// # Errors
-    /// [`Error::Stopped`]: the migration has ended meanwhile.
+    /// As [`Watched::rest`].
     pub(super) fn rest(&self, time: Duration) -> Result<(), Error> {
-        let state = lock(&self.shared.state);
-        if state.stopped || cfg!(not(any(loom, shuttle))) && wait_for(&self.shared.changed, state, Some(time)).stopped {
-            return Err(Error::Stopped);
-        }
-        Ok(())
+        self.meters.rest(time)
     }
-}
 
-impl Stopper for Backlog {
-    fn stop(&self) {
-        lock(&self.shared.state).stopped = true;
-        self.shared.changed.notify_all();
+    pub(super) fn stopper(&self) -> Box<dyn Stopper> {
+        Box::new(self.meters.clone())
     }
 }
 

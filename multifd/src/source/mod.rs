@@ -168,10 +168,10 @@ impl Run {
         stop.register(Box::new(barrier.clone()));
         stop.register(live.limiter.stopper());
         let backlog = Backlog::default();
-        stop.register(Box::new(backlog.clone()));
+        stop.register(backlog.stopper());
         let openings = Openings::default();
-        stop.register(Box::new(openings.clone()));
-        stop.register(Box::new(live.steering.clone()));
+        stop.register(openings.stopper());
+        stop.register(live.steering.stopper());
         progress.set_pages_total(ram.layout().pages());
         let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();

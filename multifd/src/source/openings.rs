@@ -10,9 +10,10 @@ use multifd_proto::ChannelId;
 use super::{Run, channel::SendChannel};
 use crate::{
     error::{Connection, Error, Place},
-    sync::{Arc, Condvar, Mutex, lock, wait},
+    sync::Deadline,
     threads::{Task, ThreadRole},
     transport::{Connect, Stopper},
+    watched::Watched,
 };
 
 /// One connection that is to become a channel.
@@ -43,19 +44,7 @@ impl Attempt {
 /// The reports. Clones share them.
 #[derive(Clone, Default)]
 pub(super) struct Openings {
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    reports: VecDeque<Report>,
-    stopped: bool,
+    reports: Watched<VecDeque<Report>>,
 }
 
 enum Report {
@@ -68,17 +57,12 @@ enum Report {
 impl Openings {
     /// A channel is open.
     pub(super) fn open(&self) {
-        self.report(Report::Open);
+        self.reports.update(|reports| reports.push_back(Report::Open));
     }
 
     /// The connection of `attempt` ended before the channel was open, by `error`: another one may take its place.
     pub(super) fn lost(&self, attempt: Attempt, error: Error) {
-        self.report(Report::Lost(attempt, error));
-    }
-
-    fn report(&self, report: Report) {
-        lock(&self.shared.state).reports.push_back(report);
-        self.shared.changed.notify_all();
+        self.reports.update(|reports| reports.push_back(Report::Lost(attempt, error)));
     }
 
     /// Waits for the next report.
@@ -86,23 +70,12 @@ impl Openings {
     /// # Errors
     /// [`Error::Stopped`]: the migration has ended.
     fn next(&self) -> Result<Report, Error> {
-        let mut state = lock(&self.shared.state);
-        loop {
-            if state.stopped {
-                return Err(Error::Stopped);
-            }
-            if let Some(report) = state.reports.pop_front() {
-                return Ok(report);
-            }
-            state = wait(&self.shared.changed, state);
-        }
+        let next = self.reports.wait(Deadline::after(None), VecDeque::pop_front)?;
+        Ok(next.expect("a wait without a deadline finds something"))
     }
-}
 
-impl Stopper for Openings {
-    fn stop(&self) {
-        lock(&self.shared.state).stopped = true;
-        self.shared.changed.notify_all();
+    pub(super) fn stopper(&self) -> Box<dyn Stopper> {
+        Box::new(self.reports.clone())
     }
 }
 

@@ -7,21 +7,12 @@ use std::time::Duration;
 
 use multifd_proto::convergence::{Decision, Wish};
 
-use crate::{
-    sync::{Arc, Condvar, Deadline, Mutex, lock, wait_for},
-    transport::Stopper,
-};
+use crate::{sync::Deadline, transport::Stopper, watched::Watched};
 
 /// The wishes for one migration. Clones are the same.
 #[derive(Clone, Default)]
 pub(super) struct Steering {
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
+    state: Watched<State>,
 }
 
 #[derive(Default)]
@@ -29,53 +20,43 @@ struct State {
     wish: Wish,
     /// It was decided to switch over: a wish comes too late.
     decided: bool,
-    stopped: bool,
 }
 
 impl Steering {
     pub(super) fn switch_over(&self) {
-        lock(&self.shared.state).wish.switch_over = true;
-        self.shared.changed.notify_all();
+        self.state.update(|state| state.wish.switch_over = true);
     }
 
     /// Whether it comes in time.
     pub(super) fn hold(&self, hold: bool) -> bool {
-        let mut state = lock(&self.shared.state);
-        state.wish.hold = hold;
-        let in_time = !state.decided;
-        drop(state);
-        self.shared.changed.notify_all();
-        in_time
+        self.state.update(|state| {
+            state.wish.hold = hold;
+            !state.decided
+        })
     }
 
     /// What is wished at this moment.
     pub(super) fn wish(&self) -> Wish {
-        lock(&self.shared.state).wish
+        self.state.look(|state| state.wish)
     }
 
     /// Lets `decide` decide by the wishes, of which no other is taken once it has decided to switch over.
     pub(super) fn decide(&self, decide: impl FnOnce(Wish) -> Decision) -> Decision {
-        let mut state = lock(&self.shared.state);
-        let decision = decide(state.wish);
-        state.decided |= decision == Decision::SwitchOver;
-        decision
+        self.state.update(|state| {
+            let decision = decide(state.wish);
+            state.decided |= decision == Decision::SwitchOver;
+            decision
+        })
     }
 
-    /// Waits until the switchover is no longer held, or the next round is due.
+    /// Waits until the switchover is no longer held, the next round is due, or the migration has ended.
     pub(super) fn wait_while_held(&self) {
-        let deadline = Deadline::after(Some(HELD_ROUND));
-        let mut state = lock(&self.shared.state);
-        while state.wish.hold && !state.stopped && !deadline.is_over() {
-            state = wait_for(&self.shared.changed, state, deadline.left());
-        }
+        let _ = self.state.wait(Deadline::after(Some(HELD_ROUND)), |state| (!state.wish.hold).then_some(()));
     }
-}
 
-/// The migration has ended: nothing is held any more.
-impl Stopper for Steering {
-    fn stop(&self) {
-        lock(&self.shared.state).stopped = true;
-        self.shared.changed.notify_all();
+    /// What ends a wait when the migration does.
+    pub(super) fn stopper(&self) -> Box<dyn Stopper> {
+        Box::new(self.state.clone())
     }
 }
 
