@@ -192,7 +192,13 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                 {
                     return Err(broken(format!("the guest is at the destination, and the source reports: {error}")));
                 }
-                let differing = source.digest().iter().zip(&outcome.memory).position(|(ours, theirs)| ours != theirs);
+                let ours = source.digest();
+                if ours.len() != outcome.memory.len() {
+                    let what =
+                        format!("{} pages at the destination, {} at the source", outcome.memory.len(), ours.len());
+                    return Err(broken(what));
+                }
+                let differing = ours.iter().zip(&outcome.memory).position(|(ours, theirs)| ours != theirs);
                 if let Some(page) = differing {
                     return Err(broken(format!("page {page} differs at the destination")));
                 }

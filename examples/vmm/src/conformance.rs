@@ -8,7 +8,7 @@ use test_support::{skip, time_limit};
 use crate::{
     machine::{Config, Machine},
     memory::Backing,
-    migration::Vm,
+    migration::{Arrival, Vm},
 };
 
 const CONFIG: Config =
@@ -19,15 +19,15 @@ fn exactly_one_side_runs_whatever_goes_wrong() {
     if let Err(error) = Machine::new(CONFIG) {
         return skip(&format!("no VM can be made here: {error}"));
     }
-    let vm = || Vm::new(Machine::new(CONFIG).unwrap()).unwrap();
     let source = || {
-        let mut vm = vm();
+        let mut vm = Vm::new(Machine::new(CONFIG).unwrap()).unwrap();
         vm.machine.boot().unwrap();
         vm.machine.run();
         vm
     };
     // A VMM of yours would take `Effort::FULL` in a nightly run.
     let few = Effort { operations: 2 };
-    let report = time_limit(Duration::from_secs(300), || vm_with(few, source, vm)).unwrap();
+    let report =
+        time_limit(Duration::from_secs(300), || vm_with(few, source, || Arrival { most: CONFIG, vm: None })).unwrap();
     assert!(report.at_source > 5 && report.at_destination > 1, "{report:?}");
 }

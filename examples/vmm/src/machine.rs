@@ -10,6 +10,7 @@ use std::{
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -23,7 +24,7 @@ use crate::{
 };
 
 /// What a VM is like; the same on both sides of a migration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Config {
     pub cpus: u64,
     pub ram_bytes: usize,
@@ -31,7 +32,26 @@ pub struct Config {
     pub busy_bytes: usize,
     pub display_bytes: usize,
     /// What this side's memory is made of; the other side's may be made of something else.
+    #[serde(skip)]
     pub backing: Backing,
+}
+
+impl Config {
+    /// # Errors
+    /// It has more of something than `most`.
+    pub fn check_within(&self, most: &Config) -> Result<(), Failure> {
+        let parts = [
+            ("vCPUs", self.cpus, most.cpus),
+            ("bytes of RAM", self.ram_bytes as u64, most.ram_bytes as u64),
+            ("bytes of display", self.display_bytes as u64, most.display_bytes as u64),
+        ];
+        match parts.into_iter().find(|(_, has, most)| has > most) {
+            Some((what, has, most)) => {
+                Err(format!("the VM has {has} {what}, and at most {most} are given here").into())
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// A VM, paused when it was made.
@@ -41,7 +61,7 @@ pub struct Machine {
     pub dma: Dma,
     pub display: Display,
     pub vcpus: Vec<Vcpu>,
-    config: Config,
+    pub config: Config,
     gate: Arc<Gate>,
     cpuid: CpuId,
     msrs: Vec<u32>,

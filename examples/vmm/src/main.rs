@@ -6,6 +6,8 @@
 //!
 //! --cpus N --memory MIB --busy MIB --display MIB --backing anonymous|memfd|huge
 //! ```
+//! A VM that arrives is made as its source describes it: there, the options say what it may have at most.
+//!
 //! While a guest runs, commands are read from stdin: `migrate URI` moves it there, `quit` ends it. What the guest writes
 //! to its serial port goes to stdout: a dot for each pass over its memory, `X` if it finds anything wrong.
 //!
@@ -50,14 +52,16 @@ fn run() -> Result<(), Failure> {
         Some("receive") => Some(arguments.next().ok_or("receive from where?")?.parse::<Uri>()?),
         _ => return Err("usage: vmm run [OPTIONS] | vmm receive URI [OPTIONS]".into()),
     };
-    let mut vm = Vm::new(Machine::new(config(arguments)?)?)?;
-    match from {
+    let config = config(arguments)?;
+    let mut vm = match from {
         None => {
+            let mut vm = Vm::new(Machine::new(config)?)?;
             vm.machine.boot()?;
             vm.machine.run();
+            vm
         }
-        Some(uri) => migration::receive(&mut vm, &uri, |uri| eprintln!("listening at {uri}"))?,
-    }
+        Some(uri) => migration::receive(config, &uri, |uri| eprintln!("listening at {uri}"))?,
+    };
     eprintln!("running");
     console(&mut vm)
 }

@@ -1,10 +1,8 @@
 //! Guest memory: `vm-memory`'s `GuestMemoryMmap`, two regions, with a bitmap of the pages that devices write.
 
-// `memfd_create` is a system call.
-#![allow(unsafe_code)]
+use std::{fs::File, io, num::NonZeroUsize, str::FromStr, sync::Arc};
 
-use std::{fs::File, io, num::NonZeroUsize, os::fd::FromRawFd, str::FromStr, sync::Arc};
-
+use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
 };
@@ -15,9 +13,10 @@ use crate::{Failure, guest};
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
 
 /// What it is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backing {
     /// Private pages of 4 KiB.
+    #[default]
     Anonymous,
     /// A file in memory that other processes can map, too.
     Memfd,
@@ -48,8 +47,12 @@ pub fn allocate(backing: Backing, ram_bytes: usize) -> Result<Memory, Failure> {
             Backing::Anonymous => {
                 builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             }
-            Backing::Memfd => builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, 0)?),
-            Backing::Huge => builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, libc::MFD_HUGETLB)?),
+            Backing::Memfd => {
+                builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, MemfdFlags::empty())?)
+            }
+            Backing::Huge => {
+                builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, MemfdFlags::HUGETLB)?)
+            }
         };
         let region = GuestRegionMmap::new(builder.build()?, GuestAddress(address));
         Ok::<_, Failure>(Arc::new(region.ok_or("a region does not fit into the address space")?))
@@ -57,14 +60,8 @@ pub fn allocate(backing: Backing, ram_bytes: usize) -> Result<Memory, Failure> {
     Ok(GuestMemoryMmap::from_arc_regions(regions.into_iter().collect::<Result<_, _>>()?)?)
 }
 
-fn memfd(len: usize, flags: libc::c_uint) -> io::Result<FileOffset> {
-    // SAFETY: a terminated name and flags.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: just created, known to nothing else.
-    let file = unsafe { File::from_raw_fd(fd) };
+fn memfd(len: usize, flags: MemfdFlags) -> io::Result<FileOffset> {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC | flags)?);
     file.set_len(len as u64)?;
     Ok(FileOffset::new(file, 0))
 }

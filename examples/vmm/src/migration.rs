@@ -17,14 +17,17 @@ use multifd::{
     dirty_bitmap::DirtyBitmap,
     multifd_proto::BlockName,
     ram::Ram,
-    sections::Sections,
+    sections::{Sections, read_framed},
     source::{self, Source},
     transport::uri::Uri,
     vm::{DestinationVm, SectionId, SourceVm, VmError},
 };
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::{Failure, machine::Machine};
+use crate::{
+    Failure,
+    machine::{Config, Machine},
+};
 
 /// A machine as the engine sees it.
 pub struct Vm {
@@ -55,6 +58,10 @@ impl Vm {
 }
 
 impl SourceVm for Vm {
+    fn describe(&mut self) -> Result<Vec<u8>, VmError> {
+        Ok(serde_json::to_vec(&self.machine.config)?)
+    }
+
     fn ram(&self) -> &Ram {
         &self.ram
     }
@@ -74,11 +81,11 @@ impl SourceVm for Vm {
 
     fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
         for (index, state) in (0..).zip(self.machine.cpu_states()?) {
-            section(out, "cpu", index, &serde_json::to_vec(&state)?)?;
+            out.framed("cpu", index, 1, &serde_json::to_vec(&state)?)?;
         }
-        section(out, "serial", 0, &self.machine.serial.written.load(Relaxed).to_le_bytes())?;
-        section(out, "dma", 0, &self.machine.dma.state().to_le_bytes())?;
-        section(out, "display", 0, &self.machine.display.picture)
+        out.framed("serial", 0, 1, &self.machine.serial.written.load(Relaxed).to_le_bytes())?;
+        out.framed("dma", 0, 1, &self.machine.dma.state().to_le_bytes())?;
+        Ok(out.framed("display", 0, 1, &self.machine.display.picture)?)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -87,46 +94,43 @@ impl SourceVm for Vm {
     }
 }
 
-impl DestinationVm for Vm {
+/// A machine that is made when the source has said what it is like.
+pub struct Arrival {
+    /// No VM has more than this here; and what its memory is to be made of.
+    pub most: Config,
+    pub vm: Option<Vm>,
+}
+
+impl DestinationVm for Arrival {
+    fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
+        let config: Config = serde_json::from_slice(description)?;
+        config.check_within(&self.most)?;
+        self.vm = Some(Vm::new(Machine::new(Config { backing: self.most.backing, ..config })?)?);
+        Ok(Vec::new())
+    }
+
     fn ram(&self) -> &Ram {
-        &self.ram
+        &self.vm.as_ref().expect("asked for once it was prepared").ram
     }
 
     fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
-        let body = body(input)?;
+        // The stream has no lengths; `save` has put them there.
+        let (body, machine) = (read_framed(input, 1 << 30)?, &mut self.vm.as_mut().ok_or("no VM was made")?.machine);
         let number = || Ok::<_, VmError>(u64::from_le_bytes(body[..].try_into()?));
         match (section.name.as_str(), section.version) {
-            ("cpu", 1) => self.machine.load_cpu(section.instance as usize, &serde_json::from_slice(&body)?)?,
-            ("serial", 1) => self.machine.serial.written.store(number()?, Relaxed),
-            ("dma", 1) => self.machine.dma.load(number()?)?,
-            ("display", 1) => self.machine.display.load(body)?,
+            ("cpu", 1) => machine.load_cpu(section.instance as usize, &serde_json::from_slice(&body)?)?,
+            ("serial", 1) => machine.serial.written.store(number()?, Relaxed),
+            ("dma", 1) => machine.dma.load(number()?)?,
+            ("display", 1) => machine.display.load(body)?,
             _ => return Err(format!("this VM has no device {section:?}").into()),
         }
         Ok(())
     }
 
     fn start(&mut self) -> Result<(), VmError> {
-        self.machine.run();
+        self.vm.as_ref().ok_or("no VM was made")?.machine.run();
         Ok(())
     }
-}
-
-/// Adds a section that says how long it is: the stream does not.
-fn section(out: &mut Sections, name: &str, instance: u32, body: &[u8]) -> Result<(), VmError> {
-    let len = u64::try_from(body.len())?.to_le_bytes();
-    Ok(out.section(name, instance, 1, &[&len, body].concat())?)
-}
-
-/// Reads what [`section`] wrote, up to its end and no further.
-fn body(input: &mut dyn Read) -> Result<Vec<u8>, VmError> {
-    let mut len = [0; 8];
-    input.read_exact(&mut len)?;
-    let (len, mut body) = (u64::from_le_bytes(len), Vec::new());
-    // The length is the source's word: memory is taken as bytes come, and not more than any device has.
-    if len > 1 << 30 || input.take(len).read_to_end(&mut body)? as u64 != len {
-        return Err(format!("{len} bytes of state were announced").into());
-    }
-    Ok(body)
 }
 
 /// Moves the VM to `to`. On an error it runs on here, except for those that say otherwise.
@@ -134,10 +138,11 @@ pub fn send(vm: &mut Vm, to: &Uri) -> Result<source::Report, Failure> {
     Ok(Source::new(source::Options::default()).run(vm, &*to.connector()?, &mut ())?)
 }
 
-/// Waits for a VM at `at`, and lets it run. `listening` is told the address.
-pub fn receive(vm: &mut Vm, at: &Uri, listening: impl FnOnce(&Uri)) -> Result<(), Failure> {
+/// Waits at `at` for a VM that has no more than `most`, and lets it run. `listening` is told the address.
+pub fn receive(most: Config, at: &Uri, listening: impl FnOnce(&Uri)) -> Result<Vm, Failure> {
     let listener = at.listener()?;
     listening(listener.uri());
-    Destination::new(destination::Options::default()).run(vm, Box::new(listener), &mut ())?;
-    Ok(())
+    let mut arrival = Arrival { most, vm: None };
+    Destination::new(destination::Options::default()).run(&mut arrival, Box::new(listener), &mut ())?;
+    arrival.vm.ok_or_else(|| "nothing arrived".into())
 }

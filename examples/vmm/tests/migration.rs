@@ -230,7 +230,7 @@ fn moves_to(from: Command, address: &str) {
     source.ends();
 }
 
-/// A receiver that is not like the source refuses it, and one that is not there is an error: the guest runs on.
+/// A receiver that gives less than the VM has refuses it, and one that is not there is an error: the guest runs on.
 #[test]
 fn a_guest_that_is_refused_runs_on_and_moves_later() {
     if no_kvm() {
@@ -242,11 +242,15 @@ fn a_guest_that_is_refused_runs_on_and_moves_later() {
         source.say("migrate tcp:127.0.0.1:1");
         source.await_line("not moved: ");
         source.await_passes(2);
-        for options in ["--memory 128", "--display 4", "--cpus 1"] {
+        for (options, what) in
+            [("--memory 128", "bytes of RAM"), ("--display 4", "bytes of display"), ("--cpus 1", "vCPUs")]
+        {
             let mut other = Vmm::start(vmm(&["receive", "tcp:127.0.0.1:0"], options));
             let address = other.await_line("listening at ");
             source.say(&format!("migrate {address}"));
-            source.await_line("not moved: ");
+            // The receiver's sentence, in the source's words.
+            let why = source.await_line("not moved: ");
+            assert!(why.contains(&format!(" {what}, and at most ")), "{why}");
             other.await_line("vmm: ");
             source.await_passes(2);
         }
