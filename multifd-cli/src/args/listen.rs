@@ -13,8 +13,8 @@ use crate::allow::AllowListener;
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = MIGRATION)]
 pub struct AllowArgs {
-    /// Take connections from these addresses only, IPv4 or IPv6, as in 10.0.0.0/8 or fd00::1; several times for more. All others are
-    /// dropped before anything of them is read. For TCP [default: from every address].
+    /// Take connections from this address or network only, as in 10.0.0.0/8 or fd00::1; may be given several times. All others are
+    /// closed unread. TCP only [default: from every address].
     #[arg(long, value_name = "CIDR", value_parser = network)]
     pub allow: Vec<IpNet>,
 }
@@ -50,7 +50,8 @@ pub struct ListenArgs {
     /// By address.
     #[command(flatten)]
     pub allow: AllowArgs,
-    /// How many connections may be there that have not said what they are, 1 to 4096; the oldest makes room.
+    /// How many connections that have not said what they are may be there, 1 to 4096; the oldest makes room. Those of the last 3
+    /// seconds stay, up to 272: a source may open all of its own at once.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_UNIDENTIFIED, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub max_unidentified: u16,
 }

@@ -188,8 +188,7 @@ pub struct ReceiveArgs {
     /// status 6.
     #[arg(long)]
     pub audit: bool,
-    /// Write runs of pages past the page cache (O_DIRECT): the pause does not grow with the memory, and other files stay in
-    /// the cache. auto does so where the file system permits it.
+    /// Write long runs of pages past the page cache (O_DIRECT), so that little is left to be written in the pause.
     #[arg(long, value_enum, default_value_t = Direct::Auto, value_name = "WHEN")]
     pub direct: Direct,
     /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
@@ -211,8 +210,8 @@ pub struct ReceiveArgs {
     /// UUID of the VM that is expected; a source with another one is refused [default: any].
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     pub uuid: Option<[u8; 16]>,
-    /// How long to wait for a source that has switched to postcopy when its connections break, until it goes on over new ones (at the
-    /// source: migrate -r); what came is kept meanwhile. 0 to fail at once. Not with --token.
+    /// When the connections of a source that has switched to postcopy break: how long to keep what came and to listen, so that the
+    /// source can go on over new ones (migrate -r, in its monitor). 0 fails at once. Not with --token.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = units::time)]
     pub recover_timeout: Duration,
     /// The connections.

@@ -11,7 +11,7 @@ use crate::{
 /// How it ended; the only part of the report that is always there.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct Ending {
     /// In the words of QMP's `query-migrate`.
     pub status: Status,
@@ -26,7 +26,7 @@ pub(super) struct Ending {
 /// How it ended.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) enum Status {
     /// Well.
     Completed,
@@ -41,7 +41,7 @@ macro_rules! report {
         $(#[$doc])*
         #[derive(JsonSchema)]
         #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
-        #[allow(dead_code, reason = "types for the schema")]
+        #[expect(dead_code, reason = "types for the schema")]
         pub(super) struct $name {
             #[schemars(flatten)]
             pub ending: Ending,
@@ -103,7 +103,7 @@ report! {
 /// What a receiver adds.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct Received {
     /// The machine type of the VM.
     pub machine: Option<String>,
@@ -128,7 +128,7 @@ pub(super) struct Received {
 /// How the state of a VM came.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) enum Mode {
     /// In rounds while the guest ran, the rest while it was paused.
     Live,
@@ -143,7 +143,7 @@ pub(super) enum Mode {
 /// From when the state is.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) enum Instant {
     /// The end of the migration.
     Switchover,
@@ -154,7 +154,7 @@ pub(super) enum Instant {
 /// A file.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct File {
     /// Its name.
     pub path: String,
@@ -171,7 +171,7 @@ pub(super) struct File {
 /// A RAM block.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct RamBlock {
     /// Its name.
     pub name: String,
@@ -190,7 +190,7 @@ pub(super) struct RamBlock {
 /// The state of a device.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct Device {
     /// Its name in the stream.
     pub name: String,
@@ -233,7 +233,7 @@ report! {
 /// What a sender adds.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case")]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct Sent {
     /// The machine type of the VM.
     pub machine: Option<String>,
@@ -278,7 +278,7 @@ report! {
 /// A QEMU.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct Qemu {
     /// Its version.
     pub version: String,
@@ -403,7 +403,7 @@ report! {
 /// The header of a libvirt save image.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
-#[allow(dead_code, reason = "types for the schema")]
+#[expect(dead_code, reason = "types for the schema")]
 pub(super) struct Libvirt {
     /// Of its format.
     pub version: u32,
