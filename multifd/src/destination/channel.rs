@@ -301,6 +301,11 @@ impl<'a> ReceiveChannel<'a> {
             let offsets = self.normal.iter().chain(&self.zero);
             Step::Apply(Party::Channel(self.id), offsets.map(|&offset| known.page_at(offset)).collect())
         });
+        if let Some(audit) = &audit {
+            for offsets in [&self.normal, &self.zero] {
+                audit.writes(block, offsets, Party::Channel(self.id), self.rounds);
+            }
+        }
         if !self.normal.is_empty() {
             match method {
                 Compression::None => {
@@ -313,8 +318,9 @@ impl<'a> ReceiveChannel<'a> {
             sink.zero(block, &self.zero).map_err(Error::io(at))?;
         }
         if let Some(audit) = audit {
-            audit.wrote(block, &self.normal, Party::Channel(self.id), self.rounds);
-            audit.wrote(block, &self.zero, Party::Channel(self.id), self.rounds);
+            for offsets in [&self.normal, &self.zero] {
+                audit.wrote(block, offsets, Party::Channel(self.id), self.rounds);
+            }
         }
         self.shared.channel_pages.fetch_add((self.normal.len() + self.zero.len()) as u64, Ordering::Relaxed);
         self.shared.progress.add_pages_after(self.rounds, self.normal.len() as u64, self.zero.len() as u64);

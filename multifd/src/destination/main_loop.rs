@@ -102,6 +102,7 @@ impl Run {
             Item::BlocksEnd => self.open_ram(target)?,
             Item::RamPart { end } => self.ram_part(end, observer)?,
             Item::ZeroPage { block, offset } => {
+                self.writes(block, offset);
                 self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
                 self.wrote(block, offset);
                 self.shared.progress.add_pages_after(self.rounds, 0, 1);

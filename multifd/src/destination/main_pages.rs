@@ -29,6 +29,7 @@ impl Run {
     }
 
     fn store(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), Error> {
+        self.writes(block, offset);
         self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
         self.wrote(block, offset);
         self.shared.progress.add_pages_after(self.rounds, 1, 0);
@@ -55,6 +56,13 @@ impl Run {
             named.name(layout.blocks()[block].page_at(offset));
         }
         Ok(())
+    }
+
+    /// Main is about to write a page.
+    pub(super) fn writes(&self, block: usize, offset: u64) {
+        if let Some(audit) = &self.audit {
+            audit.writes(block, &[offset], Party::Main, self.rounds);
+        }
     }
 
     /// Main has written a page.

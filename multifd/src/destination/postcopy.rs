@@ -373,6 +373,7 @@ impl Run {
             Some(payload) => pages.sink.store(block, &[offset], payload),
             None => pages.sink.zero(block, &[offset]),
         };
+        self.writes(block, offset);
         self.shared.switch.place(&pages, block, offset, place, put)?;
         self.wrote(block, offset);
         let content = u64::from(payload.is_some());

@@ -1,10 +1,11 @@
 //! Remembers in which round each page was last written, and tells of writes that come from an older one.
 //!
 //! This checks the round law on a running migration, without trusting the barrier: a round here is what each connection
-//! says of itself, the number of SYNCs (on main: sync points) it has passed. A write is recorded when it is done. In a run
-//! that keeps the law no write of a later round begins before that, so whatever is found is a broken law. A page that comes
-//! twice within one round is none: QEMU 7.2 sends some so, and either copy will do (docs/migration/multifd.rst, What can
-//! go wrong between two rounds).
+//! says of itself, the number of SYNCs (on main: sync points) it has passed. A write is recorded before it begins, and looked
+//! up when it is done: an older one is found whether it begins after the later one or is overtaken by it half-way. In a
+//! run that keeps the law no write of a later round begins before an older one is done, so whatever is found is a broken law. A
+//! page that comes twice within one round is none: QEMU 7.2 sends some so, and either copy will do
+//! (docs/migration/multifd.rst, What can go wrong between two rounds).
 
 use std::fmt;
 
@@ -15,7 +16,11 @@ use crate::{
     layout::Layout,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU32, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+            fence,
+        },
         lock,
     },
     sys::zeroed::zeroed_atomics,
@@ -24,8 +29,8 @@ use crate::{
 /// The account of one migration.
 pub(crate) struct Audit {
     layout: Arc<Layout>,
-    /// By page number: [`Write`] as a number; 0 where the page was never written.
-    last: Vec<AtomicU32>,
+    /// By page number the latest round that has begun to write it: [`Write`] as a number; 0 where there is none.
+    latest: Vec<AtomicU32>,
     stale: AtomicU64,
     /// The first [`KEPT`] of them.
     first: Mutex<Vec<StaleWrite>>,
@@ -40,7 +45,7 @@ pub struct Findings {
     pub first: Vec<StaleWrite>,
 }
 
-/// A page that was written from an older round than it already held.
+/// A page that was written from an older round than it already held, or was being given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StaleWrite {
     /// The page's RAM block.
@@ -51,7 +56,7 @@ pub struct StaleWrite {
     pub writer: Connection,
     /// That connection's round.
     pub round: u64,
-    /// Which connection had written it before.
+    /// Which connection had begun to write it before this one was done.
     pub before: Connection,
     /// That connection's round.
     pub before_round: u64,
@@ -80,20 +85,30 @@ impl Audit {
             return Err(refused());
         }
         let pages = usize::try_from(layout.bits()).map_err(|_| refused())?;
-        let last = zeroed_atomics(pages).map_err(|_| refused())?;
-        Ok(Audit { last, stale: AtomicU64::new(0), first: Mutex::new(Vec::new()), layout })
+        let latest = zeroed_atomics(pages).map_err(|_| refused())?;
+        Ok(Audit { latest, stale: AtomicU64::new(0), first: Mutex::new(Vec::new()), layout })
     }
 
-    /// `writer` has written the pages at `offsets` of block `block` in its round `round`.
-    pub(crate) fn wrote(&self, block: usize, offsets: &[u64], writer: Party, round: u64) {
+    /// `writer` is about to write the pages at `offsets` of block `block` in its round `round`.
+    pub(crate) fn writes(&self, block: usize, offsets: &[u64], writer: Party, round: u64) {
         let block = &self.layout.blocks()[block];
         let now = Write::new(writer, round);
         for &offset in offsets {
-            let last = &self.last[block.page_at(offset) as usize];
-            // Counts only: which of two writes was later is decided by the numbers, not by when they are seen.
-            let before = last.fetch_max(now.0, Relaxed);
-            if before >> PARTY_BITS > now.0 >> PARTY_BITS {
-                self.found(block.name(), offset, now, Write(before));
+            self.latest[block.page_at(offset) as usize].fetch_max(now.0, Relaxed);
+        }
+        // Before the first byte is written: of two writers of a page, the one that ends later sees both.
+        fence(SeqCst);
+    }
+
+    /// `writer` has written them.
+    pub(crate) fn wrote(&self, block: usize, offsets: &[u64], writer: Party, round: u64) {
+        fence(SeqCst);
+        let block = &self.layout.blocks()[block];
+        let now = Write::new(writer, round);
+        for &offset in offsets {
+            let latest = Write(self.latest[block.page_at(offset) as usize].load(Relaxed));
+            if latest.round() > now.round() {
+                self.found(block.name(), offset, now, latest);
             }
         }
     }
@@ -104,7 +119,7 @@ impl Audit {
     }
 
     #[cold]
-    fn found(&self, block: &BlockName, offset: u64, now: Write, before: Write) {
+    fn found(&self, block: &BlockName, offset: u64, now: Write, latest: Write) {
         self.stale.fetch_add(1, Relaxed);
         let mut first = lock(&self.first);
         if first.len() < KEPT {
@@ -113,8 +128,8 @@ impl Audit {
                 offset,
                 writer: now.connection(),
                 round: now.round(),
-                before: before.connection(),
-                before_round: before.round(),
+                before: latest.connection(),
+                before_round: latest.round(),
             });
         }
     }
@@ -166,23 +181,29 @@ mod tests {
         Arc::new(Layout::new(4096, blocks).unwrap())
     }
 
+    /// A write that nothing comes between.
+    fn write(audit: &Audit, block: usize, offsets: &[u64], writer: Party, round: u64) {
+        audit.writes(block, offsets, writer, round);
+        audit.wrote(block, offsets, writer, round);
+    }
+
     #[test]
     fn later_rounds_and_the_same_round_are_fine() {
         let audit = Audit::new(layout()).unwrap();
         for (party, round) in [(Party::Main, 0), (A, 0), (B, 0), (A, 0), (B, 1), (Party::Main, 1), (A, 7)] {
-            audit.wrote(1, &[0, 4096], party, round);
+            write(&audit, 1, &[0, 4096], party, round);
         }
         // Other pages are not concerned.
-        audit.wrote(0, &[0, 4096], A, 0);
+        write(&audit, 0, &[0, 4096], A, 0);
         assert_eq!(audit.findings(), Findings::default());
     }
 
     #[test]
     fn an_older_round_is_told_with_page_connections_and_rounds() {
         let audit = Audit::new(layout()).unwrap();
-        audit.wrote(1, &[8192], B, 5);
-        audit.wrote(1, &[4096, 8192], A, 4);
-        audit.wrote(1, &[8192], Party::Main, 3);
+        write(&audit, 1, &[8192], B, 5);
+        write(&audit, 1, &[4096, 8192], A, 4);
+        write(&audit, 1, &[8192], Party::Main, 3);
         let findings = audit.findings();
         assert_eq!(findings.stale_writes, 2);
         let told: Vec<String> = findings.first.iter().map(ToString::to_string).collect();
@@ -195,11 +216,23 @@ mod tests {
         );
     }
 
+    /// The older write begins first and ends last, so that it overwrites what it is overtaken by.
+    #[test]
+    fn a_write_that_is_overtaken_half_way_is_told() {
+        let audit = Audit::new(layout()).unwrap();
+        audit.writes(1, &[0, 4096], A, 0);
+        write(&audit, 1, &[4096], B, 1);
+        audit.wrote(1, &[0, 4096], A, 0);
+        let findings = audit.findings();
+        let told: Vec<String> = findings.first.iter().map(ToString::to_string).collect();
+        assert_eq!(told, ["page at 0x1000 of \"b\": channel 0 wrote round 0 over round 1 from channel 255"]);
+    }
+
     #[test]
     fn only_the_first_findings_are_kept_and_all_are_counted() {
         let audit = Audit::new(layout()).unwrap();
-        audit.wrote(0, &[0], A, 9);
-        (0..100).for_each(|_| audit.wrote(0, &[0], B, 2));
+        write(&audit, 0, &[0], A, 9);
+        (0..100).for_each(|_| write(&audit, 0, &[0], B, 2));
         let findings = audit.findings();
         assert_eq!((findings.stale_writes, findings.first.len()), (100, KEPT));
     }
@@ -207,8 +240,8 @@ mod tests {
     #[test]
     fn rounds_beyond_four_million_count_as_one() {
         let audit = Audit::new(layout()).unwrap();
-        audit.wrote(0, &[0], B, u64::from(u32::MAX));
-        audit.wrote(0, &[0], A, 1 << 23);
+        write(&audit, 0, &[0], B, u64::from(u32::MAX));
+        write(&audit, 0, &[0], A, 1 << 23);
         assert_eq!(audit.findings().stale_writes, 0);
     }
 }
