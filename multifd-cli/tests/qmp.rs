@@ -7,7 +7,8 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use multifd_qmp::{
     Client, Error, Status,
     qapi_qmp::{self, MigrationStatus, RunState},
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use test_support::{TempDir, in_ci, skip, time_limit};
 
@@ -45,13 +47,32 @@ fn python() -> Result<PathBuf, String> {
     if works(&python) { Ok(python) } else { Err("it is installed, and cannot be imported".to_owned()) }
 }
 
+/// The same; a skip where there is none.
+fn python_or_skip() -> Option<PathBuf> {
+    // Tests of this file do not install it twice.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    match python() {
+        Ok(python) => Some(python),
+        Err(reason) if in_ci() => panic!("qemu.qmp cannot be installed from PyPI: {reason}"),
+        Err(reason) => {
+            skip(&format!("qemu.qmp cannot be installed from PyPI: {reason}"));
+            None
+        }
+    }
+}
+
+/// Has `script` drive the processes with these monitors.
+fn drive(python: &Path, script: &str, monitors: [PathBuf; 2], place: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script);
+    let output = Command::new(python).arg(script).args(monitors).arg(place).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.stdout, b"driven by qemu.qmp\n");
+}
+
 #[test]
 fn the_library_of_the_qemu_project_drives_a_whole_migration() {
-    let python = match python() {
-        Ok(python) => python,
-        Err(reason) if in_ci() => panic!("qemu.qmp cannot be installed from PyPI: {reason}"),
-        Err(reason) => return skip(&format!("qemu.qmp cannot be installed from PyPI: {reason}")),
-    };
+    let Some(python) = python_or_skip() else { return };
     time_limit(LIMIT, || {
         let dir = TempDir::new().unwrap();
         let source = Guest::start(dir.path(), "source", SMALL);
@@ -59,12 +80,7 @@ fn the_library_of_the_qemu_project_drives_a_whole_migration() {
         source.wait_for(|status| number(status, "/passes") > 0.0);
         destination.wait_for(|status| status["state"] == "incoming");
         let uri = format!("unix:{}", dir.join("migration").display());
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qmp_client.py");
-        let mut command = Command::new(python);
-        command.arg(script).args([dir.join("source"), dir.join("destination")]).arg(uri);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(output.stdout, b"driven by qemu.qmp\n");
+        drive(&python, "qmp_client.py", [dir.join("source"), dir.join("destination")], &uri);
         for (guest, moved) in [(source, true), (destination, false)] {
             let (exit, report) = guest.end();
             assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
@@ -273,6 +289,70 @@ fn a_checkpoint_under_way_is_looked_at_steered_and_cancelled() {
     });
 }
 
+/// Starts `multifd receive defer`, with its monitor in `dir`.
+fn deferred(dir: &TempDir) -> Child {
+    let at = |name: &str| dir.join(name).display().to_string();
+    let args = format!("receive defer --output {} --qmp unix:{} --json -q", at("checkpoint"), at("receive-qmp"));
+    multifd(&args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn the_library_of_the_qemu_project_has_a_deferred_receive_take_a_guest() {
+    let Some(python) = python_or_skip() else { return };
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let source = Guest::start(dir.path(), "source", SMALL);
+        let receiver = deferred(&dir);
+        source.wait_for(|status| number(status, "/passes") > 0.0);
+        connect(&dir, "receive-qmp");
+        let place = dir.join("migration").display().to_string();
+        drive(&python, "qmp_defer.py", [dir.join("source"), dir.join("receive-qmp")], &place);
+        assert_eq!(source.end().0, 0);
+        let output = receiver.wait_with_output().unwrap();
+        let report = common::json(&output.stdout);
+        assert_eq!((output.status.code(), &report["mode"]), (Some(0), &json!("live")), "{report}");
+        assert!(dir.join("checkpoint").exists());
+    });
+}
+
+#[test]
+fn a_deferred_receive_reads_what_its_client_names_and_says_what_was_wrong_with_it() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        // A file is a place, too.
+        fs::write(dir.join("file"), [b"QEVM".as_slice(), &[0xff; 64]].concat()).unwrap();
+        let receiver = deferred(&dir);
+        let mut monitor = connect(&dir, "receive-qmp");
+        assert_eq!(monitor.run_state().unwrap(), "inmigrate");
+        let path = dir.join("file").display().to_string();
+        let address = |offset: i64| json!([{ "channel-type": "main", "addr": { "transport": "file", "filename": path, "offset": offset } }]);
+        assert!(monitor.execute("migrate-incoming", json!({ "channels": address(-1) })).is_err());
+        monitor.execute("migrate-incoming", json!({ "channels": address(0), "exit-on-error": false })).unwrap();
+        wait_event(&mut monitor, "MIGRATION", Some("failed"));
+        let failed = monitor.run(qapi_qmp::query_migrate {}).unwrap();
+        assert_eq!(failed.status, Some(MigrationStatus::failed));
+        assert!(failed.error_desc.unwrap().contains("main, at byte"));
+        let again = monitor.execute("migrate-incoming", json!({ "uri": "fd:0" })).unwrap_err().to_string();
+        assert!(again.contains("already been started"), "{again}");
+        // It stays until it is told to end, or its clients have gone.
+        monitor.quit().unwrap();
+        assert_eq!(receiver.wait_with_output().unwrap().status.code(), Some(4));
+        assert!(!dir.join("checkpoint").exists());
+
+        for end in ["quit", "interrupt"] {
+            let receiver = deferred(&dir);
+            let mut monitor = connect(&dir, "receive-qmp");
+            match end {
+                "quit" => monitor.quit().unwrap(),
+                _ => kill_process(Pid::from_child(&receiver), Signal::TERM).unwrap(),
+            }
+            let output = receiver.wait_with_output().unwrap();
+            let report = common::json(&output.stdout);
+            assert_eq!((output.status.code(), &report["status"]), (Some(3), &json!("cancelled")), "{end}: {report}");
+        }
+    });
+}
+
 #[test]
 fn only_the_owner_of_a_monitor_may_connect() {
     time_limit(LIMIT, || {
@@ -294,9 +374,11 @@ fn only_the_owner_of_a_monitor_may_connect() {
 }
 
 #[test]
-fn a_guest_that_is_deferred_needs_a_monitor() {
-    let output = time_limit(LIMIT, || common::run("guest --incoming defer --json"));
-    assert_eq!(output.status.code(), Some(2));
-    let report: Value = common::json(&output.stdout);
-    assert!(report["error"].as_str().unwrap().contains("--qmp unix:PATH"), "{report}");
+fn what_is_deferred_needs_a_monitor() {
+    for args in ["guest --incoming defer --json", "receive defer --output /nonesuch/file --json"] {
+        let output = time_limit(LIMIT, || common::run(args));
+        assert_eq!(output.status.code(), Some(2));
+        let report: Value = common::json(&output.stdout);
+        assert!(report["error"].as_str().unwrap().contains("--qmp unix:PATH"), "{report}");
+    }
 }

@@ -22,7 +22,7 @@ pub struct AllowArgs {
 impl AllowArgs {
     /// # Errors
     /// What was expected, for clap: addresses have no meaning where `uri` has none.
-    pub(super) fn check(&self, uri: Option<&Uri>) -> Result<(), String> {
+    pub fn check(&self, uri: Option<&Uri>) -> Result<(), String> {
         match uri {
             _ if self.allow.is_empty() => Ok(()),
             // What a descriptor is shows when it is used.

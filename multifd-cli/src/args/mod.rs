@@ -27,7 +27,7 @@ pub use self::{
     give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
     observe::ObserveArgs,
-    origin::Ready,
+    origin::{Incoming, Origin, Ready, origin},
     output::{LogFormat, OutputArgs, ProgressMode},
     pages::PagesArgs,
     qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
@@ -37,7 +37,7 @@ pub use self::{
     tls_init::TlsInitArgs,
     transfer::{Compression, TransferArgs},
     values::uuid,
-    verbs::{DemoArgs, GuestArgs, Incoming, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
+    verbs::{DemoArgs, GuestArgs, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
 };
 
 /// Moves running virtual machines between processes and hosts, in QEMU's multifd format.

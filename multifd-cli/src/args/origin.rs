@@ -39,6 +39,25 @@ pub struct Ready {
     pub uri: Option<Uri>,
 }
 
+/// Where a guest comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incoming<A> {
+    /// It connects there, or is read from there.
+    At(A),
+    /// A client says it later, by QMP's `migrate-incoming`.
+    Defer,
+}
+
+impl<A> Incoming<A> {
+    /// The address, where it is known from the start.
+    pub fn address(&self) -> Option<&A> {
+        match self {
+            Incoming::At(address) => Some(address),
+            Incoming::Defer => None,
+        }
+    }
+}
+
 impl Origin {
     /// Makes it ready to be accepted from.
     ///
@@ -111,6 +130,22 @@ pub fn origin(text: &str) -> Result<Origin, String> {
         Uri::File(_) => file(text.strip_prefix("file:").unwrap_or(text)),
         uri => Ok(Origin::Uri(uri)),
     }
+}
+
+/// Reads an [`Origin`], or `defer`.
+///
+/// # Errors
+/// What was expected, for clap.
+pub fn incoming_origin(text: &str) -> Result<Incoming<Origin>, String> {
+    if text == "defer" { Ok(Incoming::Defer) } else { origin(text).map(Incoming::At) }
+}
+
+/// Reads where a guest arrives that comes over several connections, or `defer`.
+///
+/// # Errors
+/// What was expected, for clap.
+pub fn incoming_uri(text: &str) -> Result<Incoming<Uri>, UriError> {
+    if text == "defer" { Ok(Incoming::Defer) } else { text.parse().map(Incoming::At) }
 }
 
 /// Reads where any number of connections arrive: `tcp:HOST:PORT`, `unix:PATH`, `fd:N` or `systemd[:NAME]`.

@@ -10,7 +10,7 @@ use super::{
     link::LinkArgs,
     listen::ListenArgs,
     observe::ObserveArgs,
-    origin::Origin,
+    origin::{Incoming, Origin},
     output::OutputArgs,
     postcopy::PostcopyArgs,
     tls::TlsArgs,
@@ -217,7 +217,7 @@ impl CheckpointArgs {
             QemuCompression::Zstd => Compression::Zstd,
         };
         ReceiveArgs {
-            from: Origin::Uri(self.qmp.clone()),
+            from: Incoming::At(Origin::Uri(self.qmp.clone())),
             file: self.file.clone(),
             force: self.force,
             digest: self.digest,

@@ -1,13 +1,9 @@
 //! The options of each verb.
 
-use std::{num::NonZeroU8, path::PathBuf, str::FromStr, time::Duration};
+use std::{num::NonZeroU8, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
-use multifd::{
-    checkpoint::DirectWrites,
-    source,
-    transport::uri::{Uri, UriError},
-};
+use multifd::{checkpoint::DirectWrites, source, transport::uri::Uri};
 
 use super::{
     MIGRATION,
@@ -15,7 +11,7 @@ use super::{
     listen::ListenArgs,
     machine::MachineArgs,
     observe::ObserveArgs,
-    origin::{Origin, origin},
+    origin::{Incoming, Origin, incoming_origin, incoming_uri},
     output::OutputArgs,
     postcopy::PostcopyArgs,
     transfer::{Compression, TransferArgs},
@@ -81,9 +77,9 @@ fn no_address(option: &str) -> String {
 #[derive(Debug, Args)]
 pub struct GuestArgs {
     /// Wait for a guest at this address, and run it; defer: at the one that QMP's migrate-incoming names.
-    #[arg(long, value_name = "URI", value_parser = Incoming::from_str, conflicts_with_all = ["migrate_to", "after"],
+    #[arg(long, value_name = "URI", value_parser = incoming_uri, conflicts_with_all = ["migrate_to", "after"],
         help_heading = MIGRATION)]
-    pub incoming: Option<Incoming>,
+    pub incoming: Option<Incoming<Uri>>,
     /// Migrate the guest there; given several times, the next is tried when one fails.
     #[arg(long, value_name = "URI", value_parser = destination_uri, help_heading = MIGRATION)]
     pub migrate_to: Vec<Uri>,
@@ -128,23 +124,6 @@ pub struct GuestArgs {
     pub child_of: Option<i32>,
 }
 
-/// Where a guest comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Incoming {
-    /// It connects there.
-    At(Uri),
-    /// A client says it later.
-    Defer,
-}
-
-impl FromStr for Incoming {
-    type Err = UriError;
-
-    fn from_str(text: &str) -> Result<Incoming, UriError> {
-        if text == "defer" { Ok(Incoming::Defer) } else { text.parse().map(Incoming::At) }
-    }
-}
-
 impl GuestArgs {
     /// # Errors
     /// What was expected, for clap.
@@ -158,13 +137,14 @@ impl GuestArgs {
             None => self.listen.allow.check(None)?,
         }
         match (&self.incoming, &self.qmp) {
-            (Some(Incoming::Defer), None) => {
-                Err("nothing can say where the guest comes from; expected '--qmp unix:PATH' with '--incoming defer'"
-                    .to_owned())
-            }
+            (Some(Incoming::Defer), None) => Err(no_monitor("--incoming defer")),
             _ => Ok(()),
         }
     }
+}
+
+fn no_monitor(option: &str) -> String {
+    format!("nothing can say where the guest comes from; expected '--qmp unix:PATH' with '{option}'")
 }
 
 /// Options of `multifd receive`.
@@ -173,8 +153,9 @@ pub struct ReceiveArgs {
     /// Where the source is: tcp:HOST:PORT or unix:PATH to wait for it (port 0 picks a free one), fd:N for an inherited
     /// socket or pipe, systemd or systemd:NAME for a socket that systemd listens at, - for the standard input, file:PATH[,offset=N] for a file or FIFO. All but tcp, unix and a listening
     /// socket are one connection, which takes only a migration without multifd; a pipe or file has no way back to the source.
-    #[arg(value_name = "URI", value_parser = origin, allow_hyphen_values = true)]
-    pub from: Origin,
+    /// defer: the one that QMP's migrate-incoming names.
+    #[arg(value_name = "URI", value_parser = incoming_origin, allow_hyphen_values = true)]
+    pub from: Incoming<Origin>,
     /// The checkpoint, a mapped-ram migration file; it gets its name when it is complete and on disk.
     #[arg(short = 'o', short_alias = 'f', long = "output", value_name = "FILE")]
     pub file: PathBuf,
@@ -232,15 +213,27 @@ impl ReceiveArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
-        if !matches!(self.from, Origin::Systemd(_)) {
-            self.listen.allow.check(self.from.address())?;
+        match (&self.from, &self.qmp) {
+            (Incoming::At(from), _) => self.check_origin(from),
+            (Incoming::Defer, None) => Err(no_monitor("receive defer")),
+            (Incoming::Defer, Some(_)) => Ok(()),
+        }
+    }
+
+    /// Whether the other options have a meaning for what comes from `from`.
+    ///
+    /// # Errors
+    /// What was expected.
+    pub fn check_origin(&self, from: &Origin) -> Result<(), String> {
+        if !matches!(from, Origin::Systemd(_)) {
+            self.listen.allow.check(from.address())?;
         }
         match self.channels {
-            Some(_) if self.from.is_one_way() => {
-                Err(format!("{} is one connection, which has no channels; expected no '--channels' with it", self.from))
+            Some(_) if from.is_one_way() => {
+                Err(format!("{from} is one connection, which has no channels; expected no '--channels' with it"))
             }
-            _ if self.from.is_one_way() && self.link.tls.tls_dir.is_some() => {
-                Err(format!("{} has no way back, so no TLS; expected no '--tls-dir' with it", self.from))
+            _ if from.is_one_way() && self.link.tls.tls_dir.is_some() => {
+                Err(format!("{from} has no way back, so no TLS; expected no '--tls-dir' with it"))
             }
             _ => Ok(()),
         }

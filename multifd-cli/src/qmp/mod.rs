@@ -2,6 +2,7 @@
 //!
 //! Answers come from a state that the verb keeps up to date. What is done by a command is up to the verb ([`Commands`]).
 
+mod address;
 mod migration;
 mod settings;
 mod watch;
@@ -20,7 +21,7 @@ use multifd::{
     threads,
     transport::{
         unix::{OwnPath, listen_privately},
-        uri::{Uri, UriError},
+        uri::Uri,
     },
 };
 use multifd_qmp::{
@@ -32,15 +33,15 @@ use serde_json::{Value, json};
 use self::migration::Migration;
 pub use self::{migration::End, settings::Settings, watch::Watched};
 pub use crate::role::Role;
-use crate::{progress::lock, report::MigrationReport};
+use crate::{args::Origin, progress::lock, report::MigrationReport};
 
 /// What a client wants done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     /// Begin to migrate the guest to this address.
     Migrate(Uri),
-    /// Begin to wait for a guest at this address.
-    Incoming(Uri),
+    /// Begin to wait for a guest there.
+    Incoming(Incoming),
     /// Cancel the migration.
     Cancel,
     /// Pause the guest.
@@ -60,6 +61,15 @@ pub enum Command {
         /// Seconds.
         within: f64,
     },
+}
+
+/// Where a guest comes from, as `migrate-incoming` says it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Incoming {
+    /// Where it connects to, or what is read.
+    pub from: Origin,
+    /// After a failure the process stays until its clients have gone, so that they can ask how it went.
+    pub stays: bool,
 }
 
 /// Does what clients want. Called by their threads.
@@ -86,7 +96,8 @@ impl Commands for Steered {
                 self.stop.cancel();
                 Ok(json!({}))
             }
-            Command::Migrate(_) | Command::Incoming(_) => Err("There's a migration process in progress".to_owned()),
+            Command::Migrate(_) => Err("There's a migration process in progress".to_owned()),
+            Command::Incoming(_) => Err(NOT_INCOMING.to_owned()),
             _ => Err(format!("this process {} a checkpoint, and has no guest that runs", self.verb)),
         }
     }
@@ -327,8 +338,8 @@ impl Handler for Monitor {
             "query-migrate-parameters" => arguments.end().map(|()| state().settings.parameters()),
             "migrate-set-capabilities" => qmp.set_capabilities(arguments),
             "migrate-set-parameters" => qmp.set_parameters(arguments),
-            "migrate" => qmp.run(Command::Migrate(destination(arguments)?)),
-            "migrate-incoming" => qmp.run(Command::Incoming(address(arguments, &["exit-on-error"])?)),
+            "migrate" => qmp.run(Command::Migrate(address::destination(arguments)?)),
+            "migrate-incoming" => qmp.run(Command::Incoming(address::incoming(arguments)?)),
             "x-guest-finish" => {
                 let passes = arguments.number("passes")?.ok_or_else(|| Arguments::missing("passes"))?;
                 let mut rest = arguments.rest();
@@ -353,61 +364,6 @@ impl Handler for Monitor {
     }
 }
 
-/// Where to migrate to.
-fn destination(arguments: Arguments) -> Result<Uri, CommandError> {
-    let uri = address(arguments, &["detach", "blk", "inc", "resume"])?;
-    match uri {
-        Uri::Fd(_) | Uri::File(_) => Err(CommandError::generic(format!(
-            "{uri}: expected tcp:HOST:PORT or unix:PATH; a source opens several connections"
-        ))),
-        uri => Ok(uri),
-    }
-}
-
-/// The address that a command names, as a URI or as a list of channels; `options` may be there and off.
-fn address(mut arguments: Arguments, options: &[&str]) -> Result<Uri, CommandError> {
-    let uri = arguments.text("uri")?;
-    let channels = arguments.list("channels")?;
-    for option in options {
-        let on = arguments.flag(option)?;
-        // Both mean what happens in any case.
-        if on == Some(true) && !matches!(*option, "detach" | "exit-on-error") {
-            return Err(CommandError::generic(format!("Parameter '{option}' is not supported here")));
-        }
-    }
-    arguments.end()?;
-    match (uri, channels) {
-        (Some(uri), None) => uri.parse().map_err(|error: UriError| match uri.split_once(':') {
-            Some(("tcp" | "unix" | "fd" | "file", _)) => CommandError::generic(error.to_string()),
-            _ => CommandError::generic(format!("unknown migration protocol: {uri}")),
-        }),
-        (None, Some(channels)) => channel_address(&channels),
-        (None, None) => Err(CommandError::generic("need either 'uri' or 'channels' argument")),
-        (Some(_), Some(_)) => Err(CommandError::generic("need either 'uri' or 'channels' argument, not both")),
-    }
-}
-
-/// The address of the main channel, in the form that QEMU has had since 8.2.
-fn channel_address(channels: &[Value]) -> Result<Uri, CommandError> {
-    let wrong = || {
-        CommandError::generic("Parameter 'channels' expects one channel of type main, to a socket of type inet or unix")
-    };
-    let [channel] = channels else { return Err(wrong()) };
-    let address = &channel["addr"];
-    let text = |name: &str| address[name].as_str().ok_or_else(wrong);
-    if channel["channel-type"] != "main" || address["transport"] != "socket" {
-        return Err(wrong());
-    }
-    match address["type"].as_str() {
-        Some("unix") => Ok(Uri::Unix(text("path")?.into())),
-        Some("inet") => {
-            let port = text("port")?.parse().map_err(|_| wrong())?;
-            Ok(Uri::Tcp { host: text("host")?.to_owned(), port })
-        }
-        _ => Err(wrong()),
-    }
-}
-
 /// The commands of all verbs; the last [`OF_THE_GUEST`] are ours, and have no place in QMP.
 const COMMANDS: &[&str] = &[
     "cont",
@@ -427,6 +383,10 @@ const COMMANDS: &[&str] = &[
     "x-guest-finish",
 ];
 const OF_THE_GUEST: usize = 3;
+/// What a QEMU says to `migrate-incoming` that was not started for it.
+pub const NOT_INCOMING: &str = "'-incoming' was not specified on the command line";
+/// What a QEMU says to the second one.
+pub const INCOMING_HAS_BEGUN: &str = "The incoming migration has already been started";
 /// How long a process that is done stays for clients.
 const LAST_LOOK: Duration = Duration::from_secs(2);
 /// The QEMU whose commands and words these are.

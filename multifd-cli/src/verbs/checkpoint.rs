@@ -345,7 +345,7 @@ impl Migration<'_> {
     fn success(&self, ends: &Ends, progress: &Progress, begun: Instant) -> Outcome {
         let interrupted = || self.interrupts.seen();
         let mut outcome = match &ends.received.result {
-            Ok(report) => receive::described(&self.args.as_receive(), report, &interrupted),
+            Ok(report) => receive::described(&self.args.as_receive(), report, false, &interrupted),
             // It was told nothing in the end; the file is complete all the same.
             Err(_) => {
                 let mut report = self.partial(ends, progress, begun);

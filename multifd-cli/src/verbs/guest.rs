@@ -27,14 +27,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    args::{GuestArgs, Incoming},
+    args::{GuestArgs, Incoming, Origin},
     connect::PatientConnector,
     exit::Exit,
     files,
     lend::lend,
     listening,
     progress::Display,
-    qmp::{Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
+    qmp::{self, Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
     report::{Audit, ChannelCompression, MigrationReport, Outcome, fields, millis},
     signals::{self, Hangup},
     table, terminal,
@@ -181,6 +181,8 @@ struct Session<'a> {
     details: Vec<String>,
     /// Passes and time after which to end, once the guest has come.
     finish_when_here: Option<(u64, Duration)>,
+    /// A guest that cannot come does not end the process before its clients have seen why.
+    stays_after_failure: bool,
     qmp: Qmp,
     _listening: Listening,
 }
@@ -224,6 +226,7 @@ impl<'a> Session<'a> {
             audit: None,
             details: Vec::new(),
             finish_when_here: None,
+            stays_after_failure: false,
             events,
             qmp,
             _listening,
@@ -450,7 +453,7 @@ impl<'a> Session<'a> {
                 self.qmp.end(end, run_state);
                 if was == State::Incoming {
                     self.failure = Some((failed.exit, failed.message));
-                    return true;
+                    return !(self.stays_after_failure && self.stays_for_clients());
                 }
                 if failed.stands_still {
                     // Another target would get a guest that may run already.
@@ -490,7 +493,7 @@ impl<'a> Session<'a> {
         let answer = match command {
             Command::GuestStatus => Ok(self.status()),
             Command::Migrate(uri) => self.answer_migrate(uri),
-            Command::Incoming(uri) => self.answer_incoming(uri),
+            Command::Incoming(incoming) => self.answer_incoming(incoming),
             Command::Cancel => Ok(self.cancel()),
             Command::Stop => self.answer_stop(),
             Command::Cont => self.answer_cont(),
@@ -529,15 +532,19 @@ impl<'a> Session<'a> {
         Ok(json!({}))
     }
 
-    fn answer_incoming(&mut self, uri: &Uri) -> Result<Value, String> {
+    fn answer_incoming(&mut self, incoming: &qmp::Incoming) -> Result<Value, String> {
         match (self.state, &self.args.incoming, &self.stop) {
-            (State::Incoming, Some(Incoming::Defer), None) => {
-                self.receive(uri).map_err(|error| error.to_string())?;
-                Ok(json!({}))
-            }
-            (_, None, _) => Err("'-incoming' was not specified on the command line".to_owned()),
-            _ => Err("The incoming migration has already been started".to_owned()),
+            (State::Incoming, Some(Incoming::Defer), None) if self.failure.is_none() => {}
+            (_, None, _) => return Err(qmp::NOT_INCOMING.to_owned()),
+            _ => return Err(qmp::INCOMING_HAS_BEGUN.to_owned()),
         }
+        let Origin::Uri(uri) = &incoming.from else {
+            return Err(format!("{}: a guest comes over several connections; expected tcp, unix or fd", incoming.from));
+        };
+        self.args.listen.allow.check(Some(uri))?;
+        self.receive(uri).map_err(|error| error.to_string())?;
+        self.stays_after_failure = incoming.stays;
+        Ok(json!({}))
     }
 
     fn answer_stop(&mut self) -> Result<Value, String> {

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod convert;
+mod deferred;
 mod demo;
 mod give_back;
 mod guest;

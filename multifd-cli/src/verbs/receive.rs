@@ -19,14 +19,14 @@ use multifd::{
 use multifd_proto::BlockName;
 use serde_json::{Map, Value, json};
 
-use super::interrupted::Interrupted;
+use super::{deferred::Deferred, interrupted::Interrupted};
 use crate::{
-    args::{Compression, Ready, ReceiveArgs, ReturnPathAck},
+    args::{Compression, Incoming, Origin, Ready, ReceiveArgs, ReturnPathAck},
     describe,
     exit::Exit,
     listening, printable,
     progress::Display,
-    qmp::{Qmp, Role, RunState, Settings, Steered, Watched},
+    qmp::{Qmp, Role, RunState, Settings, Watched},
     report::{MigrationReport, Outcome, fields},
     signals, table,
 };
@@ -48,47 +48,72 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     })?;
     writer = writer.direct_writes(args.direct.into());
     let destination = Destination::new(options(args));
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let (stop, seen) = (destination.stop_handle(), interrupted.clone());
+    let stop = destination.stop_handle();
+    let (deferred, commands) = Deferred::new(args.from == Incoming::Defer, stop.clone());
+    let (interrupted, desk) = (Arc::new(AtomicBool::new(false)), deferred.desk());
+    let seen = interrupted.clone();
     signals::on_interrupt(signals::Hangup::Interrupts, move || {
         seen.store(true, Ordering::Relaxed);
         stop.cancel();
+        desk.end();
     })?;
-    let (listener, at) = listener(args)?;
+    let recording = args.record.as_deref().map(Recording::new).transpose()?;
+    let opened = args.from.address().map(|from| Place::open(args, from, recording.as_ref())).transpose()?;
     let progress = destination.progress();
-    let commands = Steered { verb: "receives", stop: destination.stop_handle() };
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::InMigrate, Settings::default(), false, commands)?;
-    qmp.begin(Role::Destination, progress.clone(), None, args.from.address().cloned());
+    let begin = |place: &Place| qmp.begin(Role::Destination, progress.clone(), None, place.uri.clone());
+    let place = match opened {
+        Some(place) => {
+            begin(&place);
+            Some(place)
+        }
+        None => {
+            let open = |from: &Origin| {
+                args.check_origin(from)?;
+                Place::open(args, from, recording.as_ref()).map_err(|error| error.to_string())
+            };
+            listening::announce("waiting for migrate-incoming");
+            deferred.wait(open, begin)
+        }
+    };
+    let Some(Place { listener, uri, is_one_way }) = place else {
+        return Ok(Outcome::failed(Exit::Cancelled, Error::Cancelled));
+    };
     let mut display = Display::new(Role::Destination, &args.output, &progress);
     let begun = Instant::now();
     let watched = &mut Watched::new(&mut display, qmp.clone(), Role::Destination);
-    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, at));
+    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, uri));
     let rounds = display.rounds();
     drop(display);
     match received {
         Ok(report) => {
             qmp.finish(&MigrationReport::received(&report, checkpoint::PAGE_SIZE, std::time::Duration::ZERO), None);
-            Ok(described(args, &report, &|| interrupted.load(Ordering::Relaxed)))
+            Ok(described(args, &report, is_one_way, &|| interrupted.load(Ordering::Relaxed)))
         }
         Err(error) => {
             let partial =
                 MigrationReport::partial(Role::Destination, &progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             qmp.finish(&partial, Some(&error));
-            let mut outcome = Outcome::migration_failed(&error, fields(&partial));
-            if let Error::AfterRun { blocks, .. } = &error {
-                let remedy = remedy(blocks);
-                outcome.error = Some(format!("{error}; {remedy}"));
-            }
-            if writer.is_published() {
-                let path = &args.file;
-                outcome.error =
-                    Some(format!("{path:?} is complete, but the source may not know it and run on: {error}"));
-                outcome.report.insert("published".to_owned(), true.into());
-                outcome.report.insert("checkpoint".to_owned(), file_report(path));
-            }
-            Ok(outcome)
+            deferred.stay(&qmp);
+            Ok(failed(args, &error, &partial, writer.is_published()))
         }
     }
+}
+
+/// The report on a migration that ended with `error`.
+fn failed(args: &ReceiveArgs, error: &Error, partial: &MigrationReport, is_published: bool) -> Outcome {
+    let mut outcome = Outcome::migration_failed(error, fields(partial));
+    if let Error::AfterRun { blocks, .. } = error {
+        let remedy = remedy(blocks);
+        outcome.error = Some(format!("{error}; {remedy}"));
+    }
+    if is_published {
+        let path = &args.file;
+        outcome.error = Some(format!("{path:?} is complete, but the source may not know it and run on: {error}"));
+        outcome.report.insert("published".to_owned(), true.into());
+        outcome.report.insert("checkpoint".to_owned(), file_report(path));
+    }
+    outcome
 }
 
 pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
@@ -109,16 +134,26 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
     options
 }
 
-/// What the source connects to, and its address where it has one.
-fn listener(args: &ReceiveArgs) -> io::Result<(Box<dyn Listen>, Option<Uri>)> {
-    let recording = args.record.as_deref().map(Recording::new).transpose()?;
-    let Ready { listener, what, uri } = args.from.listener()?;
-    let listener = args.link.tls.listener(args.listen.allow.listener(listener))?;
-    listening::announce(&what);
-    Ok(match recording {
-        Some(recording) => (Box::new(recording.listener(listener)), uri),
-        None => (listener, uri),
-    })
+/// What the source connects to, or what is read.
+struct Place {
+    listener: Box<dyn Listen>,
+    /// Its address where it has one.
+    uri: Option<Uri>,
+    /// There is a single connection, without a way back.
+    is_one_way: bool,
+}
+
+impl Place {
+    fn open(args: &ReceiveArgs, from: &Origin, recording: Option<&Recording>) -> io::Result<Place> {
+        let Ready { listener, what, uri } = from.listener()?;
+        let listener = args.link.tls.listener(args.listen.allow.listener(listener))?;
+        listening::announce(&what);
+        let listener = match recording {
+            Some(recording) => Box::new(recording.listener(listener)),
+            None => listener,
+        };
+        Ok(Place { listener, uri, is_one_way: from.is_one_way() })
+    }
 }
 
 /// What an operator has to do to have a VM run again whose source has switched to postcopy.
@@ -136,11 +171,16 @@ fn remedy(blocks: &[(BlockName, u64)]) -> String {
 ///
 /// The VM is in the file by now and the source was told so: what cannot be read back of it is missing in the report, and
 /// no failure.
-pub(super) fn described(args: &ReceiveArgs, received: &destination::Report, interrupted: &dyn Fn() -> bool) -> Outcome {
+pub(super) fn described(
+    args: &ReceiveArgs,
+    received: &destination::Report,
+    is_one_way: bool,
+    interrupted: &dyn Fn() -> bool,
+) -> Outcome {
     let migration = MigrationReport::received(received, checkpoint::PAGE_SIZE, std::time::Duration::ZERO);
     let mut report = fields(&migration);
     report.insert("machine".to_owned(), received.machine.clone().into());
-    let (mode, instant) = match (received.mode, args.from.is_one_way()) {
+    let (mode, instant) = match (received.mode, is_one_way) {
         (Mode::Live, true) => ("stream", mode(Mode::Live).1),
         (received, _) => mode(received),
     };
