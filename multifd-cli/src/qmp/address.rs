@@ -92,7 +92,8 @@ fn socket(address: &mut Arguments) -> Result<Origin, CommandError> {
             let (host, port) = (required(address, "host")?, required(address, "port")?);
             let port = port.parse().map_err(|_| wrong("port", "a number from 0 to 65535"))?;
             // Both are as they say in any case.
-            (address.flag("numeric")?, address.flag("keep-alive")?);
+            address.flag("numeric")?;
+            address.flag("keep-alive")?;
             Ok(Origin::Uri(Uri::Tcp { host, port }))
         }
         "unix" => {
