@@ -224,7 +224,7 @@ fn progress_is_a_line_per_round_where_it_is_asked_for() {
 #[test]
 fn a_guest_that_writes_faster_than_the_link_sends_does_not_converge() {
     let args = "demo --json --guest process --memory 8MiB --working-set 4MiB --write-rate max --max-bandwidth 20MB/s \
-                --downtime-limit 1ms --max-rounds 3 --no-throttle";
+                --switchover-bandwidth 20MB/s --downtime-limit 1ms --max-rounds 3 --no-throttle";
     let output = time_limit(LIMIT, || run(args));
     let report = json(&output.stdout);
     assert_eq!(exit_code(&output), 5, "{report}");
@@ -240,7 +240,8 @@ fn a_guest_that_writes_faster_than_the_link_sends_does_not_converge() {
 #[test]
 fn a_guest_is_slowed_down_where_it_has_to_be() {
     let report = moves(
-        "--guest process --memory 16MiB --working-set 8MiB --write-rate max --max-bandwidth 60MB/s --downtime-limit 40ms",
+        "--guest process --memory 16MiB --working-set 8MiB --write-rate max --max-bandwidth 60MB/s --downtime-limit 40ms \
+         --switchover-bandwidth 60MB/s",
     );
     assert!(number(&report, "/cpu-throttle-percentage") >= 20.0, "{report}");
 }

@@ -18,13 +18,16 @@ pub struct Limits {
     pub at_limit: AtLimit,
     /// Slow a guest down that writes too fast.
     pub throttle: bool,
+    /// Bytes per second that the pause can use, where the operator knows it; `None`: as much as was seen. A limit on bandwidth ends
+    /// with the pause, so a migration below one may have seen less. This limits nothing: it is what the decision counts on.
+    pub switchover_bandwidth: Option<u64>,
 }
 
 impl Default for Limits {
     /// 300 ms of downtime, at most 100 rounds and then it gives up, throttling where the VM can.
     fn default() -> Limits {
         let (downtime, rounds) = (Duration::from_millis(300), Some(100));
-        Limits { downtime, rounds, time: None, at_limit: AtLimit::GiveUp, throttle: true }
+        Limits { downtime, rounds, time: None, at_limit: AtLimit::GiveUp, throttle: true, switchover_bandwidth: None }
     }
 }
 
@@ -59,6 +62,10 @@ pub struct RoundReport {
     pub wire: u64,
     /// How long the round took, from its opening to its barrier, and the wait for what it left in the connections, if there was one.
     pub took: Duration,
+    /// Bytes per second that all connections were allowed together, if there was a limit. It ends with the pause.
+    pub limit: Option<u64>,
+    /// Bytes per second that the path was seen to carry for some moments, where the transport can tell.
+    pub carries: Option<u64>,
     /// What the pause would have to wait for.
     pub left: Left,
     /// Time since the first round began.
@@ -101,6 +108,8 @@ pub struct Convergence {
     seconds: f64,
     /// Bytes on the connections in the same time.
     wire: f64,
+    /// Bytes per second that a pause may count on, because the last round was held back by a limit that ends there.
+    beyond_limit: f64,
     throttle: u8,
     /// The VM can be slowed down, as far as it is known.
     can_throttle: bool,
@@ -122,6 +131,7 @@ impl Convergence {
             bytes: 0.0,
             seconds: 0.0,
             wire: 0.0,
+            beyond_limit: 0.0,
             throttle: 0,
             can_throttle: true,
             wish: Wish::default(),
@@ -172,9 +182,13 @@ impl Convergence {
         self.throttle = 0;
     }
 
-    /// Measured speed, in bytes of pages per second; 0 before anything was sent.
+    /// The speed that a pause counts on, in bytes of pages per second; 0 before anything was sent.
+    ///
+    /// It is what the operator says ([`Limits::switchover_bandwidth`]), or else what was measured in the rounds. Where a limit on
+    /// bandwidth held these back, it is at least half of what the path was seen to carry.
     pub fn bytes_per_second(&self) -> u64 {
-        if self.seconds > 0.0 { (self.bytes / self.seconds) as u64 } else { 0 }
+        let speed = self.speed(self.bytes);
+        if speed.is_finite() { speed as u64 } else { 0 }
     }
 
     /// Whether the decision after the round that `report` describes would be to switch over.
@@ -191,11 +205,19 @@ impl Convergence {
     fn time_for(&self, left: &Left) -> Duration {
         let at = |bytes: u64, sent: f64| match bytes {
             0 => 0.0,
-            _ if self.seconds == 0.0 => f64::INFINITY,
-            bytes => bytes as f64 * self.seconds / sent,
+            bytes => bytes as f64 / self.speed(sent),
         };
         let seconds = at(left.dirty, self.bytes) + at(left.unsent, self.wire);
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    }
+
+    /// Bytes per second that a pause counts on, where `sent` of the same kind went in the time that was measured.
+    fn speed(&self, sent: f64) -> f64 {
+        if let Some(rate) = self.limits.switchover_bandwidth {
+            return rate.max(1) as f64;
+        }
+        let measured = if self.seconds > 0.0 { sent / self.seconds } else { 0.0 };
+        measured.max(self.beyond_limit)
     }
 
     /// How much of the limit is there for sending. A limit that is hardly longer than the round trips cannot be kept. That is no reason
@@ -223,15 +245,32 @@ impl Convergence {
         self.wire += report.wire as f64;
         self.seconds += report.took.as_secs_f64();
         if self.bytes > WINDOW {
-            self.bytes /= 2.0;
-            self.wire /= 2.0;
-            self.seconds /= 2.0;
+            // All of it: the first round may be a thousand times as long as those that follow, and slower, since it fills fresh memory.
+            let part = WINDOW / 2.0 / self.bytes;
+            self.bytes *= part;
+            self.wire *= part;
+            self.seconds *= part;
         }
+        self.beyond_limit = match (report.limit, report.carries) {
+            // Else it is not the limit that made the round slow.
+            (Some(limit), Some(carries))
+                if report.wire as f64 >= HELD_BACK * limit as f64 * report.took.as_secs_f64() =>
+            {
+                carries as f64 * PROVEN
+            }
+            _ => 0.0,
+        };
     }
 }
 
-/// Bytes after which the past counts half.
-const WINDOW: f64 = (256 << 20) as f64;
+/// Bytes after which the past counts half, and no more than that: many times what the buffers of some channels take at once, and few
+/// enough to follow a link or a guest that changes.
+const WINDOW: f64 = (64 << 20) as f64;
+/// A round that reached this part of the limit was held back by it.
+const HELD_BACK: f64 = 0.8;
+/// The part of what the path carried for moments that a pause counts on: it is longer than those, and acknowledgements may have come in
+/// bunches.
+const PROVEN: f64 = 0.5;
 /// One round may be bad luck; two in a row are a trend.
 const LOSING_ROUNDS: u32 = 2;
 const FIRST_THROTTLE: u8 = 20;
@@ -247,7 +286,8 @@ mod tests {
     fn report(rounds: u64, sent: u64, millis: u64, dirty: u64) -> RoundReport {
         let took = Duration::from_millis(millis);
         let left = Left { dirty, ..Left::default() };
-        RoundReport { rounds, sent, wire: sent, took, left, elapsed: took * rounds as u32 }
+        let elapsed = took * rounds as u32;
+        RoundReport { rounds, sent, wire: sent, took, limit: None, carries: None, left, elapsed }
     }
 
     fn limits(downtime_ms: u64) -> Limits {
@@ -382,5 +422,66 @@ mod tests {
         assert!(Convergence::new(limits(300)).would_switch_over(&far));
         far.left.dirty = 4 * MB;
         assert!(!Convergence::new(limits(300)).would_switch_over(&far), "a tenth of the limit is 3 MB");
+    }
+
+    /// A round below a limit of 20 MB/s on a path that carries `carries`.
+    fn below_limit(sent: u64, millis: u64, dirty: u64, carries: Option<u64>) -> RoundReport {
+        RoundReport { limit: Some(20 * MB), carries, ..report(1, sent, millis, dirty) }
+    }
+
+    /// The rest was counted at the speed of the limit, which ends with the pause: a guest was slowed down to 1 % for a last round of
+    /// a millisecond.
+    #[test]
+    fn a_limit_on_bandwidth_that_ends_with_the_pause_does_not_count() {
+        let decide = |report: &RoundReport| Convergence::new(limits(300)).decide(report);
+        assert_eq!(decide(&below_limit(20 * MB, 1000, 8 * MB, None)), Decision::Continue, "of 6 MB");
+        assert_eq!(decide(&below_limit(20 * MB, 1000, 30 * MB, Some(200 * MB))), Decision::SwitchOver);
+        assert_eq!(
+            decide(&below_limit(20 * MB, 1000, 31 * MB, Some(200 * MB))),
+            Decision::Continue,
+            "half of it counts"
+        );
+        let mut convergence = Convergence::new(limits(300));
+        convergence.decide(&below_limit(20 * MB, 1000, 31 * MB, Some(200 * MB)));
+        assert_eq!(convergence.bytes_per_second(), 100 * MB);
+        let left = Left { dirty: 20 * MB, unsent: 10 * MB, ..Left::default() };
+        assert_eq!(convergence.expected_downtime(&left), Duration::from_millis(300));
+    }
+
+    #[test]
+    fn what_a_path_carried_for_moments_counts_only_where_the_limit_was_in_the_way() {
+        let decide = |report: &RoundReport| Convergence::new(limits(300)).decide(report);
+        // The link, the disk or the processor was slower than the limit.
+        assert_eq!(decide(&below_limit(15 * MB, 1000, 8 * MB, Some(200 * MB))), Decision::Continue);
+        let unlimited = RoundReport { limit: None, ..below_limit(20 * MB, 1000, 8 * MB, Some(200 * MB)) };
+        assert_eq!(decide(&unlimited), Decision::Continue);
+        // It never makes what was measured less.
+        assert_eq!(decide(&below_limit(20 * MB, 1000, 6 * MB, Some(1))), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn what_the_operator_says_of_the_pause_counts_for_more_than_what_was_seen() {
+        for (rate, expected) in [(100 * MB, Decision::SwitchOver), (99 * MB, Decision::Continue)] {
+            let limits = Limits { switchover_bandwidth: Some(rate), ..limits(300) };
+            assert_eq!(Convergence::new(limits).decide(&report(1, 20 * MB, 1000, 30 * MB)), expected);
+            assert_eq!(
+                Convergence::new(limits).decide(&below_limit(20 * MB, 1000, 30 * MB, Some(1000 * MB))),
+                expected
+            );
+        }
+        let none = Limits { switchover_bandwidth: Some(0), ..limits(300) };
+        assert_eq!(Convergence::new(none).decide(&report(1, 20 * MB, 1000, 30 * MB)), Decision::Continue);
+    }
+
+    /// The first round fills fresh memory. Its speed counted for rounds afterwards, however fast these were: a rest that fits was sent
+    /// again with the guest running, and the guest slowed down.
+    #[test]
+    fn a_slow_first_round_is_forgotten_after_some_tens_of_megabytes() {
+        let mut convergence = Convergence::new(limits(100));
+        assert_eq!(convergence.decide(&report(1, 64_000 * MB, 640_000, 70 * MB)), Decision::Continue);
+        // 1 GB/s, and the 70 MB would take 70 ms.
+        assert_eq!(convergence.decide(&report(2, 70 * MB, 70, 70 * MB)), Decision::Continue);
+        assert_eq!(convergence.decide(&report(3, 70 * MB, 70, 70 * MB)), Decision::Throttle(20), "two in a row");
+        assert_eq!(convergence.decide(&report(4, 70 * MB, 70, 70 * MB)), Decision::SwitchOver);
     }
 }

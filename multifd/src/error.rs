@@ -67,7 +67,7 @@ pub enum Error {
         seconds: f64,
         /// Bytes of pages that were dirty after the last round.
         remaining: u64,
-        /// Measured speed.
+        /// The speed that the pause would have, in bytes of pages.
         bytes_per_second: u64,
         /// What the last round would take.
         expected_downtime_ms: f64,

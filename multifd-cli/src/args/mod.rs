@@ -178,7 +178,7 @@ mod tests {
         };
         for options in [
             "",
-            "--max-bandwidth 0 --max-time 0 --connect-timeout 0 --downtime-limit 0",
+            "--max-bandwidth 0 --switchover-bandwidth 10Gbit/s --max-time 0 --connect-timeout 0 --downtime-limit 0",
             "--max-bandwidth 10G --max-time 5m --connect-timeout 1.5s --compression zstd --compression-level 7",
             "--pause-timeout 5s --stall-timeout 0",
             "--tls-dir /etc/pki/qemu --tls-hostname host.example --tls-verify-peer no",

@@ -51,6 +51,10 @@ pub struct TransferArgs {
     /// How long the guest may be paused; 0 switches over only when nothing is left to send.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::time)]
     pub downtime_limit: Duration,
+    /// Bytes or bits per second that the pause can use, which --max-bandwidth does not limit: what decides whether the rest fits into
+    /// it; 0 for as much as was seen, and below --max-bandwidth at least half of what the path carried for moments [default: 0].
+    #[arg(long, value_name = "RATE", value_parser = units::rate_limit)]
+    pub switchover_bandwidth: Option<Limit<u64>>,
     /// Give up after so many rounds with the guest running.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_rounds: u64,
@@ -99,6 +103,7 @@ impl TransferArgs {
             rounds: Some(self.max_rounds),
             time: self.max_time.and_then(|time| time.0),
             throttle: !self.no_throttle,
+            switchover_bandwidth: self.switchover_bandwidth.and_then(|rate| rate.0),
             ..Limits::default()
         };
         options
@@ -155,6 +160,7 @@ impl TransferArgs {
             sync,
             max_bandwidth,
             downtime_limit,
+            switchover_bandwidth,
             max_rounds,
             max_time,
             connect_timeout,
@@ -175,6 +181,7 @@ impl TransferArgs {
         args.extend(sync.map(|sync| format!("--sync={}", value_name(&sync))));
         let bandwidth = |Limit(rate): Limit<u64>| rate.map_or("0".to_owned(), |rate| format!("{rate}B/s"));
         args.extend(max_bandwidth.map(|rate| format!("--max-bandwidth={}", bandwidth(rate))));
+        args.extend(switchover_bandwidth.map(|rate| format!("--switchover-bandwidth={}", bandwidth(rate))));
         args.extend(max_time.map(|time| format!("--max-time={}", show_limit(time))));
         args.extend(pause_timeout.map(|time| format!("--pause-timeout={}", show_limit(time))));
         args.extend(no_throttle.then(|| "--no-throttle".to_owned()));

@@ -23,6 +23,8 @@ pub struct Settings {
     max_bandwidth: u64,
     /// Milliseconds.
     downtime_limit: u64,
+    /// Bytes per second; 0 for as much as was seen.
+    switchover_bandwidth: u64,
     channels: u8,
     compression: Compression,
     zlib_level: u8,
@@ -39,6 +41,7 @@ impl Default for Settings {
             zero_copy: false,
             max_bandwidth: 128 << 20,
             downtime_limit: 300,
+            switchover_bandwidth: 0,
             channels: 2,
             compression: Compression::None,
             zlib_level: 1,
@@ -59,6 +62,7 @@ impl Settings {
             zero_copy: args.zero_copy,
             max_bandwidth: args.max_bandwidth.map_or(defaults.max_bandwidth, |rate| rate.0.unwrap_or(0)),
             downtime_limit: milliseconds(args.downtime_limit),
+            switchover_bandwidth: options.parameters.limits.switchover_bandwidth.unwrap_or(0),
             channels: args.channels.map_or(defaults.channels, Into::into),
             compression: options.format.compression,
             zlib_level: level.unwrap_or(1).min(9),
@@ -107,18 +111,21 @@ impl Settings {
     pub(super) fn give_to(&self, parameters: &mut source::Parameters) {
         parameters.max_bandwidth = Some(self.max_bandwidth).filter(|&rate| rate > 0);
         parameters.limits.downtime = Duration::from_millis(self.downtime_limit);
+        parameters.limits.switchover_bandwidth = Some(self.switchover_bandwidth).filter(|&rate| rate > 0);
     }
 
     /// Takes over those in force.
     pub(super) fn take_from(&mut self, parameters: &source::Parameters) {
         self.max_bandwidth = parameters.max_bandwidth.unwrap_or(0);
         self.downtime_limit = milliseconds(parameters.limits.downtime);
+        self.switchover_bandwidth = parameters.limits.switchover_bandwidth.unwrap_or(0);
     }
 
     /// The answer to `query-migrate-parameters`.
     pub(super) fn parameters(&self) -> Value {
         json!({
             "max-bandwidth": self.max_bandwidth,
+            "avail-switchover-bandwidth": self.switchover_bandwidth,
             "downtime-limit": self.downtime_limit,
             "multifd-channels": self.channels,
             "multifd-compression": crate::report::compression_name(self.compression),
@@ -142,6 +149,9 @@ impl Settings {
         };
         if let Some(rate) = arguments.number("max-bandwidth")? {
             self.max_bandwidth = rate;
+        }
+        if let Some(rate) = arguments.number("avail-switchover-bandwidth")? {
+            self.switchover_bandwidth = rate;
         }
         if let Some(time) = arguments.number("downtime-limit")? {
             if time > LONGEST_DOWNTIME {
@@ -350,6 +360,7 @@ mod tests {
     fn what_is_set_is_what_is_migrated_with() {
         let mut settings = Settings::default();
         let parameters = json!({ "max-bandwidth": 0, "downtime-limit": 20, "multifd-channels": 7,
+            "avail-switchover-bandwidth": 125_000_000,
             "multifd-compression": "zstd", "multifd-zstd-level": 5, "zero-page-detection": "legacy" });
         set(&mut settings, parameters).unwrap();
         let mut options = source::Options::default();
@@ -358,5 +369,7 @@ mod tests {
         assert_eq!((options.format.compression, options.format.zero_pages), (Compression::Zstd, ZeroPages::Legacy));
         assert_eq!(options.parameters.max_bandwidth, None);
         assert_eq!(options.parameters.limits.downtime, Duration::from_millis(20));
+        assert_eq!(options.parameters.limits.switchover_bandwidth, Some(125_000_000));
+        assert_eq!(Settings::in_force(&options).parameters()["avail-switchover-bandwidth"], 125_000_000);
     }
 }

@@ -40,8 +40,8 @@ impl Backlog {
         Ok(())
     }
 
-    /// What is on its way on all connections together, and the longest of their round trips. One that has ended has nothing: the next
-    /// write to it fails.
+    /// What is on its way on all connections together, the longest of their round trips, and the most that one of them was seen to
+    /// carry: they share a path, and each has had it to itself for moments. One that has ended has nothing: the next write to it fails.
     fn transit(&self) -> Transit {
         let mut all = Transit::default();
         // Not under the lock: a transport's own meter may stop the migration.
@@ -49,6 +49,7 @@ impl Backlog {
         for one in meters.iter().filter_map(|meter| meter.transit().ok()) {
             all.unacknowledged = all.unacknowledged.saturating_add(one.unacknowledged);
             all.round_trip = all.round_trip.max(one.round_trip);
+            all.carries = all.carries.max(one.carries);
         }
         all
     }
@@ -132,6 +133,8 @@ impl Run {
             sent: last.normal * page_size,
             wire: last.bytes,
             took: last.took + waited,
+            limit: self.shared.live.get().max_bandwidth,
+            carries: transit.carries,
             left: self.left(dirty, transit),
             elapsed: self.now() - self.rounds_begun,
         }

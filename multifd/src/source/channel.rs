@@ -107,7 +107,7 @@ impl SendChannel {
         let begun = shared.options.clock.now();
         let mut wait = FIRST_LOOK;
         loop {
-            let Transit { unacknowledged, round_trip } = meter.transit().map_err(Error::io(at))?;
+            let Transit { unacknowledged, round_trip, .. } = meter.transit().map_err(Error::io(at))?;
             if unacknowledged == 0 {
                 return Ok(());
             }

@@ -13,6 +13,8 @@ use linux_raw_sys::{
 };
 use rustix::ioctl;
 
+use crate::transport::Transit;
+
 /// Has writes wait while about `bytes` are unsent (`TCP_NOTSENT_LOWAT`). Bytes that are on their way do not count, so long
 /// links are as fast as before.
 pub(crate) fn limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
@@ -30,11 +32,12 @@ pub(crate) fn limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Bytes that were written and that the peer has not acknowledged (`SIOCOUTQ`), and the shortest round trip so far.
+/// Bytes that were written and that the peer has not acknowledged (`SIOCOUTQ`), the shortest round trip so far, and the rate of delivery
+/// that the kernel has measured (`tcpi_delivery_rate`): the latest, or the highest where there was not always something to send.
 ///
 /// # Errors
 /// [`io::ErrorKind::ConnectionReset`] where the connection has ended in both directions; the kernel's.
-pub(crate) fn in_transit(socket: BorrowedFd<'_>) -> io::Result<(u64, Duration)> {
+pub(crate) fn in_transit(socket: BorrowedFd<'_>) -> io::Result<Transit> {
     let info = info(socket)?;
     if info.tcpi_state == TCP_CLOSE {
         return Err(io::ErrorKind::ConnectionReset.into());
@@ -45,7 +48,10 @@ pub(crate) fn in_transit(socket: BorrowedFd<'_>) -> io::Result<(u64, Duration)> 
     let bytes = unsafe { ioctl::ioctl(socket, request) }?;
     // No sample so far.
     let round_trip = if info.tcpi_min_rtt == u32::MAX { 0 } else { info.tcpi_min_rtt };
-    Ok((u64::try_from(bytes).unwrap_or(0), Duration::from_micros(round_trip.into())))
+    let transit = Transit::new(u64::try_from(bytes).unwrap_or(0), Duration::from_micros(round_trip.into()));
+    // No sample so far, or a kernel before 4.9.
+    let rate = info.tcpi_delivery_rate;
+    Ok(if rate == 0 { transit } else { transit.carrying(rate) })
 }
 
 fn info(socket: BorrowedFd<'_>) -> io::Result<tcp_info> {

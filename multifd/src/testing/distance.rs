@@ -33,11 +33,22 @@ fn filled() -> Ram {
 
 /// Migrates `vm` over connections that hold what `look` says. Returns how it went, and whether the destination has the same memory.
 fn migrate(vm: &mut TestSource, source: Source, look: Look) -> (Result<source::Report, Error>, bool) {
+    migrate_over(vm, source, look, None)
+}
+
+/// The same, over a path that was seen to carry so much.
+fn migrate_over(
+    vm: &mut TestSource,
+    source: Source,
+    look: Look,
+    carries: Option<u64>,
+) -> (Result<source::Report, Error>, bool) {
     let (listener, inner) = memory::listener(100_000);
     let connector = Far::new(inner, move |dialed| {
         let look = look.clone();
         (dialed == 0).then(|| Box::new(move || Ok(look())) as _)
     });
+    let connector = connector.carrying(carries);
     time_limit(Duration::from_secs(60), || {
         std::thread::scope(|scope| {
             let destination = scope.spawn(|| {
@@ -137,4 +148,34 @@ fn a_wait_that_was_in_vain_is_not_waited_for_to_the_end_again() {
     let sent = sent.unwrap();
     assert!(same);
     assert_eq!(sent.rounds.len(), 3, "{:?}", sent.rounds);
+}
+
+/// Migrates a guest that writes all of its memory before each drain, below a limit of 20 MB/s, with 1 ms for the pause. By the clock each
+/// look at it takes 1 ms, of which a round has more than one.
+fn below_a_limit(carries: Option<u64>, switchover_bandwidth: Option<u64>) -> Result<source::Report, Error> {
+    let mut options = source::Options::default();
+    let downtime = Duration::from_millis(1);
+    options.parameters.max_bandwidth = Some(20_000_000);
+    options.parameters.limits =
+        Limits { downtime, rounds: Some(2), throttle: false, switchover_bandwidth, ..Limits::default() };
+    let ticks = AtomicU64::new(0);
+    options.clock = Clock::from_fn(move || Duration::from_millis(ticks.fetch_add(1, SeqCst)));
+    let mut vm = TestSource::new(filled());
+    vm.at_drain =
+        Box::new(|writer| (0..700).for_each(|page| assert!(writer.write(page, 5000 + page) || !writer.is_running())));
+    let (sent, same) = migrate_over(&mut vm, Source::new(options), Arc::new(|| 0), carries);
+    assert_eq!(same, sent.is_ok());
+    sent
+}
+
+/// A demo was slowed down to 1 % of its speed, and took 37 s, for a last round that took 0.9 ms: the rest was counted at the speed of the
+/// limit, which ends with the pause.
+#[test]
+fn what_the_limit_on_bandwidth_allows_is_not_what_the_pause_has() {
+    let fast = 10_000_000_000;
+    assert!(matches!(below_a_limit(None, None), Err(Error::DoesNotConverge { .. })));
+    assert_eq!(below_a_limit(Some(fast), None).unwrap().rounds.len(), 2, "what the path carried");
+    assert_eq!(below_a_limit(None, Some(fast)).unwrap().rounds.len(), 2, "what the operator says");
+    let error = below_a_limit(Some(fast), Some(1_000_000)).unwrap_err();
+    assert!(matches!(error, Error::DoesNotConverge { bytes_per_second: 1_000_000, .. }), "{error}");
 }

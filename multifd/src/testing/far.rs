@@ -20,12 +20,19 @@ pub(super) struct Far<C, L> {
     inner: C,
     /// What each connection says, by how many were dialed before; `None` where it cannot tell.
     look: L,
+    /// What each path carries, if it can tell.
+    carries: Option<u64>,
     dialed: AtomicU64,
 }
 
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
     pub(super) fn new(inner: C, look: L) -> Far<C, L> {
-        Far { inner, look, dialed: AtomicU64::new(0) }
+        Far { inner, look, carries: None, dialed: AtomicU64::new(0) }
+    }
+
+    /// The same, with connections that tell that their path carries so many bytes per second.
+    pub(super) fn carrying(self, carries: Option<u64>) -> Far<C, L> {
+        Far { carries, ..self }
     }
 
     /// How many connections were begun.
@@ -37,20 +44,26 @@ impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Connect for Far<C, L> {
     fn dial(&self) -> io::Result<Box<dyn Pending>> {
         let look = (self.look)(self.dialed.fetch_add(1, SeqCst)).map(Arc::new);
-        Ok(wrapped(self.inner.dial()?, |inner| Ok(Box::new(FarStream { inner, look }))))
+        let carries = self.carries;
+        Ok(wrapped(self.inner.dial()?, move |inner| Ok(Box::new(FarStream { inner, look, carries }))))
     }
 }
 
 struct FarStream {
     inner: Box<dyn Stream>,
     look: Option<Arc<Look>>,
+    carries: Option<u64>,
 }
 
-struct FarMeter(Arc<Look>);
+struct FarMeter {
+    look: Arc<Look>,
+    carries: Option<u64>,
+}
 
 impl Meter for FarMeter {
     fn transit(&self) -> io::Result<Transit> {
-        Ok(Transit::new((self.0)()?, Duration::ZERO))
+        let transit = Transit::new((self.look)()?, Duration::ZERO);
+        Ok(self.carries.map_or(transit, |rate| transit.carrying(rate)))
     }
 }
 
@@ -88,7 +101,8 @@ impl Stream for FarStream {
     }
 
     fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
-        Ok(self.look.clone().map(|look| Box::new(FarMeter(look)) as Box<dyn Meter>))
+        let carries = self.carries;
+        Ok(self.look.clone().map(|look| Box::new(FarMeter { look, carries }) as Box<dyn Meter>))
     }
 
     fn peer(&self) -> String {

@@ -197,12 +197,21 @@ pub struct Transit {
     pub unacknowledged: u64,
     /// The shortest time after which a byte was acknowledged; zero where it is not known.
     pub round_trip: std::time::Duration,
+    /// Bytes per second at which the peer's host was seen to take what was written, while there was something to take; `None` where it
+    /// is not known. It may have been so for moments only.
+    pub carries: Option<u64>,
 }
 
 impl Transit {
     /// So many bytes are on their way, with such round trips.
     pub fn new(unacknowledged: u64, round_trip: std::time::Duration) -> Transit {
-        Transit { unacknowledged, round_trip }
+        Transit { unacknowledged, round_trip, carries: None }
+    }
+
+    /// The same, on a path that was seen to carry so many bytes per second.
+    #[must_use]
+    pub fn carrying(self, bytes_per_second: u64) -> Transit {
+        Transit { carries: Some(bytes_per_second), ..self }
     }
 }
 
