@@ -6,7 +6,8 @@
 //! A channel counts from its first SYNC on: with it a destination lets the channel join, and a source sends none before it knows
 //! that the destination's host has what the channel said first. So a connection that ends before can be replaced by
 //! another one without harm: it is not counted twice, and none is lost. From then on the pages of a round may be on it, and
-//! no other connection can take its place, until all rounds are over and have arrived.
+//! no other connection can take its place, until all rounds are over and have arrived. What an end means once the source has
+//! switched to postcopy is [`meaning_after_switch`](crate::postcopy::meaning_after_switch)'s to say.
 
 /// How far a channel has come when it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +38,8 @@ pub enum End {
     Unreachable,
     /// The peer broke a rule.
     Violation,
+    /// The peer said that it cannot go on.
+    Refused,
     /// This side could not go on.
     Local,
     /// The migration has ended before: this is a consequence.
@@ -58,7 +61,7 @@ pub enum Meaning {
 pub const fn meaning(reached: Reached, end: End) -> Meaning {
     match (reached, end) {
         (_, End::Stopped) | (Reached::Decided, _) => Meaning::Finished,
-        (_, End::Violation | End::Local) => Meaning::Fatal,
+        (_, End::Violation | End::Refused | End::Local) => Meaning::Fatal,
         (Reached::Nothing { in_time: true }, End::Clean | End::Cut | End::Reset) => Meaning::Replace,
         (Reached::Nothing { .. }, _) => Meaning::Fatal,
         (_, End::Clean) | (Reached::LastSync, End::Reset | End::Unreachable) => Meaning::Finished,
@@ -74,13 +77,13 @@ mod tests {
 
     #[test]
     fn every_end_at_every_stage_has_its_meaning() {
-        let ends = [Clean, Cut, Reset, Unreachable, Violation, Local, Stopped];
+        let ends = [Clean, Cut, Reset, Unreachable, Violation, Refused, Local, Stopped];
         let table = [
-            (Nothing { in_time: true }, [Replace, Replace, Replace, Fatal, Fatal, Fatal, Finished]),
-            (Nothing { in_time: false }, [Fatal, Fatal, Fatal, Fatal, Fatal, Fatal, Finished]),
-            (Rounds, [Finished, Fatal, Fatal, Fatal, Fatal, Fatal, Finished]),
-            (LastSync, [Finished, Fatal, Finished, Finished, Fatal, Fatal, Finished]),
-            (Decided, [Finished; 7]),
+            (Nothing { in_time: true }, [Replace, Replace, Replace, Fatal, Fatal, Fatal, Fatal, Finished]),
+            (Nothing { in_time: false }, [Fatal, Fatal, Fatal, Fatal, Fatal, Fatal, Fatal, Finished]),
+            (Rounds, [Finished, Fatal, Fatal, Fatal, Fatal, Fatal, Fatal, Finished]),
+            (LastSync, [Finished, Fatal, Finished, Finished, Fatal, Fatal, Fatal, Finished]),
+            (Decided, [Finished; 8]),
         ];
         for (reached, meanings) in table {
             assert_eq!(ends.map(|end| meaning(reached, end)), meanings, "{reached:?}");
@@ -91,7 +94,7 @@ mod tests {
     #[test]
     fn a_channel_that_takes_part_is_never_replaced() {
         for reached in [Rounds, LastSync, Decided] {
-            for end in [Clean, Cut, Reset, Unreachable, Violation, Local, Stopped] {
+            for end in [Clean, Cut, Reset, Unreachable, Violation, Refused, Local, Stopped] {
                 assert_ne!(meaning(reached, end), Replace, "{reached:?}, {end:?}");
             }
         }

@@ -15,6 +15,7 @@
 //! ([`received`]): a recovery connection has no header, it begins with RECV_BITMAP for each block, and each answer has a bitmap
 //! outside of its message.
 
+mod connection_end;
 pub mod discard;
 pub mod package;
 mod preempt;
@@ -22,6 +23,7 @@ pub mod received;
 mod request;
 
 pub use self::{
+    connection_end::{MeaningAfterSwitch, ReachedAfterSwitch, Whereabouts, meaning_after_switch},
     discard::{DiscardRange, MAX_DISCARD_RANGES},
     preempt::{PreemptDecoder, PreemptItem},
     request::{Request, Requests},

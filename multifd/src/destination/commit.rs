@@ -23,7 +23,11 @@ impl Run {
             }));
         }
         match self.report.mode {
-            Mode::Postcopy => self.postcopy_is_whole(target)?,
+            Mode::Postcopy => {
+                // Its source has said all: to load the devices is not its silence.
+                Pulse::rest(self.watchdog.timers());
+                self.postcopy_is_whole(target)?;
+            }
             _ => self.nothing_is_missing()?,
         }
         // A source without uuid names one of zeros.

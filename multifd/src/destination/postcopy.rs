@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use multifd_proto::{
     BlockName, DecodeError, Violation,
-    postcopy::{DiscardRange, package::Package},
+    postcopy::{DiscardRange, ReachedAfterSwitch as Reached, package::Package},
     ram::BlockEntry,
     return_path::Message,
     vmdesc,
@@ -16,6 +16,7 @@ use multifd_proto::{
 
 use super::{Mode, Run, Target, shared::Pages};
 use crate::{
+    channel_end::local,
     error::{Error, Mismatch, Place},
     layout::BlockLayout,
     progress::{Observer, Phase},
@@ -134,6 +135,13 @@ impl Switch {
         lock(&self.state).blocks.is_some()
     }
 
+    /// How far the connections other than main have come.
+    pub(super) fn reached(&self) -> Reached {
+        let state = lock(&self.state);
+        let is_whole = state.discarded.as_ref().is_some_and(|discarded| discarded.missing() == 0);
+        if is_whole && state.blocks.is_some() { Reached::Whole } else { Reached::Pages }
+    }
+
     /// All connections are given up because of `error`. Returns the preempt connections.
     pub(super) fn lose(&self, error: Error) -> BTreeSet<usize> {
         let mut state = lock(&self.state);
@@ -218,7 +226,7 @@ impl Switch {
         let placed = put();
         lock(&self.state).placing -= 1;
         self.changed.notify_all();
-        placed.map_err(Error::io(place))
+        placed.map_err(|error| Error::io(place)(local(error)))
     }
 
     /// Main has ended: waits until all that was discarded is in place. For what a preempt connection brings, it waits no longer than
@@ -411,3 +419,58 @@ impl Run {
 
 /// How long after the end of main a connection that is not here may still bring what is missing: one that main has overtaken.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::io;
+
+    use multifd_proto::channel_end::End;
+
+    use super::*;
+    use crate::{
+        channel_end::end_by,
+        destination::{PageSink, Scratch},
+        error::Connection,
+        layout::Layout,
+        transport::Stream,
+    };
+
+    struct NoSink;
+
+    impl PageSink for NoSink {
+        fn receive(&self, _: &mut dyn Stream, _: usize, _: &[u64], _: &mut Scratch) -> io::Result<()> {
+            unreachable!()
+        }
+
+        fn store(&self, _: usize, _: &[u64], _: &[u8]) -> io::Result<()> {
+            Err(io::ErrorKind::TimedOut.into())
+        }
+
+        fn zero(&self, _: usize, _: &[u64]) -> io::Result<()> {
+            unreachable!()
+        }
+
+        fn discard(&self, _: usize, _: std::ops::Range<u64>) -> io::Result<()> {
+            unreachable!()
+        }
+
+        fn load(&self, _: usize, _: u64, _: &mut [u8]) -> io::Result<()> {
+            unreachable!()
+        }
+    }
+
+    /// A page that a file on another host did not take was not missing any more, and the error was taken for one of the connection: the
+    /// source went on with the others, and the checkpoint was published without that page.
+    #[test]
+    fn a_page_that_is_not_put_into_place_is_no_lost_connection() {
+        let layout = Layout::new(4096, [(BlockName::new("ram").unwrap(), 8 * 4096)]).unwrap();
+        let mut discarded = Discarded::new(&layout).unwrap();
+        discarded.discard(&layout.blocks()[0], &(0..4096)).unwrap();
+        let switch = Switch::default();
+        lock(&switch.state).discarded = Some(discarded);
+        let pages = Pages { layout: Arc::new(layout), sink: Arc::new(NoSink), audit: None };
+        let at = Place { connection: Connection::Main, offset: 0 };
+        let error = switch.place(&pages, 0, 0, at, || pages.sink.store(0, &[0], &[7; 4096])).unwrap_err();
+        assert_eq!(end_by(&error, false), End::Local, "{error}");
+    }
+}

@@ -6,7 +6,7 @@
 use std::io;
 
 use multifd_proto::{
-    postcopy::{PreemptDecoder, PreemptItem},
+    postcopy::{MeaningAfterSwitch as Meaning, PreemptDecoder, PreemptItem, ReachedAfterSwitch as Reached},
     ram::BlockEntry,
     wire::Step,
 };
@@ -29,6 +29,8 @@ pub(super) struct PreemptReader<'a> {
     used: u64,
     /// Whether a word of it was accepted: from then on it is a part of the migration.
     accepted: bool,
+    /// It has said its last word.
+    is_over: bool,
 }
 
 impl<'a> PreemptReader<'a> {
@@ -39,7 +41,7 @@ impl<'a> PreemptReader<'a> {
         number: usize,
         shared: &'a Arc<Shared>,
     ) -> PreemptReader<'a> {
-        PreemptReader { stream, number, shared, buf: heard.to_vec(), used: 0, accepted: false }
+        PreemptReader { stream, number, shared, buf: heard.to_vec(), used: 0, accepted: false, is_over: false }
     }
 
     /// Takes pages until the connection ends.
@@ -52,31 +54,42 @@ impl<'a> PreemptReader<'a> {
         let Some(blocks) = self.shared.switch.preempt_begins(self.number)? else {
             return Err(Refused::Stranger("belongs to connections that are lost".to_owned()));
         };
-        let outcome = self.words(&blocks);
+        let outcome = self.words(&blocks).or_else(|error| self.ends(error));
+        // Behind what that means: else main might give up what is missing, and not know why.
         self.shared.switch.preempt_ends(self.number, self.accepted);
         outcome
     }
 
-    fn words(&mut self, blocks: &[BlockEntry]) -> Result<(), Refused> {
+    /// Does what it means that the connection ended by `error`.
+    ///
+    /// # Errors
+    /// It is a stranger's; [`Error::Stopped`]: the migration has ended, with this error if it came first.
+    fn ends(&self, error: Error) -> Result<(), Refused> {
+        if !self.accepted && self.shared.meaning(Reached::Nothing, &error) == Meaning::Replace {
+            return Err(Refused::Stranger(match error {
+                Error::Protocol { source, .. } => format!("begins with no page of this migration: {source}"),
+                error => format!("ends in the middle of its first word: {error}"),
+            }));
+        }
+        if self.is_over && self.shared.meaning(Reached::Whole, &error) == Meaning::Finished {
+            return Ok(());
+        }
+        self.shared.break_off(error).map_err(|error| {
+            self.shared.stop.stop(error);
+            Error::Stopped.into()
+        })
+    }
+
+    fn words(&mut self, blocks: &[BlockEntry]) -> Result<(), Error> {
         let mut decoder = PreemptDecoder::new();
         loop {
             let place = self.place();
-            let step = match decoder.step(&self.buf, blocks, self.shared.page_size) {
-                Ok(step) => step,
-                Err(error) if !self.accepted => {
-                    return Err(Refused::Stranger(format!("begins with no page of this migration: {error}")));
-                }
-                Err(error) => return Err(Error::protocol(place)(error).into()),
-            };
+            let step = decoder.step(&self.buf, blocks, self.shared.page_size).map_err(Error::protocol(place))?;
             let (item, used) = match step {
                 Step::Item { item, used } => (item, used),
-                Step::Need(total) => match self.fill(total) {
-                    Ok(true) => continue,
-                    Ok(false) => return Ok(()),
-                    Err(error) if !self.accepted => {
-                        return Err(Refused::Stranger(format!("ends in the middle of its first word: {error}")));
-                    }
-                    Err(error) => return Err(error.into()),
+                Step::Need(total) => match self.fill(total)? {
+                    true => continue,
+                    false => return Ok(()),
                 },
             };
             if !std::mem::replace(&mut self.accepted, true) {
@@ -88,7 +101,7 @@ impl<'a> PreemptReader<'a> {
                 PreemptItem::Page { block, offset } => self.page(block, offset, place)?,
                 PreemptItem::Zero { block, offset } => self.zero(block, offset, place)?,
                 // What follows it is refused by the decoder.
-                PreemptItem::End => {}
+                PreemptItem::End => self.is_over = true,
             }
         }
     }

@@ -6,9 +6,16 @@
 //! **The third law**: the source sends again what it is told to be missing. So all old connections have ended, with their threads,
 //! before it is told: none of them can place a page any more.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
-use multifd_proto::{BlockName, command::Command, postcopy::received, return_path::Message, stream::Item};
+use multifd_proto::{
+    BlockName,
+    channel_end::End,
+    command::Command,
+    postcopy::{MeaningAfterSwitch as Meaning, ReachedAfterSwitch as Reached, meaning_after_switch, received},
+    return_path::Message,
+    stream::Item,
+};
 
 use super::{
     Run, Target,
@@ -19,6 +26,7 @@ use super::{
     shared::{MainConnection, Shared},
 };
 use crate::{
+    channel_end::end_by,
     error::{Connection, Error, Place},
     progress::{Event, Observer},
     pulse::Pulse,
@@ -38,9 +46,10 @@ impl Run {
     pub(super) fn take(&mut self, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
         loop {
             let taken = self.stream(target, observer).and_then(|()| self.await_pushed_pages());
-            match taken {
-                Err(error) if self.shared.may_go_on_after(&error) => self.go_on(error, observer)?,
-                taken => return taken,
+            let Err(error) = taken else { return Ok(()) };
+            match self.shared.meaning(Reached::Stream, &error) {
+                Meaning::Interrupted => self.go_on(error, observer)?,
+                Meaning::Fatal | Meaning::Finished | Meaning::Replace => return Err(error),
             }
         }
     }
@@ -69,8 +78,10 @@ impl Run {
                     observer.event(&Event::Continued { missing });
                     return Ok(());
                 }
-                Err(error) if self.shared.stop.is_stopped() => return Err(error),
-                Err(error) => tracing::warn!("the source did not get as far as to go on: {error}"),
+                Err(error) => match self.shared.meaning(Reached::Nothing, &error) {
+                    Meaning::Replace => tracing::warn!("the source did not get as far as to go on: {error}"),
+                    Meaning::Fatal | Meaning::Finished | Meaning::Interrupted => return Err(error),
+                },
             }
         }
         Err(Error::NotContinued { reason: Box::new(lost), limit })
@@ -168,23 +179,28 @@ impl Shared {
         allowed && self.switch.has_package()
     }
 
-    fn may_go_on_after(&self, error: &Error) -> bool {
-        self.may_go_on() && is_lost(error) && !self.stop.is_stopped()
+    /// What it means that a connection which has come as far as `reached` ends by `error`.
+    pub(super) fn meaning(&self, reached: Reached, error: &Error) -> Meaning {
+        let end = if self.stop.is_stopped() { End::Stopped } else { end_by(error, false) };
+        meaning_after_switch(reached, end, self.may_go_on())
     }
 
-    /// The thread of a connection other than main ends with `error`. Takes it for the loss of all connections, if it is one after which
-    /// the source may go on; else gives it back.
+    /// The thread of a connection other than main ends with `error`. Does what that means where it ends nothing but connections; else
+    /// gives it back.
     pub(super) fn break_off(&self, error: Error) -> Result<(), Error> {
-        match self.may_go_on_after(&error) {
-            true => {
-                break_off(&self.switch, &self.connections, error);
-                Ok(())
+        match self.meaning(self.switch.reached(), &error) {
+            Meaning::Interrupted => break_off(&self.switch, &self.connections, error),
+            Meaning::Finished if !self.stop.is_stopped() => {
+                tracing::debug!(%error, "a connection ends that has brought all");
             }
-            false => Err(error),
+            // The connection stays until main has said why the migration ends.
+            Meaning::Fatal | Meaning::Finished | Meaning::Replace => return Err(error),
         }
+        Ok(())
     }
 
-    /// From now on a source that is silent for `limit` is one whose connections are lost.
+    /// From now on a source that is silent for `limit` is one whose connections are lost, as one that cannot be reached is. To be called
+    /// only where a source may go on.
     pub(super) fn watch_for_breaks(&self, limit: Option<Duration>) {
         // Not `self`, which has the timers.
         let (switch, connections) = (self.switch.clone(), self.connections.clone());
@@ -196,25 +212,4 @@ impl Shared {
 /// Gives all connections up because of `error`; main notices that its own has ended.
 fn break_off(switch: &Arc<Switch>, connections: &Arc<Connections>, error: Error) {
     connections.end_members(&switch.lose(error));
-}
-
-/// Whether `error` says no more than that a connection is gone.
-fn is_lost(error: &Error) -> bool {
-    use io::ErrorKind as K;
-    match error {
-        Error::Io { source, .. } => matches!(
-            source.kind(),
-            K::UnexpectedEof
-                | K::ConnectionReset
-                | K::ConnectionAborted
-                | K::BrokenPipe
-                | K::NotConnected
-                | K::TimedOut
-                | K::HostUnreachable
-                | K::NetworkUnreachable
-                | K::NetworkDown
-        ),
-        Error::Stalled { .. } => true,
-        _ => false,
-    }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Attempt, Job, Whereabouts, connection::PageConnection, inbox::Inbox, return_path};
+use super::{
+    Attempt, Job, Whereabouts, connection::PageConnection, inbox::Inbox, return_path, whereabouts::after_failure,
+};
 use crate::{
     error::{Connection, Error, Place},
     progress::Phase,
@@ -174,7 +176,7 @@ impl<'a> Link<'a> {
         let loaded = attempt.inbox.update(|mail| mail.is_loaded);
         let job = self.job();
         let left = self.left_is_known.then(|| job.claims.count_free(job.pages.present()));
-        let (vm, error) = self.vm.after_failure(loaded, left, error);
+        let (vm, error) = after_failure(self.vm, loaded, left, error);
         (vm, Err(error))
     }
 

@@ -1,39 +1,21 @@
-//! Where the VM is, by what is known when an attempt ends.
+//! Where the VM is when an attempt ends, and the error that says so.
 
-use crate::error::Error;
+pub use multifd_proto::postcopy::Whereabouts;
 
-/// Where the VM is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whereabouts {
-    /// In the checkpoint only: no destination runs it.
-    Here,
-    /// The destination was told to run it, and has not said that it loaded the devices.
-    InDoubt,
-    /// At the destination, which lacks a part of its memory.
-    There,
-    /// At the destination, with all of its memory.
-    Complete,
-}
+use crate::{channel_end::end_by, error::Error};
 
-impl Whereabouts {
-    /// Where the VM is after an attempt that began or was seen at `self` and failed with `error`, and the error to report.
-    ///
-    /// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. `left`: how many pages
-    /// with content it lacks, if it is known. An end of the connection says nothing, however it comes: a proxy may have
-    /// ended it, and the destination may have RUN already and load the devices.
-    pub(super) fn after_failure(self, loaded: bool, left: Option<u64>, error: Error) -> (Whereabouts, Error) {
-        let vm = match self {
-            Whereabouts::InDoubt if loaded => Whereabouts::There,
-            Whereabouts::InDoubt if matches!(error, Error::Refused { .. }) => Whereabouts::Here,
-            vm => vm,
-        };
-        let error = match vm {
-            Whereabouts::Here | Whereabouts::Complete => error,
-            Whereabouts::InDoubt => Error::InDoubt { reason: Box::new(error) },
-            Whereabouts::There => Error::Incomplete { left, reason: Box::new(error) },
-        };
-        (vm, error)
-    }
+/// Where the VM is after an attempt that began or was seen at `vm` and failed with `error`, and the error to report.
+///
+/// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. `left`: how many pages
+/// with content it lacks, if it is known.
+pub(super) fn after_failure(vm: Whereabouts, loaded: bool, left: Option<u64>, error: Error) -> (Whereabouts, Error) {
+    let vm = vm.after(loaded, end_by(&error, false));
+    let error = match vm {
+        Whereabouts::Here | Whereabouts::Complete => error,
+        Whereabouts::InDoubt => Error::InDoubt { reason: Box::new(error) },
+        Whereabouts::There => Error::Incomplete { left, reason: Box::new(error) },
+    };
+    (vm, error)
 }
 
 #[cfg(test)]
@@ -41,7 +23,7 @@ mod tests {
     use super::*;
 
     fn after(vm: Whereabouts, loaded: bool, error: Error) -> (Whereabouts, Error) {
-        vm.after_failure(loaded, Some(7), error)
+        after_failure(vm, loaded, Some(7), error)
     }
 
     #[test]

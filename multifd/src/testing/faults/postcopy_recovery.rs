@@ -69,6 +69,14 @@ fn resume() -> Vec<u8> {
     encoded(|out| out.command(&Command::PostcopyResume))
 }
 
+/// Pages as a preempt connection brings them.
+fn words(pages: &[(&str, u64, u8)]) -> Vec<u8> {
+    let bytes = part(pages, false);
+    bytes[5..bytes.len() - 8 - 5].to_vec()
+}
+
+const LAST_WORD: &[u8] = b"\0\0\0\0\0\0\0\x10";
+
 /// Reads answers up to one that is `last`, or to the end.
 fn answers_until(main: &mut dyn Stream, last: impl Fn(&Message) -> bool) -> Vec<Message> {
     let (mut answers, mut bytes, mut part) = (Vec::new(), Vec::new(), [0; 1]);
@@ -198,10 +206,6 @@ fn a_source_goes_on_any_number_of_times_and_no_page_comes_twice() {
 /// A page that a thread of an old connection places after the source was told that it is missing would come twice.
 #[test]
 fn pages_of_old_and_new_preempt_connections_are_placed_once() {
-    let words = |pages: &[(&str, u64, u8)]| {
-        let bytes = part(pages, false);
-        bytes[5..bytes.len() - 8 - 5].to_vec()
-    };
     for cut in [0, 1, 3000] {
         let (outcome, calls, ram, ()) = received_from(patient(), None, move |source, _| {
             let main = source.begins(&given_away().bytes);
@@ -214,7 +218,7 @@ fn pages_of_old_and_new_preempt_connections_are_placed_once() {
                 let rest = missing(&bitmaps);
                 let (urgent, others) = rest.split_at(rest.len() / 2);
                 let mut preempt = source.connector.connect().unwrap();
-                preempt.write(&[words(urgent), b"\0\0\0\0\0\0\0\x10".to_vec()].concat(), &[]).unwrap();
+                preempt.write(&[&words(urgent), LAST_WORD].concat(), &[]).unwrap();
                 main.write(&[resume(), part(others, false), end()].concat(), &[]).unwrap();
                 let answers = answers_until(&mut *main, |answer| matches!(answer, Message::Shut(_)));
                 assert_eq!(answers, [Message::ResumeAck(1), Message::Shut(0)]);
@@ -243,6 +247,31 @@ fn channels_that_break_with_main_end_nothing() {
             source.goes_on()
         });
         assert_eq!((told, assert_whole(outcome, &calls, &ram).recoveries), (vec![3], 1));
+    }
+}
+
+/// The migration failed with the connection although nothing was missing, also where no source is waited for.
+#[test]
+fn a_preempt_connection_that_breaks_when_every_page_is_in_place_ends_nothing() {
+    for options in [no_channels(true), patient()] {
+        let (outcome, calls, ram, told) = received_from(options, None, |source, _| {
+            let main = &mut *source.begins(&given_away().bytes);
+            let mut preempt = source.connector.connect().unwrap();
+            let first = words(&DISCARDED[..1]);
+            preempt.write(&first, &[]).unwrap();
+            main.write(&part(&DISCARDED[1..], false), &[]).unwrap();
+            main.write(&encoded(|out| out.command(&Command::Ping(7))), &[]).unwrap();
+            answers_until(main, |answer| *answer == Message::Pong(7));
+            // Its page comes before this, and those of main are in place.
+            preempt.write(&first[..3], &[]).unwrap();
+            preempt.finish().unwrap();
+            // To its end: what that meant has been decided.
+            assert!(!preempt.read(&mut [0; 1]).is_ok_and(|n| n > 0));
+            let _ = main.write(&end(), &[]);
+            answers_until(main, |answer| matches!(answer, Message::Shut(_)))
+        });
+        assert_eq!(assert_whole(outcome, &calls, &ram).recoveries, 0);
+        assert_eq!(told, [Message::Shut(0)]);
     }
 }
 
