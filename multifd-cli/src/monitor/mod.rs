@@ -49,6 +49,8 @@ pub struct Refusal {
     pub message: String,
     /// The monitor is gone, or does not answer.
     pub lost: bool,
+    /// QEMU itself has said no. Otherwise, of a command that was sent, it is not known whether QEMU has run it.
+    pub refused: bool,
     /// No process listens there any more: the QEMU has ended.
     pub gone: bool,
 }
@@ -56,7 +58,7 @@ pub struct Refusal {
 impl Refusal {
     /// QEMU is not what it has to be.
     pub fn new(exit: Exit, message: impl Into<String>) -> Refusal {
-        Refusal { exit, message: message.into(), lost: false, gone: false }
+        Refusal { exit, message: message.into(), lost: false, refused: false, gone: false }
     }
 }
 
@@ -107,7 +109,7 @@ impl Monitor {
     /// Runs `command`, which may not be run twice.
     ///
     /// # Errors
-    /// QEMU refuses it, is gone, or does not answer in time; then it may have run it or not.
+    /// QEMU refuses it; or is gone, does not answer in time, or the wait was interrupted: then it may have run it or not.
     pub fn execute_once(&mut self, command: &str, arguments: Value) -> Result<Value, Refusal> {
         self.client.execute(command, arguments).map_err(|error| explain(&self.path, &error))
     }
@@ -210,7 +212,7 @@ fn explain(path: &Path, error: &Error) -> Refusal {
         }
         _ => (Exit::Failed, format!("{at}: {error}")),
     };
-    Refusal { exit, message, lost: error.is_lost(), gone: false }
+    Refusal { exit, message, lost: error.is_lost(), refused: matches!(error, Error::Refused { .. }), gone: false }
 }
 
 /// Where the two ends of the migration meet.

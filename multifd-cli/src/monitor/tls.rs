@@ -20,8 +20,10 @@ pub enum QemuIs {
 /// The certificates of the QEMU.
 #[derive(Default)]
 pub struct QemuTls {
-    /// Whether an object was made.
+    /// Whether an object was made, or may have been.
     made: bool,
+    /// Whether it is known.
+    is_certain: bool,
 }
 
 impl QemuTls {
@@ -43,14 +45,17 @@ impl QemuTls {
             let object = json!({
                 "qom-type": "tls-creds-x509", "id": OBJECT, "endpoint": endpoint, "verify-peer": true, "dir": dir
             });
-            monitor.execute_once("object-add", object).map_err(|refusal| {
+            let added = monitor.execute_once("object-add", object);
+            // One whose answer did not come may have made it.
+            self.made = added.as_ref().map_or_else(|refusal| !refusal.refused, |_| true);
+            self.is_certain = added.is_ok();
+            added.map_err(|refusal| {
                 let message = format!(
                     "QEMU cannot use the certificates in {}: {refusal}; --qemu-tls-creds names an object that it has",
                     dir.display()
                 );
                 Refusal { message, ..refusal }
             })?;
-            self.made = true;
         }
         wanted.set_parameter("tls-creds", json!(id.unwrap_or(OBJECT)));
         wanted.set_parameter("tls-hostname", json!(tls.tls_hostname.as_deref().unwrap_or_default()));
@@ -65,7 +70,10 @@ impl QemuTls {
         if !std::mem::take(&mut self.made) {
             return Ok(());
         }
-        monitor.execute_once("object-del", json!({ "id": OBJECT })).map(drop)
+        match monitor.execute_once("object-del", json!({ "id": OBJECT })) {
+            Err(refusal) if refusal.refused && !self.is_certain => Ok(()),
+            removed => removed.map(drop),
+        }
     }
 }
 

@@ -200,7 +200,8 @@ impl Migration<'_> {
         let mut qemu = None;
         let is_started = started.is_ok();
         if let Err(refusal) = started {
-            qemu = (!refusal.lost).then(|| (Status::Failed, Value::Null));
+            // One whose answer did not come may have begun.
+            qemu = refusal.refused.then(|| (Status::Failed, Value::Null));
             cause = Some(refusal);
         }
         // When the QEMU has to have ended the migration: after the receiver, or when it was told to.

@@ -150,7 +150,7 @@ fn migrate(
 ) -> Result<Outcome, Refusal> {
     let uri = listen(monitor, meeting)?;
     if interrupts.seen() {
-        return Err(Refusal::new(Exit::Cancelled, Error::Cancelled.to_string()));
+        return Err(Refusal::new(Exit::Cancelled, format!("{}. {MAY_LISTEN}", Error::Cancelled)));
     }
     let args = as_send(args, uri, look);
     if args.postcopy.is_asked_for() {
@@ -179,7 +179,14 @@ fn listen(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
         }
         listening => listening,
     };
-    listening.map_err(|refusal| Refusal { message: monitor::with_advice(&refusal.message, meeting), ..refusal })?;
+    listening.map_err(|refusal| {
+        let mut message = monitor::with_advice(&refusal.message, meeting);
+        if !refusal.refused && !refusal.gone {
+            message.push_str(". ");
+            message.push_str(MAY_LISTEN);
+        }
+        Refusal { message, ..refusal }
+    })?;
     let Uri::Tcp { host, port: 0 } = &meeting.uri else { return Ok(meeting.uri.clone()) };
     let (_, answer) = monitor.migration()?;
     let port = answer["socket-address"][0]["port"].as_str().and_then(|port| port.parse().ok());
@@ -278,5 +285,8 @@ fn is_uuid(text: &str) -> bool {
     text.bytes().any(|byte| !matches!(byte, b'0' | b'-'))
 }
 
+/// What to do about a QEMU that was told to wait for a VM that does not come.
+const MAY_LISTEN: &str =
+    "This QEMU may wait for a VM by now, and takes no second command to: end it with quit, and start it again";
 /// How long a QEMU may take to end a migration that is over.
 const END_LIMIT: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
 //! A QEMU with a guest, and the `multifd` command as a child with a time limit.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufRead, BufReader, Read},
     os::unix::process::ExitStatusExt,
     path::Path,
@@ -287,6 +287,42 @@ pub fn assert_same_memory(source: &mut Qemu, report: &Value) {
     let file = dump.display().to_string();
     source.qmp().execute("pmemsave", json!({ "val": (1u64 << 32) - size, "size": size, "filename": file })).unwrap();
     assert_eq!(block(report, "pc.bios")["digest"], digest(&dump));
+}
+
+/// As [`assert_same_memory`], and says where `checkpoint` differs.
+pub fn assert_same_memory_in(checkpoint: &Path, source: &mut Qemu, report: &Value) {
+    let ram = source.ram_file().unwrap();
+    let (ours, theirs) = (&block(report, "pc.ram")["digest"], digest(&ram));
+    if *ours != theirs {
+        let copy = source.path("extracted");
+        let extract = ["inspect", &checkpoint.display().to_string(), "--extract=pc.ram", "-o"].map(str::to_owned);
+        Multifd::start(extract.iter().map(String::as_str).chain([&*copy.display().to_string()])).done();
+        let (again, extracted) = (digest(&ram), digest(&copy));
+        let pages = pages_that_differ(&copy, &ram);
+        panic!("the report says {ours}, the file has {extracted}; the source has {theirs}, then {again}:\n{pages}");
+    }
+    assert_same_memory(source, report);
+}
+
+/// The first pages that differ, with the first bytes that do.
+fn pages_that_differ(ours: &Path, theirs: &Path) -> String {
+    let (ours, theirs) = (fs::read(ours).unwrap(), fs::read(theirs).unwrap());
+    let pages = ours.chunks(4096).zip(theirs.chunks(4096)).enumerate();
+    let differ: Vec<_> = pages.filter(|(_, (a, b))| a != b).collect();
+    let told = differ.iter().take(40).map(|(page, (a, b))| {
+        let at: Vec<usize> = (0..a.len()).filter(|&at| a[at] != b[at]).collect();
+        let first = at[0] & !7;
+        let word = |bytes: &[u8]| bytes[first..bytes.len().min(first + 16)].to_vec();
+        let zero = a.iter().all(|byte| *byte == 0);
+        format!(
+            "page {page}: {} bytes differ, from {first}: {:02x?} here ({}), {:02x?} there\n",
+            at.len(),
+            word(a),
+            if zero { "all zero" } else { "content" },
+            word(b)
+        )
+    });
+    format!("{} pages differ\n{}", differ.len(), told.collect::<String>())
 }
 
 /// Lets `qemu`, a source, migrate to `uri`, and waits until it says that it has.

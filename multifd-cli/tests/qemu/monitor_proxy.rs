@@ -5,7 +5,7 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
@@ -132,4 +132,70 @@ fn fail(to_client: &mut UnixStream, fault: Fault, path: &Path) {
         }
     }
     let _ = to_client.shutdown(std::net::Shutdown::Both);
+}
+
+/// A monitor whose answers are held back from a command on: QEMU runs that, and the client does not learn it.
+pub struct HeldAnswers {
+    pub path: PathBuf,
+    state: Arc<(Mutex<Held>, Condvar)>,
+}
+
+#[derive(Default)]
+struct Held {
+    /// Lines that came from the client since the command, with it.
+    lines: usize,
+    released: bool,
+}
+
+impl HeldAnswers {
+    /// Listens at `path` for one client, and passes on to the monitor at `to`. Answers are held from `command` on.
+    pub fn of(path: &Path, to: &Path, command: &'static str) -> HeldAnswers {
+        let listener = UnixListener::bind(path).unwrap();
+        let server = UnixStream::connect(to).unwrap();
+        let state = Arc::new((Mutex::new(Held::default()), Condvar::new()));
+        let held = HeldAnswers { path: path.to_owned(), state: state.clone() };
+        thread::spawn(move || {
+            let (client, _) = listener.accept().unwrap();
+            let (mut answers, mut to_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            let gate = state.clone();
+            thread::spawn(move || {
+                let mut part = [0; 4096];
+                while let Ok(len @ 1..) = std::io::Read::read(&mut answers, &mut part) {
+                    let held = gate.0.lock().unwrap();
+                    drop(gate.1.wait_while(held, |held| held.lines > 0 && !held.released).unwrap());
+                    if to_client.write_all(&part[..len]).is_err() {
+                        return;
+                    }
+                }
+            });
+            let mut to_server = server.try_clone().unwrap();
+            for line in BufReader::new(client).lines().map_while(Result::ok) {
+                let message: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let mut held = state.0.lock().unwrap();
+                if held.lines > 0 || message["execute"] == command {
+                    held.lines += 1;
+                    state.1.notify_all();
+                }
+                drop(held);
+                if to_server.write_all(format!("{line}\n").as_bytes()).is_err() {
+                    break;
+                }
+            }
+            let _ = server.shutdown(std::net::Shutdown::Both);
+        });
+        held
+    }
+
+    /// Waits until the client has sent `lines`, the first of which is the command.
+    pub fn wait_lines(&self, lines: usize, limit: Duration) {
+        let held = self.state.0.lock().unwrap();
+        let (held, _) = self.state.1.wait_timeout_while(held, limit, |held| held.lines < lines).unwrap();
+        assert!(held.lines >= lines, "{} of {lines} lines", held.lines);
+    }
+
+    /// Lets the answers through.
+    pub fn release(&self) {
+        self.state.0.lock().unwrap().released = true;
+        self.state.1.notify_all();
+    }
 }

@@ -14,7 +14,7 @@ use test_support::{TempDir, report, time_limit};
 
 use crate::{
     harness::{LIMIT, MIB, Multifd, TEST_LIMIT, UUID, assert_goes_on, assert_runs_on, entries, guest, vm},
-    monitor_proxy::{Fault, MonitorProxy},
+    monitor_proxy::{Fault, HeldAnswers, MonitorProxy},
 };
 
 const TABLE: &str = "qmp verbs";
@@ -429,6 +429,47 @@ fn an_interrupted_checkpoint_leaves_no_file_and_the_guest_runs_on() {
         }
         assert_runs_on(&mut source);
         assert_eq!(entries(dir.path()), ["source-qmp"]);
+    });
+}
+
+/// QEMU migrates, and the interrupted command does not know: it ends the migration before it puts the settings back, which a
+/// QEMU that migrates refuses.
+#[test]
+fn a_checkpoint_that_is_interrupted_before_the_answer_to_migrate_ends_the_migration() {
+    each_version("checkpoint is interrupted at migrate", |installed, machine| {
+        let dir = TempDir::new().unwrap();
+        let (mut source, qmp) = odd_source(&dir, installed, machine);
+        let before = settings(source.qmp());
+        let proxy = HeldAnswers::of(&dir.join("held"), &qmp, "migrate");
+        let running = checkpoint(&proxy.path, &dir.join("checkpoint"), &["--max-bandwidth=1M"]);
+        proxy.wait_lines(1, LIMIT);
+        running.signal(Signal::INT);
+        proxy.wait_lines(2, LIMIT);
+        proxy.release();
+        running.end().failed(3, "cancelled");
+        assert_eq!(source.qmp().migration_status().unwrap(), Status::Cancelled);
+        assert_eq!(settings(source.qmp()), before);
+        assert_runs_on(&mut source);
+        assert!(!dir.join("checkpoint").exists());
+    });
+}
+
+#[test]
+fn a_restore_that_is_interrupted_before_the_answer_to_migrate_incoming_says_what_qemu_may_do() {
+    newest("restore is interrupted at migrate-incoming", |installed, machine| {
+        let dir = TempDir::new().unwrap();
+        let (_source, qmp) = odd_source(&dir, installed, machine);
+        let file = dir.join("checkpoint");
+        checkpoint(&qmp, &file, &["--resume"]).done();
+        let builder = vm(installed, machine).uuid(UUID).incoming();
+        let (_destination, qmp) = start(&dir, "destination-qmp", builder);
+        let proxy = HeldAnswers::of(&dir.join("held"), &qmp, "migrate-incoming");
+        let running = restore(&file, &proxy.path, &[]);
+        proxy.wait_lines(1, LIMIT);
+        running.signal(Signal::INT);
+        proxy.wait_lines(2, LIMIT);
+        proxy.release();
+        running.end().failed(3, "end it with quit");
     });
 }
 

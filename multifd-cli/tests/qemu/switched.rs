@@ -10,8 +10,8 @@ use test_support::{TempDir, report, skip, time_limit};
 use crate::{
     cutter::Cutter,
     harness::{
-        LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_runs_on, assert_same_memory, block, entries,
-        listen, load_file, receive_uri, vm,
+        LIMIT, Multifd, Settings, TEST_LIMIT, assert_goes_on, assert_runs_on, assert_same_memory,
+        assert_same_memory_in, block, entries, listen, load_file, receive_uri, vm,
     },
 };
 
@@ -212,7 +212,7 @@ fn connections_break_among_the_pages(sources: &[Source]) {
             let received = receive.done();
             wait_status(&mut qemu, "completed");
             assert_eq!((&received["mode"], &received["recoveries"]), (&"postcopy".into(), &2.into()));
-            assert_same_memory(&mut qemu, &received);
+            assert_same_memory_in(&file, &mut qemu, &received);
             let mut destination = vm(&installed, source.machine).incoming().start().unwrap();
             Settings::default().apply(&mut destination);
             let uri = listen(&mut destination, false);
