@@ -67,12 +67,17 @@ impl Run {
 
     /// Main has written a page.
     pub(super) fn wrote(&mut self, block: usize, offset: u64) {
-        self.main_pages += 1;
         self.shared.options.trace.step(|| {
             let layout = lock(&self.shared.pages).as_ref().map(|pages| pages.layout.clone());
             let page = layout.map(|layout| layout.blocks()[block].page_at(offset));
             Step::Apply(Party::Main, page.into_iter().collect())
         });
+        self.count(block, offset);
+    }
+
+    /// Main has brought a page that is in place.
+    pub(super) fn count(&mut self, block: usize, offset: u64) {
+        self.main_pages += 1;
         if let Some(audit) = &self.audit {
             audit.wrote(block, &[offset], Party::Main, self.rounds);
         }

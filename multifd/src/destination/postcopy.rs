@@ -14,13 +14,17 @@ use multifd_proto::{
     vmdesc,
 };
 
-use super::{Mode, Run, Target, shared::Pages};
+use super::{
+    Mode, Run, Target,
+    shared::{Pages, Shared},
+};
 use crate::{
     channel_end::local,
     error::{Error, Mismatch, Place},
     layout::BlockLayout,
+    postcopy::trace::{HandOver, Via},
     progress::{Observer, Phase},
-    round::discarded::Discarded,
+    round::{discarded::Discarded, trace::Step},
     stop::StopHandle,
     sync::{Arc, Condvar, Deadline, Mutex, lock, wait, wait_for},
     transport::Stopper,
@@ -304,7 +308,8 @@ impl Run {
         for range in ranges {
             let page_size = self.shared.page_size as u64;
             let range = range.check(block, layout.bytes(), page_size).map_err(Error::protocol(place))?;
-            discarded.discard(layout, &range).map_err(Error::protocol(place))?;
+            let given_up = discarded.discard(layout, &range).map_err(Error::protocol(place))?;
+            self.shared.step(|| HandOver::Discard(given_up.collect()));
             pages.sink.discard(index, range).map_err(Error::io(place))?;
         }
         Ok(())
@@ -322,6 +327,7 @@ impl Run {
         self.paused = true;
         self.enter_once(Phase::Switchover, observer);
         self.shared.barrier.close(place)?;
+        self.shared.step(|| HandOver::Barrier);
         self.look_at_members();
         let discarded = Discarded::new(&pages.layout).map_err(Error::io(place))?;
         lock(&self.shared.switch.state).discarded = Some(discarded);
@@ -345,6 +351,7 @@ impl Run {
         self.package = Some(devices);
         self.no_round_is_missing(&pages)?;
         let blocks = self.main().decoder().blocks().into();
+        self.shared.step(|| HandOver::Run);
         lock(&self.shared.switch.state).blocks = Some(blocks);
         self.shared.switch.changed.notify_all();
         if self.shared.may_go_on() {
@@ -382,8 +389,8 @@ impl Run {
             None => pages.sink.zero(block, &[offset]),
         };
         self.writes(block, offset);
-        self.shared.switch.place(&pages, block, offset, place, put)?;
-        self.wrote(block, offset);
+        self.shared.place(&pages, block, offset, place, put)?;
+        self.count(block, offset);
         let content = u64::from(payload.is_some());
         self.shared.progress.add_pages(content, 1 - content);
         Ok(())
@@ -399,7 +406,9 @@ impl Run {
         }
         let connections = self.shared.connections.clone();
         let patience = self.shared.options.setup_timeout;
-        self.shared.switch.await_pages(patience, || connections.any_is_silent())
+        self.shared.switch.await_pages(patience, || connections.any_is_silent())?;
+        self.shared.step(|| HandOver::End);
+        Ok(())
     }
 
     /// Every page is in place after a switch: hands the devices over.
@@ -414,6 +423,29 @@ impl Run {
 
     pub(super) fn pages(&self) -> Pages {
         lock(&self.shared.pages).clone().expect("the decoder lets no switch pass before the block list")
+    }
+}
+
+impl Shared {
+    /// A step of the hand-over happens.
+    pub(super) fn step(&self, step: impl FnOnce() -> HandOver) {
+        self.options.trace.step(|| Step::HandOver(step()));
+    }
+
+    /// [Places](Switch::place) a page that came on the connection of `place`.
+    pub(super) fn place(
+        &self,
+        pages: &Pages,
+        block: usize,
+        offset: u64,
+        place: Place,
+        put: impl FnOnce() -> std::io::Result<()>,
+    ) -> Result<(), Error> {
+        self.switch.place(pages, block, offset, place, || {
+            let page = pages.layout.blocks()[block].page_at(offset);
+            self.step(|| HandOver::Place(Via::of(place.connection), page));
+            put()
+        })
     }
 }
 

@@ -29,8 +29,8 @@ pub(super) struct PreemptReader<'a> {
     used: u64,
     /// Whether a word of it was accepted: from then on it is a part of the migration.
     accepted: bool,
-    /// It has said its last word.
-    is_over: bool,
+    /// What has been said.
+    decoder: PreemptDecoder,
 }
 
 impl<'a> PreemptReader<'a> {
@@ -41,7 +41,15 @@ impl<'a> PreemptReader<'a> {
         number: usize,
         shared: &'a Arc<Shared>,
     ) -> PreemptReader<'a> {
-        PreemptReader { stream, number, shared, buf: heard.to_vec(), used: 0, accepted: false, is_over: false }
+        PreemptReader {
+            stream,
+            number,
+            shared,
+            buf: heard.to_vec(),
+            used: 0,
+            accepted: false,
+            decoder: PreemptDecoder::new(),
+        }
     }
 
     /// Takes pages until the connection ends.
@@ -71,7 +79,7 @@ impl<'a> PreemptReader<'a> {
                 error => format!("ends in the middle of its first word: {error}"),
             }));
         }
-        if self.is_over && self.shared.meaning(Reached::Whole, &error) == Meaning::Finished {
+        if self.decoder.ended() && self.shared.meaning(Reached::Whole, &error) == Meaning::Finished {
             return Ok(());
         }
         self.shared.break_off(error).map_err(|error| {
@@ -81,10 +89,9 @@ impl<'a> PreemptReader<'a> {
     }
 
     fn words(&mut self, blocks: &[BlockEntry]) -> Result<(), Error> {
-        let mut decoder = PreemptDecoder::new();
         loop {
             let place = self.place();
-            let step = decoder.step(&self.buf, blocks, self.shared.page_size).map_err(Error::protocol(place))?;
+            let step = self.decoder.step(&self.buf, blocks, self.shared.page_size).map_err(Error::protocol(place))?;
             let (item, used) = match step {
                 Step::Item { item, used } => (item, used),
                 Step::Need(total) => match self.fill(total)? {
@@ -101,7 +108,7 @@ impl<'a> PreemptReader<'a> {
                 PreemptItem::Page { block, offset } => self.page(block, offset, place)?,
                 PreemptItem::Zero { block, offset } => self.zero(block, offset, place)?,
                 // What follows it is refused by the decoder.
-                PreemptItem::End => self.is_over = true,
+                PreemptItem::End => {}
             }
         }
     }
@@ -112,9 +119,7 @@ impl<'a> PreemptReader<'a> {
             return Err(Error::Io { at: self.place(), source: io::ErrorKind::UnexpectedEof.into() });
         }
         let Some(pages) = lock(&self.shared.pages).clone() else { return Err(Error::Stopped) };
-        self.shared
-            .switch
-            .place(&pages, block, offset, place, || pages.sink.store(block, &[offset], &self.buf[..len]))?;
+        self.shared.place(&pages, block, offset, place, || pages.sink.store(block, &[offset], &self.buf[..len]))?;
         self.use_up(len);
         self.shared.progress.add_pages(1, 0);
         Ok(())
@@ -122,7 +127,7 @@ impl<'a> PreemptReader<'a> {
 
     fn zero(&mut self, block: usize, offset: u64, place: Place) -> Result<(), Error> {
         let Some(pages) = lock(&self.shared.pages).clone() else { return Err(Error::Stopped) };
-        self.shared.switch.place(&pages, block, offset, place, || pages.sink.zero(block, &[offset]))?;
+        self.shared.place(&pages, block, offset, place, || pages.sink.zero(block, &[offset]))?;
         self.shared.progress.add_pages(0, 1);
         Ok(())
     }

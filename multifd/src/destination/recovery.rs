@@ -28,6 +28,7 @@ use super::{
 use crate::{
     channel_end::end_by,
     error::{Connection, Error, Place},
+    postcopy::trace::HandOver,
     progress::{Event, Observer},
     pulse::Pulse,
     sync::{Arc, Deadline, lock, wait_for},
@@ -91,12 +92,14 @@ impl Run {
     fn next_main(&mut self, deadline: Deadline) -> Result<bool, Error> {
         let shared = self.shared.clone();
         shared.connections.end_members(&shared.switch.suspend());
-        shared.switch.await_suspension(|| !shared.connections.members_have_threads())?;
+        shared.await_suspension()?;
+        shared.step(|| HandOver::Break);
         shared.connections.forget_main();
         let Some((number, mut main)) = self.await_next_main(deadline)? else { return Ok(false) };
         let at = Place { connection: Connection::Main, offset: 0 };
         shared.connections.main_is_here(number, main.receives.interrupter().map_err(Error::io(at))?);
         shared.connections.advance(number, Stage::Member);
+        shared.step(|| HandOver::Recover);
         shared.switch.go_on_from(number);
         // By now its break would be noticed by nobody else.
         shared.watch_for_breaks(shared.options.setup_timeout);
@@ -170,6 +173,15 @@ impl Shared {
         }
         self.main_changed.notify_all();
         Ok(())
+    }
+
+    /// Waits until no thread of an old connection places a page any more.
+    fn await_suspension(&self) -> Result<(), Error> {
+        #[cfg(any(test, feature = "broken-variants"))]
+        if self.options.broken == Some(crate::testing::broken::Broken::TellsTooEarly) {
+            return Ok(());
+        }
+        self.switch.await_suspension(|| !self.connections.members_have_threads())
     }
 
     /// Whether a source that has lost its connections may go on over new ones.

@@ -2,7 +2,12 @@
 
 use multifd_proto::encoder::MainEncoder;
 
-use super::{Attempt, figures::Reason, inbox::Urgent};
+use super::{
+    Attempt,
+    figures::Reason,
+    inbox::Urgent,
+    trace::{HandOver, Via},
+};
 use crate::{
     error::{Connection, Error, Place},
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -63,7 +68,8 @@ impl PageConnection {
         let job = self.attempt.job.clone();
         let mut answered = false;
         for batch in batches(urgent.pages.clone(), ANSWER) {
-            let claimed: Vec<u64> = batch.filter(|&page| job.claims.claim(page)).collect();
+            let claimed: Vec<u64> = batch.filter(|&page| job.claim(page)).collect();
+            self.sends(&claimed);
             self.send_claimed(&claimed, Reason::Asked)?;
             answered |= !claimed.is_empty();
         }
@@ -72,6 +78,11 @@ impl PageConnection {
             job.figures.add_latency(urgent.asked.elapsed());
         }
         Ok(())
+    }
+
+    /// Tells that `pages` are about to be sent.
+    pub(super) fn sends(&self, pages: &[u64]) {
+        self.attempt.job.step(|| HandOver::Send(Via::of(self.connection), pages.to_vec()));
     }
 
     /// Sends `pages`, which this thread has claimed, in order.

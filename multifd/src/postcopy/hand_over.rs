@@ -9,7 +9,7 @@ use multifd_proto::{
     ram::BlockEntry,
 };
 
-use super::{Claims, Options, Prefetch, Whereabouts, figures::Reason, link::Link, pages::FilePages};
+use super::{Claims, Options, Prefetch, Whereabouts, figures::Reason, link::Link, pages::FilePages, trace::HandOver};
 use crate::{
     beside_ram::BesideRam, checkpoint::Checkpoint, error::Error, layout::BlockLayout, progress::Phase, sync::Deadline,
     vm::VmError,
@@ -93,6 +93,7 @@ impl Link<'_> {
         about_to_run().map_err(Error::vm("be noted as handed over"))?;
         // From the first byte of RUN on the destination may run the VM.
         self.vm = Whereabouts::InDoubt;
+        self.job().step(|| HandOver::Give);
         self.inbox().update(|mail| mail.run_sent = true);
         self.answer_on_preempt()?;
         self.main().encoder().raw(&run).command(&Command::Ping(4));
@@ -143,6 +144,7 @@ impl Link<'_> {
         self.main().encoder().ram_part(opening.ram_section, false);
         for pages in opening.before_run.chunks(PREFETCHED_AT_ONCE) {
             let claimed: Vec<u64> = pages.iter().copied().filter(|&page| job.claims.claim(page)).collect();
+            job.step(|| HandOver::Final(claimed.clone()));
             self.main().send_claimed(&claimed, Reason::Prefetch)?;
         }
         self.main().encoder().eos().footer(opening.ram_section);

@@ -29,11 +29,14 @@ mod recovery;
 mod return_path;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
+pub(crate) mod trace;
 mod whereabouts;
 
 use multifd_proto::ram::BlockEntry;
 
-use self::{claims::Claims, figures::Figures, hand_over::Opening, inbox::Inbox, link::Link, pages::FilePages};
+use self::{
+    claims::Claims, figures::Figures, hand_over::Opening, inbox::Inbox, link::Link, pages::FilePages, trace::HandOver,
+};
 pub use self::{
     figures::{Latency, Report},
     options::{Options, PageAddress, Prefetch},
@@ -45,6 +48,7 @@ use crate::{
     error::Error,
     progress::{Phase, Progress},
     pulse::Pulse,
+    round::trace::Step,
     stop::StopHandle,
     sync::{
         Arc,
@@ -194,6 +198,19 @@ impl Source {
 }
 
 impl Job {
+    /// Claims `page`, which the destination asks for. `false`: another thread has, or has done so before.
+    fn claim(&self, page: u64) -> bool {
+        let free = self.claims.claim(page);
+        #[cfg(any(test, feature = "broken-variants"))]
+        let free = free || self.options.broken == Some(crate::testing::broken::Broken::SourceIgnoresItsBits);
+        free
+    }
+
+    /// A step happens.
+    fn step(&self, step: impl FnOnce() -> HandOver) {
+        self.options.trace.step(|| Step::HandOver(step()));
+    }
+
     /// The destination waits for a page before `page`: the background goes on from there.
     fn go_on_from(&self, page: u64) {
         self.after_fault.store(page, Relaxed);

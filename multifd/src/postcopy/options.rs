@@ -6,6 +6,7 @@ use multifd_proto::BlockName;
 
 use crate::{
     layout::Layout,
+    round::trace::Trace,
     sync::Arc,
     threads::{StdThreads, Threads},
 };
@@ -36,6 +37,11 @@ pub struct Options {
     pub(super) loading_limit: Duration,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
+    /// Who is told of each step.
+    pub(crate) trace: Trace,
+    /// A defect to be caught.
+    #[cfg(any(test, feature = "broken-variants"))]
+    pub(crate) broken: Option<crate::testing::broken::Broken>,
 }
 
 impl Default for Options {
@@ -54,6 +60,9 @@ impl Default for Options {
             // QEMU gives the sign in some ten milliseconds.
             loading_limit: Duration::from_millis(500),
             threads: Arc::new(StdThreads),
+            trace: Trace::default(),
+            #[cfg(any(test, feature = "broken-variants"))]
+            broken: None,
         }
     }
 }

@@ -26,10 +26,12 @@ impl Link<'_> {
         let mut pace = Pace::new(job.options.max_bandwidth);
         for pages in first.chunks(batch) {
             let claimed: Vec<u64> = pages.iter().copied().filter(|&page| job.claims.claim(page)).collect();
+            self.main().sends(&claimed);
             self.one_batch(&claimed, Reason::Prefetch, &mut pace)?;
         }
         let mut next = 0;
         while let Some(pages) = next_batch(&job, &mut next, batch) {
+            self.main().sends(&pages);
             self.one_batch(&pages, Reason::Background, &mut pace)?;
         }
         self.push_zeros()
@@ -54,6 +56,7 @@ impl Link<'_> {
                 return Ok(());
             }
             self.serve(Deadline::after(Some(Duration::ZERO)), |_| false)?;
+            self.main().sends(&pages);
             self.main().send_claimed(&pages, Reason::Zero)?;
         }
     }

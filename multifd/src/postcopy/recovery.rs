@@ -2,7 +2,9 @@
 
 use multifd_proto::command::Command;
 
-use super::link::Link;
+use super::{link::Link, trace::HandOver};
+#[cfg(any(test, feature = "broken-variants"))]
+use crate::testing::broken::Broken;
 use crate::{error::Error, progress::Phase, sync::Deadline};
 
 impl Link<'_> {
@@ -25,8 +27,16 @@ impl Link<'_> {
         self.inbox().wait(Deadline::after(None), |mail| mail.bitmaps_due == 0)?;
         let received = self.inbox().update(|mail| std::mem::take(&mut mail.received));
         for (block, bitmap) in blocks.iter().zip(&received) {
+            #[cfg(any(test, feature = "broken-variants"))]
+            if job.options.broken == Some(Broken::SourceKeepsItsBits) {
+                break;
+            }
             job.claims.set_received(block.page_range(), bitmap);
         }
+        job.step(|| {
+            let claimed = |&page: &u64| job.claims.contains(page);
+            HandOver::Bits(blocks.iter().flat_map(|block| block.page_range()).filter(claimed).collect())
+        });
         self.left_is_known = true;
         self.job().pages.check_unchanged()?;
         // Requests for pages that are claimed are not answered: only from here on they are right.

@@ -1,8 +1,11 @@
-//! The steps of the protocol as they happen, for a checker that knows the machine of the proofs (`proof/round_law.py`).
+//! The steps of the protocol as they happen, for a checker that knows the machine of the proofs (`proof/round_law.py`), and those of
+//! a postcopy for another one.
 //!
 //! Each has the name that it has there. In test builds they are recorded; elsewhere nothing is left of it.
 
 use multifd_proto::rounds::Party;
+
+use crate::postcopy::trace::HandOver;
 
 /// One step. Pages are numbers of the layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +34,8 @@ pub(crate) enum Step {
     Arrive(Party),
     /// The destination starts the guest.
     Start,
+    /// One of the hand-over law, which is none of the rounds'.
+    HandOver(HandOver),
 }
 
 #[cfg(any(test, feature = "broken-variants", feature = "fuzzing"))]

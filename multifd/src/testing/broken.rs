@@ -25,6 +25,12 @@ pub enum Broken {
     SyncPagesDropped,
     /// Source: dirty tracking starts when round 0 has been read, not before.
     TrackingStartsLate,
+    /// Source of a postcopy: a page that is asked for is sent, whether another thread has sent it or not.
+    SourceIgnoresItsBits,
+    /// Source of a postcopy: it goes on with what it has sent, and not with what the destination has.
+    SourceKeepsItsBits,
+    /// Destination: it says what it has before the threads of the connections that were lost have ended.
+    TellsTooEarly,
 }
 
 impl Broken {

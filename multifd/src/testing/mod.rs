@@ -27,6 +27,10 @@ mod distance;
 mod far;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod faults;
+#[cfg(all(test, not(loom)))]
+mod hand_over;
+#[cfg(all(test, not(loom)))]
+mod handed_over;
 #[cfg(all(test, loom))]
 mod loom;
 #[cfg(all(test, not(loom)))]
@@ -39,6 +43,8 @@ mod openings;
 pub(crate) mod registered;
 #[cfg(all(test, shuttle))]
 mod shuttle;
+#[cfg(all(test, shuttle))]
+mod shuttle_postcopy;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod steering;
 #[cfg(all(test, not(any(loom, shuttle))))]

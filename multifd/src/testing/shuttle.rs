@@ -420,7 +420,7 @@ fn explore_endings(name: &str, count: usize, body: impl Fn() -> Outcome + Send +
 }
 
 /// Runs `body` under random and under PCT schedules.
-fn explore(name: &str, count: usize, body: impl Fn() + Send + Sync + 'static) {
+pub(super) fn explore(name: &str, count: usize, body: impl Fn() + Send + Sync + 'static) {
     explore_and_tell(name, count, body, String::new);
 }
 
@@ -438,7 +438,7 @@ fn explore_and_tell(name: &str, count: usize, body: impl Fn() + Send + Sync + 's
 }
 
 /// Asserts that some schedule makes `body` fail with a message that contains `how`.
-fn must_be_caught(name: &str, how: &str, body: impl Fn() + Send + Sync + 'static) {
+pub(super) fn must_be_caught(name: &str, how: &str, body: impl Fn() + Send + Sync + 'static) {
     let begun = Instant::now();
     // PCT stops at the first that fails; random schedules, for comparison, mostly go on to the end.
     let (count, random_count, body) = (3000, schedules(1000), Arc::new(body));
