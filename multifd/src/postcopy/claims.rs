@@ -33,6 +33,11 @@ impl Claims {
         self.words[(page / 64) as usize].fetch_or(mask, Relaxed) & mask == 0
     }
 
+    /// Claims no page any more. No other thread claims pages meanwhile.
+    pub(super) fn clear(&self) {
+        self.words.iter().for_each(|word| word.store(0, Relaxed));
+    }
+
     /// Whether `page` is claimed.
     pub(super) fn contains(&self, page: u64) -> bool {
         self.words[(page / 64) as usize].load(Relaxed) >> (page % 64) & 1 == 1

@@ -149,6 +149,8 @@ impl Source {
     ) -> Result<(), Error> {
         assert_eq!(self.vm, Whereabouts::Here, "the VM was handed over before");
         let opening = self.opening.clone();
+        // What an attempt before has sent is at no destination that runs the VM.
+        self.job.claims.clear();
         self.attempt(to, |link| {
             link.hand_over(&opening, about_to_run)?;
             link.push(opening.after_run())

@@ -463,6 +463,25 @@ mod tests {
         });
     }
 
+    /// What the first destination had got was not sent to the second one, where it was zeros.
+    #[test]
+    fn a_second_destination_gets_what_a_first_one_had_that_did_not_run_the_vm() {
+        test_support::time_limit(LIMIT, || {
+            let original = Original::new();
+            // Among the pages that come before RUN.
+            for cut in [600, 2000, 4000] {
+                let plan = Plan { prefetch: true, ..Plan::default() };
+                let mut source = Source::new(&original.checkpoint, options(&plan, &Trace::default())).unwrap();
+                let first = attempt(&mut source, Plan { cuts: vec![cut], ..plan.clone() }, Trace::default());
+                assert!(first.sent.is_err() && first.received.is_err(), "{cut}");
+                assert_eq!(source.vm(), Whereabouts::Here, "{cut}");
+                let second = attempt(&mut source, plan, Trace::default());
+                second.sent.as_ref().unwrap();
+                second.assert_same();
+            }
+        });
+    }
+
     /// The destination would miss a page that was lost with its connection. (It gives up by the clock, which shuttle does not have.)
     #[test]
     fn a_source_that_goes_on_with_its_own_bits_is_caught() {
