@@ -20,7 +20,7 @@
 
 use crate::extension::MAX_DESCRIPTION;
 use crate::ids::BlockName;
-use crate::postcopy::{DiscardRange, MAX_DISCARD_RANGES};
+use crate::postcopy::{DiscardRange, discard::MAX_DISCARD_RANGES};
 use crate::violation::{DecodeError, ProtocolError, Violation};
 use crate::wire::{Reader, Step, Stop, Writer, step};
 

@@ -101,7 +101,7 @@ impl SourceCommit {
 
     /// Decides what `event` means. The first event that ends the commit decides its outcome.
     ///
-    /// A message that the phase does not [expect](SourceCommit::expects) is a rule broken by the peer. It counts as
+    /// A message that is not in its place in the phase is a rule broken by the peer. It counts as
     /// [`SourceEvent::Stopped`], but for RUNNING after the end of the stream: a peer that has everything and says that
     /// it runs is believed as far as to leave the guest paused.
     pub fn on(&mut self, event: SourceEvent) -> SourceAction {
@@ -131,7 +131,8 @@ impl SourceCommit {
 
     /// Whether `event` is in its place now. A message for which this is false is to be reported as a rule broken by the
     /// peer.
-    pub const fn expects(&self, event: SourceEvent) -> bool {
+    #[cfg(test)]
+    const fn expects(&self, event: SourceEvent) -> bool {
         match event {
             SourceEvent::EndBegins => matches!(self.phase, SourcePhase::Unsent),
             SourceEvent::Ready => matches!(self.phase, SourcePhase::AwaitsReady),
@@ -254,7 +255,8 @@ impl DestinationCommit {
 
     /// Whether `event` is in its place now. GO for which this is false is a rule broken by the peer, unless the destination has
     /// given up meanwhile.
-    pub const fn expects(&self, event: DestinationEvent) -> bool {
+    #[cfg(test)]
+    const fn expects(&self, event: DestinationEvent) -> bool {
         match event {
             DestinationEvent::Loaded => matches!(self.phase, DestinationPhase::Loading),
             DestinationEvent::Go => matches!(self.phase, DestinationPhase::AwaitsGo),

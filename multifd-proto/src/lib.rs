@@ -56,7 +56,7 @@ pub mod commit;
 pub mod convergence;
 pub mod encoder;
 pub mod extension;
-pub mod ids;
+mod ids;
 pub mod libvirt;
 pub mod machine;
 pub mod mapped_ram;

@@ -5,8 +5,6 @@
 
 use std::fmt;
 
-use crate::stream::Item;
-
 /// Which words on main end a round, together with one SYNC packet on every channel.
 ///
 /// Both dialects have a first sync point in the START section of `ram`, where they can be told apart: if FLUSH comes before
@@ -24,14 +22,6 @@ impl Dialect {
     /// The dialect of a versioned machine type such as `pc-i440fx-10.0`; nothing for an alias or a vendor's own version.
     pub fn of_machine(machine: &str) -> Option<Self> {
         version(machine).map(|version| if version >= (8, 1) { Self::PerRound } else { Self::PerSection })
-    }
-
-    /// Whether `item` is a sync point of this dialect.
-    pub const fn is_sync_point(self, item: &Item) -> bool {
-        match self {
-            Self::PerRound => matches!(item, Item::Flush),
-            Self::PerSection => matches!(item, Item::Eos),
-        }
     }
 }
 

@@ -253,21 +253,6 @@ impl MainDecoder {
         self.page_size
     }
 
-    /// The peer's machine type, once the configuration was read.
-    pub fn machine(&self) -> Option<&str> {
-        self.configuration.machine.as_deref()
-    }
-
-    /// The VM's uuid, if the peer validates it.
-    pub const fn uuid(&self) -> Option<[u8; 16]> {
-        self.configuration.uuid
-    }
-
-    /// What the peer offers, if it is an end of this implementation; known once the configuration was read.
-    pub const fn offer(&self) -> Option<&Offer> {
-        self.configuration.offer.as_ref()
-    }
-
     /// Whether header and configuration may still go on: the next item can be one of theirs.
     pub const fn in_configuration(&self) -> bool {
         matches!(self.state, State::Header | State::Configuration | State::Subsections)
@@ -308,11 +293,6 @@ impl MainDecoder {
     /// Whether all pages came is for the caller to know: nothing in such a stream says that they have.
     pub fn is_snapshot(&self) -> bool {
         self.state_ended() && self.ram.phase == RamPhase::Started
-    }
-
-    /// Whether the source has announced that it may switch to postcopy.
-    pub const fn may_switch_to_postcopy(&self) -> bool {
-        self.may_switch
     }
 
     /// Whether the source has begun to discard pages: it switches to postcopy, and what came on channels is over.

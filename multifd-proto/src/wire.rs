@@ -124,9 +124,9 @@ impl<'a> Writer<'a> {
 /// Too few bytes: `needed` more are required before progress is possible, perhaps not the last ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{needed} more bytes are needed")]
-pub struct Short {
+pub(crate) struct Short {
     /// At least this many bytes more; never 0.
-    pub needed: usize,
+    pub(crate) needed: usize,
 }
 
 /// What an incremental decoder made of the bytes it was shown.

@@ -45,7 +45,11 @@ fn every_stream_decodes_to_what_is_expected_and_to_the_memory_of_the_source() {
         decode_main(capture.main(), |decoder, at, item, payload| {
             account.count(at, item);
             ram.apply(decoder, item, payload);
-            if capture.channels > 0 && dialect.is_sync_point(item) {
+            let sync_point = match dialect {
+                Dialect::PerRound => Item::Flush,
+                Dialect::PerSection => Item::Eos,
+            };
+            if capture.channels > 0 && *item == sync_point {
                 account.sync_points += 1;
                 channels.iter_mut().for_each(|channel| channel.run_to_sync(&mut ram));
             }

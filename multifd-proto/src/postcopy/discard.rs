@@ -38,7 +38,7 @@ pub fn commands<'a>(block: &'a BlockName, ranges: &'a [DiscardRange]) -> impl It
 }
 
 /// The most ranges of one command: its payload has at most 65,535 bytes, with up to 258 of them for the block's name.
-pub const MAX_DISCARD_RANGES: usize = (u16::MAX as usize - 258) / 16;
+pub(crate) const MAX_DISCARD_RANGES: usize = (u16::MAX as usize - 258) / 16;
 
 #[cfg(test)]
 mod tests {

@@ -24,7 +24,7 @@ mod request;
 
 pub use self::{
     connection_end::{MeaningAfterSwitch, ReachedAfterSwitch, Whereabouts, meaning_after_switch},
-    discard::{DiscardRange, MAX_DISCARD_RANGES},
+    discard::DiscardRange,
     preempt::{PreemptDecoder, PreemptItem},
     request::{Request, Requests},
 };
