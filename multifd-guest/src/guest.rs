@@ -363,7 +363,7 @@ impl Guest {
         } else if self.missing.iter().any(|missing| missing.name == CONFIG_SECTION) {
             return Err(GuestError::ConfigNotFirst);
         } else {
-            match &self.cpus {
+            match &mut self.cpus {
                 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
                 Cpus::Kvm(cpus) if id.name == kvm::CLOCK_SECTION => cpus.load_clock(input)?,
                 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -371,8 +371,20 @@ impl Guest {
                 Cpus::Process(cpus) => cpus.load(id.instance, input).map_err(in_section(id))?,
             }
         }
+        if self.missing.len() == 1 {
+            self.finish_loading()?;
+        }
         self.missing.remove(expected);
         Ok(())
+    }
+
+    /// With its last section a guest has all of its state.
+    fn finish_loading(&mut self) -> Result<(), GuestError> {
+        match &mut self.cpus {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Cpus::Kvm(cpus) => Ok(cpus.finish_loading()?),
+            Cpus::Process(_) => Ok(()),
+        }
     }
 
     fn in_words(&self) -> String {

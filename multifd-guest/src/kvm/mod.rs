@@ -11,6 +11,7 @@
 //! ```
 
 mod code;
+mod parallel;
 mod state;
 
 use std::{
@@ -37,7 +38,10 @@ use multifd::{
 pub use self::state::StateError;
 #[cfg(test)]
 pub(crate) use self::state::without_vectors;
-use self::state::{CpuState, clock_from_body, clock_to_body};
+use self::{
+    parallel::Background,
+    state::{CpuState, clock_from_body, clock_to_body},
+};
 use crate::{
     guest::{GuestError, SavedSection},
     log::{self, Chosen, DirtyLogChoice},
@@ -52,8 +56,10 @@ use crate::{
 pub(crate) struct KvmCpus {
     cpus: Vec<Cpu>,
     pattern: Pattern,
-    supported: CpuId,
+    supported: Arc<CpuId>,
     msrs: Vec<u32>,
+    /// vCPUs that are taking their state.
+    loading: Background<StateError>,
     // Fields are dropped in this order: threads end first, memory goes last.
     vm: VmFd,
     slots: Vec<Slot>,
@@ -100,7 +106,8 @@ impl KvmCpus {
         slots.iter().try_for_each(|slot| slot.attach(&vm)).map_err(no_kvm)?;
         let msrs = kvm.get_msr_index_list().map_err(no_kvm)?.as_slice().to_vec();
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(no_kvm)?;
-        let mut guest = KvmCpus { cpus: Vec::new(), pattern, supported, msrs, vm, slots };
+        let (supported, loading) = (Arc::new(supported), Background::new());
+        let mut guest = KvmCpus { cpus: Vec::new(), pattern, supported, msrs, loading, vm, slots };
         for index in 0..count {
             let pacer = Pacer::new(rate, count as u64, PAGE_SIZE as u64);
             let reins = Arc::new(Reins::new(pacer, mailbox.clone(), mailbox_word(index)));
@@ -184,9 +191,22 @@ impl KvmCpus {
         self.reins().try_for_each(|reins| reins.wait_paused())
     }
 
-    /// Takes the state of vCPU `index`, which never ran.
-    pub(crate) fn load_cpu(&self, index: u32, input: &mut dyn Read) -> Result<(), StateError> {
-        CpuState::from_body(input)?.set(&self.cpus[index as usize].fd(), &self.supported)
+    /// Reads the state of vCPU `index`, which never ran, and begins to give it to the vCPU.
+    ///
+    /// # Errors
+    /// The body's, or that of a vCPU before.
+    pub(crate) fn load_cpu(&mut self, index: u32, input: &mut dyn Read) -> Result<(), StateError> {
+        let state = CpuState::from_body(input)?;
+        let (fd, supported) = (self.cpus[index as usize].fd.clone(), self.supported.clone());
+        self.loading.begin(move || state.set(&lock(&fd), &supported))
+    }
+
+    /// Waits until all vCPUs have their states.
+    ///
+    /// # Errors
+    /// The first vCPU's that did not take its own.
+    pub(crate) fn finish_loading(&mut self) -> Result<(), StateError> {
+        self.loading.finish()
     }
 
     /// Takes the time of the clock.
@@ -205,10 +225,9 @@ impl KvmCpus {
 
     /// The sections of the paused machine.
     pub(crate) fn save(&self) -> Result<Vec<SavedSection>, StateError> {
-        let mut sections = Vec::new();
-        for (index, cpu) in (0..).zip(&self.cpus) {
-            sections.push((CPU_SECTION, index, VERSION, CpuState::get(&cpu.fd(), &self.msrs)?.to_body()));
-        }
+        let states = parallel::map(&self.cpus, |cpu| CpuState::get(&cpu.fd(), &self.msrs));
+        let cpus = (0..).zip(states).map(|(index, state)| Ok((CPU_SECTION, index, VERSION, state?.to_body())));
+        let mut sections = cpus.collect::<Result<Vec<_>, StateError>>()?;
         sections.push((CLOCK_SECTION, 0, VERSION, clock_to_body(&self.vm)?));
         Ok(sections)
     }
@@ -245,6 +264,8 @@ impl KvmCpus {
 
 impl Drop for KvmCpus {
     fn drop(&mut self) {
+        // A vCPU that takes its state may write to memory.
+        let _ = self.loading.finish();
         for cpu in &self.cpus {
             cpu.reins.ask_to_end();
             cpu.interrupt();
