@@ -34,6 +34,7 @@ mod table;
 mod terminal;
 mod units;
 mod verbs;
+mod writes;
 
 use std::{
     io::{self, Write},

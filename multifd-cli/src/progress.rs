@@ -96,11 +96,11 @@ impl Display {
     }
 
     fn round(&mut self, stats: &RoundStats) {
-        let forecast = self.ahead.as_ref().filter(|_| stats.guest_running).and_then(|ahead| ahead.forecast(stats));
         {
             let mut shown = lock(&self.shared);
             shown.rounds.push(stats.clone());
-            shown.forecast = forecast;
+            let ahead = self.ahead.as_ref().filter(|_| stats.guest_running);
+            shown.forecast = ahead.and_then(|ahead| ahead.forecast(&shown.rounds));
         }
         let columns = Columns::new(self.role, terminal::width());
         if !std::mem::replace(&mut self.header_shown, true) {
@@ -137,14 +137,17 @@ impl Observer for Display {
 }
 
 impl Ahead {
-    fn forecast(&self, round: &RoundStats) -> Option<Forecast> {
-        Forecast::after(round, PAGE_SIZE, self.handle.parameters().limits.downtime)
+    fn forecast(&self, rounds: &Rounds) -> Option<Forecast> {
+        Forecast::after(rounds.latest_first().take(LOOKS_BACK), PAGE_SIZE, self.handle.parameters().limits.downtime)
     }
 
     fn text(&self, lack: Lack) -> String {
         format!("{}; what helps: {}", lack.text(), self.remedies)
     }
 }
+
+/// Rounds that the forecast looks at: what a guest did longer ago may be over.
+const LOOKS_BACK: usize = 10;
 
 impl Drop for Display {
     fn drop(&mut self) {
@@ -223,7 +226,8 @@ fn draw_until(ended: &mpsc::Receiver<()>, bar: &ProgressBar, progress: &Progress
                 after_this_round: match shown.forecast {
                     // It counts from the end of the last round, and this one is a part of it.
                     Some(Forecast::In(time)) => {
-                        Some(time.saturating_sub(expected.map_or(Duration::ZERO, |round| round.expected_downtime)))
+                        let this = expected.map_or(Duration::ZERO, |round| forecast::next_round(round, PAGE_SIZE));
+                        Some(time.saturating_sub(this))
                     }
                     _ => None,
                 },

@@ -33,6 +33,11 @@ impl Rounds {
         self.first.iter().chain(&self.last)
     }
 
+    /// The same, the latest first.
+    pub fn latest_first(&self) -> impl Iterator<Item = &RoundStats> {
+        self.last.iter().rev().chain(self.first.iter().rev())
+    }
+
     /// The latest.
     pub fn latest(&self) -> Option<&RoundStats> {
         self.last.back().or(self.first.last())
