@@ -10,6 +10,8 @@ that reason alone. Both are one machine: `zeros_on_main` is a constant that may 
 
 **Both dialects are one machine.** Where each section ends with a sync point, a round of the dirty bitmap is several sections, and
 pages that one section leaves are sent in a later one. So nothing here says that a channel has to be out of pages to write SYNC.
+The same holds for a page that
+main leaves to a later round, as a source does with pages that are written again before they are sent: it stays among those to be sent.
 "Round" means what lies between two sync points. Round 0 is the set-up, which has a sync point and no page.
 
 **A version is a number.** Each write of the guest makes some version, perhaps an old one again. A copy that is read while the guest

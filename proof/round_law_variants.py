@@ -87,6 +87,11 @@ VARIANTS = [
     ),
     Variant("no barrier behind the last round", LAW.without("start", "main has passed the last barrier", "main has read all that was before it")),
     Variant(
+        "a page that waited is in the next round only if it was written again",
+        LAW.with_effect("drain", lambda s, effect: effect | {"todo": lambda p: s.dirty(p)}),
+    ),
+    Variant("pages of the last round wait, too", LAW.without("end", "every write was drained and sent")),
+    Variant(
         "pages in SYNC packets not taken (QEMU 9.2.0)",
         LAW.without("arrive", NOT_LOST).with_effect(
             "arrive", lambda s, effect: effect | {"flying": lambda c, p, k: And(s.flying(c, p, k), Not(And(c == C, k == s.taken(C))))}

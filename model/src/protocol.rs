@@ -44,6 +44,8 @@ pub struct Config {
     pub order: Order,
     /// Visit only one of several states that differ in names; see [`Key`]. Changes no verdict.
     pub symmetric: bool,
+    /// Main may take any page out of a round with the guest running before a channel takes it: the next round has it.
+    pub postpones: bool,
     /// Main opens a round when all pages are handed out; each channel begins it after its own SYNC.
     pub rounds_overlap: bool,
     /// How the destination knows which channels there are.
@@ -130,6 +132,10 @@ pub enum Defect {
     GuessedAtSyncPoint(u8),
     /// The first SYNC of a channel that comes late counts as its SYNC of the current round.
     FirstSyncCounts,
+    /// A page that was taken out of a round is in the next one only if it was written again.
+    PostponedIsForgotten,
+    /// Pages are taken out of the last round, too.
+    PostponedInTheLast,
 }
 
 /// What went wrong.
@@ -189,6 +195,8 @@ pub enum Event {
     Opens { section: u8, dirty: u8 },
     /// Somebody reaches a meeting point.
     Meets { side: Side, party: Who, at: Meeting },
+    /// Source main takes a page out of the round.
+    Postpones { page: u8 },
     /// A sender takes a page and writes it.
     SendsPage { channel: usize, page: u8, version: u8, held: bool },
     /// A sender finds a zero page, which main will name.
@@ -280,6 +288,8 @@ pub struct State {
     section: u8,
     /// Pages not handed out.
     scan: u8,
+    /// Pages that were taken out of the round, for the next one.
+    postponed: u8,
     /// The number of the next packet, where they are numbered.
     number: u8,
     finished: bool,
@@ -316,6 +326,7 @@ impl State {
         self.number = 0;
         self.main_waits = Waiting::default();
         self.scan = 0;
+        self.postponed = 0;
         self.zeros = [0; MAX_PAGES];
         self.senders = [Sender::default(); MAX_CHANNELS];
         self.source_meeting = Account::Loose([0; MAX_CHANNELS + 1]);
@@ -503,6 +514,7 @@ impl Protocol {
             main_waits: Waiting::default(),
             section: 0,
             scan: 0,
+            postponed: 0,
             number: 0,
             finished: false,
             versions: [0; MAX_PAGES],
@@ -636,6 +648,7 @@ impl Protocol {
             Op::MeetOpen if self.config.rounds_overlap => self.source_main(&next, out),
             Op::MeetOpen => out.push(self.source_main_meets(next)),
             Op::Gather => {
+                self.postpone(state, out);
                 let goes_on = if self.config.rounds_overlap {
                     // All pages are handed out: nobody waits for the SYNCs.
                     state.scan == 0
@@ -725,8 +738,26 @@ impl Protocol {
                 opened.versions[page] = opened.section;
             }
             // Whatever was not handed out is still dirty.
+            let postponed = std::mem::take(&mut opened.postponed);
             opened.scan |= dirty;
+            if self.config.defect != Some(Defect::PostponedIsForgotten) {
+                opened.scan |= postponed;
+            }
             out.push((Event::Opens { section: opened.section, dirty }, opened));
+        }
+    }
+
+    /// While main waits for the channels, it takes any page out of the round that no channel has taken.
+    fn postpone(&self, state: &State, out: &mut Vec<(Event, State)>) {
+        let last = state.section == self.config.rounds && self.config.defect != Some(Defect::PostponedInTheLast);
+        if !self.config.postpones || last {
+            return;
+        }
+        for page in (0..self.config.pages as u8).filter(|page| state.scan >> page & 1 == 1) {
+            let mut next = state.clone();
+            next.scan &= !(1 << page);
+            next.postponed |= 1 << page;
+            out.push((Event::Postpones { page }, next));
         }
     }
 
@@ -1221,6 +1252,7 @@ impl fmt::Display for Event {
                 }
                 .into(),
             ),
+            Event::Postpones { page } => line(source, Who::Main, format!("leaves page {page} to the next round")),
             Event::SendsPage { channel, page, version, held } => {
                 let verb = if held { "takes" } else { "sends" };
                 line(source, Who::Channel(channel), format!("{verb} page {page} as written in round {version}"))

@@ -172,8 +172,14 @@ pub fn protocols() -> Vec<Variant> {
         protocol("FLUSH per round, zero pages named on main", legacy.clone()),
         protocol(
             "sync point at each end of section, zero pages named on main",
-            Config { zeros_on_main: true, ..per_section },
+            Config { zeros_on_main: true, ..per_section.clone() },
         ),
+        Variant {
+            name: "pages that are written again wait for the next round",
+            dialects: [&early, &legacy].map(|dialect| Config { postpones: true, ..dialect.clone() }).to_vec(),
+            expected: None,
+            faults: true,
+        },
         protocol("connections that hold one packet", Config { capacity: 1, ..early.clone() }),
         protocol("rounds overlap: a channel goes on after its own SYNC", Config { rounds_overlap: true, ..late }),
     ]
@@ -195,6 +201,7 @@ pub fn removals() -> Vec<Variant> {
     let overtaken = Some(Harm::Overtaken);
     let stale = Some(Harm::StartedStale);
     let hangs = Some(Harm::WaitsForEver);
+    let postponing = [&early, &per_section].map(|dialect| Config { postpones: true, ..dialect.clone() });
     let both = vec![carrying.clone(), Config { sync_carries_pages: true, ..late.clone() }];
     vec![
         without("source main does not wait for the channels when a round opens", &[Wait::SourceMainAtOpen], &all, None),
@@ -234,6 +241,13 @@ pub fn removals() -> Vec<Variant> {
         defect("one sync point left out on main", Defect::NoFlush, &all, stale),
         defect("one SYNC left out on one channel", Defect::NoSync, &all, hangs),
         defect("no barrier behind the last round", Defect::NoLastBarrier, &all, stale),
+        defect(
+            "a page that waited is in the next round only if it was written again",
+            Defect::PostponedIsForgotten,
+            &postponing,
+            stale,
+        ),
+        defect("pages of the last round wait, too", Defect::PostponedInTheLast, &postponing, stale),
         defect("pages in SYNC packets not taken (QEMU 9.2.0)", Defect::SyncPagesDropped, &both, stale),
         defect("SYNC handled before the pages of its packet", Defect::SyncBeforeItsPages, &both, stale),
         Variant {
@@ -317,6 +331,7 @@ fn dialects() -> [Config; 5] {
         faults: false,
         order: Order::Arrivals,
         symmetric: true,
+        postpones: false,
         rounds_overlap: false,
         membership: Membership::Known,
         without: Vec::new(),

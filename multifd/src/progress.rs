@@ -62,6 +62,8 @@ pub struct RoundStats {
     pub normal: u64,
     /// Pages sent as zeros.
     pub zero: u64,
+    /// Pages that were not sent because the guest had written them again: the next round has them. 0 at a destination.
+    pub postponed: u64,
     /// Bytes on all connections, headers included.
     pub bytes: u64,
     /// From its opening until every channel has sent its SYNC packet; at a destination, from its first byte until main and
@@ -155,6 +157,7 @@ struct Counters {
     normal: AtomicU64,
     zero: AtomicU64,
     skipped: AtomicU64,
+    postponed: AtomicU64,
     requests: AtomicU64,
     main_bytes: AtomicU64,
     channel_bytes: [AtomicU64; 256],
@@ -170,7 +173,7 @@ pub struct Snapshot {
     pub round: u64,
     /// Pages of the VM.
     pub pages_total: u64,
-    /// Pages that this round began with; 0 where it is not known.
+    /// Pages that this round began with, less those that wait for the next; 0 where it is not known.
     pub round_pages: u64,
     /// Pages of this round that are done.
     pub round_done: u64,
@@ -180,6 +183,8 @@ pub struct Snapshot {
     pub zero: u64,
     /// Pages not sent because they were never touched.
     pub skipped: u64,
+    /// Pages that were not sent in a round because the guest had written them again, in all rounds.
+    pub postponed: u64,
     /// Requests of a guest that runs at the destination already.
     pub requests: u64,
     /// Bytes on main.
@@ -213,6 +218,7 @@ impl Progress {
                 normal: AtomicU64::new(0),
                 zero: AtomicU64::new(0),
                 skipped: AtomicU64::new(0),
+                postponed: AtomicU64::new(0),
                 requests: AtomicU64::new(0),
                 main_bytes: AtomicU64::new(0),
                 channel_bytes: [const { AtomicU64::new(0) }; 256],
@@ -232,6 +238,7 @@ impl Progress {
             normal: counters.normal.load(Relaxed),
             zero: counters.zero.load(Relaxed),
             skipped: counters.skipped.load(Relaxed),
+            postponed: counters.postponed.load(Relaxed),
             requests: counters.requests.load(Relaxed),
             main_bytes: counters.main_bytes.load(Relaxed),
             channel_bytes: counters.channel_bytes.iter().map(|bytes| bytes.load(Relaxed)).sum(),
@@ -343,6 +350,12 @@ impl Progress {
         self.counters.skipped.fetch_add(pages, Relaxed);
     }
 
+    /// Pages wait for the next round.
+    pub(crate) fn add_postponed(&self, pages: u64) {
+        self.counters.postponed.fetch_add(pages, Relaxed);
+        self.counters.round_pages.fetch_sub(pages, Relaxed);
+    }
+
     pub(crate) fn add_request(&self) {
         self.counters.requests.fetch_add(1, Relaxed);
     }
@@ -380,19 +393,7 @@ mod tests {
     fn of_many_rounds_the_first_and_the_last_are_kept() {
         let mut rounds = Vec::new();
         for round in 0..5000 {
-            let stats = RoundStats {
-                round,
-                dirty_pages: 0,
-                normal: 0,
-                zero: 0,
-                bytes: 0,
-                took: Duration::ZERO,
-                barrier: Duration::ZERO,
-                guest_running: true,
-                dirty_after: 0,
-                expected_downtime: Duration::ZERO,
-                throttle: 0,
-            };
+            let stats = RoundStats { round, guest_running: true, ..RoundStats::default() };
             stats.keep_in(&mut rounds);
         }
         let numbers: Vec<_> = rounds.iter().map(|stats| stats.round).collect();

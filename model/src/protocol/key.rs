@@ -78,6 +78,7 @@ impl Protocol {
         let mut pages = Bits::default();
         for page in rename.pages.map(usize::from) {
             pages.put(u64::from(state.scan >> page & 1), 1);
+            pages.put(u64::from(state.postponed >> page & 1), 1);
             pages.put(rename.ranks.rank(page, state.versions[page]), 3);
             pages.put(rename.ranks.rank(page, state.zeros[page]), 3);
             pages.put(rename.ranks.rank(page, state.memory[page]), 3);

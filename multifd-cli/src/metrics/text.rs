@@ -46,6 +46,12 @@ fn migration(out: &mut Text, role: &str, progress: &Progress, is_over: bool) {
     for (kind, pages) in [("normal", snapshot.normal), ("zero", snapshot.zero), ("skipped", snapshot.skipped)] {
         out.sample("multifd_pages_total", &[("role", role), ("kind", kind)], pages as f64);
     }
+    out.family(
+        "multifd_postponed_pages_total",
+        "counter",
+        "Pages left to the next round because the guest wrote them again.",
+    );
+    out.sample("multifd_postponed_pages_total", &of, snapshot.postponed as f64);
     out.family("multifd_postcopy_requests_total", "counter", "Pages that a guest at the destination asked for.");
     out.sample("multifd_postcopy_requests_total", &of, snapshot.requests as f64);
     for (name, help, value) in [

@@ -145,6 +145,9 @@ pub struct Round {
     pub normal: u64,
     /// Pages sent as zeros.
     pub duplicate: u64,
+    /// Pages that were not sent because the guest had written them again, which the source knows: the next round has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postponed: Option<u64>,
     /// Bytes on all connections.
     pub bytes: u64,
     /// In milliseconds.
@@ -393,7 +396,14 @@ impl Round {
     /// What a destination knows of a round.
     fn received(stats: &RoundStats) -> Round {
         let sent = Round::sent(stats);
-        Round { dirty_after: None, expected_downtime: None, expected_downtime_us: None, throttle: None, ..sent }
+        Round {
+            postponed: None,
+            dirty_after: None,
+            expected_downtime: None,
+            expected_downtime_us: None,
+            throttle: None,
+            ..sent
+        }
     }
 
     /// What a source knows of a round.
@@ -404,6 +414,7 @@ impl Round {
             dirty_pages: stats.dirty_pages,
             normal: stats.normal,
             duplicate: stats.zero,
+            postponed: Some(stats.postponed),
             bytes: stats.bytes,
             time: millis(stats.took),
             barrier_time: millis(stats.barrier),

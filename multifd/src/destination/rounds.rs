@@ -76,6 +76,7 @@ impl Run {
             dirty_pages: normal + zero,
             normal,
             zero,
+            postponed: 0,
             bytes,
             took: self.shared.progress.round_age(),
             barrier: self.shared.progress.barrier_age(),

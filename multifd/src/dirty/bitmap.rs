@@ -111,6 +111,14 @@ impl DirtyLog for AtomicDirtyBitmap {
         Ok(())
     }
 
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        for (index, word) in self.inner.words.iter().enumerate() {
+            // Relaxed: nothing is read because of it.
+            into.merge_word(index, word.load(Relaxed));
+        }
+        Ok(())
+    }
+
     fn stop(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -68,6 +68,10 @@ pub struct Report {
     pub concurrent_drains: u64,
     /// Pages that these drains reported.
     pub concurrent_reported: u64,
+    /// Pages written while nobody drained, each followed by two peeks and a drain.
+    pub peeked_written: u64,
+    /// Those of them that both peeks reported; 0 for a log that does not look.
+    pub peeked_reported: u64,
 }
 
 impl Report {
@@ -157,6 +161,7 @@ pub fn conformance(subject: &mut dyn Subject, effort: Effort) -> Result<Report, 
     suite.bursts("several writers of few pages during drains", effort, true)?;
     suite.drain_only_adds()?;
     suite.stop_and_start_again()?;
+    suite.peeks_take_nothing_out()?;
     suite.call("last stop", |log| log.stop())?;
     suite.call("second stop", |log| log.stop())?;
     Ok(suite.report)
@@ -279,6 +284,9 @@ impl Suite<'_> {
                 }
                 // Acquire: pairs with `Done`, so the check below sees what the writers wrote.
                 while running.load(Acquire) > 0 {
+                    if self.report.concurrent_drains.is_multiple_of(3) {
+                        self.peek(phase)?;
+                    }
                     self.report.concurrent_reported += self.round(phase)?;
                     self.report.concurrent_drains += 1;
                 }
@@ -324,6 +332,38 @@ impl Suite<'_> {
             self.check(phase)?;
         }
         Ok(())
+    }
+
+    /// Finds a log whose peeks do what only a drain may do.
+    fn peeks_take_nothing_out(&mut self) -> Result<(), Failure> {
+        let phase = "peeks between a write and the next drain";
+        let pages = self.reader.pages.len();
+        for index in (0..10).map(|tenth| tenth * (pages - 1) / 9) {
+            let page = self.reader.pages[index];
+            self.write(page);
+            let seen = self.peek(phase)?.contains(page);
+            let seen_again = self.peek(phase)?.contains(page);
+            self.report.peeked_written += 1;
+            self.report.peeked_reported += u64::from(seen && seen_again);
+            self.round(phase)?;
+            self.check(phase)?;
+            // A second write after a peek, and one of another page.
+            self.write(page);
+            self.peek(phase)?;
+            self.write(page);
+            self.write(self.reader.pages[pages - 1 - index]);
+            self.round(phase)?;
+            self.check(phase)?;
+        }
+        Ok(())
+    }
+
+    /// What the log shows, of which each number has to belong to a page.
+    fn peek(&mut self, phase: &'static str) -> Result<DirtyBitmap, Failure> {
+        let mut shown = DirtyBitmap::new(self.reader.ram.layout());
+        self.call(phase, |log| log.peek(&mut shown))?;
+        let stray = shown.iter().find(|page| self.reader.pages.binary_search(page).is_err());
+        stray.map_or(Ok(shown), |page| Err(Failure::NoSuchPage { phase, page }))
     }
 
     /// Starts the log and copies all pages, as round 0 does.
@@ -442,6 +482,8 @@ mod tests {
         ReplacesTheSet,
         /// Tracking is not switched on again.
         StartsOnce,
+        /// A peek re-arms what it shows, as a drain does.
+        PeekTakesOut,
     }
 
     impl DirtyLog for Faulty {
@@ -461,7 +503,7 @@ mod tests {
             let mut fresh = DirtyBitmap::new(self.ram.layout());
             self.bitmap.drain(&mut fresh)?;
             match self.fault {
-                Fault::None | Fault::StartsOnce => {}
+                Fault::None | Fault::StartsOnce | Fault::PeekTakesOut => {}
                 Fault::LosesOneWrite(_) | Fault::LosesOneInAHundred => {
                     let loses = match self.fault {
                         Fault::LosesOneWrite(drain) => self.drains == drain,
@@ -486,6 +528,13 @@ mod tests {
             }
             into.merge(&fresh);
             Ok(())
+        }
+
+        fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+            match self.fault {
+                Fault::PeekTakesOut => self.bitmap.drain(into),
+                _ => self.bitmap.peek(into),
+            }
         }
 
         fn stop(&mut self) -> io::Result<()> {
@@ -532,6 +581,7 @@ mod tests {
         let report = outcome(Fault::None).unwrap();
         assert!(report.concurrent_drains > 0);
         assert_eq!(report.reported_per_written(), 1.0);
+        assert_eq!((report.peeked_written, report.peeked_reported), (10, 10));
     }
 
     #[test]
@@ -563,6 +613,12 @@ mod tests {
     fn a_log_that_tracks_only_the_first_time_fails() {
         let failure = outcome(Fault::StartsOnce).unwrap_err();
         assert!(matches!(failure, Failure::Missed { phase: "after stop and start", .. }), "{failure}");
+    }
+
+    /// The destination would have an old copy of each page that was written between a drain and a look.
+    #[test]
+    fn a_log_whose_peeks_take_writes_out_fails() {
+        assert!(matches!(outcome(Fault::PeekTakesOut), Err(Failure::Missed { .. })));
     }
 
     #[test]

@@ -173,6 +173,19 @@ impl DirtyLog for KvmDirtyLog {
         Ok(())
     }
 
+    /// Nothing with [`Protection::Plain`], where fetching the log re-arms it.
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        if self.protection == Protection::Plain {
+            return Ok(());
+        }
+        for slot in &self.tracked {
+            let bitmap = &mut self.bitmap[..slot.pages().div_ceil(64) as usize];
+            kvm::get_dirty_log(self.vm.as_fd(), slot, bitmap)?;
+            slot.merge(bitmap, into);
+        }
+        Ok(())
+    }
+
     fn stop(&mut self) -> io::Result<()> {
         let mut first = Ok(());
         for slot in std::mem::take(&mut self.tracked) {

@@ -205,6 +205,17 @@ impl DirtyLog for KvmRingLog {
         Ok(())
     }
 
+    /// Takes the entries that there are, as a vCPU with a full ring does, which re-arms their pages; the next drain reports them.
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        let inner = &self.ring.inner;
+        let mut state = lock(&inner.state);
+        inner.collect(&mut state)?;
+        if let Some(tracking) = &state.tracking {
+            into.merge(&tracking.pending);
+        }
+        Ok(())
+    }
+
     fn stop(&mut self) -> io::Result<()> {
         self.ring.inner.stop(&mut lock(&self.ring.inner.state))
     }

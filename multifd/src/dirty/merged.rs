@@ -49,6 +49,10 @@ impl<L: DirtyLog + ?Sized> DirtyLog for MergedLog<L> {
         self.logs.iter_mut().try_for_each(|log| log.drain(into))
     }
 
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        self.logs.iter_mut().try_for_each(|log| log.peek(into))
+    }
+
     /// Stops all of the logs, also those behind one that fails, and returns the first error.
     fn stop(&mut self) -> io::Result<()> {
         stop_all(&mut self.logs)

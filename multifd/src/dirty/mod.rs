@@ -43,6 +43,18 @@ pub trait DirtyLog {
     /// The kernel's. Which writes were reported is then unknown, and the migration has to end.
     fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()>;
 
+    /// Adds pages that were written since the last [`drain`](Self::drain), as far as that can be told at little cost, to `into`.
+    ///
+    /// It takes nothing out: what a `drain` reports afterwards is the same as without it. It is a hint, which nothing correct rests on: a
+    /// source sends these pages in the next round instead of twice, see `source`. It may leave pages out, and does by default.
+    ///
+    /// # Errors
+    /// The kernel's. The source goes on without hints.
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        let _ = into;
+        Ok(())
+    }
+
     /// Ends tracking, so that the guest writes at full speed again. Without effect when it was not started.
     ///
     /// # Errors

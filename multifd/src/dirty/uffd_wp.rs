@@ -89,7 +89,21 @@ impl UffdWpLog {
         }
         self.uffd = Some(uffd);
         for part in &self.parts {
-            self.pagemap.scan(part.addresses.clone(), part.query(), |_| {})?;
+            self.pagemap.scan(part.addresses.clone(), part.query(true), |_| {})?;
+        }
+        Ok(())
+    }
+
+    /// Adds the pages that are not protected to `into`, and protects them if so told.
+    fn scan(&mut self, into: &mut DirtyBitmap, protect: bool) -> io::Result<()> {
+        let page_size = self.page_size;
+        for part in &self.parts {
+            self.pagemap.scan(part.addresses.clone(), part.query(protect), |written| {
+                // Rounded outwards where pages of the layout and of the system differ in size.
+                let first = (written.start - part.block_address) / page_size;
+                let end = (written.end - part.block_address).div_ceil(page_size);
+                into.set_range(part.first_page + first..part.first_page + end);
+            })?;
         }
         Ok(())
     }
@@ -116,16 +130,12 @@ impl DirtyLog for UffdWpLog {
     }
 
     fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
-        let page_size = self.page_size;
-        for part in &self.parts {
-            self.pagemap.scan(part.addresses.clone(), part.query(), |written| {
-                // Rounded outwards where pages of the layout and of the system differ in size.
-                let first = (written.start - part.block_address) / page_size;
-                let end = (written.end - part.block_address).div_ceil(page_size);
-                into.set_range(part.first_page + first..part.first_page + end);
-            })?;
-        }
-        Ok(())
+        self.scan(into, true)
+    }
+
+    /// Asks for the unprotected pages, and leaves them so.
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        self.scan(into, false)
     }
 
     fn stop(&mut self) -> io::Result<()> {
@@ -137,9 +147,9 @@ impl DirtyLog for UffdWpLog {
 }
 
 impl Part {
-    fn query(&self) -> Query {
+    fn query(&self, protect: bool) -> Query {
         let any_of = if self.shared { 0 } else { PRESENT | SWAPPED };
-        Query { all_of: WRITTEN, any_of, returned: WRITTEN, protect: true, ..Query::default() }
+        Query { all_of: WRITTEN, any_of, returned: WRITTEN, protect, ..Query::default() }
     }
 }
 

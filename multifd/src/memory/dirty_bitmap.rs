@@ -129,6 +129,20 @@ impl DirtyBitmap {
         }
     }
 
+    /// Moves the pages that are also in `chosen` to `into`; all three have as many bits. Returns how many.
+    pub(crate) fn move_chosen(&mut self, chosen: &DirtyBitmap, into: &mut DirtyBitmap) -> u64 {
+        let mut moved = 0;
+        for (word, bits) in chosen.nonzero_words() {
+            let bits = self.words.get(word).map_or(0, |found| found & bits);
+            if bits != 0 {
+                self.remove(word, bits);
+                into.merge_word(word, bits);
+                moved += u64::from(bits.count_ones());
+            }
+        }
+        moved
+    }
+
     /// Removes all pages.
     pub fn clear(&mut self) {
         self.outside = 0;
@@ -325,6 +339,14 @@ mod tests {
             assert_eq!(taken, expected);
             oracle.retain(|page| !expected.contains(page));
             assert!(bitmap.iter().eq(oracle.iter().copied()));
+            let (mut chosen, mut moved) = (DirtyBitmap::new(&layout), DirtyBitmap::new(&layout));
+            chosen.set_range(from..(from + 500).min(layout.bits()));
+            let expected: Vec<u64> = oracle.iter().copied().filter(|&page| chosen.contains(page)).collect();
+            assert_eq!(bitmap.move_chosen(&chosen, &mut moved), expected.len() as u64);
+            assert!(moved.iter().eq(expected));
+            oracle.retain(|&page| !chosen.contains(page));
+            assert!(bitmap.iter().eq(oracle.iter().copied()));
+            assert_exact(&bitmap);
         }
     }
 

@@ -255,14 +255,25 @@ impl RoundBarrier {
     /// # Errors
     /// [`Error::Stopped`] after [`stop`](Self::stop), if they had not all arrived by then.
     pub(crate) fn gather(&self) -> Result<(), Error> {
+        self.gather_until(Deadline::after(None)).map(drop)
+    }
+
+    /// As [`gather`](Self::gather), and until `deadline` at the most. Returns whether all have arrived.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    pub(crate) fn gather_until(&self, deadline: Deadline) -> Result<bool, Error> {
         let mut state = lock(&self.shared.state);
         while !state.rounds.awaits_main_only() {
             if state.stopped {
                 return Err(Error::Stopped);
             }
-            state = wait(&self.shared.gathered, state);
+            if deadline.is_over() {
+                return Ok(false);
+            }
+            state = wait_for(&self.shared.gathered, state, deadline.left());
         }
-        Ok(())
+        Ok(true)
     }
 
     /// `channel` has ended cleanly and comes to no later round.
@@ -331,6 +342,18 @@ mod tests {
         barrier.pass(0).unwrap();
         channels.into_iter().for_each(|channel| channel.join().unwrap());
         assert_eq!(passed.load(Relaxed), 2);
+    }
+
+    #[test]
+    fn main_gathers_until_a_deadline_and_again() {
+        let barrier = RoundBarrier::new(1);
+        assert!(!barrier.gather_until(Deadline::after(Some(Duration::ZERO))).unwrap());
+        assert!(!barrier.gather_until(Deadline::after(Some(Duration::from_millis(1)))).unwrap());
+        assert_eq!(barrier.arrive(Party::Channel(ChannelId(0)), AT).unwrap(), 0);
+        assert!(barrier.gather_until(Deadline::after(Some(Duration::ZERO))).unwrap());
+        let barrier = RoundBarrier::new(1);
+        barrier.stop();
+        assert!(matches!(barrier.gather_until(Deadline::after(None)), Err(Error::Stopped)));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Hands the dirty pages of the open section to whichever channel asks next.
 //!
 //! Every page of the bitmap passed to [`PageScan::load`] is handed out exactly once, in a [`Batch`] that lies within one
-//! RAM block. Channels pull; no thread assigns work. A section is the part of a round between two sync points: the whole
+//! RAM block, unless it is [postponed](PageScan::postpone) before: then [`PageScan::take_postponed`] has it, exactly once, too.
+//! Channels pull; no thread assigns work. A section is the part of a round between two sync points: the whole
 //! round in the per-round dialect, a number of pages in the per-section one. See `barrier` for how it ends.
 
 use crate::{
@@ -26,6 +27,8 @@ struct Shared {
 struct State {
     /// Pages not handed out yet.
     dirty: DirtyBitmap,
+    /// Pages that were not handed out and are not to be in this round.
+    postponed: DirtyBitmap,
     /// Pages that are zeros without looking; empty where nothing is known.
     zeros: Option<DirtyBitmap>,
     /// Below it, nothing is dirty.
@@ -50,8 +53,8 @@ pub(crate) struct Batch {
 impl PageScan {
     /// A scan without pages, for batches of up to `capacity` pages of `layout`.
     pub(crate) fn new(layout: Layout, capacity: usize) -> PageScan {
-        let dirty = DirtyBitmap::new(&layout);
-        let state = State { dirty, zeros: None, from: 0, allowed: 0, packets: 0 };
+        let (dirty, postponed) = (DirtyBitmap::new(&layout), DirtyBitmap::new(&layout));
+        let state = State { dirty, postponed, zeros: None, from: 0, allowed: 0, packets: 0 };
         PageScan { shared: Arc::new(Shared { layout, capacity, state: Mutex::new(state) }) }
     }
 
@@ -61,6 +64,7 @@ impl PageScan {
     pub(crate) fn load(&self, dirty: &mut DirtyBitmap) {
         let mut state = lock(&self.shared.state);
         debug_assert!(state.dirty.is_empty(), "the round before was handed out completely");
+        debug_assert!(state.postponed.is_empty(), "what it postponed is a part of this one");
         std::mem::swap(&mut state.dirty, dirty);
         state.from = 0;
         state.allowed = 0;
@@ -107,6 +111,20 @@ impl PageScan {
             *page = block.offset_of(*page);
         }
         true
+    }
+
+    /// Takes those of `pages` out of the round that were not handed out so far. Returns how many.
+    pub(crate) fn postpone(&self, pages: &DirtyBitmap) -> u64 {
+        let mut guard = lock(&self.shared.state);
+        let State { dirty, postponed, .. } = &mut *guard;
+        dirty.move_chosen(pages, postponed)
+    }
+
+    /// Moves the postponed pages into `next`, the pages of the next round.
+    pub(crate) fn take_postponed(&self, next: &mut DirtyBitmap) {
+        let mut state = lock(&self.shared.state);
+        next.merge(&state.postponed);
+        state.postponed.clear();
     }
 
     /// Returns the number of the packet that the caller is about to send: the numbers of all channels follow each other without gap, which
@@ -191,6 +209,31 @@ mod tests {
         assert_eq!(batch.pages, [0, 120, 121, 122, 123, 124].map(|page| page * 4096));
         assert_eq!(batch.zeros.len(), 119);
         assert!(!scan.next(&mut batch));
+    }
+
+    #[test]
+    fn a_page_is_handed_out_or_postponed_and_a_part_of_the_next_round() {
+        let scan = PageScan::new(layout(), 128);
+        scan.load(&mut DirtyBitmap::full(&layout()));
+        scan.allow(u64::MAX);
+        let mut batch = Batch::default();
+        assert!(scan.next(&mut batch));
+        let mut written = DirtyBitmap::new(&layout());
+        written.set_range(100..200);
+        assert_eq!(scan.postpone(&written), 72, "28 were handed out");
+        assert_eq!(scan.postpone(&written), 0);
+        let expected = [(0, (200..300).collect()), (1, (0..5).collect())];
+        assert_eq!(drain(&scan), expected);
+        assert!(scan.is_empty());
+        let mut next = DirtyBitmap::new(&layout());
+        next.set(7);
+        scan.take_postponed(&mut next);
+        assert!(next.iter().eq([7].into_iter().chain(128..200)));
+        scan.load(&mut next);
+        scan.allow(u64::MAX);
+        assert_eq!(drain(&scan).len(), 1);
+        scan.take_postponed(&mut next);
+        assert!(next.is_empty());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod openings;
 mod options;
 mod parameters;
 mod pause_limit;
+mod postponed;
 mod report;
 mod return_path;
 mod rounds;
@@ -51,7 +52,8 @@ pub use self::{
 };
 use self::{
     backlog::Backlog, channel::SendChannel, main_channel::MainChannel, openings::Openings, options::fresh_token,
-    parameters::Live, pause_limit::PauseLimit, return_path::ReturnPath, sections::FIRST_SECTION_PAGES, shared::Shared,
+    parameters::Live, pause_limit::PauseLimit, postponed::Peeking, return_path::ReturnPath,
+    sections::FIRST_SECTION_PAGES, shared::Shared,
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -133,6 +135,7 @@ struct Run {
     commit: SourceCommit,
     watchdog: Watchdog,
     convergence: Convergence,
+    peeking: Peeking,
     report: Report,
     tracking: bool,
     /// What the connections hold is let out before the pause only as far as it has to be.
@@ -180,6 +183,7 @@ impl Run {
         Ok(Run {
             convergence: Convergence::new(live.get().limits),
             report,
+            peeking: Peeking::default(),
             watchdog: Watchdog::start(&*options.threads, &stop)?,
             extensions: Extensions::default(),
             commit: SourceCommit::one_step(),
@@ -257,7 +261,7 @@ impl Run {
     fn set_up(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
         self.agree(vm)?;
         self.main().ram_start()?;
-        self.section(0)?;
+        self.section(0, None)?;
         self.main().sections_beside_ram()?;
         self.report.setup = self.now() - self.begun;
         Ok(())

@@ -8,7 +8,7 @@ use multifd_proto::{
     packet::Compression,
 };
 
-use super::parameters::Parameters;
+use super::{parameters::Parameters, postponed::PEEK_EVERY};
 use crate::{
     beside_ram::BesideRam,
     clock::Clock,
@@ -36,6 +36,8 @@ pub struct Options {
     pub clock: Clock,
     /// How threads are made.
     pub threads: Arc<dyn Threads>,
+    /// How often main looks into the dirty log while a round is sent.
+    pub(crate) peek_every: Duration,
     /// Who is told of each step.
     pub(crate) trace: Trace,
     /// A defect to be caught.
@@ -53,6 +55,7 @@ impl Default for Options {
             parameters: Parameters::default(),
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
+            peek_every: PEEK_EVERY,
             trace: Trace::default(),
             #[cfg(any(test, feature = "broken-variants"))]
             broken: None,

@@ -45,11 +45,12 @@ impl Run {
     pub(super) fn round(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<(), Error> {
         let mut stats = self.open_round(dirty, true);
         let begun = self.now();
+        self.begin_peeking();
         loop {
             let pages = self.section_budget();
             self.main().ram_part()?;
             let section_begun = self.now();
-            self.section(pages)?;
+            self.section(pages, Some(&mut *vm))?;
             self.measure_section(pages, self.now() - section_begun);
             if self.shared.scan.is_empty() {
                 break;
@@ -64,6 +65,7 @@ impl Run {
             let ram = self.shared.ram.clone();
             vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
         }
+        self.shared.scan.take_postponed(dirty);
         self.drain(dirty, vm)?;
         stats.dirty_after = dirty.count();
         self.close_round(stats);
@@ -128,6 +130,7 @@ impl Run {
             // Totals so far, to be subtracted when the round is over.
             normal: before.normal,
             zero: before.zero,
+            postponed: before.postponed,
             bytes: before.bytes(),
             took: Duration::ZERO,
             barrier: Duration::ZERO,
@@ -142,6 +145,7 @@ impl Run {
         let now = self.shared.progress.snapshot();
         stats.normal = now.normal - stats.normal;
         stats.zero = now.zero - stats.zero;
+        stats.postponed = now.postponed - stats.postponed;
         stats.bytes = now.bytes() - stats.bytes;
         tracing::debug!(?stats, "round");
         self.rounds += 1;

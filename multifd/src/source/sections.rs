@@ -8,11 +8,12 @@ use multifd_proto::{
 };
 
 use super::{Flush, Run};
-use crate::{error::Error, round::trace::Step, sync::lock};
+use crate::{error::Error, round::trace::Step, sync::lock, vm::SourceVm};
 
 impl Run {
-    /// One section, behind its head: opens the scan for `pages`, ends with a sync point and the footer.
-    pub(super) fn section(&mut self, pages: u64) -> Result<(), Error> {
+    /// One section, behind its head: opens the scan for `pages`, ends with a sync point and the footer. `guest` is given where it runs
+    /// and a later round follows: what it writes again meanwhile may wait for that.
+    pub(super) fn section(&mut self, pages: u64, guest: Option<&mut dyn SourceVm>) -> Result<(), Error> {
         let early = self.shared.options.plan.flush == Flush::Early
             && self.shared.options.format.zero_pages != ZeroPages::Legacy;
         let per_round = self.shared.options.format.dialect == Dialect::PerRound;
@@ -24,7 +25,7 @@ impl Run {
             self.main().flush_word()?;
         }
         // Every channel has sent its SYNC.
-        self.shared.barrier.gather()?;
+        self.gather(guest)?;
         self.name_zeros()?;
         if !(per_round && early) {
             self.shared.options.trace.step(|| Step::Flush);

@@ -48,7 +48,8 @@ impl Run {
         let mut stats = self.open_round(dirty, false);
         self.main().switchover_start()?;
         self.main().ram_end()?;
-        self.section(u64::MAX)?;
+        // Nothing is written, and no round follows for what would wait.
+        self.section(u64::MAX, None)?;
         stats.took = self.now() - begun;
         stats.barrier = self.shared.progress.barrier_age();
         self.report.downtime.last_round = stats.took;

@@ -221,6 +221,32 @@ fn a_round_that_opens_while_a_channel_asks_is_handed_out_once() {
 }
 
 #[test]
+fn a_page_is_taken_by_a_channel_or_postponed_by_main() {
+    explore("PageScan, postpone against next", None, || {
+        let scan = PageScan::new(three_pages(), 128);
+        scan.load(&mut DirtyBitmap::full(&three_pages()));
+        scan.allow(u64::MAX);
+        let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
+        let channel = {
+            let (scan, taken) = (scan.clone(), taken.clone());
+            thread::spawn(move || pull(&scan, &taken, &AtomicU64::new(0)))
+        };
+        let mut written = DirtyBitmap::new(&three_pages());
+        (1..3).for_each(|block| written.set(three_pages().blocks()[block].first_page()));
+        let postponed = scan.postpone(&written);
+        channel.join().unwrap();
+        assert!(scan.is_empty());
+        let mut next = DirtyBitmap::new(&three_pages());
+        scan.take_postponed(&mut next);
+        assert_eq!(next.count(), postponed);
+        for (block, times) in three_pages().blocks().iter().zip(&*taken) {
+            let waits = u64::from(next.contains(block.first_page()));
+            assert_eq!(times.load(Relaxed) + waits, 1, "once in this round, or once in the next");
+        }
+    });
+}
+
+#[test]
 fn a_round_is_sent_completely_when_main_has_gathered_the_channels() {
     explore("RoundBarrier + PageScan, 1 channel × 2 rounds", Some(3), || {
         let (scan, barrier) = (PageScan::new(three_pages(), 128), RoundBarrier::new(1));

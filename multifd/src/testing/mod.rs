@@ -40,6 +40,8 @@ mod migrations;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod openings;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod postponed;
+#[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod registered;
 #[cfg(all(test, shuttle))]
 mod shuttle;

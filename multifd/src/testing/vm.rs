@@ -45,6 +45,9 @@ impl Writer {
 /// What a VM was asked, in order.
 pub(crate) type Calls = Arc<Mutex<Vec<&'static str>>>;
 
+/// Writes, and changes what the log says.
+pub(crate) type AtPeek = Box<dyn FnMut(&Writer, &mut DirtyBitmap) -> io::Result<()> + Send>;
+
 pub(crate) struct TestSource {
     pub(crate) writer: Writer,
     pub(crate) calls: Calls,
@@ -54,6 +57,8 @@ pub(crate) struct TestSource {
     pub(crate) panics: bool,
     /// Run at each drain, before it: a guest that writes while a round is sent.
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
+    /// Run at each peek, before it; its log knows nothing then where there is none. It may change what the log says.
+    pub(crate) at_peek: Option<AtPeek>,
     pub(crate) untouched: Vec<u64>,
     pub(crate) untouched_fails: bool,
     /// Writes this page with this value when it is asked for its state.
@@ -77,6 +82,7 @@ impl TestSource {
             fail_at: None,
             panics: false,
             at_drain: Box::new(|_| {}),
+            at_peek: None,
             untouched: Vec::new(),
             untouched_fails: false,
             save_writes: None,
@@ -194,6 +200,13 @@ impl DirtyLog for TestSource {
         into.merge(&dirty);
         dirty.clear();
         Ok(())
+    }
+
+    fn peek(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        let Some(at_peek) = &mut self.at_peek else { return Ok(()) };
+        lock(&self.calls).push("peek");
+        into.merge(&lock(&self.writer.dirty));
+        at_peek(&self.writer, into)
     }
 
     fn stop(&mut self) -> io::Result<()> {

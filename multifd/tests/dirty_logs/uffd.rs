@@ -60,6 +60,7 @@ fn passes_the_conformance_suite() {
         let Some(log) = log() else { return };
         let (ram, _files) = map(backing, &[("a", 700), ("b", 1), ("c", 65)]);
         let report = conformance(&mut Threads { ram: ram.clone(), log }, Effort::FULL).unwrap();
+        assert_eq!(report.peeked_reported, report.peeked_written, "{backing:?}");
         println!("{backing:?}: {report:?}");
         assert_eq!(report.quiet_reported, report.quiet_written);
         // The first reading of untouched anonymous memory counts as a write of each page, once.
