@@ -15,12 +15,14 @@
 //! |     11 | SWITCHOVER_START     | none; from QEMU 10.0 on                                  |
 //! | 0x4d01 | GO                   | none; ours, the guest may start, see [`crate::commit`]   |
 //! | 0x4d02 | DESCRIBE             | 32-bit length of the VM's description behind the command |
+//! | 0x4d03 | SHARED_MEMORY        | 32-bit length of the list behind the command             |
 //!
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
 use crate::extension::MAX_DESCRIPTION;
 use crate::ids::BlockName;
 use crate::postcopy::{DiscardRange, discard::MAX_DISCARD_RANGES};
+use crate::shared_memory::MAX_SHARED_LIST;
 use crate::violation::{DecodeError, ProtocolError, Violation};
 use crate::wire::{Reader, Step, Stop, Writer, step};
 
@@ -68,6 +70,12 @@ pub enum Command {
         /// How many bytes, at most [`MAX_DESCRIPTION`].
         len: u32,
     },
+    /// Memory that the destination maps instead of receiving it: so many bytes follow, a list of
+    /// [`shared_memory`](crate::shared_memory), with a descriptor for each block. Only between two ends of this implementation.
+    SharedMemory {
+        /// How many bytes, at most [`MAX_SHARED_LIST`].
+        len: u32,
+    },
 }
 
 /// What a source that can do postcopy says about page sizes.
@@ -93,7 +101,10 @@ impl Command {
         let mut payload = Vec::new();
         let mut writer = Writer::new(&mut payload);
         match self {
-            Self::Ping(value) | Self::Packaged { len: value } | Self::Describe { len: value } => {
+            Self::Ping(value)
+            | Self::Packaged { len: value }
+            | Self::Describe { len: value }
+            | Self::SharedMemory { len: value } => {
                 writer.u32(*value);
             }
             Self::PostcopyAdvise(Some(advice)) => {
@@ -131,14 +142,15 @@ impl Command {
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let number = reader.u16()?;
-        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !matches!(number, GO | DESCRIBE) {
+        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !matches!(number, GO | DESCRIBE | SHARED_MEMORY)
+        {
             return Err(DecodeError::UnknownCommand { number }.into());
         }
         let command = name(number);
         let len = reader.u16()?;
         // Checked before the payload is asked for: a wrong length must not make the receiver wait for more bytes.
         let possible = match number {
-            PING | PACKAGED | DESCRIBE => len == 4,
+            PING | PACKAGED | DESCRIBE | SHARED_MEMORY => len == 4,
             POSTCOPY_ADVISE => len == 0 || len == 16,
             POSTCOPY_RAM_DISCARD => len >= 3,
             RECV_BITMAP => (2..=256).contains(&len),
@@ -192,6 +204,13 @@ impl Command {
                 len if len > MAX_DESCRIPTION => return Err(too_long(len).into()),
                 len => Self::Describe { len },
             },
+            SHARED_MEMORY => match payload.u32()? {
+                len if len > MAX_SHARED_LIST => {
+                    let (what, limit) = ("list of shared memory", MAX_SHARED_LIST);
+                    return Err(Violation::DescriptionTooLong { what, len, limit }.into());
+                }
+                len => Self::SharedMemory { len },
+            },
             _ => return Err(DecodeError::UnknownCommand { number }.into()),
         })
     }
@@ -211,6 +230,7 @@ impl Command {
             Self::SwitchoverStart => SWITCHOVER_START,
             Self::Go => GO,
             Self::Describe { .. } => DESCRIBE,
+            Self::SharedMemory { .. } => SHARED_MEMORY,
         }
     }
 }
@@ -233,6 +253,7 @@ const fn name(number: u16) -> &'static str {
         RECV_BITMAP => "RECV_BITMAP",
         GO => "GO",
         DESCRIBE => "DESCRIBE",
+        SHARED_MEMORY => "SHARED_MEMORY",
         _ => "SWITCHOVER_START",
     }
 }
@@ -251,6 +272,7 @@ const SWITCHOVER_START: u16 = 11;
 /// Far from the numbers that QEMU uses.
 const GO: u16 = 0x4d01;
 const DESCRIBE: u16 = 0x4d02;
+const SHARED_MEMORY: u16 = 0x4d03;
 
 #[cfg(test)]
 mod tests {
@@ -262,7 +284,7 @@ mod tests {
         out
     }
 
-    fn every_command() -> [Command; 14] {
+    fn every_command() -> [Command; 15] {
         let block = BlockName::new("pc.ram").unwrap();
         [
             Command::OpenReturnPath,
@@ -282,6 +304,7 @@ mod tests {
             Command::SwitchoverStart,
             Command::Go,
             Command::Describe { len: MAX_DESCRIPTION },
+            Command::SharedMemory { len: MAX_SHARED_LIST },
         ]
     }
 
@@ -330,6 +353,7 @@ mod tests {
             (b"\0\x03\0\x08", "POSTCOPY_ADVISE", 8),
             (b"\0\x0a\0\x01", "RECV_BITMAP", 1),
             (b"\x4d\x02\0\x08", "DESCRIBE", 8),
+            (b"\x4d\x03\0\x02", "SHARED_MEMORY", 2),
         ] {
             assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandLength { command, len }.into()));
         }
@@ -349,6 +373,9 @@ mod tests {
             let bytes = encoded(&Command::Describe { len });
             assert_eq!(Command::decode(&bytes), Err(too_long(len).into()));
         }
+        let len = MAX_SHARED_LIST + 1;
+        let too_long = Violation::DescriptionTooLong { what: "list of shared memory", len, limit: MAX_SHARED_LIST };
+        assert_eq!(Command::decode(&encoded(&Command::SharedMemory { len })), Err(too_long.into()));
     }
 
     #[test]

@@ -25,17 +25,22 @@ pub enum Extension {
     /// DESCRIBE from the source and PREPARED from the destination come before the RAM blocks: the destination makes its VM by
     /// what the source says of its own.
     Prepare,
+    /// SHARED_MEMORY from the source comes before DESCRIBE: memory that the destination maps instead of receiving it, see
+    /// [`crate::shared_memory`]. Offered only by a source that hands memory over, and taken only together with
+    /// [`TwoStepCommit`](Extension::TwoStepCommit).
+    SharedMemory,
 }
 
 impl Extension {
     /// Every extension that this version knows.
-    pub(crate) const ALL: [Extension; 2] = [Extension::TwoStepCommit, Extension::Prepare];
+    pub(crate) const ALL: [Extension; 3] = [Extension::TwoStepCommit, Extension::Prepare, Extension::SharedMemory];
 
     /// Its number on the wire.
     pub(crate) const fn number(self) -> u16 {
         match self {
             Extension::TwoStepCommit => 1,
             Extension::Prepare => 2,
+            Extension::SharedMemory => 3,
         }
     }
 }

@@ -66,6 +66,7 @@ pub mod postcopy;
 pub mod ram;
 pub mod return_path;
 pub mod rounds;
+pub mod shared_memory;
 pub mod stream;
 pub mod violation;
 pub mod vmdesc;

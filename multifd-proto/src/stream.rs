@@ -80,6 +80,8 @@ pub struct MainDecoder {
     commands: bool,
     /// Whether the source has described its VM.
     described: bool,
+    /// Whether the source has handed memory over.
+    shared_memory: bool,
     ram: Ram,
     /// Sections other than `ram` that were started and have not ended.
     open: Vec<Section>,
@@ -195,6 +197,7 @@ impl MainDecoder {
             postcopy: Postcopy::Before,
             commands: false,
             described: false,
+            shared_memory: false,
             ram: Ram::default(),
             open: Vec::new(),
             asked: Vec::new(),
@@ -454,6 +457,7 @@ impl MainDecoder {
         match command {
             Command::OpenReturnPath => self.return_path = true,
             Command::Describe { .. } => self.described = true,
+            Command::SharedMemory { .. } => self.shared_memory = true,
             Command::PostcopyRamDiscard { .. } => self.postcopy = Postcopy::Discarding,
             Command::Packaged { .. } | Command::PostcopyResume => self.postcopy = Postcopy::Begun,
             Command::RecvBitmap { block } => self.asked.extend(self.ram.index.get(block)),
@@ -593,6 +597,10 @@ impl MainDecoder {
                 self.check_describe()?;
                 Ok(Item::Command(command))
             }
+            Command::SharedMemory { .. } => {
+                self.check_shared_memory()?;
+                Ok(Item::Command(command))
+            }
             Command::PostcopyListen | Command::PostcopyRun => Err(unexpected(command.name(), "outside of a package")),
             Command::PostcopyRamDiscard { .. } | Command::Packaged { .. } => {
                 self.check_switch(&command)?;
@@ -627,6 +635,19 @@ impl MainDecoder {
             _ => return Ok(()),
         };
         Err(unexpected("DESCRIBE", place))
+    }
+
+    /// Checks where SHARED_MEMORY comes: once, before the VM is described, from a source that waits for the commit.
+    fn check_shared_memory(&self) -> Result<(), Stop> {
+        let place = match self {
+            _ if !self.is_offered(Extension::SharedMemory) => "from a source that has not offered it",
+            _ if !self.return_path => "without an open return path",
+            _ if self.shared_memory => "a second time",
+            _ if self.described => "after DESCRIBE",
+            _ if self.ram.phase != RamPhase::Absent => "after the START section of ram",
+            _ => return Ok(()),
+        };
+        Err(unexpected("SHARED_MEMORY", place))
     }
 
     /// Checks a command of the switch to postcopy.
@@ -780,7 +801,7 @@ pub enum Item {
     ConfigUuid([u8; 16]),
     /// Subsection of the configuration: what an end of this implementation offers.
     ConfigOffer(Offer),
-    /// A command. That of a package has the package as its payload, DESCRIBE the description.
+    /// A command. That of a package has the package as its payload, DESCRIBE the description, SHARED_MEMORY the list.
     Command(Command),
     /// The START section of `ram` begins; the block list follows.
     RamStart {
@@ -860,7 +881,9 @@ impl Item {
             | Self::Xbzrle { len, .. }
             | Self::CompressPage { len, .. }
             | Self::VmDescription { len } => *len as u64,
-            Self::Command(Command::Packaged { len } | Command::Describe { len }) => *len as u64,
+            Self::Command(Command::Packaged { len } | Command::Describe { len } | Command::SharedMemory { len }) => {
+                *len as u64
+            }
             Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => {
                 header.next_entry(*used_len) - header.bitmap_offset
             }

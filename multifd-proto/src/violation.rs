@@ -30,6 +30,12 @@ pub enum DecodeError {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// A list of memory that is handed over makes no sense.
+    #[error("list of shared memory: {what}")]
+    BadSharedMemory {
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// A connection, packet or file does not begin with its magic number.
     #[error("magic {found:#010x} instead of {expected:#010x}")]
     BadMagic {

@@ -446,6 +446,40 @@ fn a_description_comes_once_before_the_memory_and_only_where_it_was_offered() {
 }
 
 #[test]
+fn memory_is_handed_over_once_before_the_description_and_only_where_it_was_offered() {
+    let offered = |extensions: Extensions| {
+        move |out: &mut MainEncoder| {
+            begin(out);
+            out.config_offer(&Offer { channels: 1, token: None, extensions: extensions.clone() });
+        }
+    };
+    let known = Extensions::known;
+    let shared = bytes(|out| _ = out.command(&Command::SharedMemory { len: 0 }));
+    let unoffered = unexpected("SHARED_MEMORY", "from a source that has not offered it");
+    assert_eq!(refusal(begin, &shared), unoffered);
+    assert_eq!(refusal(offered(known().without(Extension::SharedMemory)), &shared), unoffered);
+    assert_eq!(refusal(offered(known()), &shared), unexpected("SHARED_MEMORY", "without an open return path"));
+    let open = |out: &mut MainEncoder| {
+        offered(known())(out);
+        out.command(&Command::OpenReturnPath);
+    };
+    for (before, place) in
+        [(Command::SharedMemory { len: 0 }, "a second time"), (Command::Describe { len: 0 }, "after DESCRIBE")]
+    {
+        let begun = |out: &mut MainEncoder| {
+            open(out);
+            out.command(&before);
+        };
+        assert_eq!(refusal(begun, &shared), unexpected("SHARED_MEMORY", place));
+    }
+    let late = |out: &mut MainEncoder| {
+        open(out);
+        out.ram_start(2, 4096).block(&BlockEntry::new(name("ram"), 4096)).eos().footer(2);
+    };
+    assert_eq!(refusal(late, &shared), unexpected("SHARED_MEMORY", "after the START section of ram"));
+}
+
+#[test]
 fn block_list_rules() {
     let entry = |name: &str, len| bytes(|out| _ = out.block(&BlockEntry::new(self::name(name), len)));
     let list = |out: &mut MainEncoder| {

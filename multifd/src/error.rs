@@ -453,6 +453,43 @@ pub enum Mismatch {
         /// The only connection.
         peer: String,
     },
+    /// Memory is to be handed over, and the connection does not carry descriptors.
+    #[error("memory cannot be handed over to {peer}: descriptors travel over a unix socket only, without TLS")]
+    NoDescriptors {
+        /// The destination.
+        peer: String,
+    },
+    /// Memory is to be handed over, and the destination does not take it: it is a QEMU or a checkpoint, does not know of it, or
+    /// its connection does not carry descriptors.
+    #[error("memory is to be handed over, and the destination takes none: let it be copied (source::Plan::hand_over)")]
+    HandOverRefused,
+    /// Memory is to be handed over, and none is made of a memory file.
+    #[error("memory is to be handed over, and no RAM block is made of a memory file (Backing::MemoryFile)")]
+    NothingToHandOver,
+    /// Memory is to be handed over in more blocks than fit.
+    #[error("memory is to be handed over in {blocks} blocks, and at most {limit} can be")]
+    TooManyShared {
+        /// RAM blocks that are made of memory files.
+        blocks: usize,
+        /// The most.
+        limit: usize,
+    },
+    /// A RAM block that is to be handed over, or was, cannot be.
+    #[error("RAM block {name:?} cannot be handed over: {why}")]
+    NotShared {
+        /// The block.
+        name: BlockName,
+        /// The reason.
+        why: String,
+    },
+    /// The source has sent another number of descriptors than blocks.
+    #[error("{came} descriptors came for {listed} blocks of memory that is handed over")]
+    Descriptors {
+        /// How many came.
+        came: usize,
+        /// How many blocks were listed.
+        listed: usize,
+    },
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {

@@ -78,6 +78,8 @@ const RUN: &[&str] = with_common!(
     #[cfg(not(target_arch = "aarch64"))]
     "unlink"
     "unlinkat" "memfd_create" "userfaultfd"
+    // Memory that is handed over.
+    "fstat" "fstatfs"
     // Those of the threads that it makes.
     "accept4" "clone" "clone3" "rseq" "set_robust_list"
     "connect" "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pread64"

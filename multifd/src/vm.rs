@@ -6,7 +6,12 @@ use std::io::Read;
 
 pub use multifd_proto::extension::MAX_DESCRIPTION;
 
-use crate::{dirty::DirtyLog, dirty_bitmap::DirtyBitmap, ram::Ram, sections::Sections};
+use crate::{
+    dirty::{DirtyLog, untouched::untouched},
+    dirty_bitmap::DirtyBitmap,
+    ram::{Ram, SharedBlock},
+    sections::Sections,
+};
 
 /// A running VM that can be migrated away.
 pub trait SourceVm {
@@ -38,7 +43,8 @@ pub trait SourceVm {
     /// The log of all writes to [`ram`](Self::ram), by vCPUs and by devices.
     fn dirty_log(&mut self) -> &mut dyn DirtyLog;
 
-    /// Adds the pages that are known to be zeros without being read, e.g. because they were never touched.
+    /// Adds the pages that are known to be zeros without being read, e.g. because they were never touched. By default these are
+    /// the ones that [the kernel knows](crate::dirty::untouched::untouched).
     ///
     /// Called once, after tracking was switched on, so a page that is written afterwards is reported by the log. A page
     /// named here must have been zero at some moment during the call. Adding nothing is always correct.
@@ -46,8 +52,7 @@ pub trait SourceVm {
     /// # Errors
     /// It is logged, and all pages are sent: the kernel may be too old, or `/proc` not mounted.
     fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        let _ = into;
-        Ok(())
+        Ok(untouched(self.ram(), into)?)
     }
 
     /// Slows the vCPUs down, because the guest writes faster than the link sends; 0 is full speed, 99 nearly stopped.
@@ -94,6 +99,28 @@ pub trait DestinationVm {
         4096
     }
 
+    /// Takes the memory that the source hands over ([`Plan::hand_over`](crate::source::Plan::hand_over)): all blocks that
+    /// [`ram`](Self::ram) is not to make, but to map ([`RamBlock::shared`](crate::ram::RamBlock::shared) does). Those of `ram`
+    /// that are made of it are told by their file, so they have to be [backed by](crate::ram::RamBlock::backed_by) a
+    /// [`MemoryFile`](crate::ram::MemoryFile) of it. Called once, before [`prepare`](Self::prepare), and only where a source hands
+    /// memory over.
+    ///
+    /// Until [`start`](Self::start) is called, the memory is the source's: its guest may go on, also when all is
+    /// [loaded](Self::load). So nothing here may write to it before. The engine makes sure of it for the mappings of the
+    /// blocks, when `prepare` has returned: a write is SIGSEGV, and `EFAULT` where the kernel does it. Nothing makes sure of it for
+    /// other mappings of the files, as those of device processes. A device that has to write memory to take its state over does
+    /// that in `start`, and fails no more from there on.
+    ///
+    /// After an error the memory stays the source's. Unmap it: another migration into blocks that are still made of it is
+    /// refused, and what became of it is the source's affair.
+    ///
+    /// # Errors
+    /// The migration ends; the source's VM runs on. By default, memory is not taken.
+    fn take_memory(&mut self, memory: Vec<SharedBlock>) -> Result<(), VmError> {
+        drop(memory);
+        Err("this VM does not take memory that is handed over".into())
+    }
+
     /// Makes the VM by what [`SourceVm::describe`] wrote, and returns what [`SourceVm::agreed`] is to take: at most
     /// [`MAX_DESCRIPTION`] bytes each way.
     ///
@@ -117,7 +144,8 @@ pub trait DestinationVm {
     /// [`prepare`](Self::prepare) has returned, and not before.
     ///
     /// From the first call until [`start`](Self::start), only [`load`](Self::load) and the engine write to it. What it held
-    /// before is lost then, also where the migration fails.
+    /// before is lost then, also where the migration fails. Blocks that were [handed over](Self::take_memory) are written by
+    /// none, and keep what they hold.
     fn ram(&self) -> &Ram;
 
     /// Reads the state of one device. `input` has to be read exactly to the end of what [`SourceVm::save`] wrote, no
@@ -129,19 +157,20 @@ pub trait DestinationVm {
     /// The migration ends; the source's VM runs on.
     fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError>;
 
-    /// Lets the VM run.
+    /// Lets the VM run. Memory that was [handed over](Self::take_memory) is this VM's from here on.
     ///
     /// A source of ours is told afterwards. One that knows no GO, such as a QEMU, was told before that the VM is ours.
     ///
     /// # Errors
     /// No vCPU has run here, and none will: a source of ours is told so, and resumes the VM. With one that knows no GO the VM
-    /// is then paused on both sides. An implementation that has started some of its vCPUs must not return an error.
+    /// is then paused on both sides. An implementation that has started some of its vCPUs must not return an error, nor one
+    /// that has written to memory that was handed over: the source's guest goes on with it.
     fn start(&mut self) -> Result<(), VmError>;
 
-    /// Frees what [`prepare`](Self::prepare) and [`load`](Self::load) have made: the VM will not run here.
+    /// Frees what [`take_memory`](Self::take_memory), [`prepare`](Self::prepare) and [`load`](Self::load) have made: the VM will not run here.
     ///
     /// Called at most once, as the last call, when [`Destination::run`](crate::destination::Destination::run) returns an
-    /// error after `prepare` was called, whether that succeeded or not; all threads of the engine have ended then, and none
+    /// error after `prepare` or `take_memory` was called, whether that succeeded or not; all threads of the engine have ended then, and none
     /// touches the memory. It is not called after [`start`](Self::start) has succeeded. Nor is it where the VM is complete here
     /// and an operator may still let it run: with [`Error::InDoubt`](crate::error::Error::InDoubt), and where `start` failed
     /// after a source that knows no GO was told that the VM is here.

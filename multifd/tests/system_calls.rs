@@ -19,7 +19,7 @@ use multifd::{
     dirty_bitmap::DirtyBitmap,
     multifd_proto::BlockName,
     progress::{Event, Observer},
-    ram::{Ram, RamBlock},
+    ram::{Ram, RamBlock, SharedBlock},
     sections::Sections,
     source::{self, Compression, Handle, Source},
     threads::{Body, Joinable, StdThreads, ThreadRole, Threads, system_calls, system_calls_of_run},
@@ -31,7 +31,8 @@ use test_support::{TempDir, time_limit};
 
 /// Which kind the child is to run.
 const KIND: &str = "MULTIFD_SYSTEM_CALLS";
-const KINDS: [&str; 8] = ["tcp", "unix", "tls", "zlib", "zstd", "zero-copy", "write-protection", "cancelled"];
+const KINDS: [&str; 9] =
+    ["tcp", "unix", "handed-over", "tls", "zlib", "zstd", "zero-copy", "write-protection", "cancelled"];
 const PAGES: u64 = 2048;
 
 #[test]
@@ -160,6 +161,15 @@ impl SourceVm for Vm {
 }
 
 impl DestinationVm for Vm {
+    fn take_memory(&mut self, memory: Vec<SharedBlock>) -> Result<(), VmError> {
+        let mut blocks = vec![RamBlock::anonymous(BlockName::new("private")?, PAGES as usize * 4096)?];
+        for block in memory {
+            blocks.push(RamBlock::shared(block)?);
+        }
+        self.ram = Ram::new(4096, blocks)?;
+        Ok(())
+    }
+
     fn ram(&self) -> &Ram {
         &self.ram
     }
@@ -188,7 +198,7 @@ impl Observer for Cancels {
 
 fn transport(kind: &str, dir: &TempDir) -> (Box<dyn Listen>, Box<dyn Connect + Send + Sync>) {
     let uri = match kind {
-        "unix" => Uri::Unix(dir.join("s")),
+        "unix" | "handed-over" => Uri::Unix(dir.join("s")),
         _ => "tcp:127.0.0.1:0".parse().unwrap(),
     };
     let listener = uri.listener().unwrap();
@@ -234,6 +244,7 @@ fn migrate(kind: &str) {
     let (listener, connector) = transport(kind, &dir);
     let (mut sending, mut receiving) = (source::Options::default(), destination::Options::default());
     sending.plan.zero_copy = kind == "zero-copy";
+    sending.plan.hand_over = kind == "handed-over";
     sending.format.compression = match kind {
         "zlib" => Compression::Zlib,
         "zstd" => Compression::Zstd,

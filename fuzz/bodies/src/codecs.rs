@@ -5,6 +5,7 @@ use multifd_proto::{
     encoder::MainEncoder,
     packet::{self, Compression, DeviceStatePacket, Hello, PacketHeader, Prefix, RamPacket},
     return_path::Message,
+    shared_memory,
     stream::{Item, MainDecoder, Step},
     vmdesc::{self, TailScanner, VmDescription},
     wire,
@@ -163,8 +164,12 @@ fn encode(items: &[(Item, &[u8])]) -> Vec<u8> {
     encoder.as_bytes().to_vec()
 }
 
-/// Messages one after the other.
+/// Messages one after the other. And the whole as a list of memory that is handed over.
 pub(crate) fn return_path(mut input: &[u8]) {
+    if let Ok(blocks) = shared_memory::decode(input) {
+        assert!((1..=shared_memory::MAX_SHARED_BLOCKS).contains(&blocks.len()));
+        assert!(shared_memory::encode(&blocks) == input, "{blocks:?}");
+    }
     loop {
         match Message::decode(input) {
             Err(_) => return,

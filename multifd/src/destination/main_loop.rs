@@ -2,7 +2,7 @@
 
 use multifd_proto::{
     command::Command,
-    extension::Extension,
+    extension::{Extension, Extensions, Offer},
     machine::Dialect,
     ram::BlockEntry,
     return_path::Message,
@@ -10,7 +10,7 @@ use multifd_proto::{
     violation,
 };
 
-use super::{Body, Mode, Run, StreamHead, Target, shared::Pages};
+use super::{Body, MainReader, Mode, Run, StreamHead, Target, shared::Pages};
 use crate::{
     error::{Error, Mismatch},
     layout::Layout,
@@ -51,6 +51,7 @@ impl Run {
             Item::Command(Command::PostcopyRamDiscard { block, ranges }) => self.discard(&block, &ranges, observer)?,
             Item::Command(Command::Packaged { len }) => self.package(len, observer)?,
             Item::Command(Command::Describe { len }) => self.describe(len, target)?,
+            Item::Command(Command::SharedMemory { len }) => self.shared_memory(len, target)?,
             Item::Command(command) => self.command(&command, &*target)?,
             item if is_configuration(&item) => self.configuration(item)?,
             // What the switch has begun goes on.
@@ -172,9 +173,9 @@ impl Run {
             Command::OpenReturnPath => {
                 self.return_path = true;
                 if let Some(offer) = &self.offer {
-                    self.extensions = offer.extensions.and(&self.shared.options.extensions);
-                    if !target.takes_descriptions() {
-                        self.extensions = self.extensions.without(Extension::Prepare);
+                    self.extensions = self.agreed(offer, target);
+                    if self.extensions.contains(Extension::SharedMemory) {
+                        self.main().expect_descriptors();
                     }
                     let accepted = Message::Accepted(self.extensions.clone());
                     self.main().reply(&accepted)?;
@@ -191,6 +192,20 @@ impl Run {
             Command::Ping(value) => self.main().reply(&Message::Pong(*value)),
             _ => Ok(()),
         }
+    }
+
+    /// What of `offer` is taken.
+    fn agreed(&self, offer: &Offer, target: &dyn Target) -> Extensions {
+        let mut extensions = offer.extensions.and(&self.shared.options.extensions);
+        if !target.takes_descriptions() {
+            extensions = extensions.without(Extension::Prepare);
+        }
+        let carries = self.main.as_ref().is_some_and(MainReader::receives_descriptors);
+        // Without GO nothing tells when the memory is ours.
+        if !target.takes_memory() || !carries || !extensions.contains(Extension::TwoStepCommit) {
+            extensions = extensions.without(Extension::SharedMemory);
+        }
+        extensions
     }
 
     /// The block list is complete: finds out where its pages go.

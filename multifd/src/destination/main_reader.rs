@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Read},
+    os::fd::OwnedFd,
     time::Duration,
 };
 
@@ -10,12 +11,13 @@ use multifd_proto::{
     command::Command,
     encoder::MainEncoder,
     return_path::Message,
+    shared_memory::MAX_SHARED_BLOCKS,
     stream::{self, Item, MainDecoder, Step, StreamError},
 };
 
 use super::shared::MainConnection;
 use crate::{
-    error::{Connection, Error, Place},
+    error::{Connection, Error, Mismatch, Place},
     progress::Progress,
     pulse::Pulse,
     transport::{FarEnd, RecvHalf, SendHalf},
@@ -41,6 +43,8 @@ pub(crate) struct MainReader {
     position: u64,
     /// Whether the source hears what is written.
     far_end: FarEnd,
+    /// What came beside the bytes, while that is expected.
+    descriptors: Option<Vec<OwnedFd>>,
 }
 
 impl MainReader {
@@ -86,6 +90,7 @@ impl MainReader {
             payload: 0,
             position: 0,
             far_end: FarEnd::File,
+            descriptors: None,
         }
     }
 
@@ -227,8 +232,16 @@ impl MainReader {
             self.buf.resize(self.buf.len() * 2, 0);
         }
         let at = self.end_place();
+        let into = &mut self.buf[self.end..];
+        let received = match &mut self.descriptors {
+            Some(descriptors) => self.receives.read_with_descriptors(into, descriptors),
+            None => self.receives.read(into),
+        };
         // A packed stream may be damaged.
-        let n = self.receives.read(&mut self.buf[self.end..]).map_err(Error::payload(at))?;
+        let n = received.map_err(Error::payload(at))?;
+        if let Some(blocks) = self.descriptors.as_ref().map(Vec::len).filter(|came| *came > MAX_SHARED_BLOCKS) {
+            return Err(Mismatch::TooManyShared { blocks, limit: MAX_SHARED_BLOCKS }.into());
+        }
         self.end += n;
         self.pulse.add(n);
         self.progress.add_main_bytes(n as u64);
@@ -238,6 +251,21 @@ impl MainReader {
     /// What was received and not yet used.
     pub(crate) fn unread(&self) -> &[u8] {
         &self.buf[self.start..self.end]
+    }
+
+    /// Whether descriptors can come beside the bytes.
+    pub(super) fn receives_descriptors(&self) -> bool {
+        self.receives.receives_descriptors()
+    }
+
+    /// From now on descriptors that come are kept, a bounded number.
+    pub(super) fn expect_descriptors(&mut self) {
+        self.descriptors = Some(Vec::new());
+    }
+
+    /// Those that have come, in their order. From now on others are closed.
+    pub(super) fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        self.descriptors.take().unwrap_or_default()
     }
 
     /// Uses the first `len` bytes of [`unread`](Self::unread).

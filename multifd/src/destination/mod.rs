@@ -27,6 +27,7 @@ mod recovery;
 mod report;
 mod rounds;
 mod shared;
+mod shared_memory;
 mod sink;
 mod switchover_ack;
 mod target;

@@ -29,6 +29,7 @@ impl Run {
 
     fn prepare(&mut self, description: &[u8], target: &mut dyn Target) -> Result<Vec<u8>, Error> {
         self.prepared = true;
+        drop(self.main().take_descriptors());
         // What it takes to make a VM is not the source's silence.
         Pulse::rest(self.watchdog.timers());
         let answer = target.prepare(description)?;

@@ -60,6 +60,8 @@ pub struct Report {
     pub normal: u64,
     /// Pages received as zeros.
     pub zero: u64,
+    /// Bytes of memory that the source has handed over.
+    pub handed_over: u64,
     /// How memory that was never touched got its content, and why so, by block, where there was a choice.
     pub fresh_memory: Vec<FreshMemory>,
     /// How often the source went on over new connections, after it had switched to postcopy.

@@ -92,9 +92,13 @@ impl MemorySink {
         let ram = clean.ram().clone();
         // From here on pages are written: the next migration into this memory finds nothing fresh.
         let fresh: Vec<bool> = ram.blocks().iter().map(RamBlock::take_fresh).collect();
-        clean.clean(stop, |index, _| !fresh[index]);
+        clean.clean(stop, |index, block| !fresh[index] && !block.is_lent());
         let touched = PageBits::new(ram.layout());
-        for (layout, _) in ram.layout().blocks().iter().zip(&fresh).filter(|(_, fresh)| !**fresh) {
+        for (index, layout) in ram.layout().blocks().iter().enumerate() {
+            // No page comes to memory that is handed over, and there may be much of it.
+            if fresh[index] || ram.blocks()[index].is_lent() {
+                continue;
+            }
             layout.page_range().filter(|&page| !clean.is_absent(page)).for_each(|page| touched.set(page));
         }
         let filler = if fresh.contains(&true) || clean.has_absent() {
@@ -110,7 +114,13 @@ impl MemorySink {
     fn page(&self, block: usize, offset: u64) -> io::Result<(u64, GuestRange<'_>)> {
         let layout = self.ram.layout();
         let index = self.order[block];
-        let range = self.ram.blocks()[index].range(offset, layout.page_size()).ok_or(io::ErrorKind::InvalidInput)?;
+        let block = &self.ram.blocks()[index];
+        if block.is_lent() {
+            // It may be written by no one but the source.
+            let text = format!("a page of RAM block {:?}, whose memory is handed over", block.name());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        let range = block.range(offset, layout.page_size()).ok_or(io::ErrorKind::InvalidInput)?;
         let page = layout.blocks()[index].page_at(offset);
         Ok((page, range))
     }

@@ -13,9 +13,11 @@ use super::{FirstTouch, MainReader, PageSink, clean::CleanMemory, sink::MemorySi
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     layout::Layout,
-    ram::Access,
+    memory::shared::{self, Identity, SharedBlock},
+    ram::{Access, RamBlock},
     stop::StopHandle,
     sync::Arc,
+    sys::protection,
     threads::caught,
     vm::{DestinationVm, MAX_DESCRIPTION, SectionId},
 };
@@ -53,6 +55,18 @@ pub(crate) trait Target {
     fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, Error> {
         let _ = description;
         Ok(Vec::new())
+    }
+
+    /// Whether [`take_memory`](Self::take_memory) has a use for memory that a source hands over.
+    fn takes_memory(&self) -> bool {
+        false
+    }
+
+    /// Takes memory that the source hands over, before anything else: all that belongs to one VM, with what tells it from other
+    /// memory.
+    fn take_memory(&mut self, blocks: Vec<SharedBlock>, identities: Vec<Identity>) -> Result<(), Error> {
+        drop((blocks, identities));
+        Err(Mismatch::HandOverRefused.into())
     }
 
     /// Says where the pages of `head` go, or that they do not fit.
@@ -104,6 +118,10 @@ pub(super) struct VmTarget<'a> {
     clean: Option<CleanMemory>,
     /// The VM is being made, or was, and does not run: it has to be told if it never will.
     is_made: bool,
+    /// Memory that the source hands over.
+    taken: Vec<Identity>,
+    /// The blocks that are made of it, by index: the source's until its guest starts here.
+    lent: Vec<usize>,
 }
 
 impl<'a> VmTarget<'a> {
@@ -113,14 +131,38 @@ impl<'a> VmTarget<'a> {
         first_touch: FirstTouch,
         stop: StopHandle,
     ) -> VmTarget<'a> {
-        VmTarget { vm, page_size, first_touch, stop, clean: None, is_made: false }
+        let (taken, lent) = (Vec::new(), Vec::new());
+        VmTarget { vm, page_size, first_touch, stop, clean: None, is_made: false, taken, lent }
+    }
+
+    /// Finds the blocks that are made of what the source hands over, and sees to it that none of it is written.
+    fn protect_memory(&mut self) -> Result<(), Error> {
+        let ram = self.vm.ram();
+        let lent = shared::find(ram, &self.taken)?;
+        for block in lent.iter().map(|&index| &ram.blocks()[index]) {
+            block.set_lent(true);
+            protection::forbid_writing(block).map_err(|error| not_shared(block, &error))?;
+        }
+        self.lent = lent;
+        Ok(())
+    }
+
+    /// What the source has handed over is ours.
+    fn own_memory(&mut self) -> Result<(), Error> {
+        let ram = self.vm.ram();
+        for block in self.lent.drain(..).map(|index| &ram.blocks()[index]) {
+            protection::permit_writing(block).map_err(|error| not_shared(block, &error))?;
+            block.set_lent(false);
+        }
+        Ok(())
     }
 
     /// Makes the memory of the VM read as zeros where that is not known: as early as possible, as it may take a while.
     fn clean_memory(&mut self) {
         let mut clean = CleanMemory::new(self.vm.ram());
         // A block that is read-only will be refused.
-        clean.clean(&self.stop, |_, block| !block.is_fresh() && block.access() == Access::ReadWrite);
+        let wanted = |block: &RamBlock| !block.is_fresh() && !block.is_lent() && block.access() == Access::ReadWrite;
+        clean.clean(&self.stop, |_, block| wanted(block));
         self.clean = Some(clean);
     }
 }
@@ -146,9 +188,21 @@ impl Target for VmTarget<'_> {
         if let Some(block) = ram.blocks().iter().find(|block| block.access() != Access::ReadWrite) {
             return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
         }
+        self.protect_memory()?;
         // While the guest runs at the source.
         self.clean_memory();
         Ok(answer)
+    }
+
+    fn takes_memory(&self) -> bool {
+        true
+    }
+
+    fn take_memory(&mut self, blocks: Vec<SharedBlock>, identities: Vec<Identity>) -> Result<(), Error> {
+        // Even where it fails: there may be something to be freed.
+        self.is_made = true;
+        self.taken = identities;
+        self.vm.take_memory(blocks).map_err(Error::vm("take the source's memory"))
     }
 
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
@@ -219,6 +273,7 @@ impl Target for VmTarget<'_> {
     }
 
     fn start(&mut self) -> Result<(), Error> {
+        self.own_memory()?;
         self.vm.start().map_err(Error::vm("start"))?;
         self.is_made = false;
         Ok(())
@@ -236,6 +291,10 @@ impl Target for VmTarget<'_> {
             tracing::error!(%error, "while the VM was abandoned");
         }
     }
+}
+
+fn not_shared(block: &RamBlock, error: &io::Error) -> Error {
+    Mismatch::NotShared { name: block.name().clone(), why: error.to_string() }.into()
 }
 
 fn matching_block(ours: &Layout, name: &BlockName, theirs: u64) -> Result<usize, Mismatch> {

@@ -150,7 +150,7 @@ impl RecordedReader {
                 match command {
                     Command::PostcopyRamDiscard { block, ranges } => self.discard(&block, &ranges)?,
                     Command::Packaged { len } => self.package(len)?,
-                    Command::Describe { len } => drop(self.main.payload(len as usize)?),
+                    Command::Describe { len } | Command::SharedMemory { len } => drop(self.main.payload(len as usize)?),
                     _ => {}
                 }
             }

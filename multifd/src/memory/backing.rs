@@ -3,7 +3,11 @@
 //! A page of which the kernel has nothing reads as zeros in memory of its own, and means something else where another
 //! part of the process fills it in. Only the VMM knows which of the two it is, so it says so.
 
-use std::{fs::File, io, os::fd::BorrowedFd};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 pub use crate::sys::file_block::FileMemory;
 use crate::sys::holes::{self, SharedMemory};
@@ -29,6 +33,8 @@ pub enum Backing {
 pub struct MemoryFile {
     memory: SharedMemory,
     offset: u64,
+    /// The file as the VMM has opened it, where [`SharedMemory`] has opened it once more, for reading.
+    as_given: Option<OwnedFd>,
 }
 
 impl MemoryFile {
@@ -39,16 +45,23 @@ impl MemoryFile {
     /// [`io::ErrorKind::InvalidInput`] for a file of another kind: only memory tells without delay what was written through a
     /// mapping; the kernel's.
     pub fn new(file: BorrowedFd<'_>, offset: u64) -> io::Result<MemoryFile> {
-        Ok(MemoryFile { memory: holes::open_shared_memory(file)?, offset })
+        let memory = holes::open_shared_memory(file)?;
+        let as_given = if memory.has_own_position { Some(file.try_clone_to_owned()?) } else { None };
+        Ok(MemoryFile { memory, offset, as_given })
     }
 
     /// A memory file of small pages, whose position is of no importance to any other part of the process.
     pub(super) fn own(file: File) -> MemoryFile {
-        MemoryFile { memory: SharedMemory { file, has_own_position: true, is_huge: false }, offset: 0 }
+        MemoryFile { memory: SharedMemory { file, has_own_position: true, is_huge: false }, offset: 0, as_given: None }
     }
 
     pub(crate) fn memory(&self) -> &SharedMemory {
         &self.memory
+    }
+
+    /// The file as the VMM has opened it.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.as_given.as_ref().map_or(self.memory.file.as_fd(), OwnedFd::as_fd)
     }
 
     /// Where in the file the block begins.

@@ -4,3 +4,4 @@ mod backing;
 pub mod dirty_bitmap;
 pub mod layout;
 pub mod ram;
+pub(crate) mod shared;

@@ -9,14 +9,18 @@ use std::{
     fmt,
     io,
     ops::Range,
+    os::fd::AsFd,
     ptr::NonNull,
     // Not from `crate::sync`: only main threads look at it, between migrations.
-    sync::atomic::{AtomicU8, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
 };
 
 use multifd_proto::BlockName;
 
-pub use super::backing::{Backing, FileMemory, MemoryFile};
+pub use super::{
+    backing::{Backing, FileMemory, MemoryFile},
+    shared::SharedBlock,
+};
 use crate::{
     error::{Error, Mismatch},
     layout::{BlockLayout, Layout},
@@ -132,6 +136,8 @@ pub struct RamBlock {
     backing: Backing,
     pinned: bool,
     guest_address: Option<u64>,
+    /// It is the memory of a VM of another process.
+    lent: AtomicBool,
     /// Keeps the mapping alive for as long as anybody can reach the block.
     _owner: Box<dyn Any + Send + Sync>,
 }
@@ -183,6 +189,7 @@ impl RamBlock {
             backing: Backing::Foreign,
             pinned: false,
             guest_address: None,
+            lent: AtomicBool::new(false),
             _owner: owner,
         }
     }
@@ -270,10 +277,27 @@ impl RamBlock {
         Ok(RamBlock::mapped(name, len, mapping).backed_by(Backing::MemoryFile(MemoryFile::own(file))))
     }
 
-    #[allow(unsafe_code)]
+    /// Maps the memory of a source that hands it over; see [`take_memory`](crate::vm::DestinationVm::take_memory).
+    ///
+    /// # Errors
+    /// The kernel's: also where the block does not begin at a page of the file, or has huge pages and does not end at one.
+    pub fn shared(block: SharedBlock) -> io::Result<RamBlock> {
+        let (name, len) = (block.name().clone(), block.bytes());
+        let (file, offset) = block.into_file();
+        let mapping = Mapping::shared(&file, offset, len)?;
+        let backing = Backing::MemoryFile(MemoryFile::new(file.as_fd(), offset)?);
+        Ok(RamBlock::owned(name, len, mapping).backed_by(backing))
+    }
+
     fn mapped(name: BlockName, len: usize, mapping: Mapping) -> RamBlock {
-        // SAFETY: the mapping is that long, new, and ends with its owner.
-        unsafe { RamBlock::from_raw(name, mapping.base(), len, Box::new(mapping)) }.fresh()
+        RamBlock::owned(name, len, mapping).fresh()
+    }
+
+    #[allow(unsafe_code)]
+    fn owned(name: BlockName, len: usize, mapping: Mapping) -> RamBlock {
+        // SAFETY: the mapping is that long, new, and ends with its owner. No file in it becomes shorter: it is of this crate, or
+        // sealed.
+        unsafe { RamBlock::from_raw(name, mapping.base(), len, Box::new(mapping)) }
     }
 
     /// Declares that no byte of the block was written since it was mapped: every page still reads as zeros.
@@ -302,6 +326,17 @@ impl RamBlock {
     /// Whether the block was fresh until now. From here on it may be written.
     pub(crate) fn take_fresh(&self) -> bool {
         self.contents.swap(USED, Relaxed) == FRESH
+    }
+
+    /// Whether it is the memory of a VM of another process: lent by the source of a migration that has not come to its end, or
+    /// given away.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.lent.load(Relaxed)
+    }
+
+    /// From now on it is the memory of a VM of another process, or not any more.
+    pub(crate) fn set_lent(&self, lent: bool) {
+        self.lent.store(lent, Relaxed);
     }
 
     /// What may be done with the memory.

@@ -9,12 +9,13 @@ use crate::{
 };
 
 impl Run {
-    /// Waits for what a destination of ours takes of the offer, has it make its VM, and tells `vm` its answer. A QEMU is
+    /// Waits for what a destination of ours takes of the offer, hands memory over, has it make its VM, and tells `vm` its answer. A QEMU is
     /// asked nothing.
     pub(super) fn agree(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
         if self.shared.options.peer == Peer::Multifd {
             self.extensions = self.return_path().wait_for_agreement()?;
         }
+        self.hand_over()?;
         if !self.extensions.contains(Extension::Prepare) {
             return Ok(());
         }

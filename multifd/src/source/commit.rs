@@ -35,7 +35,10 @@ impl Run {
             // A cancel that came before READY wins.
             let cancelled = event == SourceEvent::Ready && self.shared.stop.commit().is_err();
             match self.commit.on(if cancelled { SourceEvent::Stopped } else { event }) {
-                SourceAction::WriteGo => written = self.main().go(),
+                SourceAction::WriteGo => {
+                    self.lend(true);
+                    written = self.main().go();
+                }
                 SourceAction::Finish => break,
                 SourceAction::Resume => return Err(error),
                 SourceAction::StayPaused | SourceAction::Nothing => {

@@ -4,7 +4,7 @@ use std::io;
 
 use super::{Run, Shared, channel::SendChannel, main_channel::MainChannel, return_path::ReturnPath};
 use crate::{
-    error::{Connection, Error, Place},
+    error::{Connection, Error, Mismatch, Place},
     sync::lock,
     transport::{Connect, end_if_untaken},
 };
@@ -27,7 +27,11 @@ impl Run {
         end_if_untaken(&mut *stream, shared.live.get().stall_limit);
         let stopper = stream.stopper().map_err(Error::io(at))?;
         shared.backlog.add(&*stream).map_err(Error::io(at))?;
+        let peer = stream.peer();
         let (sends, receives) = stream.split().map_err(Error::io(at))?;
+        if shared.options.plan.hand_over && !sends.sends_descriptors() {
+            return Err(Mismatch::NoDescriptors { peer }.into());
+        }
         let mut main = MainChannel::new(sends, shared);
         main.header()?;
         let offered = shared.options.offer().map(|offer| offer.extensions);

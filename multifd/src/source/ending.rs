@@ -33,6 +33,9 @@ impl Run {
             self.report.finish(&self.shared.progress, self.shared.options.clock.now() - self.begun);
             return Ok(self.report);
         };
+        if !matches!(error, Error::InDoubt { .. }) {
+            self.lend(false);
+        }
         if self.paused
             && !matches!(error, Error::InDoubt { .. })
             && let Err(resume) = vm.resume()

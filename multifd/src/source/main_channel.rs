@@ -1,7 +1,7 @@
 //! The main channel of a source: what it says besides pages, in the order in which [`Source::run`](super::Source::run)
 //! has it said.
 
-use std::io;
+use std::{io, os::fd::BorrowedFd};
 
 use multifd_proto::{
     command::Command,
@@ -59,6 +59,17 @@ impl MainChannel {
     pub(super) fn describe(&mut self, len: u32, description: &[u8]) -> Result<(), Error> {
         self.encoder.command(&Command::Describe { len }).raw(description);
         self.send()
+    }
+
+    /// Hands memory over: the `list` of blocks, and a descriptor for each.
+    pub(super) fn shared_memory(&mut self, list: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let len = u32::try_from(list.len()).expect("a list has a limit");
+        let mut message = MainEncoder::new();
+        message.command(&Command::SharedMemory { len }).raw(list);
+        let (at, bytes) = (self.place(), message.as_bytes());
+        self.stream.write_with_descriptors(bytes, descriptors).map_err(Error::io(at))?;
+        self.count(bytes.len());
+        Ok(())
     }
 
     /// Sends the device state that is needed before the RAM blocks, and lists these. A sync point and the end of the section
@@ -188,10 +199,14 @@ impl MainChannel {
         }
         let at = self.place();
         self.stream.write(bytes, &[]).map_err(Error::io(at))?;
-        self.sent += bytes.len() as u64;
-        self.shared.pulse.add(bytes.len());
-        self.shared.progress.add_main_bytes(bytes.len() as u64);
+        self.count(bytes.len());
         Ok(())
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.sent += bytes as u64;
+        self.shared.pulse.add(bytes);
+        self.shared.progress.add_main_bytes(bytes as u64);
     }
 }
 

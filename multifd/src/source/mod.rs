@@ -24,6 +24,7 @@ mod return_path;
 mod rounds;
 mod sections;
 mod shared;
+mod shared_memory;
 mod steering;
 mod switchover;
 
@@ -53,7 +54,7 @@ pub use self::{
 use self::{
     backlog::Backlog, channel::SendChannel, main_channel::MainChannel, openings::Openings, options::fresh_token,
     parameters::Live, pause_limit::PauseLimit, postponed::Peeking, return_path::ReturnPath,
-    sections::FIRST_SECTION_PAGES, shared::Shared,
+    sections::FIRST_SECTION_PAGES, shared::Shared, shared_memory::HandedOver,
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -131,6 +132,8 @@ struct Run {
     return_path: Option<ReturnPath>,
     /// What both ends agreed on.
     extensions: Extensions,
+    /// Memory that is not sent.
+    handed_over: Option<HandedOver>,
     /// Who has the VM.
     commit: SourceCommit,
     watchdog: Watchdog,
@@ -163,6 +166,10 @@ impl Run {
         if options.plan.channels == 0 {
             return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
         }
+        let handed_over = match options.plan.hand_over {
+            true => Some(HandedOver::of(&ram, options.peer)?),
+            false => None,
+        };
         // Its guest writes to it.
         ram.forget_fresh();
         let page_size = ram.layout().page_size();
@@ -175,7 +182,8 @@ impl Run {
         let openings = Openings::default();
         stop.register(openings.stopper());
         stop.register(live.steering.stopper());
-        progress.set_pages_total(ram.layout().pages());
+        let pages = ram.layout().pages() - handed_over.as_ref().map_or(0, HandedOver::count);
+        progress.set_pages_total(pages);
         let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
         let report = Report::new(&options, ram.layout());
@@ -186,6 +194,7 @@ impl Run {
             peeking: Peeking::default(),
             watchdog: Watchdog::start(&*options.threads, &stop)?,
             extensions: Extensions::default(),
+            handed_over,
             commit: SourceCommit::one_step(),
             rounds: 0,
             shared: Arc::new(Shared {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use multifd_proto::{
-    extension::{Extensions, Offer},
+    extension::{Extension, Extensions, Offer},
     machine::{Dialect, ZeroPages},
     packet::Compression,
 };
@@ -68,7 +68,11 @@ impl Options {
     pub(super) fn offer(&self) -> Option<Offer> {
         match self.peer {
             Peer::Multifd => {
-                Some(Offer { channels: self.plan.channels, token: self.format.token, extensions: Extensions::known() })
+                let extensions = match self.plan.hand_over {
+                    true => Extensions::known(),
+                    false => Extensions::known().without(Extension::SharedMemory),
+                };
+                Some(Offer { channels: self.plan.channels, token: self.format.token, extensions })
             }
             Peer::Qemu => None,
         }
@@ -141,10 +145,20 @@ pub struct Plan {
     /// Have the kernel read page contents straight from guest memory where the connections can (`MSG_ZEROCOPY`); where they
     /// cannot, pages are copied, with a warning. Of no effect on compressed pages, which are a copy.
     pub zero_copy: bool,
+    /// Hand all RAM blocks over that are made of a [memory file](crate::ram::Backing::MemoryFile), instead of copying them: the
+    /// destination, a new process of the VMM on this host, maps the same memory. Others are copied, as always. Dirty tracking
+    /// is not switched on where there are no others.
+    ///
+    /// Takes a destination of ours that [takes memory](crate::vm::DestinationVm::take_memory), a connection that carries
+    /// descriptors (a unix socket, without TLS), and files that can be sealed (`MFD_ALLOW_SEALING`): they are sealed against
+    /// becoming shorter. Where one of these is missing the migration ends, and the VM runs on. Until the destination is allowed
+    /// to start, it cannot write to the memory; from then on it is the destination's: after `Ok`, this process must not write
+    /// there, and should unmap it.
+    pub hand_over: bool,
 }
 
 impl Default for Plan {
-    /// 4 channels, FLUSH when a round opens, sections of 50 ms, level 1, pages copied into the kernel.
+    /// 4 channels, FLUSH when a round opens, sections of 50 ms, level 1, pages copied into the kernel, no memory handed over.
     fn default() -> Plan {
         Plan {
             channels: 4,
@@ -152,6 +166,7 @@ impl Default for Plan {
             section_time: Duration::from_millis(50),
             compression_level: 1,
             zero_copy: false,
+            hand_over: false,
         }
     }
 }

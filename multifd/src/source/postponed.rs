@@ -42,7 +42,9 @@ impl Run {
 
     /// Waits until every channel has sent its SYNC. Meanwhile pages that `guest` writes again are taken out of the round.
     pub(super) fn gather(&mut self, guest: Option<&mut dyn SourceVm>) -> Result<(), Error> {
-        let Some(guest) = guest.filter(|_| !self.peeking.failed) else { return self.shared.barrier.gather() };
+        // Where all memory is handed over, the log is not switched on.
+        let looks = !self.peeking.failed && !self.all_is_handed_over();
+        let Some(guest) = guest.filter(|_| looks) else { return self.shared.barrier.gather() };
         while !self.shared.barrier.gather_until(self.peeking.due)? {
             self.postpone(guest);
         }

@@ -16,8 +16,13 @@ impl Run {
     /// destination needs not be told.
     pub(super) fn start_tracking(&mut self, vm: &mut dyn SourceVm) -> Result<DirtyBitmap, Error> {
         self.report.dirty_log = vm.dirty_log().name();
-        self.tracking = true;
         let ram = self.shared.ram.clone();
+        if self.all_is_handed_over() {
+            self.shared.scan.set_zeros(None);
+            self.rounds_begun = self.now();
+            return Ok(DirtyBitmap::new(ram.layout()));
+        }
+        self.tracking = true;
         if !self.tracking_starts_late() {
             vm.dirty_log().start(&ram).map_err(Error::dirty_log)?;
         }
@@ -28,6 +33,8 @@ impl Run {
             untouched.clear();
         }
         untouched.clip(ram.layout());
+        self.leave_out_handed_over(&mut dirty);
+        self.leave_out_handed_over(&mut untouched);
         match self.shared.options.format.untouched {
             Untouched::Skip => {
                 dirty.subtract(&untouched);
@@ -74,6 +81,9 @@ impl Run {
 
     /// Adds the pages that were written to `dirty`. Numbers that belong to no page are left out, counted, and once warned of.
     pub(super) fn drain(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        if self.all_is_handed_over() {
+            return Ok(());
+        }
         vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
         let outside = dirty.clip(self.shared.ram.layout());
         if outside > 0 && self.report.dirty_outside == 0 {
@@ -81,6 +91,7 @@ impl Run {
             tracing::warn!(log, outside, "the dirty log reports pages that the VM does not have: they are left out");
         }
         self.report.dirty_outside += outside;
+        self.leave_out_handed_over(dirty);
         Ok(())
     }
 

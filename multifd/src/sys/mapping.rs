@@ -20,24 +20,30 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// `len` bytes of private memory without a file.
     pub(crate) fn anonymous(len: usize) -> io::Result<Mapping> {
-        Mapping::new(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+        Mapping::new(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0)
     }
 
     /// `len` bytes of a new memory file, which other processes can map too, and the file.
     pub(crate) fn memory_file(len: usize) -> io::Result<(Mapping, File)> {
-        let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC)?;
+        let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, len as u64)?;
-        let mapping = Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd())?;
+        let mapping = Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd(), 0)?;
         Ok((mapping, File::from(fd)))
+    }
+
+    /// The `len` bytes of `file` from `offset` on, which all processes see that map them.
+    pub(crate) fn shared(file: &File, offset: u64, len: usize) -> io::Result<Mapping> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        Mapping::new(len, libc::MAP_SHARED, file.as_raw_fd(), offset)
     }
 
     /// Maps `len` bytes, at an address that is a multiple of a huge page if there is room for one: the kernel gives large
     /// pages only where an address and the offset in the file are alike modulo the size of the page.
-    fn new(len: usize, flags: i32, fd: i32) -> io::Result<Mapping> {
+    fn new(len: usize, flags: i32, fd: i32, offset: libc::off_t) -> io::Result<Mapping> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         if len < HUGE_PAGE {
             // SAFETY: without an address asked for, nothing that exists is replaced.
-            let base = unsafe { mmap(std::ptr::null_mut(), len, access, flags, fd) }?;
+            let base = unsafe { mmap(std::ptr::null_mut(), len, access, flags, fd, offset) }?;
             return Ok(Mapping { base, len });
         }
         // Room is reserved first; what is left of it before and after the mapping goes back.
@@ -45,12 +51,12 @@ impl Mapping {
         let room_len = len.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
         let room_flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: as above.
-        let base = unsafe { mmap(std::ptr::null_mut(), room_len, libc::PROT_NONE, room_flags, -1) }?;
+        let base = unsafe { mmap(std::ptr::null_mut(), room_len, libc::PROT_NONE, room_flags, -1, 0) }?;
         let room = Mapping { base, len: room_len };
         let before = base.addr().get().next_multiple_of(HUGE_PAGE) - base.addr().get();
         let at = base.as_ptr().wrapping_add(before);
         // SAFETY: `len` bytes of the room, which is ours and holds nothing.
-        let base = unsafe { mmap(at.cast(), len, access, flags | libc::MAP_FIXED, fd) }?;
+        let base = unsafe { mmap(at.cast(), len, access, flags | libc::MAP_FIXED, fd, offset) }?;
         std::mem::forget(room);
         for (start, len) in [(at.wrapping_sub(before), before), (at.wrapping_add(len), HUGE_PAGE - before)] {
             if len > 0 {
@@ -66,13 +72,20 @@ impl Mapping {
     }
 }
 
-/// The kernel's `mmap`, from the beginning of the file.
+/// The kernel's `mmap`, from `offset` of the file on.
 ///
 /// # Safety
 /// With MAP_FIXED, nothing that is in use is mapped at the `len` bytes from `at` on.
-unsafe fn mmap(at: *mut libc::c_void, len: usize, access: i32, flags: i32, fd: i32) -> io::Result<NonNull<u8>> {
+unsafe fn mmap(
+    at: *mut libc::c_void,
+    len: usize,
+    access: i32,
+    flags: i32,
+    fd: i32,
+    offset: libc::off_t,
+) -> io::Result<NonNull<u8>> {
     // SAFETY: as the caller promises; without MAP_FIXED the kernel chooses room that is free.
-    let base = unsafe { libc::mmap(at, len, access, flags, fd, 0) };
+    let base = unsafe { libc::mmap(at, len, access, flags, fd, offset) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }

@@ -15,6 +15,7 @@ pub(crate) mod kvm;
 pub(crate) mod lease;
 pub(crate) mod mapping;
 pub(crate) mod pagemap;
+pub(crate) mod protection;
 pub(crate) mod residency;
 #[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod signals;

@@ -4,7 +4,11 @@
 //! from 0. What happens at the k-th is decided before the test starts, so a test can go through every k and a failure
 //! can be repeated. Where several threads use the connections, which of them does the k-th operation is up to them.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    time::Duration,
+};
 
 use crate::{
     ram::GuestRange,
@@ -219,6 +223,20 @@ impl<S: SendHalf + ?Sized> SendHalf for FaultyStream<S> {
         self.stream.discard()
     }
 
+    fn sends_descriptors(&self) -> bool {
+        self.stream.sends_descriptors()
+    }
+
+    fn write_with_descriptors(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        match self.next(Direction::Sends)? {
+            None => self.stream.write_with_descriptors(bytes, descriptors),
+            Some(limit) => {
+                self.stream.write_with_descriptors(&bytes[..limit.clamp(1, bytes.len())], descriptors)?;
+                Err(self.cut())
+            }
+        }
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.stream.finish()
     }
@@ -233,6 +251,16 @@ impl<S: RecvHalf + ?Sized> RecvHalf for FaultyStream<S> {
                 self.stream.read(&mut buf[..len])
             }
         }
+    }
+
+    fn receives_descriptors(&self) -> bool {
+        self.stream.receives_descriptors()
+    }
+
+    fn read_with_descriptors(&mut self, buf: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+        let limit = self.next(Direction::Receives)?.unwrap_or(usize::MAX).max(1);
+        let len = buf.len().min(limit);
+        self.stream.read_with_descriptors(&mut buf[..len], descriptors)
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {

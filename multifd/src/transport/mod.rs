@@ -3,7 +3,10 @@
 //! A transport moves page bytes between the kernel and guest memory without a buffer in between. A new transport is a
 //! new file here, or a type of the VMM's own.
 
-use std::io;
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+};
 
 pub use self::pending::{Established, Pending, wrapped};
 pub use crate::sys::zerocopy::ZeroCopyCounters;
@@ -11,6 +14,7 @@ use crate::{ram::GuestRange, sync::Arc};
 
 #[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
 pub mod conformance;
+mod descriptors;
 pub mod fd;
 mod look_up;
 pub mod one_way;
@@ -83,6 +87,20 @@ pub trait SendHalf: Send {
         Ok(())
     }
 
+    /// Whether [`write_with_descriptors`](Self::write_with_descriptors) works. It does not by default.
+    fn sends_descriptors(&self) -> bool {
+        false
+    }
+
+    /// Sends `bytes`, which are at least one, and `descriptors` beside the first of them, at most 253.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`]; as [`write`](Self::write). Nothing tells whether the peer took the descriptors.
+    fn write_with_descriptors(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let _ = (bytes, descriptors);
+        Err(no_descriptors())
+    }
+
     /// Ends this direction: the peer reads all that was written, and then 0. The other direction goes on. Every
     /// [`write`](Self::write) fails from now on, whether this succeeds or not; to call it again does nothing.
     ///
@@ -123,6 +141,22 @@ pub trait RecvHalf: Send {
         Ok(())
     }
 
+    /// Whether [`read_with_descriptors`](Self::read_with_descriptors) works. It does not by default.
+    fn receives_descriptors(&self) -> bool {
+        false
+    }
+
+    /// As [`read`](Self::read), and puts descriptors that came beside these bytes behind those in `descriptors`: at most 253 at
+    /// once. What comes while `read` is called is closed.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`]; as [`read`](Self::read); some were lost, because this process may not have more
+    /// descriptors.
+    fn read_with_descriptors(&mut self, buf: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+        let _ = (buf, descriptors);
+        Err(no_descriptors())
+    }
+
     /// Limits how long a single [`read`](Self::read) waits for a byte; `None` for no limit. A read that waited longer gives
     /// [`io::ErrorKind::TimedOut`] or [`io::ErrorKind::WouldBlock`], and has taken nothing. Transports without a clock ignore
     /// it.
@@ -141,6 +175,10 @@ pub trait RecvHalf: Send {
     /// # Errors
     /// The kernel's, when it is out of descriptors.
     fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>>;
+}
+
+fn no_descriptors() -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, "this kind of connection does not carry descriptors")
 }
 
 /// One established connection.

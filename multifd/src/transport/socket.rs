@@ -21,8 +21,8 @@ use rustix::{
 };
 
 use super::{
-    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, stop_event::StopEvent, unix::OwnPath,
-    uri::Uri,
+    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, descriptors, stop_event::StopEvent,
+    unix::OwnPath, uri::Uri,
 };
 use crate::{
     ram::GuestRange,
@@ -71,6 +71,10 @@ impl SocketStream {
     pub fn with_peer(self, peer: String) -> SocketStream {
         SocketStream { peer, ..self }
     }
+
+    fn is_unix(&self) -> bool {
+        matches!(sockopt::socket_domain(&self.socket), Ok(AddressFamily::UNIX))
+    }
 }
 
 impl SendHalf for SocketStream {
@@ -118,6 +122,15 @@ impl SendHalf for SocketStream {
         Ok(sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO))?)
     }
 
+    fn sends_descriptors(&self) -> bool {
+        self.is_unix()
+    }
+
+    fn write_with_descriptors(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let sent = descriptors::send(self.socket.as_fd(), bytes, descriptors)?;
+        self.write(&bytes[sent..], &[])
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         match shutdown(&self.socket, Shutdown::Write) {
             // The peer has ended the connection.
@@ -138,6 +151,17 @@ impl RecvHalf for SocketStream {
                 other => return Ok(other?),
             }
         }
+    }
+
+    fn receives_descriptors(&self) -> bool {
+        self.is_unix()
+    }
+
+    fn read_with_descriptors(&mut self, buf: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+        if let Some(wait) = &self.wait {
+            wait.for_bytes(self.socket.as_fd(), self.read_timeout)?;
+        }
+        descriptors::receive(self.socket.as_fd(), buf, descriptors)
     }
 
     fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {

@@ -16,6 +16,7 @@ mod prepare;
 mod refusals;
 mod reused_memory;
 mod set_up;
+mod shared_memory;
 mod silence;
 mod source_gone;
 mod strangers;

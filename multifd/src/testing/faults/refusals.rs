@@ -14,7 +14,7 @@ use std::{
 use multifd_proto::{
     command::Command,
     encoder::MainEncoder,
-    extension::{Extensions, Offer},
+    extension::{Extension, Extensions, Offer},
     ram::BlockEntry,
     return_path::Message,
     wire::Step,
@@ -33,7 +33,7 @@ use crate::{
 /// Main of a source of ours with one channel, up to the end of the stream.
 fn main_of_ours() -> Wire {
     let mut encoder = MainEncoder::new();
-    let extensions = Extensions::known();
+    let extensions = offered();
     encoder.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
     encoder.command(&Command::OpenReturnPath);
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum());
@@ -113,8 +113,13 @@ fn good_channel() -> Wire {
     Wire::raw(told_hello(0, 1).encode()).sync_number(0).sync_number(1)
 }
 
+/// No memory is handed over.
+fn offered() -> Extensions {
+    Extensions::known().without(Extension::SharedMemory)
+}
+
 fn accepted() -> Message {
-    Message::Accepted(Extensions::known())
+    Message::Accepted(offered())
 }
 
 /// Its connections were closed at once, with GO under way: the source stayed in doubt.
