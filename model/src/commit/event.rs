@@ -100,6 +100,8 @@ pub enum CommitHarm {
     KeptTwice,
     /// The guest runs nowhere, and the operator cannot resume it.
     GuestLost,
+    /// The source runs its guest on in memory that the destination has written to.
+    MemoryDamaged,
     /// The destination runs a guest that is not completely loaded.
     StartedHalf,
     /// A live process waits, and nothing but luck or a user ends the wait.
@@ -202,6 +204,7 @@ impl fmt::Display for CommitHarm {
             CommitHarm::TwoGuests => "the guest runs on both sides",
             CommitHarm::KeptTwice => "a checkpoint is kept of a guest that runs on",
             CommitHarm::GuestLost => "the guest runs nowhere and cannot be resumed",
+            CommitHarm::MemoryDamaged => "the guest goes on in memory that the other side has written to",
             CommitHarm::StartedHalf => "the destination runs half a guest",
             CommitHarm::WaitsForever => "waits forever",
             CommitHarm::UnprovenSuccess => "reports success without evidence",

@@ -8,7 +8,8 @@
 //! never; and kill it, alone or with its host. Each direction keeps its order, and takes as long as it likes.
 //!
 //! An operator may resume a source that is in doubt, if the destination is dead or has given up (and, of a checkpoint, if
-//! the file does not have its name). He is an oracle: the model lets him know.
+//! the file does not have its name; and, where the destination has the source's own memory, if it has not written there). He is
+//! an oracle: the model lets him know.
 
 mod event;
 pub mod variants;
@@ -29,6 +30,8 @@ pub struct CommitModel {
     pub one_step: bool,
     /// The destination keeps the guest as a checkpoint, and starting it means publishing that.
     pub checkpoint: bool,
+    /// The destination has mapped the source's memory instead of a copy: what it writes there is written at the source.
+    pub shared_memory: bool,
     /// What makes the source resume although the destination may have started.
     pub resumes_on: Vec<Cause>,
     /// What makes the source report success.
@@ -62,6 +65,12 @@ pub enum CommitDefect {
     NoSourceLimit,
     /// The operator resumes a source that is in doubt without knowing what the destination does.
     BlindOperator,
+    /// The operator resumes a source that is in doubt when the destination has died, although that had the source's memory.
+    ForgetfulOperator,
+    /// The destination writes to memory while it loads.
+    WritesInLoad,
+    /// The destination writes to memory when it starts, and may fail after that.
+    WritesBeforeFailure,
 }
 
 /// A state of the commit model.
@@ -124,6 +133,8 @@ struct Destination {
     loaded: bool,
     /// The guest has run here, or the checkpoint has its name.
     started: bool,
+    /// It has written to memory.
+    wrote: bool,
     /// It was refused, although it had begun to start.
     refused: bool,
     /// The operator let the guest run at the source, and it was started here after that.
@@ -289,9 +300,11 @@ impl CommitModel {
         if loads && complete && !destination.loaded {
             let mut next = state.clone();
             next.destination.loaded = true;
+            next.destination.wrote |= self.has(CommitDefect::WritesInLoad);
             self.destination_on(&mut next, DestinationEvent::Loaded);
             out.push((CommitEvent::Loads(true), next));
             let mut next = state.clone();
+            next.destination.wrote |= self.has(CommitDefect::WritesInLoad);
             match phase {
                 DestinationPhase::Loading => self.destination_on(&mut next, DestinationEvent::Stopped),
                 _ => self.destination_on(&mut next, DestinationEvent::StartFailed),
@@ -299,11 +312,12 @@ impl CommitModel {
             out.push((CommitEvent::Loads(false), next));
         } else if phase == DestinationPhase::Starting && destination.pending != Some(Message::Running) {
             let mut next = state.clone();
-            next.destination.started = true;
+            (next.destination.started, next.destination.wrote) = (true, true);
             next.destination.started_late |= state.source.resumed == Some(By::Operator);
             self.destination_on(&mut next, DestinationEvent::Started);
             out.push((CommitEvent::Starts(true), next));
             let mut next = state.clone();
+            next.destination.wrote |= self.has(CommitDefect::WritesBeforeFailure);
             self.destination_on(&mut next, DestinationEvent::StartFailed);
             out.push((CommitEvent::Starts(false), next));
         }
@@ -422,11 +436,13 @@ impl CommitModel {
     }
 
     /// Whether the source is in doubt and the operator, who knows all, sees that the destination does not have the guest and
-    /// never will. A checkpoint outlives the process that published it; a guest does not.
+    /// never will. A checkpoint outlives the process that published it, and so does what a guest has written to the source's memory; a
+    /// guest does not.
     fn operator_may_resume(&self, state: &CommitState) -> bool {
         let (source, destination) = (&state.source, &state.destination);
         let never = !destination.alive || destination.phase() == DestinationPhase::Abandoned;
-        let knows = never && !(self.checkpoint && destination.started) || self.has(CommitDefect::BlindOperator);
+        let outlives = self.checkpoint || self.shared_memory && !self.has(CommitDefect::ForgetfulOperator);
+        let knows = never && !(outlives && destination.started) || self.has(CommitDefect::BlindOperator);
         let in_doubt = source.phase() == SourcePhase::InDoubt && source.resumed.is_none();
         source.alive && !source.frozen && in_doubt && knows
     }
@@ -499,6 +515,7 @@ impl Model for CommitModel {
                 received: None,
                 loaded: false,
                 started: false,
+                wrote: false,
                 refused: false,
                 started_late: false,
             },
@@ -535,6 +552,9 @@ impl Model for CommitModel {
         if twice {
             return Some(if self.checkpoint { CommitHarm::KeptTwice } else { CommitHarm::TwoGuests });
         }
+        if self.shared_memory && source.resumed.is_some() && destination.wrote {
+            return Some(CommitHarm::MemoryDamaged);
+        }
         let source_succeeds = source.phase() == SourcePhase::Done;
         let destination_succeeds = destination.phase() == DestinationPhase::Running;
         if source_succeeds && !source.answered || destination_succeeds && !destination.started {
@@ -555,7 +575,11 @@ impl Model for CommitModel {
         let is_somewhere = match source.phase() {
             _ if !source.alive || source.resumed.is_some() => true,
             SourcePhase::Done => destination.started,
-            _ => (destination.alive || self.checkpoint) && destination.started || may_be_resumed || source.frozen,
+            // A guest that has run in the source's memory and died there has died as any does whose process is killed.
+            _ => {
+                let outlives = destination.alive || self.checkpoint || self.shared_memory;
+                outlives && destination.started || may_be_resumed || source.frozen
+            }
         };
         (!is_somewhere).then_some(CommitHarm::GuestLost)
     }

@@ -72,7 +72,8 @@ pub fn commits() -> Vec<CommitVariant> {
     let one_step = CommitModel { one_step: true, ..two_steps.clone() };
     vec![
         commit("two steps, between our own ends", two_steps.clone()),
-        commit("two steps, into a checkpoint", CommitModel { checkpoint: true, ..two_steps }),
+        commit("two steps, into a checkpoint", CommitModel { checkpoint: true, ..two_steps.clone() }),
+        commit("two steps, the memory is handed over", CommitModel { shared_memory: true, ..two_steps }),
         commit("one step, our source to a QEMU", one_step.clone()),
     ]
 }
@@ -93,6 +94,11 @@ pub fn mutants() -> Vec<CommitVariant> {
         name,
         model: CommitModel { defects: defects.to_vec(), ..two_steps.clone() },
         expected,
+    };
+    let shared = |name, defect, steps| CommitVariant {
+        name,
+        model: CommitModel { shared_memory: true, defects: vec![defect], ..two_steps.clone() },
+        expected: Some((CommitHarm::MemoryDamaged, steps)),
     };
     let succeeds = |name, model: &CommitModel, steps| CommitVariant {
         name,
@@ -147,5 +153,8 @@ pub fn mutants() -> Vec<CommitVariant> {
             forever(4),
         ),
         defects("the destination gives up without a word", &[CommitDefect::NoRefusal], None),
+        shared("the memory is handed over, and written by a load", CommitDefect::WritesInLoad, 6),
+        shared("the memory is handed over, and written by a start that fails", CommitDefect::WritesBeforeFailure, 12),
+        shared("the memory is handed over, and an operator resumes after a death", CommitDefect::ForgetfulOperator, 13),
     ]
 }
