@@ -27,7 +27,9 @@ fn exactly_one_side_runs_whatever_goes_wrong() {
     };
     // A VMM of yours would take `Effort::FULL` in a nightly run.
     let few = Effort { operations: 2 };
-    let report =
-        time_limit(Duration::from_secs(300), || vm_with(few, source, || Arrival { most: CONFIG, vm: None })).unwrap();
+    let report = time_limit(Duration::from_secs(300), || {
+        vm_with(few, source, || Arrival { most: CONFIG, memory: Vec::new(), vm: None })
+    })
+    .unwrap();
     assert!(report.at_source > 5 && report.at_destination > 1, "{report:?}");
 }

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::{
+    fs::File,
     os::fd::{AsRawFd, BorrowedFd},
     sync::Arc,
 };
@@ -71,6 +72,11 @@ pub struct Machine {
 impl Machine {
     /// A VM without any state: for a guest that boots, or one that arrives.
     pub fn new(config: Config) -> Result<Machine, Failure> {
+        Machine::with_memory(config, Vec::new())
+    }
+
+    /// The same with memory that is in `files` from the places on that go with them.
+    pub fn with_memory(config: Config, files: Vec<(File, u64)>) -> Result<Machine, Failure> {
         let per_cpu = config.busy_bytes / 4096 / config.cpus.max(1) as usize;
         if per_cpu == 0 || config.busy_bytes > config.ram_bytes || config.ram_bytes > guest::MAX_RAM {
             return Err("each vCPU needs a page, all pages have to lie in RAM, and RAM has a limit of 64 GiB".into());
@@ -80,7 +86,7 @@ impl Machine {
         register_signal_handler(SIGRTMIN(), nothing)?;
         let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
         let vm = kvm.create_vm()?;
-        let memory = memory::allocate(config.backing, config.ram_bytes)?;
+        let memory = memory::map(config.backing, config.ram_bytes, files)?;
         for (slot, region) in (0..).zip(memory.iter()) {
             let region = kvm_userspace_memory_region {
                 slot,

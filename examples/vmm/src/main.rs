@@ -8,7 +8,8 @@
 //! ```
 //! A VM that arrives is made as its source describes it: there, the options say what it may have at most.
 //!
-//! While a guest runs, commands are read from stdin: `migrate URI` moves it there, `quit` ends it. What the guest writes
+//! While a guest runs, commands are read from stdin: `migrate URI` moves it there, `upgrade URI` moves it to a VMM of this host
+//! that takes its memory as it is (`--backing memfd` or `huge`, `unix:PATH`), `quit` ends it. What the guest writes
 //! to its serial port goes to stdout: a dot for each pass over its memory, `X` if it finds anything wrong.
 //!
 //! Read `machine.rs` for the VM, and `migration.rs` for all that migration takes.
@@ -94,8 +95,8 @@ fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure
 fn console(vm: &mut Vm) -> Result<(), Failure> {
     for line in std::io::stdin().lock().lines() {
         match line?.split_once(' ') {
-            Some(("migrate", uri)) => match uri.parse::<Uri>().map_err(Failure::from) {
-                Ok(uri) => match migration::send(vm, &uri) {
+            Some((verb @ ("migrate" | "upgrade"), uri)) => match uri.parse::<Uri>().map_err(Failure::from) {
+                Ok(uri) => match migration::send(vm, &uri, verb == "upgrade") {
                     Ok(report) => {
                         eprintln!("moved to {uri}: {:?} of downtime", report.downtime.total);
                         return Ok(());

@@ -37,20 +37,27 @@ impl FromStr for Backing {
     }
 }
 
-/// The system region and `ram_bytes` of RAM, untouched.
-pub fn allocate(backing: Backing, ram_bytes: usize) -> Result<Memory, Failure> {
+/// The system region and `ram_bytes` of RAM: untouched, or what is in `files` from the places on that go with them.
+pub fn map(backing: Backing, ram_bytes: usize, files: Vec<(File, u64)>) -> Result<Memory, Failure> {
+    if !files.is_empty() && files.len() != 2 {
+        return Err(format!("the source's memory is {} files, and this VM's would be 2", files.len()).into());
+    }
+    let mut files = files.into_iter();
     let regions = [(0, guest::SYSTEM_BYTES), (guest::RAM, ram_bytes)].map(|(address, len)| {
         let bitmap = AtomicBitmap::new(len, PAGE);
         let builder =
             MmapRegionBuilder::new_with_bitmap(len, bitmap).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-        let builder = match backing {
-            Backing::Anonymous => {
+        let builder = match (files.next(), backing) {
+            (Some((file, offset)), _) => {
+                builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(FileOffset::new(file, offset))
+            }
+            (None, Backing::Anonymous) => {
                 builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             }
-            Backing::Memfd => {
+            (None, Backing::Memfd) => {
                 builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, MemfdFlags::empty())?)
             }
-            Backing::Huge => {
+            (None, Backing::Huge) => {
                 builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, MemfdFlags::HUGETLB)?)
             }
         };
@@ -61,7 +68,8 @@ pub fn allocate(backing: Backing, ram_bytes: usize) -> Result<Memory, Failure> {
 }
 
 fn memfd(len: usize, flags: MemfdFlags) -> io::Result<FileOffset> {
-    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC | flags)?);
+    // A file that can be sealed can be handed over.
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | flags)?);
     file.set_len(len as u64)?;
     Ok(FileOffset::new(file, 0))
 }

@@ -3,7 +3,7 @@
 // KVM's log takes a promise.
 #![allow(unsafe_code)]
 
-use std::{io::Read, sync::atomic::Ordering::Relaxed};
+use std::{fs::File, io::Read, mem::take, sync::atomic::Ordering::Relaxed};
 
 use multifd::{
     destination::{self, Destination},
@@ -11,12 +11,10 @@ use multifd::{
         DirtyLog,
         kvm_log::{KvmDirtyLog, KvmSlot},
         merged::MergedLog,
-        untouched::untouched,
         vm_memory::{VmMemoryLog, ram},
     },
-    dirty_bitmap::DirtyBitmap,
     multifd_proto::BlockName,
-    ram::Ram,
+    ram::{Ram, SharedBlock},
     sections::{Sections, read_framed},
     source::{self, Source},
     transport::uri::Uri,
@@ -24,10 +22,7 @@ use multifd::{
 };
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::{
-    Failure,
-    machine::{Config, Machine},
-};
+use crate::machine::{Config, Machine};
 
 /// A machine as the engine sees it.
 pub struct Vm {
@@ -37,7 +32,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub fn new(machine: Machine) -> Result<Vm, Failure> {
+    pub fn new(machine: Machine) -> Result<Vm, VmError> {
         // RAM blocks: one for each region. The name says where it lies, so both sides agree on it.
         let ram = ram(&machine.memory, 4096, |_, address| {
             BlockName::new(&format!("ram@{address:#x}")).expect("short, and not empty")
@@ -70,10 +65,6 @@ impl SourceVm for Vm {
         &mut self.log
     }
 
-    fn untouched(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        Ok(untouched(&self.ram, into)?)
-    }
-
     fn pause(&mut self) -> Result<(), VmError> {
         self.machine.pause();
         Ok(())
@@ -98,14 +89,22 @@ impl SourceVm for Vm {
 pub struct Arrival {
     /// No VM has more than this here; and what its memory is to be made of.
     pub most: Config,
+    /// What the source hands over of its own memory.
+    pub memory: Vec<(File, u64)>,
     pub vm: Option<Vm>,
 }
 
 impl DestinationVm for Arrival {
+    fn take_memory(&mut self, memory: Vec<SharedBlock>) -> Result<(), VmError> {
+        self.memory = memory.into_iter().map(SharedBlock::into_file).collect();
+        Ok(())
+    }
+
     fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
         let config: Config = serde_json::from_slice(description)?;
         config.check_within(&self.most)?;
-        self.vm = Some(Vm::new(Machine::new(Config { backing: self.most.backing, ..config })?)?);
+        let config = Config { backing: self.most.backing, ..config };
+        self.vm = Some(Vm::new(Machine::with_memory(config, take(&mut self.memory))?)?);
         Ok(Vec::new())
     }
 
@@ -133,16 +132,18 @@ impl DestinationVm for Arrival {
     }
 }
 
-/// Moves the VM to `to`. On an error it runs on here, except for those that say otherwise.
-pub fn send(vm: &mut Vm, to: &Uri) -> Result<source::Report, Failure> {
-    Ok(Source::new(source::Options::default()).run(vm, &*to.connector()?, &mut ())?)
+/// Moves the VM to `to`, where it may keep its memory. On an error it runs on here, except for those that say otherwise.
+pub fn send(vm: &mut Vm, to: &Uri, hand_over: bool) -> Result<source::Report, VmError> {
+    let mut options = source::Options::default();
+    options.plan.hand_over = hand_over;
+    Ok(Source::new(options).run(vm, &*to.connector()?, &mut ())?)
 }
 
 /// Waits at `at` for a VM that has no more than `most`, and lets it run. `listening` is told the address.
-pub fn receive(most: Config, at: &Uri, listening: impl FnOnce(&Uri)) -> Result<Vm, Failure> {
+pub fn receive(most: Config, at: &Uri, listening: impl FnOnce(&Uri)) -> Result<Vm, VmError> {
     let listener = at.listener()?;
     listening(listener.uri());
-    let mut arrival = Arrival { most, vm: None };
+    let mut arrival = Arrival { most, memory: Vec::new(), vm: None };
     Destination::new(destination::Options::default()).run(&mut arrival, Box::new(listener), &mut ())?;
     arrival.vm.ok_or_else(|| "nothing arrived".into())
 }

@@ -221,6 +221,55 @@ fn a_guest_of_an_ordinary_user_moves() {
     });
 }
 
+/// The new VMM has the memory of the old one. Where that cannot be, the guest runs on.
+#[test]
+fn the_vmm_is_replaced_and_the_guest_keeps_its_memory() {
+    if no_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let unix = format!("unix:{}", dir.join("s").display());
+    let mut kinds = vec!["--backing memfd --cpus 2".to_owned()];
+    let pages = HugePages::reserve(33);
+    if pages.is_some() {
+        kinds.push("--backing huge --memory 64 --busy 8".to_owned());
+    }
+    time_limit(LIMIT, || {
+        for options in &kinds {
+            let mut old = Vmm::start(vmm(&["run"], options));
+            old.await_line("running");
+            old.await_passes(2);
+            let mut tcp = Vmm::start(vmm(&["receive", "tcp:127.0.0.1:0"], options));
+            let address = tcp.await_line("listening at ");
+            old.say(&format!("upgrade {address}"));
+            let why = old.await_line("not moved: ");
+            assert!(why.contains("descriptors travel over a unix socket only"), "{why}");
+            drop(tcp);
+            for _ in 0..2 {
+                let mut new = Vmm::start(vmm(&["receive", &unix], options));
+                new.await_line("listening at ");
+                old.say(&format!("upgrade {unix}"));
+                old.await_line("moved to ");
+                old.ends();
+                new.await_line("running");
+                new.await_passes(4);
+                old = new;
+            }
+            old.say("quit");
+            old.ends();
+        }
+        let mut private = Vmm::start(vmm(&["run"], ""));
+        private.await_line("running");
+        private.say(&format!("upgrade {unix}"));
+        let why = private.await_line("not moved: ");
+        assert!(why.contains("no RAM block is made of a memory file"), "{why}");
+        private.await_passes(2);
+    });
+    if pages.is_none() {
+        skip("no huge pages can be reserved here (as root): only memory of small pages was handed over");
+    }
+}
+
 fn moves_to(from: Command, address: &str) {
     let mut source = Vmm::start(from);
     source.await_line("running");
