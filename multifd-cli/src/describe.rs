@@ -1,6 +1,6 @@
 //! Describes what is in a checkpoint or a stream: RAM blocks and device state, for a person or as JSON.
 
-use std::io::{self, Read};
+use std::io;
 
 use multifd::checkpoint::{Checkpoint, CheckpointBlock};
 use multifd_proto::vmdesc::{self, DeviceSection, VmDescription};
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    printable,
+    digest, printable,
     table::{self, grouped},
 };
 
@@ -44,27 +44,9 @@ pub fn blocks_of(checkpoint: &Checkpoint) -> Vec<Block> {
 /// The kernel's, when the file is read; [`io::ErrorKind::Interrupted`] once `stopped`. Blocks before that have theirs.
 pub fn add_digests(blocks: &mut [Block], checkpoint: &Checkpoint, stopped: &dyn Fn() -> bool) -> io::Result<()> {
     for (index, block) in blocks.iter_mut().enumerate() {
-        block.digest = Some(digest(&mut checkpoint.block_reader(index), stopped)?);
+        block.digest = Some(digest::of(&mut checkpoint.block_reader(index), stopped)?);
     }
     Ok(())
-}
-
-/// SHA-256 of everything that `from` has.
-///
-/// # Errors
-/// Those of `from`; [`io::ErrorKind::Interrupted`] once `stopped`: a peer may have claimed terabytes of zeros.
-pub fn digest(from: &mut dyn Read, stopped: &dyn Fn() -> bool) -> io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut buf = vec![0; 1 << 20];
-    loop {
-        if stopped() {
-            return Err(io::Error::new(io::ErrorKind::Interrupted, "interrupted before all digests were computed"));
-        }
-        match from.read(&mut buf)? {
-            0 => return Ok(hex(&hash.finalize())),
-            n => hash.update(&buf[..n]),
-        }
-    }
 }
 
 /// SHA-256 of `bytes`.

@@ -9,6 +9,7 @@ mod child;
 mod connect;
 mod current;
 mod describe;
+mod digest;
 mod exit;
 mod files;
 mod forecast;

@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     args::InspectArgs,
     describe::{self, Block, Devices, counted},
+    digest,
     exit::Exit,
     image::{Content, Image, LibvirtImage, Packing},
     printable,
@@ -177,7 +178,7 @@ fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Resul
     for (index, (name, size, normal)) in account.blocks.iter().enumerate() {
         let digest = match &contents {
             Some(contents) if args.digest => {
-                let digest = describe::digest(&mut contents.block_reader(index), &|| false);
+                let digest = digest::of(&mut contents.block_reader(index), &|| false);
                 Some(digest.map_err(|error| format!("{}: {error}", directory.display()))?)
             }
             _ => None,
