@@ -153,6 +153,54 @@ fn memory_with_pages_of_another_size_than_the_vm_said_is_refused() {
     assert!(matches!(received, Err(Error::Mismatch(found)) if found == expected));
 }
 
+/// The report says how long the guest's start took, and nothing else: the clock moves in it only.
+#[test]
+fn the_report_has_the_time_of_the_start() {
+    use std::{
+        sync::atomic::{AtomicU64, Ordering::SeqCst},
+        time::Duration,
+    };
+
+    use crate::{clock::Clock, sync::Arc};
+
+    struct Slow(TestDestination, Arc<AtomicU64>);
+
+    impl crate::vm::DestinationVm for Slow {
+        fn ram(&self) -> &Ram {
+            &self.0.ram
+        }
+
+        fn load(
+            &mut self,
+            section: &crate::vm::SectionId,
+            input: &mut dyn std::io::Read,
+        ) -> Result<(), crate::vm::VmError> {
+            self.0.load(section, input)
+        }
+
+        fn start(&mut self) -> Result<(), crate::vm::VmError> {
+            self.1.fetch_add(7, SeqCst);
+            Ok(())
+        }
+    }
+
+    let seconds = Arc::new(AtomicU64::new(100));
+    let now = seconds.clone();
+    let clock = Clock::from_fn(move || Duration::from_secs(now.load(SeqCst)));
+    let options = destination::Options { clock, ..Default::default() };
+    let (listener, connector) = memory::listener(1 << 16);
+    let mut to = Slow(TestDestination::new(ram()), seconds);
+    let received = time_limit(LIMIT, || {
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| Destination::new(options).run(&mut to, Box::new(listener), &mut ()));
+            Source::new(Default::default()).run(&mut TestSource::new(ram()), &connector, &mut ()).unwrap();
+            running.join().unwrap().unwrap()
+        })
+    });
+    let took = Duration::from_secs(7);
+    assert_eq!((received.start, received.downtime, received.setup), (took, Some(took), Duration::ZERO));
+}
+
 /// Main of a source of ours up to its description of `len` bytes.
 fn described(extensions: Extensions, len: u32) -> Wire {
     let mut encoder = MainEncoder::new();
