@@ -5,9 +5,7 @@ use crate::{args::Verb, exit::Exit, html, metrics::Metrics, report::Outcome};
 /// Runs `body`, which does what `verb` says, with metrics where they are asked for, and writes the page about the outcome.
 pub fn observed(verb: &Verb, body: impl FnOnce() -> Outcome) -> Outcome {
     let Some(observe) = verb.observe() else { return body() };
-    // The demo's are those of its source.
-    let target = observe.metrics.as_ref().filter(|_| !matches!(verb, Verb::Demo(_)));
-    let mut outcome = match target.map(Metrics::start).transpose() {
+    let mut outcome = match observe.metrics.as_ref().map(Metrics::start).transpose() {
         Ok(_metrics) => body(),
         Err(error) => return Outcome::failed(Exit::Failed, error),
     };

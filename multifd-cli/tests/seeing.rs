@@ -145,7 +145,12 @@ fn metrics_in_a_file_end_with_the_end_of_the_migration() {
         assert_eq!(exit_code(&output), 0, "{}", String::from_utf8_lossy(&output.stderr));
         let metrics = fs::read_to_string(&file).unwrap();
         assert_eq!(sample(&metrics, "multifd_migrations_total{status=\"completed\"}"), 1.0, "{metrics}");
-        assert_eq!(sample(&metrics, "multifd_phase{role=\"source\",phase=\"done\"}"), 1.0, "{metrics}");
+        // Of both ends, though only one of them can be looked at while the other is.
+        for role in ["source", "destination"] {
+            assert_eq!(sample(&metrics, &format!("multifd_phase{{role=\"{role}\",phase=\"done\"}}")), 1.0, "{metrics}");
+            assert!(sample(&metrics, &format!("multifd_pages_total{{role=\"{role}\",kind=\"normal\"}}")) > 0.0);
+        }
+        is_read_by_prometheus(&metrics);
         assert!(fs::read_to_string(&report).unwrap().contains("<h2>Rounds</h2>"));
         // The files that take their places are gone.
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);

@@ -173,7 +173,9 @@ fn more_clients_than_the_limit_are_refused_and_later_ones_are_not() {
 fn a_client_that_breaks_off_or_talks_nonsense_harms_no_other() {
     time_limit(LIMIT, || {
         let dir = TempDir::new().unwrap();
-        let server = Server::start(dir.path(), "--clients 5");
+        let (metrics, page) = (dir.join("clients.prom"), dir.join("clients.html"));
+        let observed = format!("--clients 5 --metrics file:{} --report {}", metrics.display(), page.display());
+        let server = Server::start(dir.path(), &observed);
         let patient = server.served();
         drop(server.client());
         let mut nonsense = server.client();
@@ -195,7 +197,19 @@ fn a_client_that_breaks_off_or_talks_nonsense_harms_no_other() {
         let note = reports[4]["state"].as_str().unwrap();
         assert!(note.contains("checkpoint.postcopy-"), "{note}");
         assert!(fs::read_to_string(note).unwrap().contains("client 5"));
-        assert_eq!(entries(&dir).len(), 2, "{:?}", entries(&dir));
+        assert_eq!(entries(&dir).len(), 4, "{:?}", entries(&dir));
+        let metrics = fs::read_to_string(metrics).unwrap();
+        let sample = |name: &str| -> f64 {
+            let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+        };
+        for (status, count) in [("completed", 0.0), ("failed", 4.0), ("incomplete", 1.0)] {
+            assert_eq!(sample(&format!("multifd_migrations_total{{status=\"{status}\"}}")), count, "{metrics}");
+        }
+        assert!(sample("multifd_main_bytes_total{role=\"source\"}") > 0.0, "{metrics}");
+        let page = fs::read_to_string(page).unwrap();
+        assert!(page.contains("<h2>Clients</h2>") && page.contains("client 5"), "{page}");
+        assert_eq!(page.matches("<tr>").count(), 6, "{page}");
     });
 }
 

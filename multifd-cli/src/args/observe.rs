@@ -18,10 +18,3 @@ pub struct ObserveArgs {
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 }
-
-impl ObserveArgs {
-    /// The metrics as an option of a command line.
-    pub fn metrics_to_args(&self) -> Option<String> {
-        self.metrics.as_ref().map(|target| format!("--metrics={target}"))
-    }
-}

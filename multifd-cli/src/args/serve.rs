@@ -8,6 +8,7 @@ use multifd::transport::uri::Uri;
 use super::{
     MIGRATION,
     listen::AllowArgs,
+    observe::ObserveArgs,
     origin::{Origin, meeting_place},
     output::OutputArgs,
     postcopy::PrefetchWhen,
@@ -66,6 +67,9 @@ pub struct ServeArgs {
     /// Who may connect.
     #[command(flatten)]
     pub allow: AllowArgs,
+    /// What looks on. Metrics are of all clients together; so is the report, with a row for each.
+    #[command(flatten)]
+    pub observe: ObserveArgs,
     /// What to print.
     #[command(flatten)]
     pub output: OutputArgs,

@@ -3,12 +3,16 @@
 //! One file, made of the same object that `--json` prints. It loads nothing and runs nothing; what came from a peer is text in it.
 
 mod chart;
+mod clients;
 
 use std::{io, path::Path};
 
 use serde_json::{Map, Value};
 
-use self::chart::{bars, split};
+use self::{
+    chart::{bars, split},
+    clients::clients,
+};
 use crate::{replace, report::Outcome, table};
 
 /// Writes the page about `outcome` to `path`, which appears complete or not at all.
@@ -38,6 +42,7 @@ fn page(verb: &str, report: &Value) -> String {
     page.push_str(&rounds(report));
     page.push_str(&channels(report));
     page.push_str(&faults(report));
+    page.push_str(&clients(report));
     page.push_str("</body>\n</html>\n");
     page
 }

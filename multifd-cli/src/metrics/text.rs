@@ -14,9 +14,8 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// All metrics.
 pub fn render(current: Option<&Current>, ended: Ended) -> String {
-    let mut out = Text(String::new());
-    out.family("multifd_build_info", "gauge", "The version of the command; always 1.");
-    out.sample("multifd_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    let mut out = Text::default();
+    build(&mut out);
     out.family("multifd_migrations_total", "counter", "Migrations of this process that are over.");
     out.sample("multifd_migrations_total", &[("status", "completed")], ended.completed as f64);
     out.sample("multifd_migrations_total", &[("status", "failed")], ended.failed as f64);
@@ -25,6 +24,12 @@ pub fn render(current: Option<&Current>, ended: Ended) -> String {
         migration(&mut out, role, &current.progress, current.is_over);
     }
     out.0
+}
+
+/// Which program says it.
+pub(super) fn build(out: &mut Text) {
+    out.family("multifd_build_info", "gauge", "The version of the command; always 1.");
+    out.sample("multifd_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0);
 }
 
 fn migration(out: &mut Text, role: &str, progress: &Progress, is_over: bool) {
@@ -80,15 +85,22 @@ fn phases(out: &mut Text, role: &str, progress: &Progress, snapshot: &Snapshot) 
 }
 
 /// Grows line by line.
-struct Text(String);
+#[derive(Default)]
+pub(super) struct Text(String);
+
+impl From<Text> for String {
+    fn from(text: Text) -> String {
+        text.0
+    }
+}
 
 impl Text {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
+    pub(super) fn family(&mut self, name: &str, kind: &str, help: &str) {
         self.line(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
     }
 
     /// Label values are words of ours: nothing in them has to be escaped.
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+    pub(super) fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
         let labels: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         self.line(format_args!("{name}{{{}}} {value}\n", labels.join(",")));
     }

@@ -16,6 +16,8 @@ pub enum End {
     Cancelled,
     /// It failed, for this reason.
     Failed(String),
+    /// The VM runs at the destination, or may, and lacks memory: another process can go on.
+    PostcopyPaused(String),
 }
 
 impl End {
@@ -25,6 +27,7 @@ impl End {
             End::Completed(_) => "completed",
             End::Cancelled => "cancelled",
             End::Failed(_) => "failed",
+            End::PostcopyPaused(_) => "postcopy-paused",
         }
     }
 }
@@ -46,6 +49,8 @@ struct Now {
     /// How long the connections and the set-up took, once they are there.
     setup: Option<Duration>,
     passes: u64,
+    /// All pages are sent after the guest has resumed at the destination.
+    is_postcopy: bool,
     end: Option<(End, Duration)>,
 }
 
@@ -57,8 +62,26 @@ impl Migration {
         address: Option<Uri>,
     ) -> Migration {
         let (begun, status) = (Instant::now(), "setup");
-        let now = Now { role, status, progress, handle, address, begun, setup: None, passes: 0, end: None };
+        let now = Now {
+            role,
+            status,
+            progress,
+            handle,
+            address,
+            begun,
+            setup: None,
+            passes: 0,
+            is_postcopy: false,
+            end: None,
+        };
         Migration { now: Some(now) }
+    }
+
+    /// All of its pages are sent after the guest has resumed.
+    pub(super) fn set_postcopy(&mut self) {
+        if let Some(now) = &mut self.now {
+            now.is_postcopy = true;
+        }
     }
 
     /// Returns whether it is another one than before. A migration that is over stays as it is.
@@ -88,6 +111,12 @@ impl Migration {
     /// What steers it, while it is under way and this is the source.
     pub(super) fn handle(&self) -> Option<&source::Handle> {
         self.now.as_ref()?.handle.as_ref()
+    }
+
+    /// It is under way, and this is a source that nothing steers.
+    pub(super) fn is_fixed(&self) -> bool {
+        let now = self.now.as_ref().filter(|now| now.end.is_none());
+        now.is_some_and(|now| now.role == Role::Source && now.handle.is_none())
     }
 
     pub(super) fn is_under_way(&self) -> bool {
@@ -125,7 +154,7 @@ impl Migration {
                     insert("cpu-throttle-percentage", report.cpu_throttle_percentage.into());
                 }
             }
-            Some((End::Failed(reason), _)) => insert("error-desc", reason.clone().into()),
+            Some((End::Failed(reason) | End::PostcopyPaused(reason), _)) => insert("error-desc", reason.clone().into()),
             Some((End::Cancelled, _)) => {}
         }
         Value::Object(answer)
@@ -139,7 +168,9 @@ impl Now {
         let seconds = took.as_secs_f64();
         let per_second = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
         let left = snapshot.round_pages.saturating_sub(snapshot.round_done);
-        let remaining = if self.end.is_some() { 0 } else { left * page_size };
+        let is_complete = self.end.as_ref().is_some_and(|(end, _)| !matches!(end, End::PostcopyPaused(_)));
+        let remaining = if is_complete { 0 } else { left * page_size };
+        let (before, after) = if self.is_postcopy { (0, snapshot.bytes()) } else { (snapshot.bytes(), 0) };
         json!({
             "transferred": snapshot.bytes(),
             "remaining": remaining,
@@ -153,10 +184,10 @@ impl Now {
             "mbps": per_second(snapshot.bytes() as f64 * 8.0) / 1e6,
             "pages-per-second": per_second((snapshot.normal + snapshot.zero) as f64) as u64,
             "multifd-bytes": snapshot.channel_bytes,
-            "precopy-bytes": snapshot.bytes(),
+            "precopy-bytes": before,
             "downtime-bytes": 0,
-            "postcopy-bytes": 0,
-            "postcopy-requests": 0,
+            "postcopy-bytes": after,
+            "postcopy-requests": snapshot.requests,
             "dirty-sync-missed-zero-copy": 0,
         })
     }

@@ -4,6 +4,7 @@
 
 mod address;
 mod migration;
+mod postcopy;
 mod settings;
 mod watch;
 
@@ -31,7 +32,12 @@ use multifd_qmp::{
 use serde_json::{Value, json};
 
 use self::migration::Migration;
-pub use self::{migration::End, settings::Settings, watch::Watched};
+pub use self::{
+    migration::End,
+    postcopy::WatchedPostcopy,
+    settings::{Preempt, Settings},
+    watch::Watched,
+};
 pub use crate::role::Role;
 use crate::{args::Origin, progress::lock, report::MigrationReport};
 
@@ -229,7 +235,7 @@ impl Qmp {
         self.emit_status("setup");
     }
 
-    /// The migration is in another state.
+    /// The migration is in another state, of those that QEMU has.
     fn set_status(&self, status: &'static str) {
         let changed = lock(&self.shared.state).migration.set_status(status);
         if changed {
@@ -268,7 +274,12 @@ impl Qmp {
             Some(Error::Cancelled) => End::Cancelled,
             Some(error) => End::Failed(error.to_string()),
         };
-        self.end(end, RunState::Paused);
+        self.finish_as(end, RunState::Paused);
+    }
+
+    /// The same where more is known of the end.
+    pub fn finish_as(&self, end: End, run_state: RunState) {
+        self.end(end, run_state);
         self.wait_clients(LAST_LOOK);
     }
 
@@ -290,6 +301,11 @@ impl Qmp {
 
     fn set_parameters(&self, arguments: Arguments) -> Result<Value, CommandError> {
         let mut state = lock(&self.shared.state);
+        if state.migration.is_fixed() {
+            return Err(CommandError::generic(
+                "The parameters of a migration of this kind cannot be changed while it is under way",
+            ));
+        }
         let mut settings = state.settings.clone();
         settings.set_parameters(arguments)?;
         if let Some(handle) = state.migration.handle() {

@@ -30,7 +30,13 @@ pub struct Settings {
     zlib_level: u8,
     zstd_level: u8,
     zero_pages: ZeroPages,
+    /// The VM runs at the destination before its memory is there; pages that are asked for have a connection of their own.
+    postcopy: Option<Preempt>,
 }
+
+/// Whether a postcopy has a connection for pages that are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preempt(pub bool);
 
 impl Default for Settings {
     /// Those of a QEMU; but `auto-converge`, `events`, `multifd` and `return-path` are on.
@@ -47,11 +53,17 @@ impl Default for Settings {
             zlib_level: 1,
             zstd_level: 1,
             zero_pages: ZeroPages::Multifd,
+            postcopy: None,
         }
     }
 }
 
 impl Settings {
+    /// Those of a postcopy that sends at most `max_bandwidth` bytes per second in the background; 0 for no limit.
+    pub fn of_postcopy(preempt: Preempt, max_bandwidth: u64) -> Settings {
+        Settings { auto_converge: false, max_bandwidth, postcopy: Some(preempt), ..Settings::default() }
+    }
+
     /// What the command line says, and for the rest the defaults of QEMU.
     pub fn of(args: &TransferArgs) -> Settings {
         let options = args.source_options("multifd");
@@ -206,7 +218,11 @@ impl Settings {
             "events" => self.events,
             "zero-copy-send" => self.zero_copy,
             // There is no migration without.
-            "multifd" | "return-path" => true,
+            "return-path" => true,
+            // A postcopy has no channels.
+            "multifd" => self.postcopy.is_none(),
+            "postcopy-ram" => self.postcopy.is_some(),
+            "postcopy-preempt" => self.postcopy == Some(Preempt(true)),
             _ => false,
         }
     }

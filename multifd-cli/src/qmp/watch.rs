@@ -9,12 +9,14 @@ pub struct Watched<'a> {
     inner: &'a mut dyn Observer,
     qmp: Qmp,
     role: Role,
+    /// The source has switched to postcopy.
+    is_postcopy: bool,
 }
 
 impl<'a> Watched<'a> {
     /// Passes on to `inner`.
     pub fn new(inner: &'a mut dyn Observer, qmp: Qmp, role: Role) -> Watched<'a> {
-        Watched { inner, qmp, role }
+        Watched { inner, qmp, role, is_postcopy: false }
     }
 }
 
@@ -27,8 +29,20 @@ impl Observer for Watched<'_> {
                 self.qmp.set_run_state(RunState::FinishMigrate);
                 self.qmp.set_status("device");
             }
+            (Event::Phase(Phase::Postcopy), Role::Destination) => {
+                self.is_postcopy = true;
+                self.qmp.set_status("postcopy-active");
+            }
             (Event::Phase(Phase::Switchover | Phase::Devices | Phase::Confirm), Role::Destination) => {
-                self.qmp.set_status("active");
+                // Its last state is the one before completed.
+                if !self.is_postcopy {
+                    self.qmp.set_status("active");
+                }
+            }
+            (Event::Interrupted { .. }, Role::Destination) => self.qmp.set_status("postcopy-paused"),
+            (Event::Continued { .. }, Role::Destination) => {
+                self.qmp.set_status("postcopy-recover");
+                self.qmp.set_status("postcopy-active");
             }
             (Event::Round(_), _) => self.qmp.pass(),
             _ => {}

@@ -6,7 +6,10 @@
 use std::{
     io,
     path::PathBuf,
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,6 +24,7 @@ use crate::{
     args::{DemoArgs, Token, Transport},
     child::{Ending, GuestProcess, Said},
     exit::Exit,
+    metrics::{self, TwoEnds},
     monitor, progress,
     report::{Audit, FreshMemory, MigrationReport, Outcome, fields},
     role::Role,
@@ -66,6 +70,8 @@ struct Demo<'a> {
     uri: String,
     /// So that nothing else on this machine can take part.
     token: Token,
+    /// The metrics of both processes, where they are asked for.
+    metrics: Option<Arc<TwoEnds>>,
     /// For sockets; only this user gets in. Removed last.
     dir: TempDir,
 }
@@ -116,6 +122,11 @@ impl<'a> Demo<'a> {
         let (events, arrivals) = mpsc::channel();
         let interrupts = events.clone();
         signals::on_interrupt(Hangup::Interrupts, move || drop(interrupts.send(Event::Interrupt)))?;
+        let dir = monitor::private_directory()?;
+        let metrics = args.observe.metrics.is_some().then(|| Arc::new(TwoEnds::new(dir.path())));
+        if let Some(ends) = metrics.clone() {
+            metrics::render_by(move || ends.render());
+        }
         Ok(Demo {
             args,
             events,
@@ -126,12 +137,17 @@ impl<'a> Demo<'a> {
             interrupted: false,
             uri: String::new(),
             token: args.transfer.link.token.map_or_else(Token::random, Ok)?,
-            dir: monitor::private_directory()?,
+            metrics,
+            dir,
         })
     }
 
     fn run(mut self) -> Result<Outcome, Box<Outcome>> {
         let outcome = self.phases();
+        if let Some(ends) = &self.metrics {
+            // The last word of both stays, also without their files.
+            ends.render();
+        }
         // Each step that an interrupt ends has an error of its own to tell.
         if self.interrupted { Err(self.cancelled(outcome.err())) } else { outcome }
     }
@@ -166,6 +182,7 @@ impl<'a> Demo<'a> {
         options.extend(args.output.quiet.then(|| "--quiet".to_owned()));
         options.push("--progress=never".to_owned());
         options.push(args.output.log_format_to_arg());
+        options.extend(self.metrics.as_ref().map(|ends| ends.option(1)));
         self.destination = Some(GuestProcess::start(options, self.token, false, self.listener(Side::Destination))?);
         Ok(())
     }
@@ -180,7 +197,7 @@ impl<'a> Demo<'a> {
         options.extend(args.machine.to_args());
         options.extend(args.transfer.to_args());
         options.extend(args.output.to_args());
-        options.extend(args.observe.metrics_to_args());
+        options.extend(self.metrics.as_ref().map(|ends| ends.option(0)));
         self.source = Some(GuestProcess::start(options, self.token, true, self.listener(Side::Source))?);
         Ok(())
     }

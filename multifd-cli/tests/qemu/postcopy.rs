@@ -12,7 +12,7 @@ use std::{
 };
 
 use fastrand::Rng;
-use multifd_qmp::Client;
+use multifd_qmp::{Client, qapi_qmp};
 use qemu_peer::{Installed, Qemu, Status, Version};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -449,17 +449,51 @@ fn a_break_is_gone_over_by_the_sender_itself() {
         let (mut destination, uri) = Recoverable::start(&installed, "pc-i440fx-10.0", false, &dir);
         let (next, targets) = mpsc::channel();
         cut_after(10 << 20, &dir.join("proxy"), targets);
-        next.send(uri).unwrap();
+        let qmp = format!("--qmp=unix:{}", dir.join("qmp").display());
         let mut sending =
-            send(&file, &format!("unix:{}", dir.join("proxy").display()), false, &["--recover-timeout=60s"]);
+            send(&file, &format!("unix:{}", dir.join("proxy").display()), false, &["--recover-timeout=60s", &qmp]);
+        let mut monitor = monitor_of(&dir.join("qmp"));
+        let fixed = monitor.execute("migrate-set-parameters", json!({ "max-bandwidth": 1 })).unwrap_err();
+        assert!(fixed.to_string().contains("cannot be changed"), "{fixed}");
+        // Nothing breaks before.
+        next.send(uri).unwrap();
         let said = sending.wait_line_with("tries for 60 s to go on");
         assert!(said.contains("migrate-recover"), "{said}");
         next.send(destination.listens_again().listens()).unwrap();
+        let told = told_until_completed(&mut monitor);
+        let again = ["postcopy-paused", "postcopy-recover-setup", "postcopy-recover", "postcopy-active", "completed"];
+        assert_eq!(told.last_chunk(), Some(&again.map(str::to_owned)));
+        let answer = monitor.run(qapi_qmp::query_migrate {}).unwrap();
+        let ram = answer.ram.unwrap();
+        assert!(ram.postcopy_bytes > 10 << 20 && ram.precopy_bytes == 0 && ram.remaining == 0, "{ram:?}");
+        drop(monitor);
         let sent = sending.done();
         assert_eq!(figure(&sent, "recoveries"), 1);
         assert_goes_on(&source, &mut destination.qemu);
         assert!(!dir.join("checkpoint.postcopy").exists());
     });
+}
+
+/// A client of the monitor at `path`, once there is one.
+fn monitor_of(path: &Path) -> Client {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match Client::connect(path) {
+            Ok(client) => return client,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The states that a client is told of, up to the end.
+fn told_until_completed(monitor: &mut Client) -> Vec<String> {
+    let mut told = Vec::new();
+    while told.last().is_none_or(|last| last != "completed") {
+        let event = monitor.next_event(LIMIT).unwrap_or_else(|error| panic!("{error} after {told:?}"));
+        told.extend(event.data["status"].as_str().map(str::to_owned));
+    }
+    told
 }
 
 /// Waits until the VM in the checkpoint `file` is noted as handed over.

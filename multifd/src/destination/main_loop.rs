@@ -244,7 +244,10 @@ impl Run {
         if end {
             self.shared.barrier.is_last();
         }
-        self.enter_once(if end { Phase::Switchover } else { Phase::Rounds }, observer);
+        // After the switch, parts have pages that are pushed, of no round.
+        if self.report.mode != Mode::Postcopy {
+            self.enter_once(if end { Phase::Switchover } else { Phase::Rounds }, observer);
+        }
         Ok(())
     }
 

@@ -360,6 +360,7 @@ impl Run {
         for value in pings {
             self.main().reply(&Message::Pong(value))?;
         }
+        self.enter(Phase::Postcopy, observer);
         Ok(())
     }
 

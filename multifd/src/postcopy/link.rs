@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::{Connection, Error, Place},
-    progress::Phase,
+    progress::{Event, Observer, Phase},
     stop::PanicGuard,
     sync::{Arc, Deadline, atomic::Ordering::Relaxed},
     threads::{Task, ThreadRole},
@@ -18,6 +18,7 @@ use crate::{
 pub(super) struct Link<'a> {
     to: &'a dyn Connect,
     attempt: Arc<Attempt>,
+    observer: &'a mut dyn Observer,
     main: Option<PageConnection>,
     /// Until its thread has it.
     preempt: Option<PageConnection>,
@@ -32,10 +33,17 @@ pub(super) struct Link<'a> {
 }
 
 impl<'a> Link<'a> {
-    pub(super) fn new(to: &'a dyn Connect, attempt: Arc<Attempt>, ram_section: u32, vm: Whereabouts) -> Link<'a> {
+    pub(super) fn new(
+        to: &'a dyn Connect,
+        attempt: Arc<Attempt>,
+        observer: &'a mut dyn Observer,
+        ram_section: u32,
+        vm: Whereabouts,
+    ) -> Link<'a> {
         Link {
             to,
             attempt,
+            observer,
             main: None,
             preempt: None,
             return_path: None,
@@ -59,8 +67,9 @@ impl<'a> Link<'a> {
         self.main.as_mut().expect("phases begin with connect_main()")
     }
 
-    pub(super) fn set_phase(&self, phase: Phase) {
+    pub(super) fn set_phase(&mut self, phase: Phase) {
         self.job().progress.set_phase(phase);
+        self.observer.event(&Event::Phase(phase));
     }
 
     /// Opens main, and begins to listen to it.

@@ -46,7 +46,7 @@ pub use self::{
 use crate::{
     checkpoint::Checkpoint,
     error::Error,
-    progress::{Phase, Progress},
+    progress::{Event, Observer, Phase, Progress},
     pulse::Pulse,
     round::trace::Step,
     stop::StopHandle,
@@ -68,6 +68,7 @@ pub struct Source {
     ram_section: u32,
     stop: StopHandle,
     vm: Whereabouts,
+    observer: Box<dyn Observer + Send>,
 }
 
 /// What all connections of one VM share, over all attempts.
@@ -107,6 +108,12 @@ impl Source {
     /// What ends every wait, of all attempts, from another thread.
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
+    }
+
+    /// Has `observer` told of each phase from now on, by the thread that calls [`hand_over`](Self::hand_over) or
+    /// [`recover`](Self::recover). [`Phase::Done`] follows where that succeeds.
+    pub fn observe(&mut self, observer: impl Observer + Send + 'static) {
+        self.observer = Box::new(observer);
     }
 
     /// The counters.
@@ -185,7 +192,7 @@ impl Source {
         let watchdog = Watchdog::start(&*self.job.options.threads, &attempt.stop)?;
         let limit = self.job.options.stall_limit;
         attempt.pulse.watch(watchdog.timers(), move || limit, &attempt.stop);
-        let mut link = Link::new(to, attempt, self.ram_section, self.vm);
+        let mut link = Link::new(to, attempt, &mut *self.observer, self.ram_section, self.vm);
         let outcome = caught(|| {
             phases(&mut link)?;
             link.finish()
@@ -194,6 +201,7 @@ impl Source {
         self.vm = vm;
         if outcome.is_ok() {
             self.job.progress.set_phase(Phase::Done);
+            self.observer.event(&Event::Phase(Phase::Done));
         }
         outcome
     }

@@ -64,6 +64,13 @@ impl Original {
             after_fault: AtomicU64::new(NO_FAULT),
         };
         let (opening, ram_section) = (self.opening.clone(), self.ram_section);
-        Ok(Source { job: Arc::new(job), opening, ram_section, stop: StopHandle::new(), vm: Whereabouts::Here })
+        Ok(Source {
+            job: Arc::new(job),
+            opening,
+            ram_section,
+            stop: StopHandle::new(),
+            vm: Whereabouts::Here,
+            observer: Box::new(()),
+        })
     }
 }

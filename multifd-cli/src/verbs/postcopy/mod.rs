@@ -25,6 +25,7 @@ use crate::{
     exit::Exit,
     printable,
     progress::Display,
+    qmp::{End, Preempt, Qmp, RunState, Settings, Steered, WatchedPostcopy},
     report::{MigrationReport, Outcome, fields},
     role::Role,
     rounds::Rounds,
@@ -41,13 +42,22 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
         Ok(options) => options,
         Err(message) => return Outcome::failed(Exit::Failed, message),
     };
-    let source = match Source::new(checkpoint, options) {
+    let mut source = match Source::new(checkpoint, options) {
         Ok(source) => source,
         Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
-    if let Err(error) = signals::cancel_on_interrupt(source.stop_handle()) {
-        return Outcome::failed(Exit::Failed, error);
-    }
+    let commands = Steered { verb: "sends", stop: source.stop_handle() };
+    let settings = Settings::of_postcopy(
+        Preempt(args.postcopy.preempt),
+        args.transfer.max_bandwidth.and_then(|rate| rate.0).unwrap_or(0),
+    );
+    let begun = signals::cancel_on_interrupt(source.stop_handle())
+        .and_then(|()| Qmp::listen(args.qmp.as_ref(), RunState::Paused, settings, false, commands));
+    let (qmp, _listening) = match begun {
+        Ok(monitor) => monitor,
+        Err(error) => return Outcome::failed(Exit::Failed, error),
+    };
+    source.observe(WatchedPostcopy::begin(qmp.clone(), source.progress(), args.postcopy.recover));
     let postcopy = &args.postcopy;
     let path: PathBuf =
         postcopy.state.clone().unwrap_or_else(|| Record::place(&args.file, postcopy.clone && !postcopy.recover));
@@ -56,8 +66,11 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
         false => Record::begin(&path, checkpoint, &args.uri.to_string()),
     };
     match record {
-        Ok(record) => Sending { args, checkpoint, source, record, begun: Instant::now() }.run(),
-        Err(error) => Outcome::failed(Exit::Failed, error),
+        Ok(record) => Sending { args, checkpoint, source, record, qmp: qmp.clone(), begun: Instant::now() }.run(),
+        Err(error) => {
+            qmp.finish_as(End::Failed(error.to_string()), RunState::Paused);
+            Outcome::failed(Exit::Failed, error)
+        }
     }
 }
 
@@ -94,6 +107,7 @@ struct Sending<'a> {
     checkpoint: &'a Checkpoint,
     source: Source,
     record: Record,
+    qmp: Qmp,
     begun: Instant,
 }
 
@@ -106,13 +120,38 @@ impl Sending<'_> {
         };
         let sent = sent.or_else(|error| self.go_on(error));
         drop(display);
-        self.conclude(sent.err())
+        let end = self.end(sent.as_ref().err());
+        let qmp = self.qmp.clone();
+        let outcome = self.conclude(sent.err());
+        // The note is gone, or says how to go on, before clients hear of the end.
+        let run_state = if matches!(end, End::Completed(_)) { RunState::PostMigrate } else { RunState::Paused };
+        qmp.finish_as(end, run_state);
+        outcome
+    }
+
+    /// How the clients are told that it ended.
+    fn end(&self, error: Option<&Error>) -> End {
+        match (error, self.source.vm()) {
+            (None, _) => {
+                let (progress, rounds) = (self.source.progress(), Rounds::default());
+                let page_size = checkpoint::PAGE_SIZE;
+                let report =
+                    MigrationReport::partial(Role::Source, &progress, &rounds, page_size, self.begun.elapsed());
+                End::Completed(Box::new(report))
+            }
+            (Some(error), Whereabouts::There | Whereabouts::InDoubt) => End::PostcopyPaused(error.to_string()),
+            (Some(Error::Cancelled), _) => End::Cancelled,
+            (Some(error), _) => End::Failed(error.to_string()),
+        }
     }
 
     fn hand_over(&mut self) -> Result<(), Error> {
         let connector = self.connector(self.args.transfer.connect_timeout)?;
-        let record = &mut self.record;
-        self.source.hand_over(&connector, &mut || Ok(record.hand_over()?))
+        let (record, qmp) = (&mut self.record, &self.qmp);
+        self.source.hand_over(&connector, &mut || {
+            qmp.hands_over();
+            Ok(record.hand_over()?)
+        })
     }
 
     fn recover(&mut self, limit: Limit<Duration>) -> Result<(), Error> {
@@ -129,6 +168,7 @@ impl Sending<'_> {
                 limit.0.unwrap_or_default().as_secs_f64(),
                 what_to_type(&self.args.uri)
             );
+            self.qmp.postcopy_pauses();
             let before = self.pages_sent();
             match self.recover(limit) {
                 Ok(()) => return Ok(()),

@@ -6,9 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::stop::StopHandle;
+use multifd::{progress::Progress, stop::StopHandle};
 
-use crate::{describe::counted, exit::Exit, progress::lock};
+use crate::{
+    describe::counted,
+    exit::Exit,
+    metrics::{Sent, Served},
+    progress::lock,
+};
 
 /// The clients of one server. Clones are the same.
 #[derive(Clone)]
@@ -25,6 +30,8 @@ struct State {
     complete: u32,
     failed: u32,
     incomplete: u32,
+    /// To those that have gone.
+    sent: Sent,
 }
 
 /// One that is being served.
@@ -32,8 +39,17 @@ struct State {
 struct Client {
     /// What ends it, once there is something to end.
     stop: Option<StopHandle>,
+    /// What counts for it, from then on.
+    progress: Option<Progress>,
     /// Its VM may run.
     runs: bool,
+}
+
+impl Client {
+    fn sent(&self) -> Sent {
+        let Some(snapshot) = self.progress.as_ref().map(Progress::snapshot) else { return Sent::default() };
+        Sent { bytes: snapshot.bytes(), normal: snapshot.normal, zero: snapshot.zero, requests: snapshot.requests }
+    }
 }
 
 /// A client's place, which is free again when this is dropped.
@@ -143,6 +159,22 @@ impl Clients {
         }
     }
 
+    /// What the metrics say of them.
+    pub fn served(&self) -> Served {
+        let state = lock(&self.shared.0);
+        let mut sent = state.sent;
+        state.now.values().for_each(|client| sent += client.sent());
+        let running = state.now.values().filter(|client| client.runs).count();
+        Served {
+            waiting: (state.now.len() - running) as u64,
+            running: running as u64,
+            completed: state.complete.into(),
+            failed: state.failed.into(),
+            incomplete: state.incomplete.into(),
+            sent,
+        }
+    }
+
     /// The exit status, and the end in a sentence. A client that got no VM is no failure of the server.
     pub fn summary(&self) -> (Exit, String) {
         let State { complete, failed, incomplete, .. } = &*lock(&self.shared.0);
@@ -159,14 +191,15 @@ impl Clients {
 }
 
 impl Place {
-    /// Has `stop` end this client.
-    pub fn set_stop(&self, stop: &StopHandle) {
+    /// Has `stop` end this client, for which `progress` counts.
+    pub fn begin(&self, stop: &StopHandle, progress: Progress) {
         let mut state = lock(&self.clients.shared.0);
         if state.ending {
             stop.cancel();
         }
         if let Some(client) = state.now.get_mut(&self.id) {
             client.stop = Some(stop.clone());
+            client.progress = Some(progress);
         }
     }
 
@@ -185,7 +218,11 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        lock(&self.clients.shared.0).now.remove(&self.id);
+        let mut state = lock(&self.clients.shared.0);
+        if let Some(client) = state.now.remove(&self.id) {
+            state.sent += client.sent();
+        }
+        drop(state);
         self.clients.shared.1.notify_all();
     }
 }
@@ -195,6 +232,8 @@ const LONG: Duration = Duration::from_secs(3600);
 
 #[cfg(test)]
 mod tests {
+    use multifd::source::{self, Source};
+
     use super::*;
 
     #[test]
@@ -214,13 +253,15 @@ mod tests {
         let (runs, waits, late) =
             (clients.enter().ok().unwrap(), clients.enter().ok().unwrap(), clients.enter().ok().unwrap());
         let stops = [StopHandle::new(), StopHandle::new(), StopHandle::new()];
-        runs.set_stop(&stops[0]);
-        waits.set_stop(&stops[1]);
+        let progress = || Source::new(source::Options::default()).progress();
+        runs.begin(&stops[0], progress());
+        waits.begin(&stops[1], progress());
         assert!(runs.may_run());
         clients.end();
-        late.set_stop(&stops[2]);
+        late.begin(&stops[2], progress());
         assert_eq!(stops.each_ref().map(StopHandle::is_stopped), [false, true, true]);
         assert!(!waits.may_run(), "it is too late");
+        assert_eq!((clients.served().waiting, clients.served().running), (2, 1));
         assert_eq!(clients.enter().err(), Some(Refused::Ending));
         assert!(!clients.wait(Some(Duration::from_millis(1))));
         clients.end_all();

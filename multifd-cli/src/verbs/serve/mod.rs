@@ -3,6 +3,7 @@
 //! A client is a connection. The process that starts a QEMU opens it and passes it on as `-incoming fd:N`, so QEMU needs no address
 //! of its own. Clients share the open file and nothing else: a thread of its own serves each, and no error of one ends another.
 
+mod account;
 mod clients;
 mod serving;
 mod single;
@@ -24,6 +25,7 @@ use multifd::{
 };
 
 use self::{
+    account::Account,
     clients::{Clients, Refused},
     serving::Serving,
     tls::Tls,
@@ -37,6 +39,7 @@ use crate::{
     exit::Exit,
     image::Stop,
     listening,
+    metrics::{self, Metrics},
     progress::lock,
     report::Outcome,
     signals, terminal,
@@ -48,6 +51,7 @@ struct Server {
     original: Original,
     identity: Identity,
     clients: Clients,
+    account: Account,
     /// Where the notes are, but for the number of the client.
     notes: PathBuf,
     stall_limit: Option<Duration>,
@@ -60,8 +64,16 @@ type Listening = (Arc<Server>, Box<dyn Listen>);
 
 /// Serves until an interrupt, or as many clients as were asked for. Reports each client by itself.
 pub fn run(args: &ServeArgs) -> Exit {
+    let _metrics = match args.observe.metrics.as_ref().map(Metrics::start).transpose() {
+        Ok(metrics) => metrics,
+        Err(error) => return Outcome::failed(Exit::Failed, error).print(&args.output, false),
+    };
     match begin(args) {
-        Ok((server, listener)) => server.run(listener, args),
+        Ok((server, listener)) => {
+            let clients = server.clients.clone();
+            metrics::render_by(move || metrics::render_served(&clients.served()));
+            server.run(listener, args)
+        }
         Err((exit, message)) => Outcome::failed(exit, message).print(&args.output, false),
     }
 }
@@ -88,6 +100,7 @@ fn begin(args: &ServeArgs) -> Result<Listening, (Exit, String)> {
         original,
         identity,
         clients: Clients::new(args.max_clients),
+        account: Account::default(),
         notes: notes(args),
         stall_limit: args.stall_timeout.0,
         tls,
@@ -140,12 +153,17 @@ impl Server {
         self.clients.wait(None);
         let (exit, text) = self.clients.summary();
         terminal::say(&text);
-        match failed {
-            Some(error) => {
-                terminal::say(&format!("multifd: {error}"));
-                if exit == Exit::Done { Exit::Failed } else { exit }
-            }
+        let exit = match &failed {
+            Some(error) => say_failed(error, exit),
             None => exit,
+        };
+        let written = args.observe.report.as_deref().map(|path| {
+            let written = self.account.write(path, exit, &text, failed.as_deref());
+            written.map_err(|error| format!("--report {}: {error}", path.display()))
+        });
+        match written {
+            Some(Err(error)) => say_failed(&error, exit),
+            _ => exit,
         }
     }
 
@@ -198,8 +216,9 @@ impl Server {
                 let (server, peer) = (self.clone(), peer.clone());
                 let serving = move || {
                     let outcome = Serving { server: &server, number, peer, place: &place }.run(pending);
-                    server.clients.report(outcome.exit);
+                    server.account.keep(&outcome);
                     outcome.print(&server.output, false);
+                    server.clients.report(outcome.exit);
                 };
                 match threads::spawn(format!("client {number}"), serving) {
                     Ok(_) => return,
@@ -212,8 +231,15 @@ impl Server {
         let mut outcome = Outcome::failed(Exit::Failed, format!("client {number} ({peer}) was refused: {refused}"));
         serving::name(&mut outcome, number, &peer);
         self.clients.report(outcome.exit);
+        self.account.keep(&outcome);
         outcome.print(&self.output, false);
     }
+}
+
+/// Says that the server failed, and returns its exit status.
+fn say_failed(error: &str, exit: Exit) -> Exit {
+    terminal::say(&format!("multifd: {error}"));
+    if exit == Exit::Done { Exit::Failed } else { exit }
 }
 
 /// Between two attempts to take a connection.

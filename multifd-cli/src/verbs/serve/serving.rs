@@ -40,7 +40,7 @@ impl Serving<'_> {
     }
 
     fn hand_over(&self, mut source: Source, pending: Box<dyn Pending>) -> Outcome {
-        self.place.set_stop(&source.stop_handle());
+        self.place.begin(&source.stop_handle(), source.progress());
         let begun = Instant::now();
         let mut path = self.server.notes.clone().into_os_string();
         path.push(format!("-{}", self.number));
