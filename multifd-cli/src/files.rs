@@ -7,11 +7,25 @@ use rustix::process::{Resource, getrlimit};
 pub fn message(error: &Error) -> String {
     let message = error.to_string();
     match (lacks_files(error, &message), getrlimit(Resource::Nofile).current) {
+        (true, Some(limit)) if message.contains("ulimit -n") => {
+            format!("{message}; this process may have {limit} open files, and needs up to three for each channel")
+        }
         (true, Some(limit)) => format!(
             "{message}; this process may have {limit} open files, and needs up to three for each channel: ulimit -n (of a \
              service: LimitNOFILE) allows more, or use fewer channels"
         ),
         _ => message,
+    }
+}
+
+/// The message for `error` of a server, with what helps where it has too many connections for this process.
+pub fn with_limit(error: &std::io::Error) -> String {
+    match (error.raw_os_error(), getrlimit(Resource::Nofile).current) {
+        (Some(code), Some(limit)) if code == rustix::io::Errno::MFILE.raw_os_error() => format!(
+            "{error}; this process may have {limit} open files: ulimit -n (of a service: LimitNOFILE) allows more, or serve fewer \
+             clients at a time (--max-clients)"
+        ),
+        _ => error.to_string(),
     }
 }
 
@@ -40,6 +54,8 @@ mod tests {
         let too_many = || io::Error::from(rustix::io::Errno::MFILE);
         assert!(of(too_many()).contains("ulimit -n"));
         assert!(of(io::Error::new(too_many().kind(), format!("tcp:h:1: {}", too_many()))).contains("ulimit -n"));
+        let known = of(io::Error::other(format!("{}; what helps: ulimit -n", too_many())));
+        assert!(known.contains("open files, and needs") && known.matches("ulimit -n").count() == 1, "{known}");
         assert!(!of(io::ErrorKind::ConnectionReset.into()).contains("ulimit"));
         assert!(!message(&Error::Cancelled).contains("ulimit"));
     }

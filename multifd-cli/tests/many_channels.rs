@@ -44,3 +44,29 @@ fn too_few_files_for_the_channels_are_named_with_what_helps() {
         }
     });
 }
+
+/// A destination that could not accept all channels waited for 30 s, and its source and guest with it.
+#[test]
+fn a_destination_with_too_few_files_says_so_without_waiting_for_the_channels() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let (uri, socket) = (format!("unix:{}", dir.join("s").display()), dir.join("s"));
+        let small = "--guest process --memory 8MiB --working-set 1MiB --json";
+        let mut destination = Command::new("prlimit");
+        destination.args(["--nofile=40:40", env!("CARGO_BIN_EXE_multifd"), "guest", "--incoming", &uri]);
+        destination.args(small.split_whitespace()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let destination = destination.spawn().unwrap();
+        while !socket.exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let source = run(&format!("guest --migrate-to {uri} --after 1ms --run-for 1ms --channels 64 {small}"));
+        let destination = destination.wait_with_output().unwrap();
+        for (output, whose) in [(&destination, "of the destination"), (&source, "of the source")] {
+            let error = json(&output.stdout)["error"].to_string();
+            assert_eq!(exit_code(output), 1, "{whose}: {error}");
+            assert!(error.contains("ulimit -n") && !error.contains("channels came within"), "{whose}: {error}");
+        }
+        assert!(json(&destination.stdout)["error"].as_str().unwrap().contains("40 open files"));
+        assert_eq!(json(&source.stdout)["pages-wrong"], 0, "the guest runs on");
+    });
+}

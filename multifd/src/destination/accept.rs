@@ -94,26 +94,28 @@ impl Acceptor {
 
 /// Accepts until it is interrupted.
 fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut Serving) -> Result<(), Error> {
-    let mut failing = false;
+    let mut failures = 0;
     loop {
         match listener.accept(None) {
             Ok(pending) => {
-                failing = false;
+                failures = 0;
                 reap(shared, connections);
                 greet(pending, shared, connections)?;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
-            Err(error) if passes(&error) => {
-                if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(%error, "a connection cannot be accepted now, tries again");
+            Err(error) if passes(&error) && !lasts(&error, failures, shared) => {
+                if failures == 0 {
+                    let helps = what_helps(&error).unwrap_or("time");
+                    tracing::warn!(%error, helps, "a connection cannot be accepted now, tries again");
                 }
+                failures += 1;
                 if shared.pause(ACCEPT_PAUSE) {
                     return Ok(());
                 }
             }
             Err(source) => {
                 let at = Place { connection: Connection::Unknown(connections.len()), offset: 0 };
-                return Err(Error::Io { at, source });
+                return Err(Error::Io { at, source: with_help(source) });
             }
         }
     }
@@ -138,6 +140,33 @@ fn passes(error: &io::Error) -> bool {
         E::PERM,
     ];
     Errno::from_io_error(error).is_some_and(|error| of_this_moment.contains(&error))
+}
+
+/// Whether what there is too little of is held by the connections of the migration itself, so that waiting for it brings none: its
+/// source would be told the same after the whole setup limit. Where strangers may hold it, or another source is waited for that goes
+/// on after a break, it may come back.
+fn lasts(error: &io::Error, failures: u32, shared: &Shared) -> bool {
+    failures >= SHORTAGE && what_helps(error).is_some() && shared.connections.are_all_known() && !shared.may_go_on()
+}
+
+/// What helps where the process or the system is short of something.
+fn what_helps(error: &io::Error) -> Option<&'static str> {
+    match Errno::from_io_error(error)? {
+        Errno::MFILE => Some("a higher limit on open files (ulimit -n; of a service: LimitNOFILE), or fewer channels"),
+        Errno::NFILE => Some("a higher limit on open files of the host (fs.file-max), or fewer channels"),
+        Errno::NOBUFS | Errno::NOMEM => Some("more memory for the kernel, or fewer channels"),
+        _ => None,
+    }
+}
+
+/// `error` with what helps.
+fn with_help(error: io::Error) -> io::Error {
+    match what_helps(&error) {
+        Some(helps) => {
+            io::Error::new(error.kind(), format!("a connection cannot be accepted: {error}; what helps: {helps}"))
+        }
+        None => error,
+    }
 }
 
 /// Joins the threads of connections that have ended: there may be any number of strangers, one after the other.
@@ -186,6 +215,8 @@ fn greet(pending: Box<dyn Pending>, shared: &Arc<Shared>, connections: &mut Serv
 
 /// How long to wait before accepting again where it failed for now.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// After so many attempts in a row, which take a second, what is short is taken to stay so.
+const SHORTAGE: u32 = 10;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
@@ -249,6 +280,49 @@ mod tests {
 
         fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
             self.then.stopper()
+        }
+    }
+
+    /// The source and its guest waited for the whole setup limit, and were told then that channels did not come.
+    #[test]
+    fn a_shortage_that_the_migration_causes_itself_ends_it_at_once_with_what_helps() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let (then, connector) = crate::testing::memory::listener(1 << 16);
+            let options = crate::destination::Options {
+                setup_timeout: None,
+                stall_limit: None,
+                channels: Some(2),
+                ..Default::default()
+            };
+            let mut main = crate::transport::Connect::connect(&connector).unwrap();
+            main.write(b"QEVM\0\0\0\x03", &[]).unwrap();
+            let listener = OneThenNone { inner: then, taken: false };
+            let mut vm = TestDestination::new(Ram::for_test(&[("ram", 2)]));
+            let error = Destination::new(options).run(&mut vm, Box::new(listener), &mut ()).unwrap_err().to_string();
+            assert!(error.contains("ulimit -n") && error.contains("cannot be accepted"), "{error}");
+        });
+    }
+
+    /// A listener whose process has descriptors for one connection.
+    struct OneThenNone {
+        inner: crate::testing::memory::MemoryListener,
+        taken: bool,
+    }
+
+    impl Listen for OneThenNone {
+        fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
+            match std::mem::replace(&mut self.taken, true) {
+                false => self.inner.accept(timeout),
+                true => Err(Errno::MFILE.into()),
+            }
+        }
+
+        fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+            self.inner.try_accept()
+        }
+
+        fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
+            self.inner.stopper()
         }
     }
 

@@ -211,6 +211,12 @@ impl Connections {
         state.open.values().filter(|entry| entry.stage != Stage::Member).for_each(|entry| entry.stopper.stop());
     }
 
+    /// Whether main is here, and every connection has said what it is.
+    pub(super) fn are_all_known(&self) -> bool {
+        let state = lock(&self.state);
+        state.interrupter.is_some() && state.open.values().all(|entry| entry.stage != Stage::Silent)
+    }
+
     /// Whether there is a connection that has not said what it is.
     pub(super) fn any_is_silent(&self) -> bool {
         lock(&self.state).open.values().any(|entry| entry.stage == Stage::Silent)

@@ -37,6 +37,7 @@ use super::{
 use crate::{
     args::{OutputArgs, Ready, ServeArgs},
     exit::Exit,
+    files,
     image::Stop,
     listening,
     metrics::{self, Metrics},
@@ -198,9 +199,16 @@ impl Server {
                     let since = *failing_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > FAILING {
                         self.clients.end();
-                        return Some(format!("no connection could be taken for {} s: {error}", FAILING.as_secs()));
+                        return Some(format!(
+                            "no connection could be taken for {} s: {}",
+                            FAILING.as_secs(),
+                            files::with_limit(&error)
+                        ));
                     }
-                    tracing::warn!(%error, "taking a connection; tries again");
+                    if since.elapsed() < PAUSE {
+                        let error = files::with_limit(&error);
+                        tracing::warn!(error, "taking a connection; tries again for {} s", FAILING.as_secs());
+                    }
                     thread::sleep(PAUSE);
                 }
             }
