@@ -26,7 +26,7 @@ pub enum Exit {
     DoesNotConverge = 5,
     /// Memory has wrong contents.
     Different = 6,
-    /// It is not known which side has the guest; it is paused here.
+    /// It is not known which side has the guest, and it is paused here; or whether the destination has all of its memory.
     InDoubt = 7,
     /// The VM is at the destination, which lacks a part of its memory: it can go on.
     Incomplete = 8,
@@ -55,7 +55,7 @@ impl From<&Error> for Exit {
             Error::DoesNotConverge { .. } => Exit::DoesNotConverge,
             Error::NotResumed { first, .. } => Exit::from(&**first),
             Error::AfterRun { reason, .. } => Exit::from(&**reason),
-            Error::InDoubt { .. } => Exit::InDoubt,
+            Error::InDoubt { .. } | Error::Unacknowledged { .. } => Exit::InDoubt,
             Error::Incomplete { .. } => Exit::Incomplete,
             error if error.is_peers_fault() => Exit::Peer,
             _ => Exit::Failed,
@@ -294,6 +294,7 @@ mod tests {
             (Error::Refused { status: 1, reason: None }, Exit::Failed),
             (Error::Unconfirmed, Exit::Failed),
             (Error::InDoubt { reason: Box::new(Error::Unconfirmed) }, Exit::InDoubt),
+            (Error::Unacknowledged { reason: Box::new(Error::Unconfirmed) }, Exit::InDoubt),
         ] {
             assert_eq!(Exit::from(&error), exit, "{error}");
         }

@@ -106,6 +106,18 @@ pub enum Error {
         /// What ended the connections.
         reason: Box<Error>,
     },
+    /// The VM runs at the destination, which was sent all of its memory and has not said that it has it: the last word of one side was
+    /// lost with the connections.
+    ///
+    /// The destination knows: one that has everything says so to those who ask it (QEMU: `completed`) and takes no other connection.
+    /// Of one that does not, nothing is lost: [`postcopy::Source::recover`](crate::postcopy::Source::recover) goes on.
+    #[error(
+        "the VM is at the destination and was sent all of its memory, and it is not known whether the destination has it: {reason}"
+    )]
+    Unacknowledged {
+        /// What came in place of the confirmation.
+        reason: Box<Error>,
+    },
     /// It failed after the source had begun to switch to postcopy, where it gives its VM away before all memory has moved.
     ///
     /// The VM does not run here. The source still has all of it; from the end of its package on it does not let it run again by itself:

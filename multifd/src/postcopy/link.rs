@@ -30,6 +30,9 @@ pub(super) struct Link<'a> {
     pub(super) vm: Whereabouts,
     /// Whether the claims say what the destination has.
     pub(super) left_is_known: bool,
+    /// Everything that the destination lacked was written, up to the end of the stream: only its confirmation is missing. Of an
+    /// attempt before, until the destination says what it lacks.
+    all_sent: bool,
 }
 
 impl<'a> Link<'a> {
@@ -38,7 +41,7 @@ impl<'a> Link<'a> {
         attempt: Arc<Attempt>,
         observer: &'a mut dyn Observer,
         ram_section: u32,
-        vm: Whereabouts,
+        (vm, all_sent): (Whereabouts, bool),
     ) -> Link<'a> {
         Link {
             to,
@@ -52,6 +55,7 @@ impl<'a> Link<'a> {
             ram_section,
             vm,
             left_is_known: vm == Whereabouts::Here,
+            all_sent: all_sent && vm != Whereabouts::Here,
         }
     }
 
@@ -149,6 +153,7 @@ impl<'a> Link<'a> {
         }
         encoder.ram_part(ram_section, true).eos().footer(ram_section).eof();
         self.main().send()?;
+        self.all_sent = true;
         self.inbox().wait(Deadline::after(None), |mail| mail.is_complete)?;
         self.main().finish();
         if let Some(mut preempt) = preempt {
@@ -157,8 +162,14 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    /// Ends all connections and threads. Returns where the VM is, and how the attempt went.
-    pub(super) fn end(mut self, outcome: Result<(), Error>) -> (Whereabouts, Result<(), Error>) {
+    /// The destination has said what it has: it does not have everything, or would not have listened.
+    pub(super) fn is_told_what_is_left(&mut self) {
+        (self.left_is_known, self.all_sent) = (true, false);
+    }
+
+    /// Ends all connections and threads. Returns where the VM is, whether only the confirmation is missing there, and how the attempt
+    /// went.
+    pub(super) fn end(mut self, outcome: Result<(), Error>) -> (Whereabouts, bool, Result<(), Error>) {
         let attempt = self.attempt.clone();
         let failed = outcome.is_err();
         if let Err(error) = outcome {
@@ -179,14 +190,19 @@ impl<'a> Link<'a> {
         // Forgets what was registered.
         let _ = attempt.stop.decide();
         if !failed {
-            return (Whereabouts::Complete, Ok(()));
+            return (Whereabouts::Complete, true, Ok(()));
         }
         let error = first.unwrap_or(Error::Stopped);
         let loaded = attempt.inbox.update(|mail| mail.is_loaded);
         let job = self.job();
         let left = self.left_is_known.then(|| job.claims.count_free(job.pages.present()));
         let (vm, error) = after_failure(self.vm, loaded, left, error);
-        (vm, Err(error))
+        let error = match error {
+            // It may have taken the end, and its last word was lost with the connection; or the end was.
+            Error::Incomplete { reason, .. } if self.all_sent => Error::Unacknowledged { reason },
+            error => error,
+        };
+        (vm, self.all_sent, Err(error))
     }
 
     fn open(&self, connection: Connection) -> Result<Box<dyn Stream>, Error> {

@@ -68,6 +68,8 @@ pub struct Source {
     ram_section: u32,
     stop: StopHandle,
     vm: Whereabouts,
+    /// Everything was sent, up to the end of the stream, and not confirmed.
+    all_sent: bool,
     observer: Box<dyn Observer + Send>,
 }
 
@@ -145,7 +147,8 @@ impl Source {
     ///
     /// # Errors
     /// The first thing that went wrong. [`Error::Incomplete`]: the VM is at the destination, and [`recover`](Self::recover)
-    /// goes on. [`Error::InDoubt`]: it may be. All others: the destination does not run it.
+    /// goes on. [`Error::InDoubt`]: it may be. [`Error::Unacknowledged`]: it is, and may have everything. All others: the destination
+    /// does not run it.
     ///
     /// # Panics
     /// If the VM is not [`Here`](Whereabouts::Here) any more: a VM runs in one place.
@@ -168,7 +171,7 @@ impl Source {
     /// and sends that.
     ///
     /// # Errors
-    /// [`Error::Incomplete`] with the first thing that went wrong; it may be called again.
+    /// [`Error::Incomplete`] or [`Error::Unacknowledged`] with the first thing that went wrong; it may be called again.
     pub fn recover(&mut self, to: &dyn Connect) -> Result<(), Error> {
         self.vm = Whereabouts::There;
         self.job.figures.add_recovery();
@@ -192,13 +195,13 @@ impl Source {
         let watchdog = Watchdog::start(&*self.job.options.threads, &attempt.stop)?;
         let limit = self.job.options.stall_limit;
         attempt.pulse.watch(watchdog.timers(), move || limit, &attempt.stop);
-        let mut link = Link::new(to, attempt, &mut *self.observer, self.ram_section, self.vm);
+        let mut link = Link::new(to, attempt, &mut *self.observer, self.ram_section, (self.vm, self.all_sent));
         let outcome = caught(|| {
             phases(&mut link)?;
             link.finish()
         });
-        let (vm, outcome) = link.end(outcome);
-        self.vm = vm;
+        let (vm, all_sent, outcome) = link.end(outcome);
+        (self.vm, self.all_sent) = (vm, all_sent);
         if outcome.is_ok() {
             self.job.progress.set_phase(Phase::Done);
             self.observer.event(&Event::Phase(Phase::Done));

@@ -70,6 +70,7 @@ impl Original {
             ram_section,
             stop: StopHandle::new(),
             vm: Whereabouts::Here,
+            all_sent: false,
             observer: Box::new(()),
         })
     }

@@ -37,7 +37,7 @@ impl Link<'_> {
             let claimed = |&page: &u64| job.claims.contains(page);
             HandOver::Bits(blocks.iter().flat_map(|block| block.page_range()).filter(claimed).collect())
         });
-        self.left_is_known = true;
+        self.is_told_what_is_left();
         self.job().pages.check_unchanged()?;
         // Requests for pages that are claimed are not answered: only from here on they are right.
         self.answer_on_preempt()?;

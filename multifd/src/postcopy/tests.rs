@@ -265,7 +265,8 @@ fn run_beside<T>(run: impl FnOnce() -> T, beside: impl FnOnce() + Send) -> T {
 fn incomplete((source, outcome): (Source, Result<(), Error>)) -> Error {
     assert_eq!(source.vm(), Whereabouts::There);
     match outcome {
-        Err(Error::Incomplete { reason, .. }) => *reason,
+        // Whether all of it was on its way is a matter of buffers.
+        Err(Error::Incomplete { reason, .. } | Error::Unacknowledged { reason }) => *reason,
         other => panic!("{other:?}"),
     }
 }
@@ -671,6 +672,53 @@ fn the_same_source_goes_on_after_a_break() {
     });
     outcome.unwrap();
     assert_eq!(source.report().left, 0);
+}
+
+/// A source without the last word said that the VM lacks memory, also where it had all.
+#[test]
+fn where_only_the_confirmation_is_missing_it_is_in_doubt_until_the_destination_says_more() {
+    let dir = TempDir::new().unwrap();
+    let (source, unheard) = hands_over(source(&checkpoint(&dir), patient()), |listener| {
+        let mut main = Incoming::accept(listener);
+        main.load();
+        main.pages();
+    });
+    let in_doubt = |outcome: &Result<(), Error>| matches!(outcome, Err(Error::Unacknowledged { .. }));
+    assert!(in_doubt(&unheard), "{unheard:?}");
+    assert_eq!(source.vm(), Whereabouts::There);
+    // A connection on which the destination says nothing tells nothing new.
+    let (source, silent) = recovers(source, |listener| drop(Incoming::accept(listener)));
+    assert!(in_doubt(&silent), "{silent:?}");
+    // It has lost the end, and says so; then the end is lost again.
+    let everything_but = |main: &mut Incoming, missing: &[u64]| {
+        main.expect(&recovery());
+        say_received(main, "pc.ram", RAM.0, &(0..RAM.0).filter(|page| !missing.contains(page)).collect::<Vec<_>>());
+        say_received(main, "pc.bios", BIOS.0, &[0, 1, 2]);
+    };
+    let (source, broken) = recovers(source, |listener| {
+        let mut main = Incoming::accept(listener);
+        everything_but(&mut main, &[2]);
+        main.expect(b"\x08\0\x09\0\0");
+    });
+    assert!(matches!(broken, Err(Error::Incomplete { left: Some(1), .. })), "{broken:?}");
+    let (source, unheard) = recovers(source, |listener| {
+        let mut main = Incoming::accept(listener);
+        everything_but(&mut main, &[]);
+        main.expect(b"\x08\0\x09\0\0");
+        main.say(&Message::ResumeAck(1));
+        main.pages();
+    });
+    assert!(in_doubt(&unheard), "{unheard:?}");
+    let (source, outcome) = recovers(source, |listener| {
+        let mut main = Incoming::accept(listener);
+        everything_but(&mut main, &[]);
+        main.expect(b"\x08\0\x09\0\0");
+        main.say(&Message::ResumeAck(1));
+        main.pages();
+        main.say(&Message::Shut(0));
+    });
+    outcome.unwrap();
+    assert_eq!(source.vm(), Whereabouts::Complete);
 }
 
 /// A QEMU that waited for a page when its connection broke may ask for it again, or for the next one, without its block's name.

@@ -182,7 +182,7 @@ impl Sending<'_> {
 
     fn may_go_on(&self, error: &Error) -> bool {
         let reason = match error {
-            Error::Incomplete { reason, .. } | Error::InDoubt { reason } => reason,
+            Error::Incomplete { reason, .. } | Error::InDoubt { reason } | Error::Unacknowledged { reason } => reason,
             _ => return false,
         };
         let is_final = reason.is_peers_fault()
@@ -283,6 +283,9 @@ fn advice(error: &Error, args: &SendArgs, state: &str) -> String {
              it has ended, remove {state} and start again",
             recover()
         ),
+        Error::Unacknowledged { .. } => {
+            format!(". {LOOK_THERE}, and {state} can be removed; if it says postcopy-paused: {}", recover())
+        }
         Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => format!(". {NOT_SET_UP}"),
         _ => String::new(),
     }
@@ -292,6 +295,9 @@ fn advice(error: &Error, args: &SendArgs, state: &str) -> String {
 pub const NOT_SET_UP: &str = "The VM does not run there. A QEMU says nothing on the connection when it is set up otherwise: compare \
     its -machine, -m and devices, -uuid; its memory must not be huge pages (hugetlb); it needs capability postcopy-ram, and postcopy-preempt exactly with --preempt. It writes its \
     reason to its stderr and to error-desc of query-migrate";
+
+/// Of a VM whose last page was sent, and not confirmed.
+pub const LOOK_THERE: &str = "That QEMU knows: if its query-migrate says completed, the VM has everything";
 
 /// What has a QEMU listen again.
 pub fn what_to_type(uri: &Uri) -> String {

@@ -17,7 +17,7 @@ use super::{Server, clients, single::Single};
 use crate::{
     exit::Exit,
     report::Outcome,
-    verbs::postcopy::{NOT_SET_UP, PostcopyReport, record::Record, report_of, what_to_type},
+    verbs::postcopy::{LOOK_THERE, NOT_SET_UP, PostcopyReport, record::Record, report_of, what_to_type},
 };
 
 /// A client that has a place.
@@ -112,6 +112,9 @@ impl Serving<'_> {
                  {}. If it has ended, remove {state}",
                 recover()
             ),
+            Error::Unacknowledged { .. } => {
+                format!(". {LOOK_THERE}, and {state} can be removed; if it says postcopy-paused: {}", recover())
+            }
             Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => format!(". {NOT_SET_UP}"),
             _ => String::new(),
         }

@@ -70,7 +70,13 @@ fn a_destination_whose_connection_dies_among_the_pages_gets_the_rest() {
             came = std::mem::take(&mut main.pages);
         });
         assert_eq!(handed.0.vm(), Whereabouts::There);
-        assert!(matches!(handed.1, Err(Error::Incomplete { .. })), "{:?}", handed.1);
+        // The rest may be on its way, up to the end: then it may have come. All of it does not fit.
+        let (lacks, may_lack) = match &handed.1 {
+            Err(Error::Incomplete { .. }) => (true, true),
+            Err(Error::Unacknowledged { .. }) => (false, true),
+            _ => (false, false),
+        };
+        assert!(may_lack && (lacks || after > 0), "{after}: {:?}", handed.1);
         let (source, outcome) = recovers(handed.0, |listener| gets_all_but(listener, came));
         outcome.unwrap();
         assert_eq!((source.vm(), source.report().left), (Whereabouts::Complete, 0));
