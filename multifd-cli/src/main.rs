@@ -31,6 +31,7 @@ mod rounds;
 mod schema;
 mod signals;
 mod stdout;
+mod stream_out;
 mod table;
 mod terminal;
 mod units;

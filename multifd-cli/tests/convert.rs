@@ -5,7 +5,7 @@ mod common;
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     path::{Path, PathBuf},
     process::{Child, Output, Stdio},
     thread,
@@ -68,6 +68,33 @@ fn image(stream: &[u8], format: SaveFormat) -> Vec<u8> {
         _ => stream.to_vec(),
     };
     [&header.encode()[..], &data, &packed].concat()
+}
+
+/// The mapped-ram stream `checkpoint` in an image as libvirt 11.3 writes it: the places in it count from the beginning of the image.
+fn sparse_image(checkpoint: &[u8]) -> Vec<u8> {
+    const FRONT: usize = 1 << 20;
+    const BLOCK_HEADER: usize = 28;
+    let mut header = SaveHeader::new((FRONT - SaveHeader::LEN) as u32, false, SaveFormat::Sparse);
+    header.cookie_offset = XML.len() as u32 + 1;
+    let mut bytes = [&header.encode()[..], XML.as_bytes(), b"\0<cookie/>\0"].concat();
+    bytes.resize(FRONT, 0);
+    bytes.extend_from_slice(checkpoint);
+    // In the header of each block: version 1, pages of 4096 bytes, and two places.
+    let begin = [&1u32.to_be_bytes()[..], &4096u64.to_be_bytes()].concat();
+    let mut blocks = 0;
+    for at in FRONT..bytes.len() - BLOCK_HEADER {
+        let after = (at - FRONT + BLOCK_HEADER) as u64;
+        // The bitmap begins where its header ends, so no page is taken for one.
+        if bytes[at..].starts_with(&begin) && bytes[at + begin.len()..].starts_with(&after.to_be_bytes()) {
+            blocks += 1;
+            for place in [at + begin.len(), at + begin.len() + 8] {
+                let offset = u64::from_be_bytes(*bytes[place..].first_chunk().unwrap()) + FRONT as u64;
+                bytes[place..place + 8].copy_from_slice(&offset.to_be_bytes());
+            }
+        }
+    }
+    assert!(blocks > 0);
+    bytes
 }
 
 fn write(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
@@ -152,6 +179,16 @@ fn an_image_of_each_format_is_inspected_and_converted() {
                 failed(inspect(&damaged), 4, format.name());
             }
         }
+        // The same with a place for each page, put together by hand: a header, and a mapped-ram stream that counts its places from
+        // the beginning of the image.
+        let sparse = write(&dir, "sparse", &sparse_image(&fs::read(dir.join("plain")).unwrap()));
+        let (status, inspected) = inspect(&sparse);
+        assert_eq!((status, &inspected["libvirt"]["format"]), (0, &"sparse".into()), "{inspected}");
+        assert_eq!(
+            (&inspected["content"], &inspected["libvirt"]["was-running"]),
+            (&"checkpoint".into(), &false.into())
+        );
+        assert_eq!(converted(&sparse, &dir.join("to"), &["--force"])["ram-blocks"], plain["ram-blocks"]);
         for (format, what) in [(SaveFormat::Bzip2, "bunzip2 -c"), (SaveFormat::Lzop, "lzop -dc")] {
             let path = write(&dir, "image", &image(&stream, format));
             failed(convert(&path, &dir.join("none"), &[]), 4, what);
@@ -238,12 +275,54 @@ fn what_is_there_stays_unless_it_is_to_be_replaced() {
     });
 }
 
-/// A result that is cut short cannot be told from a whole one there.
 #[test]
-fn the_standard_output_is_refused_by_name() {
+fn a_stream_goes_through_a_pipe_from_the_standard_input_to_the_standard_output() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let stream = write(&dir, "stream", &recorded("q10.0-xbzrle-0ch"));
+        let (file, piped) = (dir.join("file"), dir.join("piped"));
+        converted(&stream, &file, &["--format=stream"]);
+        let output = multifd("convert --format=stream").arg(&file).arg("-").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("(stream) to - (stream)"), "{said}");
+        assert!(output.stdout == fs::read(&file).unwrap(), "the same as in a file");
+        // From pipe to pipe, and what comes out is what went in.
+        let mut middle =
+            multifd("convert --format=stream -q - -").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut last = from_stdin_of(&piped, middle.stdout.take().unwrap().into());
+        let mut stdin = middle.stdin.take().unwrap();
+        stdin.write_all(&output.stdout).unwrap();
+        drop(stdin);
+        assert!(middle.wait().unwrap().success() && last.wait().unwrap().success());
+        assert_eq!(inspect(&piped).1["device-state-digest"], inspect(&stream).1["device-state-digest"]);
+        // A reader that goes away early is an error.
+        let mut cut = multifd("convert --format=stream -q").arg(&file).arg("-").stdout(Stdio::piped()).spawn().unwrap();
+        drop(cut.stdout.take());
+        assert_eq!(cut.wait().unwrap().code(), Some(1));
+        // One that takes nothing holds up no interrupt.
+        let mut held =
+            multifd("convert --format=stream -q").arg(&file).arg("-").stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 4];
+        held.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+        kill_process(Pid::from_child(&held), Signal::TERM).unwrap();
+        assert_eq!(held.wait().unwrap().code(), Some(3));
+    });
+}
+
+/// `convert - to`, reading `from`.
+fn from_stdin_of(to: &Path, from: Stdio) -> Child {
+    multifd("convert - -q").arg(to).stdin(from).stdout(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn what_the_standard_output_cannot_take_is_refused_by_name() {
     let dir = TempDir::new().unwrap();
-    let output = multifd("convert --json stream -").current_dir(dir.path()).output().unwrap();
-    failed(ended(&output), 2, "expected a file for OUT");
+    for (args, what) in
+        [("convert --json stream -", "'--format stream'"), ("convert --json --format stream stream -", "no '--json'")]
+    {
+        let output = multifd(args).current_dir(dir.path()).output().unwrap();
+        failed(ended(&output), 2, what);
+    }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 

@@ -14,7 +14,8 @@ pub struct ConvertArgs {
     /// on the standard input.
     #[arg(value_name = "IN", allow_hyphen_values = true)]
     pub input: PathBuf,
-    /// The new file; it gets its name when it is complete and on disk.
+    /// The new file; it gets its name when it is complete and on disk. With --format stream also - for the standard output: what is
+    /// written there is complete only if the exit status is 0.
     #[arg(value_name = "OUT")]
     pub file: PathBuf,
     /// Write a libvirt save image with this description of the domain, as `virsh dumpxml --migratable` prints it.
@@ -43,12 +44,22 @@ impl ConvertArgs {
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
-        match self.file.as_os_str() == "-" {
-            true => Err("the result gets its name when it is complete and on disk, which the standard output cannot tell; expected \
-                         a file for OUT, as ./- for one of this name"
-                .to_owned()),
-            false => Ok(()),
+        match (self.to_stdout(), self.format()) {
+            (true, OutputFormat::MappedRam) => {
+                Err("a checkpoint has a place for each page, which only a file has; expected \
+                 '--format stream' with - for OUT, or a file, as ./- for one of this name"
+                    .to_owned())
+            }
+            (true, OutputFormat::Stream) if self.output.json => {
+                Err("the standard output takes the stream; expected no '--json' with - for OUT".to_owned())
+            }
+            _ => Ok(()),
         }
+    }
+
+    /// Whether the result goes to the standard output.
+    pub fn to_stdout(&self) -> bool {
+        self.file.as_os_str() == "-"
     }
 
     /// How the result is kept.

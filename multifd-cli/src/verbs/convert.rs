@@ -1,7 +1,7 @@
 //! `multifd convert`: makes a checkpoint, a plain stream or a libvirt save image of any of them.
 
 use std::{
-    io::{self, Read},
+    io::{self, Read, Write},
     path::Path,
     thread,
     time::Instant,
@@ -23,7 +23,9 @@ use crate::{
     image::{Content, DomainXml, Image, Stop, Stream},
     printable,
     report::{Outcome, whole_millis},
-    signals, table, terminal,
+    signals,
+    stream_out::StreamOut,
+    table, terminal,
 };
 
 /// Converts.
@@ -91,10 +93,9 @@ fn convert(args: &ConvertArgs) -> Result<Outcome, Failure> {
         OutputFormat::Stream => stream(args, input.image, &preamble, &stop),
     };
     // What an interrupted read makes of it is a consequence.
-    let checkpoint =
+    let (checkpoint, length) =
         made.map_err(|failure| if stop.is_cancelled() { Failure::Engine(Error::Cancelled) } else { failure })?;
     remark_on_machine(domain.as_ref(), &checkpoint);
-    let length = std::fs::metadata(&args.file).map_or(0, |metadata| metadata.len());
     let output = if domain.is_some() { "libvirt-image" } else { format.name() };
     report.insert(
         "output".to_owned(),
@@ -120,6 +121,12 @@ fn convert(args: &ConvertArgs) -> Result<Outcome, Failure> {
         printable::line(checkpoint.machine()),
         describe::blocks_text(&blocks),
     );
+    if args.to_stdout() {
+        if !args.output.quiet {
+            terminal::say(text.trim_end());
+        }
+        return Ok(Outcome::done(report, String::new()));
+    }
     Ok(Outcome::done(report, text))
 }
 
@@ -168,15 +175,19 @@ impl Read for StreamReader {
     }
 }
 
+/// What was converted, with a place for each page, and how long the result is.
+type Made = (Box<Checkpoint>, u64);
+
 /// Makes a file with a place for each page.
-fn mapped_ram(args: &ConvertArgs, image: Image, preamble: Vec<u8>, stop: &Stop) -> Result<Box<Checkpoint>, Failure> {
+fn mapped_ram(args: &ConvertArgs, image: Image, preamble: Vec<u8>, stop: &Stop) -> Result<Made, Failure> {
     let mut writer = Writer::create(&args.file, args.force)?.preamble(preamble);
     let begin = writer.stream_offset();
     match image.content {
         Content::Stream(stream) => receive(args, stream, &mut writer, stop)?,
         Content::Checkpoint(checkpoint) => copy(args, &checkpoint, &mut writer, stop)?,
     }
-    Ok(Box::new(Checkpoint::open_at(&args.file, begin)?))
+    let length = std::fs::metadata(&args.file).map_or(0, |metadata| metadata.len());
+    Ok((Box::new(Checkpoint::open_at(&args.file, begin)?), length))
 }
 
 fn receive(args: &ConvertArgs, stream: Stream, writer: &mut Writer, stop: &Stop) -> Result<(), Error> {
@@ -203,7 +214,15 @@ fn copy(args: &ConvertArgs, checkpoint: &Checkpoint, writer: &mut Writer, stop: 
 }
 
 /// Makes a plain stream.
-fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Result<Box<Checkpoint>, Failure> {
+fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Result<Made, Failure> {
+    if args.to_stdout() {
+        let mut out = StreamOut::new(stop)?;
+        let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
+        let written = out.write_all(preamble).and_then(|()| checkpoint.write_stream(&mut out));
+        written.map_err(|error| format!("writing to the standard output: {error}"))?;
+        let length = out.written();
+        return Ok((checkpoint, length));
+    }
     if !args.force && args.file.symlink_metadata().is_ok() {
         // Better known now than when all of it was read.
         return Err(CheckpointError::Exists { path: args.file.clone() }.into());
@@ -211,8 +230,8 @@ fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Res
     let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
     let handle = StopHandle::new();
     stop.set(handle.clone());
-    checkpoint.save_stream(&args.file, args.force, preamble, &handle)?;
-    Ok(checkpoint)
+    let length = checkpoint.save_stream(&args.file, args.force, preamble, &handle)?;
+    Ok((checkpoint, length))
 }
 
 /// libvirt starts a QEMU by the description, and QEMU refuses a stream of another machine type.
