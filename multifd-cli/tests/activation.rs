@@ -105,6 +105,40 @@ fn of_several_sockets_one_is_named_and_all_are_kept_from_children() {
     });
 }
 
+/// The processes of the demo are children: the variables are not for them, and would name descriptors that they do not have.
+#[test]
+fn children_do_not_get_the_variables_of_the_service_manager() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let socket = OwnedFd::from(UnixListener::bind(dir.join("a")).unwrap());
+        let variables = "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=vm OTHERS_STAY=1";
+        // Long enough to be looked at, and ended then.
+        let args = "demo --guest process --memory 4MiB --working-set 1MiB --after 1h --json -q";
+        let service = Service::start(socket, variables, args);
+        let id = service.child.id();
+        let children = || fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        let environment = loop {
+            // A child that was just forked has not been given its own yet.
+            let of = |child: &str| fs::read(format!("/proc/{child}/environ")).unwrap_or_default();
+            match children().split_whitespace().find(|child| is_guest(child)) {
+                Some(child) => break of(child),
+                None => std::thread::sleep(std::time::Duration::from_millis(5)),
+            }
+        };
+        kill_process(Pid::from_child(&service.child), Signal::TERM).unwrap();
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        assert!(environment.contains("OTHERS_STAY=1"), "{environment}");
+        assert!(!environment.contains("LISTEN_"), "{environment}");
+        service.end();
+    });
+}
+
+/// Whether process `id` runs `multifd guest` by now.
+fn is_guest(id: &str) -> bool {
+    let arguments = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+    arguments.split(|&byte| byte == 0).any(|argument| argument == b"guest")
+}
+
 #[test]
 fn what_is_no_listening_socket_or_is_not_for_this_process_is_refused() {
     time_limit(LIMIT, || {

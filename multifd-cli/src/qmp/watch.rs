@@ -33,11 +33,11 @@ impl Observer for Watched<'_> {
                 self.is_postcopy = true;
                 self.qmp.set_status("postcopy-active");
             }
-            (Event::Phase(Phase::Switchover | Phase::Devices | Phase::Confirm), Role::Destination) => {
-                // Its last state is the one before completed.
-                if !self.is_postcopy {
-                    self.qmp.set_status("active");
-                }
+            // The last state of a postcopy is the one before completed.
+            (Event::Phase(Phase::Switchover | Phase::Devices | Phase::Confirm), Role::Destination)
+                if !self.is_postcopy =>
+            {
+                self.qmp.set_status("active");
             }
             (Event::Interrupted { .. }, Role::Destination) => self.qmp.set_status("postcopy-paused"),
             (Event::Continued { .. }, Role::Destination) => {
