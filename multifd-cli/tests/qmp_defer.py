@@ -39,7 +39,7 @@ async def main(source_path, receive_path, path):
     await refused(receive, "No such file", "migrate-incoming", uri="unix:/nonesuch/directory/socket")
     await refused(receive, "waiting for an incoming", "migrate", uri=f"unix:{path}")
     await refused(source, "'-incoming' was not specified", "migrate-incoming", uri=f"unix:{path}")
-    with receive.listener() as of_receive:
+    with receive.listener() as of_receive, source.listener() as of_source:
         await receive.execute("migrate-incoming", {"channels": [channel], "exit-on-error": False})
         answer = await receive.execute("query-migrate")
         assert answer["status"] == "setup", answer
@@ -48,6 +48,8 @@ async def main(source_path, receive_path, path):
         await source.execute("migrate", {"channels": [channel]})
         await wait_event(of_receive, "MIGRATION", "active")
         await wait_event(of_receive, "MIGRATION", "completed")
+        # The source hears of it a moment later, and does not end before.
+        await wait_event(of_source, "MIGRATION", "completed")
     assert (await receive.execute("query-migrate"))["status"] == "completed"
     for client in (source, receive):
         await client.execute("quit")
