@@ -6,7 +6,7 @@ use multifd_proto::{
     BlockName, ChannelId,
     command::{Command, PostcopyAdvice},
     encoder::MainEncoder,
-    extension::{Extension, Extensions, Offer},
+    extension::{Extensions, Offer},
     mapped_ram::BlockHeader,
     packet::{self, Compression, Hello, PacketHeader, RamPacket},
     postcopy::{DiscardRange, package},
@@ -80,7 +80,7 @@ pub(crate) fn return_paths() -> Vec<Vec<u8>> {
         Message::RecvBitmap { block },
         Message::ResumeAck(1),
         Message::SwitchoverAck,
-        Message::Accepted(offered()),
+        Message::Accepted(Extensions::known()),
         Message::Prepared { len: 0 },
         Message::Reason("the device is busy".to_owned()),
         Message::Ready,
@@ -306,11 +306,6 @@ enum Words {
     All,
 }
 
-/// What a source offers that hands no memory over: over connections of this process there are no descriptors.
-fn offered() -> Extensions {
-    Extensions::known().without(Extension::SharedMemory)
-}
-
 /// Main of a complete migration of [`BLOCKS`]; two sync points behind the first.
 /// A source that offers its number of channels and its extensions says GO later.
 fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
@@ -326,7 +321,7 @@ fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
         encoder.config_page_bits(12).config_uuid(&[0; 16]);
     }
     if let Some(channels) = offers {
-        encoder.config_offer(&Offer { channels, token: None, extensions: offered() });
+        encoder.config_offer(&Offer { channels, token: None, extensions: Extensions::known() });
     }
     encoder.command(&Command::OpenReturnPath).command(&Command::Ping(1));
     if offers.is_some() {

@@ -25,7 +25,7 @@ use crate::{
     error::{Connection, Error, Place},
     layout::Layout,
     round::trace::Step,
-    sync::{Arc, atomic::Ordering, lock},
+    sync::{Arc, Deadline, atomic::Ordering, lock},
     threads,
     transport::Stream,
 };
@@ -148,11 +148,22 @@ impl<'a> ReceiveChannel<'a> {
         let header = match self.header() {
             // Nothing of it counts so far: another connection may come in its place.
             Ok(None) => return Err(self.stranger("ends before its first packet")),
+            Err(Error::Io { source, .. }) if is_timeout(&source) && !self.within && self.shared.has_main() => {
+                // Main has its own limits, and what a channel says first it says with main.
+                self.unlimited()?;
+                return Ok(false);
+            }
+            Err(Error::Io { source, .. }) if is_timeout(&source) && !self.within => {
+                return Err(self.stranger("says nothing more, and its main does not come"));
+            }
             Err(Error::Io { source, .. }) => return Err(self.stranger(format!("breaks: {source}"))),
             other => other.map(Option::unwrap_or_default),
         };
+        self.unlimited()?;
         // Whose migration it is is known when main has said so.
-        self.shared.await_identified()?;
+        if !self.shared.await_identified(Deadline::after(self.shared.options.setup_timeout))? {
+            return Err(self.stranger("is at its first packet, and its main does not come"));
+        }
         let peer = self.stream.peer();
         self.shared.judge(&self.hello, &peer)?;
         let header_len = header?;
@@ -179,6 +190,11 @@ impl<'a> ReceiveChannel<'a> {
         self.shared.progress.add_channel_bytes(self.id, self.received);
         self.rounds = 1;
         Ok(true)
+    }
+
+    /// From here on it may say nothing for as long as it likes: main's limits hold for it too.
+    fn unlimited(&mut self) -> Result<(), Refused> {
+        self.stream.set_read_timeout(None).map_err(|error| self.stranger(format!("breaks: {error}")))
     }
 
     fn stranger(&self, what: impl std::fmt::Display) -> Refused {
@@ -359,6 +375,10 @@ impl<'a> ReceiveChannel<'a> {
     fn place_at(&self, further: usize) -> Place {
         Place { connection: Connection::Channel(self.id), offset: self.received + further as u64 }
     }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
 }
 
 /// The position of the block called `name`.

@@ -134,8 +134,8 @@ fn greet(
         }
         Beginning::Channel if shared.single => Err(stranger("is one channel of a migration, without its main")),
         Beginning::Channel => {
+            // What is left of the limit holds until its first packet.
             hear(stream, rest, deadline)?;
-            unlimited(stream)?;
             let hello = Hello::decode(&hello).map_err(|error| stranger(format!("says hello wrongly: {error}")))?;
             if !shared.connections.advance(number, Stage::Candidate) {
                 return Err(stranger("comes when the channels are complete"));

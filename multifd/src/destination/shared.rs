@@ -192,19 +192,30 @@ impl Shared {
         lock(&self.main).identified
     }
 
-    /// Waits until main has said whose migration it is.
+    /// Whether main is here. It says whose migration it is, or the migration ends.
+    pub(super) fn has_main(&self) -> bool {
+        lock(&self.main).taken
+    }
+
+    /// Waits until main has said whose migration it is. Returns whether it has; it has not where there is no main at `deadline`.
     ///
     /// # Errors
     /// [`Error::Stopped`], also when the migration is over.
-    pub(super) fn await_identified(&self) -> Result<(), Error> {
+    pub(super) fn await_identified(&self, deadline: Deadline) -> Result<bool, Error> {
         let mut slot = lock(&self.main);
         while !slot.identified {
             if slot.stopped {
                 return Err(Error::Stopped);
             }
-            slot = wait(&self.main_changed, slot);
+            if slot.taken {
+                slot = wait(&self.main_changed, slot);
+            } else if deadline.is_over() {
+                return Ok(false);
+            } else {
+                slot = wait_for(&self.main_changed, slot, deadline.left());
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Lets `time` pass, or less if the migration ends. Returns whether it has.

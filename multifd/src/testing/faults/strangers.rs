@@ -298,3 +298,27 @@ fn any_number_of_silent_connections_leaves_room_for_the_source() {
         assert!(arrived(&received.ram));
     });
 }
+
+/// They would have waited for a main for as long as the destination does, which is as long as it takes.
+#[test]
+fn channels_whose_main_does_not_come_are_dropped_and_the_destination_waits_on() {
+    time_limit(Duration::from_secs(60), || {
+        for says in [Wire::channel(0), Wire::channel(0).sync(), Wire::channel(0).then(*b"\x11\x22")] {
+            let (listener, connector) = memory::listener(1 << 16);
+            let options = Options { setup_timeout: Some(Duration::from_millis(20)), ..Options::default() };
+            let destination = Destination::new(options);
+            let stop = destination.stop_handle();
+            let mut alone = connector.connect().unwrap();
+            alone.write(&says.bytes, &[]).unwrap();
+            let mut vm = TestDestination::new(guarded_ram());
+            thread::scope(|scope| {
+                let receiving = scope.spawn(|| destination.run(&mut vm, Box::new(listener), &mut ()));
+                assert_eq!(alone.read(&mut [0]).unwrap(), 0, "it is dropped");
+                // The destination waits on.
+                assert!(!receiving.is_finished());
+                stop.cancel();
+                assert!(matches!(receiving.join().unwrap(), Err(Error::Cancelled)));
+            });
+        }
+    });
+}
