@@ -23,7 +23,7 @@ use crate::{
 pub(super) struct Acceptor {
     shared: Arc<Shared>,
     interrupt: Box<dyn Stopper>,
-    thread: Option<Task<Serving>>,
+    thread: Option<Task<(Serving, Box<dyn Listen>)>>,
     connections: Serving,
 }
 
@@ -47,9 +47,8 @@ impl Acceptor {
                     shared.stop.stop(error);
                 }
                 guard.disarm();
-                // Closes the listener.
-                drop(listener);
-                connections
+                // It closes when main has said why the migration ends: until then the connections that were not accepted stay.
+                (connections, listener)
             })?
         };
         Ok(Acceptor { shared: shared.clone(), interrupt, thread: Some(thread), connections: Serving::new() })
@@ -84,7 +83,10 @@ impl Acceptor {
     fn join(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         match thread.join() {
-            Ok(connections) => self.connections = connections,
+            Ok((connections, listener)) => {
+                drop(listener);
+                self.connections = connections;
+            }
             Err(error) => {
                 self.shared.stop.stop(error);
             }
@@ -142,11 +144,12 @@ fn passes(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|error| of_this_moment.contains(&error))
 }
 
-/// Whether what there is too little of is held by the connections of the migration itself, so that waiting for it brings none: its
-/// source would be told the same after the whole setup limit. Where strangers may hold it, or another source is waited for that goes
-/// on after a break, it may come back.
+/// Whether the process has no descriptor left and the connections of the migration itself hold them, so that waiting brings none: its
+/// source would be told the same after the whole setup limit. Where strangers may hold them, or another source is waited for that goes
+/// on after a break, one may come back. So it may where the host is short of something.
 fn lasts(error: &io::Error, failures: u32, shared: &Shared) -> bool {
-    failures >= SHORTAGE && what_helps(error).is_some() && shared.connections.are_all_known() && !shared.may_go_on()
+    let of_this_process = Errno::from_io_error(error) == Some(Errno::MFILE);
+    failures >= SHORTAGE && of_this_process && shared.connections.are_all_known() && !shared.may_go_on()
 }
 
 /// What helps where the process or the system is short of something.
@@ -220,8 +223,12 @@ const SHORTAGE: u32 = 10;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    use multifd_proto::{command::Command, encoder::MainEncoder};
+
     use super::*;
-    use crate::{destination::Destination, ram::Ram, testing::vm::TestDestination};
+    use crate::{destination::Destination, ram::Ram, testing::vm::TestDestination, transport::Stream};
 
     /// A listener with a defect.
     struct Defective;
@@ -295,11 +302,17 @@ mod tests {
                 ..Default::default()
             };
             let mut main = crate::transport::Connect::connect(&connector).unwrap();
-            main.write(b"QEVM\0\0\0\x03", &[]).unwrap();
-            let listener = OneThenNone { inner: then, taken: false };
+            let mut begins = MainEncoder::new();
+            begins.header().configuration("multifd").command(&Command::OpenReturnPath);
+            main.write(begins.as_bytes(), &[]).unwrap();
+            main.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+            let told = Arc::new(AtomicBool::new(false));
+            let listener = OneThenNone { inner: then, taken: false, main, told: told.clone() };
             let mut vm = TestDestination::new(Ram::for_test(&[("ram", 2)]));
             let error = Destination::new(options).run(&mut vm, Box::new(listener), &mut ()).unwrap_err().to_string();
             assert!(error.contains("ulimit -n") && error.contains("cannot be accepted"), "{error}");
+            // The kernel ends connections that were not accepted with the listener, and a source would take that for the reason.
+            assert!(told.load(Relaxed), "the source is told before the listener closes");
         });
     }
 
@@ -307,6 +320,16 @@ mod tests {
     struct OneThenNone {
         inner: crate::testing::memory::MemoryListener,
         taken: bool,
+        /// The source's end of the connection.
+        main: Box<dyn Stream>,
+        /// Whether it was told something when the listener closed.
+        told: Arc<AtomicBool>,
+    }
+
+    impl Drop for OneThenNone {
+        fn drop(&mut self) {
+            self.told.store(self.main.read(&mut [0; 64]).is_ok_and(|bytes| bytes > 0), Relaxed);
+        }
     }
 
     impl Listen for OneThenNone {
