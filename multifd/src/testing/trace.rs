@@ -1,5 +1,8 @@
 //! Records the steps of a migration, and holds those of a destination to the round law.
 
+// Loom's tests are of parts, which take no steps.
+#![cfg_attr(loom, allow(dead_code))]
+
 use std::fmt;
 
 use crate::{
