@@ -10,8 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{image::Stop, stdout};
 
-/// The standard output, as long as `stop` is not cancelled: then a write ends with [`io::ErrorKind::Interrupted`]'s kind of
-/// error, [`io::ErrorKind::ConnectionAborted`], also one that its reader holds up.
+/// The standard output. Once `stop` is cancelled, a write fails with [`io::ErrorKind::ConnectionAborted`], also one that waits for
+/// its reader ([`io::ErrorKind::Interrupted`] would be tried again).
 pub struct StreamOut<'a> {
     stop: &'a Stop,
     written: u64,

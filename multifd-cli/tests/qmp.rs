@@ -65,7 +65,8 @@ fn python_or_skip() -> Option<PathBuf> {
 /// Has `script` drive the processes with these monitors.
 fn drive(python: &Path, script: &str, monitors: [PathBuf; 2], place: &str) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script);
-    let output = Command::new(python).arg(script).args(monitors).arg(place).output().unwrap();
+    // Without compiled modules beside the sources.
+    let output = Command::new(python).arg("-B").arg(script).args(monitors).arg(place).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.stdout, b"driven by qemu.qmp\n");
 }

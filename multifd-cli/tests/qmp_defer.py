@@ -6,23 +6,9 @@ Called with the monitors of a `multifd guest` and of the `receive`, and the path
 import asyncio
 import sys
 
-from qemu.qmp import ExecuteError, QMPClient
+from qemu.qmp import QMPClient
 
-
-async def refused(client, description, command, **arguments):
-    try:
-        await client.execute(command, arguments or None)
-    except ExecuteError as error:
-        assert error.error_class == "GenericError" and description in str(error), (command, arguments, error)
-    else:
-        raise AssertionError(f"{command} {arguments} was not refused")
-
-
-async def wait_event(listener, name, status=None):
-    while True:
-        event = await listener.get()
-        if event["event"] == name and status in (None, event.get("data", {}).get("status")):
-            return event
+from qmp_library import refused, wait_event
 
 
 async def main(source_path, receive_path, path):
@@ -34,17 +20,17 @@ async def main(source_path, receive_path, path):
     # Nothing is under way, and it waits on.
     await receive.execute("migrate_cancel")
     channel = {"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": path}}
-    await refused(receive, "need either", "migrate-incoming")
-    await refused(receive, "need either", "migrate-incoming", uri=f"unix:{path}", channels=[channel])
-    await refused(receive, "No such file", "migrate-incoming", uri="unix:/nonesuch/directory/socket")
-    await refused(receive, "waiting for an incoming", "migrate", uri=f"unix:{path}")
-    await refused(source, "'-incoming' was not specified", "migrate-incoming", uri=f"unix:{path}")
+    await refused(receive, "GenericError", "need either", "migrate-incoming")
+    await refused(receive, "GenericError", "need either", "migrate-incoming", uri=f"unix:{path}", channels=[channel])
+    await refused(receive, "GenericError", "No such file", "migrate-incoming", uri="unix:/nonesuch/directory/socket")
+    await refused(receive, "GenericError", "waiting for an incoming", "migrate", uri=f"unix:{path}")
+    await refused(source, "GenericError", "'-incoming' was not specified", "migrate-incoming", uri=f"unix:{path}")
     with receive.listener() as of_receive, source.listener() as of_source:
         await receive.execute("migrate-incoming", {"channels": [channel], "exit-on-error": False})
         answer = await receive.execute("query-migrate")
         assert answer["status"] == "setup", answer
         assert answer["socket-address"] == [{"type": "unix", "path": path}], answer
-        await refused(receive, "already been started", "migrate-incoming", uri=f"unix:{path}")
+        await refused(receive, "GenericError", "already been started", "migrate-incoming", uri=f"unix:{path}")
         await source.execute("migrate", {"channels": [channel]})
         await wait_event(of_receive, "MIGRATION", "active")
         await wait_event(of_receive, "MIGRATION", "completed")

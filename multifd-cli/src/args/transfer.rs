@@ -51,8 +51,9 @@ pub struct TransferArgs {
     /// How long the guest may be paused; 0 switches over only when nothing is left to send.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::time)]
     pub downtime_limit: Duration,
-    /// Bytes or bits per second that the pause can use, which --max-bandwidth does not limit: what decides whether the rest fits into
-    /// it; 0 for as much as was seen, and below --max-bandwidth at least half of what the path carried for moments [default: 0].
+    /// Switch over when the rest fits into the downtime limit at this rate, in bytes or bits per second. --max-bandwidth does not hold
+    /// in the pause. 0 for the rate that was measured, or, where --max-bandwidth held it back, half of what TCP saw the path carry if
+    /// that is more [default: 0].
     #[arg(long, value_name = "RATE", value_parser = units::rate_limit)]
     pub switchover_bandwidth: Option<Limit<u64>>,
     /// Give up after so many rounds with the guest running.

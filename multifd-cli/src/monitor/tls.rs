@@ -20,10 +20,17 @@ pub enum QemuIs {
 /// The certificates of the QEMU.
 #[derive(Default)]
 pub struct QemuTls {
-    /// Whether an object was made, or may have been.
-    made: bool,
-    /// Whether it is known.
-    is_certain: bool,
+    object: Made,
+}
+
+/// Whether an object was made.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Made {
+    #[default]
+    No,
+    /// QEMU's answer did not come.
+    Perhaps,
+    Yes,
 }
 
 impl QemuTls {
@@ -46,9 +53,11 @@ impl QemuTls {
                 "qom-type": "tls-creds-x509", "id": OBJECT, "endpoint": endpoint, "verify-peer": true, "dir": dir
             });
             let added = monitor.execute_once("object-add", object);
-            // One whose answer did not come may have made it.
-            self.made = added.as_ref().map_or_else(|refusal| !refusal.refused, |_| true);
-            self.is_certain = added.is_ok();
+            self.object = match &added {
+                Ok(_) => Made::Yes,
+                Err(refusal) if refusal.refused => Made::No,
+                Err(_) => Made::Perhaps,
+            };
             added.map_err(|refusal| {
                 let message = format!(
                     "QEMU cannot use the certificates in {}: {refusal}; --qemu-tls-creds names an object that it has",
@@ -67,11 +76,13 @@ impl QemuTls {
     /// # Errors
     /// QEMU is gone.
     pub fn remove(&mut self, monitor: &mut Monitor) -> Result<(), Refusal> {
-        if !std::mem::take(&mut self.made) {
+        let made = std::mem::take(&mut self.object);
+        if made == Made::No {
             return Ok(());
         }
         match monitor.execute_once("object-del", json!({ "id": OBJECT })) {
-            Err(refusal) if refusal.refused && !self.is_certain => Ok(()),
+            // There is none.
+            Err(refusal) if refusal.refused && made == Made::Perhaps => Ok(()),
             removed => removed.map(drop),
         }
     }

@@ -150,7 +150,7 @@ fn migrate(
 ) -> Result<Outcome, Refusal> {
     let uri = listen(monitor, meeting)?;
     if interrupts.seen() {
-        return Err(Refusal::new(Exit::Cancelled, format!("{}. {MAY_LISTEN}", Error::Cancelled)));
+        return Err(Refusal::new(Exit::Cancelled, format!("{}. {START_AGAIN}", Error::Cancelled)));
     }
     let args = as_send(args, uri, look);
     if args.postcopy.is_asked_for() {
@@ -182,8 +182,8 @@ fn listen(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
     listening.map_err(|refusal| {
         let mut message = monitor::with_advice(&refusal.message, meeting);
         if !refusal.refused && !refusal.gone {
-            message.push_str(". ");
-            message.push_str(MAY_LISTEN);
+            // It may have begun to wait for a VM.
+            message = format!("{message}. {START_AGAIN}");
         }
         Refusal { message, ..refusal }
     })?;
@@ -239,8 +239,7 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
         (exit, Ok((Status::Failed | Status::Cancelled, answer))) => {
             let reason = monitor::reason(&answer, meeting);
             let was = sent.error.take().map_or_else(String::new, |error| format!(" ({error})"));
-            let advice = "This QEMU takes no second migration: end it with quit, and start it again";
-            sent.error = Some(format!("QEMU could not load the VM: {reason}{was}. {advice}"));
+            sent.error = Some(format!("QEMU could not load the VM: {reason}{was}. {START_AGAIN}"));
             sent.exit = if matches!(exit, Exit::Done | Exit::InDoubt) { Exit::Failed } else { exit };
         }
         (Exit::Done, Ok((status, _))) => {
@@ -285,8 +284,7 @@ fn is_uuid(text: &str) -> bool {
     text.bytes().any(|byte| !matches!(byte, b'0' | b'-'))
 }
 
-/// What to do about a QEMU that was told to wait for a VM that does not come.
-const MAY_LISTEN: &str =
-    "This QEMU may wait for a VM by now, and takes no second command to: end it with quit, and start it again";
+/// What to do with a QEMU that has been told to wait for a VM, and has not got it.
+const START_AGAIN: &str = "This QEMU takes no second migration: end it with quit, and start it again";
 /// How long a QEMU may take to end a migration that is over.
 const END_LIMIT: Duration = Duration::from_secs(10);

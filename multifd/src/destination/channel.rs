@@ -16,7 +16,7 @@ use multifd_proto::{
 use super::{
     PageSink, Scratch,
     connections::Stage,
-    greeting::Refused,
+    greeting::{Refused, is_timeout, unlimited},
     shared::{Pages, Shared},
 };
 use crate::{
@@ -150,7 +150,7 @@ impl<'a> ReceiveChannel<'a> {
             Ok(None) => return Err(self.stranger("ends before its first packet")),
             Err(Error::Io { source, .. }) if is_timeout(&source) && !self.within && self.shared.has_main() => {
                 // Main has its own limits, and what a channel says first it says with main.
-                self.unlimited()?;
+                unlimited(self.stream)?;
                 return Ok(false);
             }
             Err(Error::Io { source, .. }) if is_timeout(&source) && !self.within => {
@@ -159,7 +159,7 @@ impl<'a> ReceiveChannel<'a> {
             Err(Error::Io { source, .. }) => return Err(self.stranger(format!("breaks: {source}"))),
             other => other.map(Option::unwrap_or_default),
         };
-        self.unlimited()?;
+        unlimited(self.stream)?;
         // Whose migration it is is known when main has said so.
         if !self.shared.await_identified(Deadline::after(self.shared.options.setup_timeout))? {
             return Err(self.stranger("is at its first packet, and its main does not come"));
@@ -190,11 +190,6 @@ impl<'a> ReceiveChannel<'a> {
         self.shared.progress.add_channel_bytes(self.id, self.received);
         self.rounds = 1;
         Ok(true)
-    }
-
-    /// From here on it may say nothing for as long as it likes: main's limits hold for it too.
-    fn unlimited(&mut self) -> Result<(), Refused> {
-        self.stream.set_read_timeout(None).map_err(|error| self.stranger(format!("breaks: {error}")))
     }
 
     fn stranger(&self, what: impl std::fmt::Display) -> Refused {
@@ -375,10 +370,6 @@ impl<'a> ReceiveChannel<'a> {
     fn place_at(&self, further: usize) -> Place {
         Place { connection: Connection::Channel(self.id), offset: self.received + further as u64 }
     }
-}
-
-fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
 }
 
 /// The position of the block called `name`.

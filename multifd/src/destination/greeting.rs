@@ -225,7 +225,7 @@ fn hear(stream: &mut dyn Stream, mut into: &mut [u8], deadline: Deadline) -> Res
         match stream.read(into) {
             Ok(0) => return Err(gone("ends before it has said what it is")),
             Ok(n) => into = &mut into[n..],
-            Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {}
+            Err(error) if is_timeout(&error) => {}
             // A packed stream that is damaged.
             Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(stranger(error)),
             Err(error) => return Err(gone(format!("breaks before it has said what it is: {error}"))),
@@ -234,7 +234,13 @@ fn hear(stream: &mut dyn Stream, mut into: &mut [u8], deadline: Deadline) -> Res
     Ok(())
 }
 
-fn unlimited(stream: &mut dyn Stream) -> Result<(), Refused> {
+/// Whether a read has waited for as long as it may.
+pub(super) fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+}
+
+/// From here on the connection may say nothing for as long as it likes: the limits of the migration hold for it.
+pub(super) fn unlimited(stream: &mut dyn Stream) -> Result<(), Refused> {
     stream.set_read_timeout(None).map_err(|error| stranger(format!("breaks: {error}")))
 }
 

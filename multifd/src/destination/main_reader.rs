@@ -15,7 +15,7 @@ use multifd_proto::{
     stream::{self, Item, MainDecoder, Step, StreamError},
 };
 
-use super::shared::MainConnection;
+use super::{greeting::is_timeout, shared::MainConnection};
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     progress::Progress,
@@ -204,11 +204,7 @@ impl MainReader {
         let at = self.place();
         self.receives.set_read_timeout(Some(patience)).map_err(Error::io(at))?;
         let received = match self.receive() {
-            Err(Error::Io { source, .. })
-                if matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
-            {
-                Ok(None)
-            }
+            Err(Error::Io { source, .. }) if is_timeout(&source) => Ok(None),
             received => received.map(Some),
         };
         self.receives.set_read_timeout(None).map_err(Error::io(at))?;

@@ -206,23 +206,21 @@ impl Switch {
         self.changed.notify_all();
     }
 
-    /// Places the page at `offset` of block `block`, if it is one that is missing.
+    /// Places the page at `offset` of `block`, if it is one that is missing.
     ///
     /// # Errors
     /// [`Violation::PageNotMissing`] at `place`; that of `put`.
     pub(super) fn place(
         &self,
-        pages: &Pages,
-        block: usize,
+        block: &BlockLayout,
         offset: u64,
         place: Place,
         put: impl FnOnce() -> std::io::Result<()>,
     ) -> Result<(), Error> {
         let mut state = lock(&self.state);
-        let layout = &pages.layout.blocks()[block];
         let claimed = match &mut state.discarded {
-            Some(discarded) => discarded.claim(layout, offset),
-            None => Err(Violation::PageNotMissing { block: layout.name().clone(), offset }),
+            Some(discarded) => discarded.claim(block, offset),
+            None => Err(Violation::PageNotMissing { block: block.name().clone(), offset }),
         };
         claimed.map_err(Error::protocol(place))?;
         state.placing += 1;
@@ -442,9 +440,9 @@ impl Shared {
         place: Place,
         put: impl FnOnce() -> std::io::Result<()>,
     ) -> Result<(), Error> {
-        self.switch.place(pages, block, offset, place, || {
-            let page = pages.layout.blocks()[block].page_at(offset);
-            self.step(|| HandOver::Place(Via::of(place.connection), page));
+        let layout = &pages.layout.blocks()[block];
+        self.switch.place(layout, offset, place, || {
+            self.step(|| HandOver::Place(Via::of(place.connection), layout.page_at(offset)));
             put()
         })
     }
@@ -460,37 +458,7 @@ mod tests {
     use multifd_proto::channel_end::End;
 
     use super::*;
-    use crate::{
-        channel_end::end_by,
-        destination::{PageSink, Scratch},
-        error::Connection,
-        layout::Layout,
-        transport::Stream,
-    };
-
-    struct NoSink;
-
-    impl PageSink for NoSink {
-        fn receive(&self, _: &mut dyn Stream, _: usize, _: &[u64], _: &mut Scratch) -> io::Result<()> {
-            unreachable!()
-        }
-
-        fn store(&self, _: usize, _: &[u64], _: &[u8]) -> io::Result<()> {
-            Err(io::ErrorKind::TimedOut.into())
-        }
-
-        fn zero(&self, _: usize, _: &[u64]) -> io::Result<()> {
-            unreachable!()
-        }
-
-        fn discard(&self, _: usize, _: std::ops::Range<u64>) -> io::Result<()> {
-            unreachable!()
-        }
-
-        fn load(&self, _: usize, _: u64, _: &mut [u8]) -> io::Result<()> {
-            unreachable!()
-        }
-    }
+    use crate::{channel_end::end_by, error::Connection, layout::Layout};
 
     /// A page that a file on another host did not take was not missing any more, and the error was taken for one of the connection: the
     /// source went on with the others, and the checkpoint was published without that page.
@@ -501,9 +469,8 @@ mod tests {
         discarded.discard(&layout.blocks()[0], &(0..4096)).unwrap();
         let switch = Switch::default();
         lock(&switch.state).discarded = Some(discarded);
-        let pages = Pages { layout: Arc::new(layout), sink: Arc::new(NoSink), audit: None };
         let at = Place { connection: Connection::Main, offset: 0 };
-        let error = switch.place(&pages, 0, 0, at, || pages.sink.store(0, &[0], &[7; 4096])).unwrap_err();
+        let error = switch.place(&layout.blocks()[0], 0, at, || Err(io::ErrorKind::TimedOut.into())).unwrap_err();
         assert_eq!(end_by(&error, false), End::Local, "{error}");
     }
 }
