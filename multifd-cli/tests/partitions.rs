@@ -93,7 +93,7 @@ fn undisturbed(left: &Host, right: &Host) -> Duration {
     let (source, destination, uri) = guests(left, right, &dir);
     let begun = Instant::now();
     source.ask("migrate", json!({ "uri": uri })).unwrap();
-    while !runs(&state(&destination)) {
+    while !runs(&destination.status()) {
         assert!(begun.elapsed() < LIMIT);
         thread::sleep(Duration::from_millis(1));
     }
@@ -124,7 +124,7 @@ fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round:
             whole = true;
         }
         // The destination is asked first: a guest that starts there after its answer is not running here before.
-        let (there, here) = (state(&destination), state(&source));
+        let (there, here) = (destination.status(), source.status());
         assert!(!(runs(&here) && runs(&there)), "{context}: it runs on both: {here:?}, {there:?}");
         let settled = |state: &Option<Value>| state.as_ref().is_none_or(|state| state["state"] != "outgoing");
         let waits = there.as_ref().is_some_and(|state| state["state"] == "incoming");
@@ -160,11 +160,6 @@ fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round:
     let (exit, report) = keeper.end();
     assert_eq!(number(&report, "/guest-errors") + number(&report, "/pages-wrong"), 0.0, "{context}: {exit} {report}");
     owner
-}
-
-/// Its status; nothing from a process that has ended, or is about to.
-fn state(guest: &Guest) -> Option<Value> {
-    guest.ask("x-guest-status", json!({})).map(|mut answer| answer["return"].take()).filter(Value::is_object)
 }
 
 fn runs(state: &Option<Value>) -> bool {

@@ -20,7 +20,7 @@ use std::{
 };
 
 use multifd_qmp::Client;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde_json::{Value, json};
 
 /// No test takes that long, even on a busy machine with two cores.
@@ -162,9 +162,22 @@ impl Guest {
                 Some(status) if wanted(&status) => return status,
                 other => last = other,
             }
+            assert!(!self.has_ended(), "it has ended: last status {last:?}, {}", self.stderr());
             thread::sleep(Duration::from_millis(10));
         }
         panic!("never came: last status {last:?}, {}", self.stderr());
+    }
+
+    /// Whether the process has ended. Its exit status is still there for [`end`](Self::end).
+    pub fn has_ended(&self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(self.pid()), options).unwrap().is_some()
+    }
+
+    /// Its status; nothing from a process that has ended, or is about to: its guest has left.
+    pub fn status(&self) -> Option<Value> {
+        let status = self.ask("x-guest-status", json!({}))?["return"].take();
+        (status.is_object() && status["state"] != "migrated").then_some(status)
     }
 
     /// Waits until the guest has made more passes than it had.

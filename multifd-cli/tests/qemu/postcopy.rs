@@ -322,7 +322,13 @@ fn senders_die_at_random(version: Version, machine: &str, preempt: bool) {
             let mut last = false;
             let arrived = loop {
                 if last {
-                    break sender.done();
+                    let ended = sender.end();
+                    if !ended.status.success() {
+                        let qemu = &mut destination.qemu;
+                        let (left, status) = (qemu.try_wait(), qemu.qmp().migration_status());
+                        panic!("{}; {left:?}, {status:?}; {}; {}", ended.log, threads(qemu.pid()), qemu.log());
+                    }
+                    break ended.report;
                 }
                 // Most within what the sending takes, some in its very beginning.
                 let most = if random.bool() { 1200 } else { 60 };
