@@ -31,8 +31,8 @@
 //! ```
 //!
 //! What a sync point on main looks like is the [dialect](machine::Dialect): a FLUSH word (*per-round*), or the end of every
-//! section of `ram` (*per-section*). [`rounds`] keeps the account of who has arrived, [`convergence`] decides what
-//! follows a round, and [`commit`] which side has the guest in the end.
+//! section of `ram` (*per-section*). [`rounds`] keeps the account of who has arrived, and
+//! [`commit`] which side has the guest in the end.
 //!
 //! # Example
 //!
@@ -53,7 +53,6 @@ pub mod bodies;
 pub mod channel_end;
 pub mod command;
 pub mod commit;
-pub mod convergence;
 pub mod encoder;
 pub mod extension;
 mod ids;

@@ -81,7 +81,7 @@ const fn bad(what: &'static str) -> DecodeError {
 /// The most blocks that are handed over: a process may send 253 descriptors at once.
 pub const MAX_SHARED_BLOCKS: usize = 128;
 /// The longest list, in bytes.
-pub const MAX_SHARED_LIST: u32 = (2 + MAX_SHARED_BLOCKS * (1 + BlockName::MAX_LEN + 16)) as u32;
+pub(crate) const MAX_SHARED_LIST: u32 = (2 + MAX_SHARED_BLOCKS * (1 + BlockName::MAX_LEN + 16)) as u32;
 
 #[cfg(test)]
 mod tests {

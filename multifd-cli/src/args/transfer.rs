@@ -3,9 +3,11 @@
 use std::{num::NonZeroU8, ops::RangeInclusive, time::Duration};
 
 use clap::{Args, ValueEnum};
-use multifd::{destination, source};
+use multifd::{
+    destination,
+    source::{self, Limits},
+};
 use multifd_proto::{
-    convergence::Limits,
     machine::{self, Dialect},
     packet,
 };

@@ -6,12 +6,12 @@
 
 use std::{io, time::Duration};
 
-use multifd_proto::{
-    convergence::{Decision, Left, RoundReport},
-    extension::Extension,
-};
+use multifd_proto::extension::Extension;
 
-use super::Run;
+use super::{
+    Run,
+    convergence::{Decision, Left, RoundReport},
+};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::Error,

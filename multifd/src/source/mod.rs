@@ -10,6 +10,7 @@ mod backlog;
 mod channel;
 mod commit;
 mod connections;
+mod convergence;
 mod ending;
 mod handle;
 mod incoming;
@@ -30,15 +31,10 @@ mod switchover;
 
 use std::time::Duration;
 
-use multifd_proto::{
-    commit::SourceCommit,
-    convergence::{Convergence, Decision},
-    packet,
-};
+use multifd_proto::{commit::SourceCommit, packet};
 
 pub use multifd_proto::{
     BlockName,
-    convergence::{AtLimit, Limits},
     extension::Extensions,
     machine::{Dialect, ZeroPages},
     packet::Compression,
@@ -46,15 +42,26 @@ pub use multifd_proto::{
 
 pub use self::{
     auto_compression::ChannelCompression,
+    convergence::{AtLimit, Limits},
     handle::Handle,
     options::{Flush, Options, Peer, Plan, Replay, StreamFormat, Untouched},
     parameters::Parameters,
     report::{Downtime, Report, ZeroCopy},
 };
 use self::{
-    backlog::Backlog, channel::SendChannel, main_channel::MainChannel, openings::Openings, options::fresh_token,
-    parameters::Live, pause_limit::PauseLimit, postponed::Peeking, return_path::ReturnPath,
-    sections::FIRST_SECTION_PAGES, shared::Shared, shared_memory::HandedOver,
+    backlog::Backlog,
+    channel::SendChannel,
+    convergence::{Convergence, Decision},
+    main_channel::MainChannel,
+    openings::Openings,
+    options::fresh_token,
+    parameters::Live,
+    pause_limit::PauseLimit,
+    postponed::Peeking,
+    return_path::ReturnPath,
+    sections::FIRST_SECTION_PAGES,
+    shared::Shared,
+    shared_memory::HandedOver,
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,

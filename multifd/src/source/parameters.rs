@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::convergence::Limits;
+use super::convergence::Limits;
 
 use super::{pause_limit::PauseLimit, steering::Steering};
 use crate::{

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use multifd_proto::convergence::{Decision, Wish};
+use super::convergence::{Decision, Wish};
 
 use crate::{sync::Deadline, transport::Stopper, watched::Watched};
 

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use multifd_proto::convergence::Limits;
+use crate::source::Limits;
 use test_support::time_limit;
 
 use crate::{

@@ -43,7 +43,7 @@ pub enum AtLimit {
 
 /// What the VMM wants of the moment of the switchover, whatever the limits say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Wish {
+pub(crate) struct Wish {
     /// Switch over when the round is over, whether the rest fits or not.
     pub switch_over: bool,
     /// Do not switch over. It wins over `switch_over`, which is done once this is taken back. Rounds and time that pass
@@ -53,7 +53,7 @@ pub struct Wish {
 
 /// What is known when a round is over and the dirty log was drained again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RoundReport {
+pub(crate) struct RoundReport {
     /// Rounds sent so far, this one included.
     pub rounds: u64,
     /// Bytes of pages with content sent in this round, before compression.
@@ -74,7 +74,7 @@ pub struct RoundReport {
 
 /// What a pause that began now would have to wait for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Left {
+pub(crate) struct Left {
     /// Bytes of pages that were written again and are still to be sent.
     pub dirty: u64,
     /// Bytes that the connections took and that have not reached the destination: the last round queues behind them.
@@ -85,7 +85,7 @@ pub struct Left {
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decision {
+pub(crate) enum Decision {
     /// Send another round with the guest running.
     Continue,
     /// The same, with the guest slowed down by this many percent.
@@ -100,7 +100,7 @@ pub enum Decision {
 
 /// Follows the rounds of one migration.
 #[derive(Clone, Debug)]
-pub struct Convergence {
+pub(crate) struct Convergence {
     limits: Limits,
     /// Bytes and time of recent rounds; their quotient is the speed. Halved together now and then, so that the past
     /// fades and rounds that fit into socket buffers, which look infinitely fast, weigh little.
@@ -277,7 +277,7 @@ const FIRST_THROTTLE: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
 const MAX_THROTTLE: u8 = 99;
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
 
