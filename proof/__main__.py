@@ -15,6 +15,8 @@ from z3 import get_version_string
 from hand_over_law import HAND_OVER_LAW
 from hand_over_law_variants import VARIANTS as HAND_OVER_VARIANTS
 from machine import Machine, Variant
+from membership import MEMBERSHIP
+from membership_variants import VARIANTS as MEMBERSHIP_VARIANTS
 from round_law import ROUND_LAW
 from round_law_variants import VARIANTS as ROUND_VARIANTS
 
@@ -63,7 +65,7 @@ def report(row: str) -> None:
 
 def main() -> int:
     print(f"Z3 {get_version_string()}")
-    laws = [(ROUND_LAW, ROUND_VARIANTS), (HAND_OVER_LAW, HAND_OVER_VARIANTS)]
+    laws = [(ROUND_LAW, ROUND_VARIANTS), (HAND_OVER_LAW, HAND_OVER_VARIANTS), (MEMBERSHIP, MEMBERSHIP_VARIANTS)]
     return 0 if all([prove(law, variants) for law, variants in laws]) else 1
 
 

@@ -64,6 +64,8 @@ class Machine:
     """Formulas that leave some connections and pages only, where a state is to be found and not to be excluded."""
     witnesses: dict[str, Callable[[State], z3.BoolRef]]
     """What the invariant has to allow, beside each step: a proof about states that there are not would be worth nothing."""
+    small_first: bool = False
+    """Where sums make it hard to find a counterexample, only small ones are looked for."""
 
     def step(self, name: str) -> Step:
         """The step whose name begins with this word."""
@@ -116,14 +118,17 @@ class Machine:
 
     def first_failure(self, base: "Machine") -> str | None:
         """A condition that is known to be wrong: with a counterexample, where need be among the small ones."""
-        undecided = []
-        for name, hypotheses, claim in self.conditions(base):
-            match self.refute(hypotheses, claim, LITTLE_EFFORT):
-                case z3.sat:
-                    return name
-                case z3.unknown:
-                    undecided.append((name, hypotheses, claim))
-        small = (name for name, hypotheses, claim in undecided if self.refute([*self.small, *hypotheses], claim) == z3.sat)
+        conditions = list(self.conditions(base))
+        if not self.small_first:
+            undecided = []
+            for name, hypotheses, claim in conditions:
+                match self.refute(hypotheses, claim, LITTLE_EFFORT):
+                    case z3.sat:
+                        return name
+                    case z3.unknown:
+                        undecided.append((name, hypotheses, claim))
+            conditions = undecided
+        small = (name for name, hypotheses, claim in conditions if self.refute([*self.small, *hypotheses], claim) == z3.sat)
         return next(small, None)
 
     def refute(self, hypotheses: list, claim, effort: int = EFFORT):

@@ -17,7 +17,7 @@ main leaves to a later round, as a source does with pages that are written again
 **A version is a number.** Each write of the guest makes some version, perhaps an old one again. A copy that is read while the guest
 writes may be a mixture, so it has any version at all; but then the log knows of the write.
 
-**Not here:** that the destination knows which channels there are (`multifd-model`, with numbers of packets), what happens to the VM
+**Not here:** that the destination knows which channels there are (`membership.py`, with numbers of packets), what happens to the VM
 when one side fails (the commit's model: here a source that gave up after its end would be a theorem lost, and a variant
 shows it), and time. That every page that the guest writes is in the log is the tracking law, an assumption here, and a variant too.
 """

@@ -32,7 +32,8 @@
 //! all channels have sent the SYNC of the round before it, so each unseen channel has at least *s* of them. From *s* = 1 on a
 //! balance of 0 proves that no channel is missing, and one above 0 proves that some are. Below 0 the source counts otherwise
 //! and its numbers prove nothing. At *s* = 0 they do not matter: no page comes before it, and a channel that
-//! comes later joins with its own first SYNC, before its first page.
+//! comes later joins with its own first SYNC, before its first page. The project's `proof/membership.py` proves this for every number of
+//! channels.
 
 use std::num::NonZeroU8;
 
