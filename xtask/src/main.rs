@@ -6,10 +6,12 @@ mod dist;
 mod documents;
 mod fuzz;
 mod json;
+mod mutants;
 mod proof;
 mod sanitize;
 mod step;
 mod test;
+mod tool;
 mod totals;
 
 use std::env;
@@ -24,6 +26,7 @@ const VERBS: &[Verb] = &[
     ("proof", "the checks of the round guarantee, at length; `--quick` is what `test` runs of it", proof::run),
     ("dist", "a static binary, man pages, completions, and a .deb of them, below target/dist", dist::run),
     ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
+    ("mutants", "changes the code of the guarantee, place by place: which changes no unit test notices", mutants::run),
     ("json", "writes docs/json.md, the page about the reports, from the types that are printed", json::run),
     ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),
 ];
