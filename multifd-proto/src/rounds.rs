@@ -420,7 +420,13 @@ mod tests {
         rounds.arrive(MAIN).unwrap();
         assert_eq!(rounds.sync(ID, sync(2, 1)), Ok(Arrival::Completes));
         rounds.arrive(MAIN).unwrap();
+        let mut lower = rounds.clone();
         assert_eq!(rounds.sync(ID, sync(5, 1)), Err(unbalanced(1, 2, 2, 5, 4).into()));
+        assert_eq!(
+            lower.sync(ID, sync(1, 1)),
+            Err(unbalanced(1, 2, 2, 1, 4).into()),
+            "the round before does not count"
+        );
     }
 
     fn unbalanced(channels: usize, round: u64, packets: u64, highest: u64, expected: u64) -> Violation {
@@ -490,6 +496,7 @@ mod tests {
         assert_eq!(rounds.members_mut().tell(3), Err(Mismatch::ChannelCount { told: 3, known: 2 }));
         let mut rounds = Rounds::open(None);
         rounds.members_mut().tell(2).unwrap();
+        assert_eq!(rounds.members_mut().tell(2), Ok(()), "once more");
         assert_eq!(rounds.admit(ID, told(4)), Err(Stranger::OtherCount { id: ID, told: 4, channels: 2 }));
         assert_eq!(rounds.admit(ID, told(2)), Ok(()));
     }
