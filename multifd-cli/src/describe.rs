@@ -24,6 +24,8 @@ pub struct Block {
     pub normal: u64,
     /// SHA-256 of all bytes, in hexadecimal digits.
     pub digest: Option<String>,
+    /// Its memory is not here: nothing is known of its pages.
+    pub elsewhere: bool,
 }
 
 /// The blocks of `checkpoint`, without digests.
@@ -34,16 +36,17 @@ pub fn blocks_of(checkpoint: &Checkpoint) -> Vec<Block> {
         page_size: checkpoint.layout().page_size() as u64,
         normal: block.pages_present,
         digest: None,
+        elsewhere: block.elsewhere,
     };
     checkpoint.blocks().iter().map(describe).collect()
 }
 
-/// Adds the digests of all `blocks`, which are those of `checkpoint`, until `stopped`.
+/// Adds the digests of all `blocks` whose memory is here, which are those of `checkpoint`, until `stopped`.
 ///
 /// # Errors
 /// The kernel's, when the file is read; [`io::ErrorKind::Interrupted`] once `stopped`. Blocks before that have theirs.
 pub fn add_digests(blocks: &mut [Block], checkpoint: &Checkpoint, stopped: &dyn Fn() -> bool) -> io::Result<()> {
-    for (index, block) in blocks.iter_mut().enumerate() {
+    for (index, block) in blocks.iter_mut().enumerate().filter(|(_, block)| !block.elsewhere) {
         block.digest = Some(digest::of(&mut checkpoint.block_reader(index), stopped)?);
     }
     Ok(())
@@ -94,12 +97,16 @@ pub fn uuid(uuid: &[u8; 16]) -> String {
 pub fn blocks_json(blocks: &[Block]) -> Value {
     let describe = |block: &Block| {
         let pages = block.size / block.page_size;
+        let known = if block.elsewhere { 0 } else { pages };
         let mut object = Map::new();
         object.insert("name".to_owned(), block.name.clone().into());
         object.insert("size".to_owned(), block.size.into());
         object.insert("pages".to_owned(), pages.into());
         object.insert("normal".to_owned(), block.normal.into());
-        object.insert("zero".to_owned(), (pages - block.normal).into());
+        object.insert("zero".to_owned(), (known - block.normal).into());
+        if block.elsewhere {
+            object.insert("elsewhere".to_owned(), true.into());
+        }
         if let Some(digest) = &block.digest {
             object.insert("digest".to_owned(), digest.clone().into());
         }
@@ -120,18 +127,41 @@ pub fn blocks_text(blocks: &[Block]) -> String {
         format!("\n  {:width$}  {:>11}  {:>13}  {:>13}\n", "RAM block", "size", "content pages", "zero pages");
     for block in blocks {
         let zero = block.size / block.page_size - block.normal;
-        out.push_str(&format!(
-            "  {:width$}  {:>11}  {:>13}  {:>13}\n",
+        let [normal, zero] = match block.elsewhere {
+            true => ["elsewhere".to_owned(), String::new()],
+            false => [block.normal, zero].map(grouped),
+        };
+        let line = format!(
+            "  {:width$}  {:>11}  {normal:>13}  {zero:>13}",
             printable::line(&block.name),
             table::bytes(block.size),
-            grouped(block.normal),
-            grouped(zero)
-        ));
+        );
+        out.push_str(&format!("{}\n", line.trim_end()));
         if let Some(digest) = &block.digest {
             out.push_str(&format!("    sha256 {digest}\n"));
         }
     }
     out
+}
+
+/// The names of `blocks` whose memory is elsewhere, as `memory-elsewhere` of the report; nothing where all of it is here.
+pub fn elsewhere_json(blocks: &[Block]) -> Option<Value> {
+    let names: Vec<&str> = blocks.iter().filter(|block| block.elsewhere).map(|block| block.name.as_str()).collect();
+    (!names.is_empty()).then(|| json!(names))
+}
+
+/// What is to be said where the memory of some of `blocks` is elsewhere; empty where all of it is here.
+pub fn elsewhere_text(blocks: &[Block]) -> String {
+    let names: Vec<String> =
+        blocks.iter().filter(|block| block.elsewhere).map(|block| printable::line(&block.name).to_string()).collect();
+    if names.is_empty() {
+        return String::new();
+    }
+    let names = names.join(", ");
+    format!(
+        "\n  This is not a whole VM: the memory of {names} is not in it. The source had x-ignore-shared on, and that memory is in a file\n  \
+         that its QEMU shares (memory-backend-file, share=on). Only a QEMU that maps the same file, unchanged since, can run the VM.\n"
+    )
 }
 
 /// Device state, cut into sections as far as its description allows.

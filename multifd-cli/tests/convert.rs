@@ -325,18 +325,3 @@ fn what_the_standard_output_cannot_take_is_refused_by_name() {
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
-
-/// Memory in files that both sides map is not in a stream of such a source, so there is nothing to make a checkpoint of.
-#[test]
-fn a_stream_without_its_memory_is_refused_by_name() {
-    let dir = TempDir::new().unwrap();
-    let (stream, to) = (dir.join("stream"), dir.join("to"));
-    let mut encoder = multifd_proto::encoder::MainEncoder::new();
-    encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&["x-ignore-shared"]).ram_start(2, 4096);
-    fs::write(&stream, encoder.as_bytes()).unwrap();
-    failed(inspect(&stream), 4, "keep those files");
-    failed(convert(&stream, &to, &[]), 4, "keep those files");
-    let output = multifd("send --json").arg(&stream).arg("unix:/nonexistent").output().unwrap();
-    failed(ended(&output), 4, "keep those files");
-    assert!(!to.exists());
-}

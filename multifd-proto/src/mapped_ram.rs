@@ -11,6 +11,9 @@
 //! of the format: it is an array of 64-bit words in the order of an x86 host, which makes bit *i* the bit *i* mod 8 of byte
 //! *i* / 8. Offsets count from where the stream starts in the file.
 //!
+//! A block whose memory is elsewhere (capability `x-ignore-shared`) has 0 for both offsets, and neither bitmap nor pages: the
+//! next entry stands directly behind its header. QEMU 11.1 writes and reads that; 10.0 does neither.
+//!
 //! | offset | size | field         |
 //! |-------:|-----:|---------------|
 //! |      0 |    4 | version, 1    |
@@ -42,6 +45,16 @@ impl BlockHeader {
     pub fn place(header_end: u64, len: u64, page_size: u64) -> Self {
         let bitmap_end = header_end + bitmap_len(len, page_size);
         Self { page_size, bitmap_offset: header_end, pages_offset: bitmap_end.next_multiple_of(PAGES_ALIGNMENT) }
+    }
+
+    /// The header of a block whose memory is elsewhere.
+    pub const fn elsewhere(page_size: u64) -> Self {
+        Self { page_size, bitmap_offset: 0, pages_offset: 0 }
+    }
+
+    /// Whether the block's memory is elsewhere: the file has no place for it.
+    pub const fn is_elsewhere(&self) -> bool {
+        self.bitmap_offset == 0 && self.pages_offset == 0
     }
 
     /// The header in `bytes`. Whether its offsets make sense is for [`check`](Self::check) to say.
@@ -97,6 +110,12 @@ impl BlockHeader {
             Some(end) if end > file_len => refuse("pages end behind the end of the file", end),
             Some(_) => Ok(()),
         }
+    }
+
+    /// Bytes between the header and the next entry of the block list, for a header that passed [`check`](Self::check), or
+    /// [is elsewhere](Self::is_elsewhere).
+    pub(crate) const fn bytes_behind(&self, len: u64) -> u64 {
+        if self.is_elsewhere() { 0 } else { self.next_entry(len) - self.bitmap_offset }
     }
 
     /// Where the next entry of the block list starts, for a header that passed [`check`](Self::check).

@@ -708,7 +708,12 @@ impl MainDecoder {
         }
         if let Some(header) = &entry.mapped_ram {
             let header_end = self.position + reader.position() as u64;
-            header.check(&entry.name, entry.used_len, self.page_size as u64, header_end, self.file_len)?;
+            let page_size = self.page_size as u64;
+            // Where no address is listed, no memory is elsewhere.
+            if self.configuration.layout.gpa && header.is_elsewhere() && header.page_size == page_size {
+                return Ok(Item::Block(entry));
+            }
+            header.check(&entry.name, entry.used_len, page_size, header_end, self.file_len)?;
         }
         Ok(Item::Block(entry))
     }
@@ -884,9 +889,7 @@ impl Item {
             Self::Command(Command::Packaged { len } | Command::Describe { len } | Command::SharedMemory { len }) => {
                 *len as u64
             }
-            Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => {
-                header.next_entry(*used_len) - header.bitmap_offset
-            }
+            Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => header.bytes_behind(*used_len),
             _ => 0,
         }
     }

@@ -627,3 +627,37 @@ fn mapped_ram_headers_that_point_outside_the_file_are_refused() {
     let (_, result) = decode(&mapped_ram(|header| header.pages_offset = (u64::MAX >> 1) & !0xfff));
     assert!(result.is_err());
 }
+
+/// A block list as QEMU 11.1 wrote it into a mapped-ram file, with `x-ignore-shared` on and `pc.ram` in a shared memory file.
+#[test]
+fn a_block_of_a_mapped_ram_file_whose_memory_is_elsewhere_has_no_place_in_it() {
+    let header = *b"\0\0\0\x01\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    assert_eq!(BlockHeader::decode(&header), Ok(BlockHeader::elsewhere(4096)));
+    let listed = |capabilities: &[&str], pages_offset| {
+        let with_address = capabilities.len() > 1;
+        let entry = |block, len, header| BlockEntry {
+            gpa: with_address.then_some(0),
+            mapped_ram: Some(header),
+            ..BlockEntry::new(name(block), len)
+        };
+        let mut file = bytes(|out| {
+            begin(out);
+            out.config_capabilities(capabilities).ram_start(1, 0x200_1000);
+            out.block(&entry("pc.ram", 0x200_0000, BlockHeader { pages_offset, ..BlockHeader::elsewhere(4096) }));
+        });
+        let header_end = (file.len() + 1 + 7 + 8 + 8 * usize::from(with_address) + BlockHeader::LEN) as u64;
+        let bios = BlockHeader::place(header_end, 0x1000, 4096);
+        file.extend(bytes(|out| _ = out.block(&entry("pc.bios", 0x1000, bios))));
+        file.resize(bios.next_entry(0x1000) as usize, 0);
+        file.extend(bytes(|out| _ = out.eos().footer(1).ram_part(1, true)));
+        decode_with(MainDecoder::for_file(PAGE, file.len() as u64), &file)
+    };
+    let (items, result) = listed(&["x-ignore-shared", "mapped-ram"], 0);
+    assert_eq!(items.iter().filter(|item| matches!(item, Item::Block(_))).count(), 2);
+    assert_eq!((items.last(), result), (Some(&Item::RamPart { end: true }), Ok(8)));
+    // Without the capability, and with a place that is none, it is refused.
+    for (capabilities, pages_offset) in [(&["mapped-ram"][..], 0), (&["x-ignore-shared", "mapped-ram"], 0x10_0000)] {
+        let error = listed(capabilities, pages_offset).1.unwrap_err();
+        assert!(error.to_string().contains("bitmap does not begin where its header ends"), "{error}");
+    }
+}

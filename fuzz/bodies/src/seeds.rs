@@ -12,7 +12,7 @@ use multifd_proto::{
     postcopy::{DiscardRange, package},
     ram::BlockEntry,
     return_path::Message,
-    stream::{MAPPED_RAM, Section, SectionKind},
+    stream::{MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
     vmdesc,
 };
 
@@ -118,19 +118,31 @@ pub(crate) fn vmdescs() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// A mapped-ram file with two blocks of a few pages, closer together than QEMU puts them.
+/// Mapped-ram files with two blocks of a few pages, closer together than QEMU puts them, and a header.
 pub(crate) fn files() -> Vec<Vec<u8>> {
+    let header = BlockHeader { page_size: 4096, bitmap_offset: 100, pages_offset: 1 << 20 };
+    vec![file(false), file(true), header.encode().to_vec()]
+}
+
+/// A checkpoint; the memory of its first block may be `elsewhere`.
+fn file(elsewhere: bool) -> Vec<u8> {
     let mut file = Vec::new();
     let mut encoder = MainEncoder::new();
-    encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&[MAPPED_RAM]).ram_start(1, 5 * 4096);
+    let capabilities: &[&str] = if elsewhere { &[X_IGNORE_SHARED, MAPPED_RAM] } else { &[MAPPED_RAM] };
+    encoder.header().configuration("pc-i440fx-10.0").config_capabilities(capabilities).ram_start(1, 5 * 4096);
     file.extend_from_slice(encoder.as_bytes());
     for (block, pages) in [("pc.ram", 3u64), ("pc.bios", 2)] {
         let entry = |bitmap_offset, pages_offset| BlockEntry {
+            gpa: elsewhere.then_some(0),
             mapped_ram: Some(BlockHeader { page_size: 4096, bitmap_offset, pages_offset }),
             ..BlockEntry::new(name(block), pages * 4096)
         };
         let mut bytes = Vec::new();
         entry(0, 0).encode(&mut bytes);
+        if elsewhere && block == "pc.ram" {
+            file.extend_from_slice(&bytes);
+            continue;
+        }
         let bitmap_offset = file.len() + bytes.len();
         let pages_offset = (bitmap_offset + 8).next_multiple_of(4096);
         bytes.clear();
@@ -146,8 +158,7 @@ pub(crate) fn files() -> Vec<Vec<u8>> {
     let json = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
     encoder.vm_description(json);
     file.extend_from_slice(encoder.as_bytes());
-    let header = BlockHeader { page_size: 4096, bitmap_offset: 100, pages_offset: 1 << 20 };
-    vec![file, header.encode().to_vec()]
+    file
 }
 
 /// Recorded payloads, and our own.

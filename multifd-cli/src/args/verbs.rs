@@ -263,6 +263,10 @@ pub struct SendArgs {
     /// [default: the one in FILE, or none].
     #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = MIGRATION)]
     pub uuid: Option<[u8; 16]>,
+    /// FILE lacks memory that its QEMU shared (x-ignore-shared), and the destination maps the same file, unchanged since: send the
+    /// rest. Nothing here can tell whether it does; with other memory the guest is lost.
+    #[arg(long, conflicts_with_all = ["postcopy", "recover"], help_heading = MIGRATION)]
+    pub ignore_shared: bool,
     /// Whether the VM runs before its memory is there.
     #[command(flatten)]
     pub postcopy: PostcopyArgs,

@@ -121,6 +121,8 @@ pub(super) struct Received {
     pub report_incomplete: Option<String>,
     /// The RAM blocks.
     pub ram_blocks: Option<Vec<RamBlock>>,
+    /// RAM blocks whose memory is not here, where there are any: this is not a whole VM.
+    pub memory_elsewhere: Option<Vec<String>>,
     /// The devices.
     pub devices: Option<Vec<Device>>,
 }
@@ -183,7 +185,9 @@ pub(super) struct RamBlock {
     pub normal: u64,
     /// Pages of zeros.
     pub zero: u64,
-    /// SHA-256 of all its bytes, where it was asked for.
+    /// Its memory is not here, and nothing is known of its pages: it is in a file that the QEMU shared (`x-ignore-shared`).
+    pub elsewhere: Option<bool>,
+    /// SHA-256 of all its bytes, where it was asked for and they are here.
     pub digest: Option<String>,
 }
 
@@ -301,6 +305,8 @@ report! {
         machine: Option<String>,
         /// The RAM blocks.
         ram_blocks: Option<Vec<RamBlock>>,
+        /// RAM blocks whose memory is not here, where there are any: this is not a whole VM.
+        memory_elsewhere: Option<Vec<String>>,
         /// What is missing of this report, and why.
         report_incomplete: Option<String>,
         /// In milliseconds.
@@ -355,6 +361,8 @@ report! {
         channel_uuid: Option<String>,
         /// The RAM blocks.
         ram_blocks: Option<Vec<RamBlock>>,
+        /// RAM blocks whose memory is not here, where there are any: this is not a whole VM.
+        memory_elsewhere: Option<Vec<String>>,
         /// Bytes of device state.
         device_state_bytes: Option<u64>,
         /// SHA-256 of it, where it was asked for.

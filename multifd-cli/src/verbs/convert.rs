@@ -110,9 +110,12 @@ fn convert(args: &ConvertArgs) -> Result<Outcome, Failure> {
         }
     }
     report.insert("ram-blocks".to_owned(), describe::blocks_json(&blocks));
+    if let Some(elsewhere) = describe::elsewhere_json(&blocks) {
+        report.insert("memory-elsewhere".to_owned(), elsewhere);
+    }
     report.insert("total-time".to_owned(), json!(whole_millis(begun.elapsed())));
     let text = format!(
-        "converted {} ({}) to {} ({}), {}, machine {}\n{}",
+        "converted {} ({}) to {} ({}), {}, machine {}\n{}{}",
         args.input.display(),
         kind,
         args.file.display(),
@@ -120,6 +123,7 @@ fn convert(args: &ConvertArgs) -> Result<Outcome, Failure> {
         table::bytes(length),
         printable::line(checkpoint.machine()),
         describe::blocks_text(&blocks),
+        describe::elsewhere_text(&blocks),
     );
     if args.to_stdout() {
         if !args.output.quiet {
@@ -181,6 +185,10 @@ type Made = (Box<Checkpoint>, u64);
 /// Makes a file with a place for each page.
 fn mapped_ram(args: &ConvertArgs, image: Image, preamble: Vec<u8>, stop: &Stop) -> Result<Made, Failure> {
     let mut writer = Writer::create(&args.file, args.force)?.preamble(preamble);
+    if args.libvirt_xml.is_some() {
+        // libvirt has QEMU take nothing else.
+        writer = writer.whole_only();
+    }
     let begin = writer.stream_offset();
     match image.content {
         Content::Stream(stream) => receive(args, stream, &mut writer, stop)?,
@@ -218,6 +226,7 @@ fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Res
     if args.to_stdout() {
         let mut out = StreamOut::new(stop)?;
         let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
+        whole_for_libvirt(args, &checkpoint)?;
         let written = out.write_all(preamble).and_then(|()| checkpoint.write_stream(&mut out));
         written.map_err(|error| format!("writing to the standard output: {error}"))?;
         let length = out.written();
@@ -228,10 +237,16 @@ fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Res
         return Err(CheckpointError::Exists { path: args.file.clone() }.into());
     }
     let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
+    whole_for_libvirt(args, &checkpoint)?;
     let handle = StopHandle::new();
     stop.set(handle.clone());
     let length = checkpoint.save_stream(&args.file, args.force, preamble, &handle)?;
     Ok((checkpoint, length))
+}
+
+/// libvirt has QEMU take a whole VM only.
+fn whole_for_libvirt(args: &ConvertArgs, checkpoint: &Checkpoint) -> Result<(), CheckpointError> {
+    if args.libvirt_xml.is_some() { checkpoint.check_whole() } else { Ok(()) }
 }
 
 /// libvirt starts a QEMU by the description, and QEMU refuses a stream of another machine type.

@@ -111,6 +111,7 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Out
     }
     let devices = Devices::of_checkpoint(checkpoint);
     let extracted = match wanted(args, checkpoint.blocks().iter().map(|block| block.name.as_str()))? {
+        Some((index, _)) if blocks[index].elsewhere => return Err(nothing_to_extract(&blocks[index]).into()),
         Some((index, to)) => Some(extract(&mut checkpoint.block_reader(index), to)?),
         None => None,
     };
@@ -137,6 +138,7 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Out
         text.push_str(&format!("  uuid {}\n", describe::uuid(&uuid)));
     }
     text.push_str(&describe::blocks_text(&blocks));
+    text.push_str(&describe::elsewhere_text(&blocks));
     text.push_str(&devices.text(args.devices));
     text.push_str(&extracted.unwrap_or_default());
     Ok(Outcome::done(report, text))
@@ -176,16 +178,19 @@ fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Resul
         Inspection::of(recorded, needs_contents.then_some(directory.as_path()))?;
     let mut blocks = Vec::new();
     for (index, (name, size, normal)) in account.blocks.iter().enumerate() {
+        let elsewhere = account.memory_elsewhere.contains(name);
         let digest = match &contents {
-            Some(contents) if args.digest => {
+            Some(contents) if args.digest && !elsewhere => {
                 let digest = digest::of(&mut contents.block_reader(index), &|| false);
                 Some(digest.map_err(|error| format!("{}: {error}", directory.display()))?)
             }
             _ => None,
         };
-        blocks.push(Block { name: name.to_string(), size: *size, page_size: PAGE_SIZE, normal: *normal, digest });
+        let (name, size, normal) = (name.to_string(), *size, *normal);
+        blocks.push(Block { name, size, page_size: PAGE_SIZE, normal, digest, elsewhere });
     }
     let extracted = match wanted(args, account.blocks.iter().map(|(name, ..)| name.as_str()))? {
+        Some((index, _)) if blocks[index].elsewhere => return Err(nothing_to_extract(&blocks[index]).into()),
         Some((index, to)) => {
             let contents = contents.as_ref().ok_or_else(|| "the stream ends before the RAM blocks".to_owned())?;
             Some(extract(&mut contents.block_reader(index), to)?)
@@ -210,6 +215,7 @@ fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Resul
     report.insert("broken-rule".to_owned(), rule.unwrap_or_default());
     let mut text = stream_text(args, &account);
     text.push_str(&describe::blocks_text(&blocks));
+    text.push_str(&describe::elsewhere_text(&blocks));
     if account.complete {
         text.push_str(&devices.text(args.devices));
     }
@@ -232,6 +238,9 @@ fn add_state(
     (sections, vmdescription): (&[u8], &[u8]),
 ) {
     report.insert("ram-blocks".to_owned(), describe::blocks_json(blocks));
+    if let Some(elsewhere) = describe::elsewhere_json(blocks) {
+        report.insert("memory-elsewhere".to_owned(), elsewhere);
+    }
     report.insert("device-state-bytes".to_owned(), sections.len().into());
     if args.digest {
         report.insert("device-state-digest".to_owned(), describe::digest_of(sections).into());
@@ -462,6 +471,11 @@ fn wanted<'a>(
         Some(index) => Ok(Some((index, to))),
         None => Err(format!("there is no RAM block {block:?}")),
     }
+}
+
+/// Why `block` cannot be extracted.
+fn nothing_to_extract(block: &Block) -> String {
+    format!("the memory of {:?} is not here: it is in the file that the QEMU shared (x-ignore-shared)", block.name)
 }
 
 /// Writes everything that `from` has to the new file `to`, with holes for zeros. Guest memory is its owner's: no other user

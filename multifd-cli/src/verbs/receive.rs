@@ -190,6 +190,10 @@ pub(super) fn described(
         report.insert("recoveries".to_owned(), received.recoveries.into());
     }
     report.insert("checkpoint".to_owned(), file_report(&args.file));
+    if !received.memory_elsewhere.is_empty() {
+        let names: Vec<&str> = received.memory_elsewhere.iter().map(BlockName::as_str).collect();
+        report.insert("memory-elsewhere".to_owned(), json!(names));
+    }
     let mut text = summary(&migration, received, &args.file);
     if let Err(missing) = read_back(args, interrupted, &mut report, &mut text) {
         let note = format!("the checkpoint is complete, but a part of this report is missing: {missing}");
@@ -227,6 +231,7 @@ fn read_back(
     report.insert("ram-blocks".to_owned(), describe::blocks_json(&blocks));
     report.insert("devices".to_owned(), devices.json(false));
     text.push_str(&describe::blocks_text(&blocks));
+    text.push_str(&describe::elsewhere_text(&blocks));
     text.push_str(&devices.summary());
     Ok(digested?)
 }
@@ -246,7 +251,11 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
     let rate = if seconds > 0.0 { ram.transferred as f64 / seconds } else { 0.0 };
     format!(
         "received {}{} into {}\n  {} of {} in {} ({}/s), {}\n",
-        if received.mode == Mode::Snapshot { "a background snapshot of " } else { "" },
+        match received.mode {
+            _ if !received.memory_elsewhere.is_empty() => "the devices, and not the whole memory, of ",
+            Mode::Snapshot => "a background snapshot of ",
+            _ => "",
+        },
         printable::line(&received.machine),
         path.display(),
         table::bytes(ram.transferred),

@@ -36,6 +36,10 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     let interrupts = Interrupts::listen()?;
     let checkpoint = send::open(&args.file, args.postcopy, &Stop::default(), &args.output)
         .map_err(|error| Refusal::new(Exit::from(&error), error.to_string()))?;
+    checkpoint.check_whole().map_err(|error| {
+        let message = format!("{error}; it is sent to one that waits for it by `multifd send --ignore-shared`");
+        Refusal::new(Exit::from(&Error::from(error)), message)
+    })?;
     let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
     let look = monitor.look()?;
     check(&look, &checkpoint)?;
@@ -206,6 +210,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         qmp: None,
         peer: Some(crate::args::Peer::Qemu),
         uuid,
+        ignore_shared: false,
         postcopy: args.as_postcopy(),
         observe: args.observe.clone(),
         output: args.output.clone(),

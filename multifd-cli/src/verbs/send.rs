@@ -37,6 +37,9 @@ pub fn run(args: &SendArgs) -> Outcome {
     if args.postcopy.is_asked_for() {
         return postcopy::run(args, &checkpoint);
     }
+    if let Some(refused) = refused_for_memory(args, &checkpoint) {
+        return refused;
+    }
     let Some(options) = options(args, &checkpoint) else {
         let machine = checkpoint.machine();
         let message = format!(
@@ -48,6 +51,24 @@ pub fn run(args: &SendArgs) -> Outcome {
     match send(args, &checkpoint, options) {
         Ok(outcome) => outcome,
         Err(error) => Outcome::failed(Exit::Failed, error),
+    }
+}
+
+/// Why it is not sent, where the destination may lack memory.
+fn refused_for_memory(args: &SendArgs, checkpoint: &Checkpoint) -> Option<Outcome> {
+    match (checkpoint.check_whole().map_err(Error::from), args.ignore_shared) {
+        (Ok(()), false) | (Err(_), true) => None,
+        (Ok(()), true) => {
+            let message = format!(
+                "all of the VM's memory is in {:?}, which a QEMU with x-ignore-shared on refuses; expected no '--ignore-shared'",
+                args.file
+            );
+            Some(Outcome::failed(Exit::Usage, message))
+        }
+        (Err(error), false) => {
+            let message = format!("{error}; --ignore-shared sends the rest to such a QEMU");
+            Some(Outcome::failed(Exit::from(&error), message))
+        }
     }
 }
 
@@ -151,10 +172,20 @@ pub(super) fn send(
             Outcome { error: Some(message), ..Outcome::migration_failed(error, report) }
         }
         None => {
-            let text = summary(args, checkpoint, &migration);
+            let text = summary(args, checkpoint, &migration) + &not_sent(checkpoint);
             Outcome::done(report, text)
         }
     })
+}
+
+/// What of the VM was not sent; empty where all was.
+fn not_sent(checkpoint: &Checkpoint) -> String {
+    let names: Vec<String> =
+        checkpoint.memory_elsewhere().map(|block| printable::line(block.name.as_str()).to_string()).collect();
+    match names.is_empty() {
+        true => String::new(),
+        false => format!("  the memory of {} was not sent: the destination has to map it\n", names.join(", ")),
+    }
 }
 
 fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport) -> String {

@@ -2,12 +2,13 @@
 //!
 //! `matrix` moves the guest through a checkpoint in combinations that cover each pair of values; `files` lets QEMU read our
 //! checkpoints and us read QEMU's; `plain` has streams without a way back, in files and pipes; `streams` has sources with
-//! other capabilities; `switched` has sources that switch to postcopy, and go on when the network breaks (`cutter`); `snapshot` has background snapshots; `failures` breaks
+//! other capabilities; `switched` has sources that switch to postcopy, and go on when the network breaks (`cutter`); `snapshot` has background snapshots; `elsewhere` has memory that stays in a shared file; `failures` breaks
 //! things in the middle; `impatience` has a QEMU that says nothing; `hello` looks at bytes that QEMU does not use;
 //! `restore_time` measures how soon guests run; `serve` starts many VMs from one checkpoint; `qmp_verbs` drives a QEMU by its monitor, also one that fails (`monitor_proxy`); `libvirt` has images that libvirt saves
 //! and restores; `tls` has encrypted connections.
 
 mod cutter;
+mod elsewhere;
 mod failures;
 mod files;
 mod harness;

@@ -1,8 +1,8 @@
 //! Why a checkpoint cannot be written or read.
 
-use std::{io, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
-use multifd_proto::{ProtocolError, vmdesc::CutError};
+use multifd_proto::{BlockName, ProtocolError, vmdesc::CutError};
 
 use crate::error::Mismatch;
 
@@ -117,6 +117,17 @@ pub enum CheckpointError {
         /// The file.
         path: PathBuf,
     },
+    /// A part of the VM's memory is not in the file, and what was asked for needs it.
+    #[error(
+        "{path:?} has the devices of a VM and not its memory: {blocks} was in a file that its QEMU shared (x-ignore-shared). \
+         Only a QEMU that maps that file, unchanged since (memory-backend-file, share=on, x-ignore-shared on), can run it"
+    )]
+    MemoryElsewhere {
+        /// The file.
+        path: PathBuf,
+        /// The blocks whose memory is elsewhere.
+        blocks: BlockNames,
+    },
     /// RAM blocks that cannot be handled.
     #[error("{path:?}: {source}")]
     Ram {
@@ -162,6 +173,30 @@ pub enum CheckpointError {
     },
 }
 
+/// Names of RAM blocks, in a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockNames(Vec<BlockName>);
+
+impl From<Vec<BlockName>> for BlockNames {
+    fn from(names: Vec<BlockName>) -> BlockNames {
+        BlockNames(names)
+    }
+}
+
+impl fmt::Display for BlockNames {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().take(SHOWN).map(BlockName::to_string).collect();
+        write!(f, "{}", names.join(", "))?;
+        match self.0.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+/// Names that are shown.
+const SHOWN: usize = 8;
+
 impl CheckpointError {
     /// The peer or the file is at fault, as opposed to the place.
     pub(crate) fn is_peers_fault(&self) -> bool {
@@ -173,6 +208,7 @@ impl CheckpointError {
                 | CheckpointError::Padded { .. }
                 | CheckpointError::Truncated { .. }
                 | CheckpointError::Ram { .. }
+                | CheckpointError::MemoryElsewhere { .. }
                 | CheckpointError::TooMuchRam { .. }
                 | CheckpointError::TooMuchDeviceState { .. }
                 | CheckpointError::TooMuchEarlyState { .. }

@@ -26,6 +26,8 @@ mod tail;
 mod write;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod elsewhere;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod forged_ends;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod one_way_tests;
@@ -42,7 +44,7 @@ pub(crate) use self::{
     tail::{Tail, section_beside_ram},
 };
 pub use self::{
-    error::CheckpointError,
+    error::{BlockNames, CheckpointError},
     page_file::DirectWrites,
     read::{BlockReader, Checkpoint, CheckpointBlock},
     source::CheckpointSource,

@@ -18,6 +18,7 @@ use super::{CheckpointError, page_file::PageFile};
 use crate::{
     destination::{PageBits, PageSink, Scratch},
     layout::Layout,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     transport::Stream,
 };
 
@@ -33,6 +34,8 @@ pub(crate) struct FilePages {
     valid: PageBits,
     /// Pages that had content at some time: the file has blocks for them.
     written: PageBits,
+    /// By block: a page of it came, whatever it was.
+    named: Vec<AtomicBool>,
 }
 
 impl FilePages {
@@ -52,7 +55,21 @@ impl FilePages {
             PageBits::try_new(&layout).map_err(failed)
         };
         let (valid, written) = (bits()?, bits()?);
-        Ok(FilePages { file, path, layout, first, valid, written })
+        let named = layout.blocks().iter().map(|_| AtomicBool::new(false)).collect();
+        Ok(FilePages { file, path, layout, first, valid, written, named })
+    }
+
+    /// Whether any page of `block` came. To be asked once all channels have come to the end of the last round.
+    pub(crate) fn is_named(&self, block: usize) -> bool {
+        self.named[block].load(Relaxed)
+    }
+
+    /// Pages of `block` came.
+    fn name(&self, block: usize) {
+        // Read first: channels would take the cache line from one another.
+        if !self.is_named(block) {
+            self.named[block].store(true, Relaxed);
+        }
     }
 
     /// Number of pages with content.
@@ -114,6 +131,7 @@ impl FilePages {
 
     /// Puts `bytes`, one page for each of `offsets`, into place.
     fn write(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
+        self.name(block);
         let page_size = self.layout.page_size();
         let content = |index: usize| &bytes[index * page_size..][..page_size];
         let pages = &self.layout.blocks()[block];
@@ -164,6 +182,7 @@ impl PageSink for FilePages {
     }
 
     fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()> {
+        self.name(block);
         let block = &self.layout.blocks()[block];
         for &offset in offsets {
             self.valid.clear(block.page_at(offset));

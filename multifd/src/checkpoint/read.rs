@@ -17,8 +17,7 @@ use multifd_proto::{
     bodies::BodyScanner,
     encoder::MainEncoder,
     ram::BlockEntry,
-    stream::{Item, MainDecoder, SectionKind, Step, StreamError, X_IGNORE_SHARED},
-    violation,
+    stream::{Item, MainDecoder, SectionKind, Step, StreamError},
 };
 
 use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, kind, tail::check_early_state};
@@ -45,10 +44,22 @@ pub struct CheckpointBlock {
     pub name: BlockName,
     /// The length in bytes, a multiple of the page size.
     pub bytes: u64,
-    /// Where its first page lies in the file.
+    /// Where its first page lies in the file; 0 where its memory is elsewhere.
     pub pages_offset: u64,
-    /// Pages with content; all others are zeros.
+    /// Pages with content; all others are zeros, unless its memory is elsewhere.
     pub pages_present: u64,
+    /// Its memory is not in the file. It was in a file that the QEMU shared (capability `x-ignore-shared`), and nothing here
+    /// says in which one, or whether that is still as it was.
+    pub elsewhere: bool,
+    /// Where it lies in guest physical memory, in a checkpoint that lists that.
+    pub gpa: Option<u64>,
+}
+
+impl CheckpointBlock {
+    /// How a stream of which a part of the memory is elsewhere lists the block.
+    pub(super) fn listed(&self) -> BlockEntry {
+        BlockEntry { gpa: Some(self.gpa.unwrap_or_default()), ..BlockEntry::new(self.name.clone(), self.bytes) }
+    }
 }
 
 impl Checkpoint {
@@ -92,12 +103,14 @@ impl Checkpoint {
         let mut blocks = Vec::new();
         for (entry, block) in stream.blocks.iter().zip(layout.blocks()) {
             let header = entry.mapped_ram.expect("every block has one in a mapped-ram file");
-            let before = present.count();
-            read_bitmap(&file, header.bitmap_offset, block.page_range(), &mut present)
-                .map_err(io("reading a bitmap"))?;
-            let pages_present = present.count() - before;
+            let elsewhere = header.is_elsewhere();
+            let pages_present = match elsewhere {
+                true => 0,
+                false => read_bitmap(&file, header.bitmap_offset, block.page_range(), &mut present)
+                    .map_err(io("reading a bitmap"))?,
+            };
             let (name, bytes, pages_offset) = (entry.name.clone(), entry.used_len, header.pages_offset);
-            blocks.push(CheckpointBlock { name, bytes, pages_offset, pages_present });
+            blocks.push(CheckpointBlock { name, bytes, pages_offset, pages_present, elsewhere, gpa: entry.gpa });
         }
         let (path, len) = (path.to_owned(), metadata.len());
         Ok(Checkpoint { path, file, stamp, len, stream, blocks, layout, present })
@@ -138,6 +151,24 @@ impl Checkpoint {
         &self.blocks
     }
 
+    /// The blocks whose memory is not in the file; none, mostly. A VM that lacks memory is sent only where that memory is:
+    /// to a QEMU that maps the same files.
+    pub fn memory_elsewhere(&self) -> impl Iterator<Item = &CheckpointBlock> {
+        self.blocks.iter().filter(|block| block.elsewhere)
+    }
+
+    /// Verifies that all of the VM's memory is in the file.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MemoryElsewhere`].
+    pub fn check_whole(&self) -> Result<(), CheckpointError> {
+        let blocks: Vec<_> = self.memory_elsewhere().map(|block| block.name.clone()).collect();
+        match blocks.is_empty() {
+            true => Ok(()),
+            false => Err(CheckpointError::MemoryElsewhere { path: self.path.clone(), blocks: blocks.into() }),
+        }
+    }
+
     /// The numbering of all pages.
     pub fn layout(&self) -> &Layout {
         &self.layout
@@ -163,7 +194,7 @@ impl Checkpoint {
         &self.stream.tail.vmdescription
     }
 
-    /// The contents of block number `block`, zeros included.
+    /// The contents of block number `block`, zeros included. Where its memory is elsewhere, every read fails.
     ///
     /// # Panics
     /// If there is no such block.
@@ -248,6 +279,10 @@ impl BlockReader<'_> {
 impl Read for BlockReader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let (run, zeros) = self.run();
+        if run > 0 && self.checkpoint.blocks[self.block].elsewhere {
+            // Nothing that reads it may take it for zeros.
+            return Err(io::Error::other("the memory of this RAM block is not in the checkpoint"));
+        }
         let len = into.len().min(usize::try_from(run).unwrap_or(usize::MAX));
         let into = &mut into[..len];
         if zeros {
@@ -311,13 +346,7 @@ impl FileReader<'_> {
             match item {
                 Item::Configuration { machine } => stream.machine = machine,
                 Item::ConfigUuid(uuid) => stream.uuid = Some(uuid),
-                Item::ConfigCapabilities(names) => {
-                    if names.iter().any(|name| name == X_IGNORE_SHARED) {
-                        // A part of RAM is not in the file.
-                        return Err(self.refused(begin, violation::Mismatch::MemoryElsewhere));
-                    }
-                    stream.capabilities = names;
-                }
+                Item::ConfigCapabilities(names) => stream.capabilities = names,
                 Item::RamStart { section_id, .. } => {
                     if !decoder.layout().mapped_ram {
                         return Err(CheckpointError::NotMappedRam { path: self.path.to_owned() });
@@ -435,8 +464,10 @@ impl FileReader<'_> {
     }
 }
 
-/// Adds the pages of one block to `present`: `pages`, whose bitmap begins at `at` in the file.
-fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitmap) -> io::Result<()> {
+/// Adds the pages of one block to `present`: `pages`, whose bitmap begins at `at` in the file. Returns how many they are: to
+/// count all of them after each block would be a look at the whole bitmap for each, and a file may claim terabytes in 4096 blocks.
+fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitmap) -> io::Result<u64> {
+    let mut added = 0;
     let words = (pages.end - pages.start).div_ceil(64);
     let mut bytes = vec![0; READ_SIZE];
     for begin in (0..words).step_by(READ_SIZE / 8) {
@@ -450,9 +481,10 @@ fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitma
                 bits &= (1 << left) - 1;
             }
             present.merge_word(word as usize, bits);
+            added += u64::from(bits.count_ones());
         }
     }
-    Ok(())
+    Ok(added)
 }
 
 /// The longest run of content that is told at once, in pages: 4 MiB.

@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, path::PathBuf};
 
-use super::{Checkpoint, CheckpointError, read::Stamp};
+use super::{Checkpoint, CheckpointBlock, CheckpointError, read::Stamp};
 use crate::{
     dirty::DirtyLog,
     dirty_bitmap::DirtyBitmap,
@@ -30,14 +30,15 @@ pub struct CheckpointSource {
 }
 
 impl CheckpointSource {
-    /// Makes room for the memory of `checkpoint`.
+    /// Makes room for the memory of `checkpoint`. Of one whose memory is [elsewhere](Checkpoint::memory_elsewhere) only the rest
+    /// is sent: the destination has to map the same memory, and nothing on the wire tells whether it does.
     ///
     /// # Errors
     /// The kernel's, and blocks that cannot be handled.
     pub fn new(checkpoint: &Checkpoint) -> Result<CheckpointSource, CheckpointError> {
         let path = checkpoint.path();
         let mut blocks = Vec::new();
-        for block in checkpoint.blocks() {
+        for block in checkpoint.blocks().iter().filter(|block| !block.elsewhere) {
             let io =
                 |source| CheckpointError::Io { path: path.to_owned(), doing: "making room for its memory", source };
             let len = usize::try_from(block.bytes).map_err(|_| io(io::ErrorKind::OutOfMemory.into()))?;
@@ -50,8 +51,7 @@ impl CheckpointSource {
         let page_size = checkpoint.layout().page_size();
         let ram =
             Ram::new(page_size, blocks).map_err(|source| CheckpointError::Ram { path: path.to_owned(), source })?;
-        let mut zeros = DirtyBitmap::full(ram.layout());
-        zeros.subtract(checkpoint.present());
+        let zeros = zeros_of(checkpoint, &ram);
         Ok(CheckpointSource {
             ram,
             file,
@@ -65,6 +65,27 @@ impl CheckpointSource {
     }
 }
 
+/// The pages of `ram` that are zeros in `checkpoint`. Both have the same blocks, but for those whose memory is elsewhere.
+fn zeros_of(checkpoint: &Checkpoint, ram: &Ram) -> DirtyBitmap {
+    let mut zeros = DirtyBitmap::full(ram.layout());
+    if checkpoint.check_whole().is_ok() {
+        // The pages have the same numbers.
+        zeros.subtract(checkpoint.present());
+        return zeros;
+    }
+    let kept = checkpoint.blocks().iter().zip(checkpoint.layout().blocks()).filter(|(block, _)| !block.elsewhere);
+    for ((_, from), to) in kept.zip(ram.layout().blocks()) {
+        let pages = from.page_range();
+        let mut next = checkpoint.present().next(pages.start);
+        while let Some(page) = next.filter(|page| pages.contains(page)) {
+            let page = to.page_at(from.offset_of(page));
+            zeros.clear_range(page..page + 1);
+            next = checkpoint.present().next(from.page_at(to.offset_of(page)) + 1);
+        }
+    }
+    zeros
+}
+
 impl Checkpoint {
     /// Sets what a source has to know to send this checkpoint: machine type, UUID, the `ram` section's id and
     /// early sections, and that pages of zeros have to be named. A destination that is a QEMU answers its monitor
@@ -73,7 +94,12 @@ impl Checkpoint {
         options.format.machine = self.machine().to_owned();
         options.format.uuid = self.uuid().unwrap_or_default();
         options.format.validate_uuid = self.uuid().is_some();
-        options.format.replay = Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone() };
+        let listed = match self.memory_elsewhere().next() {
+            None => Vec::new(),
+            Some(_) => self.blocks().iter().map(CheckpointBlock::listed).collect(),
+        };
+        options.format.replay =
+            Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone(), listed };
         options.format.untouched = Untouched::Name;
         options.plan.flush = Flush::Late;
     }

@@ -7,13 +7,16 @@ use std::{
     path::Path,
 };
 
-use multifd_proto::{command::Command, encoder::MainEncoder, machine::sends_switchover_start, ram::BlockEntry};
+use multifd_proto::{
+    command::Command, encoder::MainEncoder, machine::sends_switchover_start, ram::BlockEntry, stream::X_IGNORE_SHARED,
+};
 
 use super::{Checkpoint, PAGE_SIZE, pending::PendingFile};
 use crate::{error::Error, stop::StopHandle};
 
 impl Checkpoint {
-    /// Writes all of it to `out` as a plain migration stream, which a QEMU loads from `exec:`, `fd:` or `file:`.
+    /// Writes all of it to `out` as a plain migration stream, which a QEMU loads from `exec:`, `fd:` or `file:`. A stream whose
+    /// memory is [elsewhere](Self::memory_elsewhere) says so, and QEMU takes it with `x-ignore-shared` on.
     ///
     /// # Errors
     /// Those of `out`, and of the file, which say so.
@@ -21,7 +24,7 @@ impl Checkpoint {
         let mut encoder = MainEncoder::new();
         self.beginning(&mut encoder);
         let mut part = Vec::with_capacity(READ_SIZE);
-        for index in 0..self.blocks().len() {
+        for (index, _) in self.blocks().iter().enumerate().filter(|(_, block)| !block.elsewhere) {
             self.pages(index, &mut encoder, &mut part, out)?;
         }
         self.end(&mut encoder);
@@ -57,12 +60,19 @@ impl Checkpoint {
     fn beginning(&self, encoder: &mut MainEncoder) {
         let beside = self.beside_ram();
         encoder.header().configuration(self.machine());
+        let is_whole = self.memory_elsewhere().next().is_none();
+        if !is_whole {
+            encoder.config_capabilities(&[X_IGNORE_SHARED]);
+        }
         if let Some(uuid) = self.uuid() {
             encoder.config_uuid(&uuid);
         }
         encoder.raw(beside.before_ram()).ram_start(self.ram_section(), self.layout().bytes());
         for block in self.blocks() {
-            encoder.block(&BlockEntry::new(block.name.clone(), block.bytes));
+            encoder.block(&match is_whole {
+                true => BlockEntry::new(block.name.clone(), block.bytes),
+                false => block.listed(),
+            });
         }
         encoder.eos().footer(self.ram_section()).raw(beside.behind_ram_start()).raw(beside.in_parts());
     }

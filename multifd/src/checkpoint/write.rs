@@ -11,12 +11,13 @@ use std::{
 };
 
 use multifd_proto::{
+    BlockName,
     command::Command,
     encoder::MainEncoder,
     machine::sends_switchover_start,
     mapped_ram::BlockHeader,
     ram::BlockEntry,
-    stream::{MAPPED_RAM, Section},
+    stream::{MAPPED_RAM, Section, X_IGNORE_SHARED},
     vmdesc::{self, OpaqueSection, VmDescription},
 };
 
@@ -39,6 +40,7 @@ pub struct Writer {
     direct: DirectWrites,
     /// What stands in the file before the stream.
     preamble: Vec<u8>,
+    whole_only: bool,
     ram: Option<ReceivedRam>,
     beside_ram: BesideRam,
     tail: Tail,
@@ -51,6 +53,19 @@ struct ReceivedRam {
     /// Blocks in the order of the stream, with the place of their pages.
     blocks: Vec<BlockEntry>,
     pages: Arc<FilePages>,
+}
+
+impl ReceivedRam {
+    /// Whether the source lists where its blocks lie, as it does with `x-ignore-shared`: blocks may be left out.
+    fn lists_addresses(&self) -> bool {
+        self.blocks.iter().any(|entry| entry.gpa.is_some())
+    }
+
+    /// Blocks of which no page came. The source names each page of the others.
+    fn elsewhere(&self) -> impl Iterator<Item = &BlockEntry> {
+        let blocks = self.blocks.iter().enumerate();
+        blocks.filter(|(index, _)| !self.pages.is_named(*index)).map(|(_, entry)| entry)
+    }
 }
 
 impl Writer {
@@ -74,7 +89,8 @@ impl Writer {
 
     fn into_output(file: Output) -> Writer {
         let (beside_ram, tail) = (BesideRam::default(), Tail::default());
-        Writer { file, direct: DirectWrites::Auto, preamble: Vec::new(), ram: None, beside_ram, tail }
+        let direct = DirectWrites::Auto;
+        Writer { file, direct, preamble: Vec::new(), whole_only: false, ram: None, beside_ram, tail }
     }
 
     /// Says whether pages are written past the page cache; [`DirectWrites::Auto`] where it is not said. Of no effect on a
@@ -89,6 +105,13 @@ impl Writer {
     #[must_use]
     pub fn preamble(self, bytes: Vec<u8>) -> Writer {
         Writer { preamble: bytes, ..self }
+    }
+
+    /// Refuses a VM of which a part of the memory is [elsewhere](Checkpoint::memory_elsewhere), with
+    /// [`CheckpointError::MemoryElsewhere`].
+    #[must_use]
+    pub fn whole_only(self) -> Writer {
+        Writer { whole_only: true, ..self }
     }
 
     /// Where the stream begins in the file.
@@ -147,11 +170,20 @@ impl Writer {
         let Some(ram) = &self.ram else { return Ok(()) };
         let file: &File = self.file.file();
         let write = |bytes: &[u8], at| file.write_all_at(bytes, at).map_err(self.file.error("writing to it"));
-        let mut out = self.beginning(&ram.machine, uuid, ram.section, total(&ram.blocks));
+        let is_whole = !ram.lists_addresses() || ram.elsewhere().next().is_none();
+        let mut out = self.beginning(&ram.machine, uuid, ram.section, total(&ram.blocks), !is_whole);
         let mut at = 0;
         for (index, entry) in ram.blocks.iter().enumerate() {
             let placed = entry.mapped_ram.expect("placed when the block list came");
             let mut entry = entry.clone();
+            if is_whole {
+                // Nothing of the memory is elsewhere, so the file is like any other.
+                entry.gpa = None;
+            } else if !ram.pages.is_named(index) {
+                entry.mapped_ram = Some(BlockHeader::elsewhere(PAGE_SIZE as u64));
+                out.block(&entry);
+                continue;
+            }
             let bitmap_offset = at + out.as_bytes().len() as u64 + entry_len(&entry);
             entry.mapped_ram = Some(BlockHeader { bitmap_offset, ..placed });
             out.block(&entry);
@@ -170,10 +202,19 @@ impl Writer {
 }
 
 impl Writer {
-    /// Everything up to the block list.
-    fn beginning(&self, machine: &str, uuid: Option<[u8; 16]>, ram_section: u32, total: u64) -> MainEncoder {
+    /// Everything up to the block list, of a VM that may have memory `elsewhere`.
+    fn beginning(
+        &self,
+        machine: &str,
+        uuid: Option<[u8; 16]>,
+        ram_section: u32,
+        total: u64,
+        elsewhere: bool,
+    ) -> MainEncoder {
         let mut out = MainEncoder::new();
-        out.raw(&self.preamble).header().configuration(machine).config_capabilities(&[MAPPED_RAM]);
+        // In QEMU's order.
+        let capabilities: &[&str] = if elsewhere { &[X_IGNORE_SHARED, MAPPED_RAM] } else { &[MAPPED_RAM] };
+        out.raw(&self.preamble).header().configuration(machine).config_capabilities(capabilities);
         if let Some(uuid) = uuid {
             out.config_uuid(&uuid);
         }
@@ -201,11 +242,12 @@ impl Target for Writer {
             return Err(CheckpointError::TooMuchRam { bytes, limit: MAX_RAM }.into());
         }
         // Channels may tell the VM's uuid after this: there is room for it in front of the first block's pages.
-        let begin = self.beginning(&head.machine, Some([0; 16]), head.ram_section, bytes);
+        let lists_addresses = head.blocks.iter().any(|entry| entry.gpa.is_some());
+        let begin = self.beginning(&head.machine, Some([0; 16]), head.ram_section, bytes, lists_addresses);
         let mut at = begin.as_bytes().len() as u64;
         let mut blocks = Vec::new();
         for entry in &head.blocks {
-            let mut entry = BlockEntry::new(entry.name.clone(), entry.used_len);
+            let mut entry = BlockEntry { gpa: entry.gpa, ..BlockEntry::new(entry.name.clone(), entry.used_len) };
             let header = BlockHeader::place(at + entry_len(&entry), entry.used_len, PAGE_SIZE as u64);
             entry.mapped_ram = Some(header);
             at = header.next_entry(entry.used_len);
@@ -258,7 +300,21 @@ impl Target for Writer {
         true
     }
 
+    fn takes_devices_alone(&self) -> bool {
+        true
+    }
+
+    fn memory_elsewhere(&self) -> Vec<BlockName> {
+        let elsewhere = self.ram.iter().filter(|ram| ram.lists_addresses()).flat_map(ReceivedRam::elsewhere);
+        elsewhere.map(|entry| entry.name.clone()).collect()
+    }
+
     fn make_durable(&mut self, uuid: Option<[u8; 16]>) -> Result<(), Error> {
+        let blocks = self.memory_elsewhere();
+        if self.whole_only && !blocks.is_empty() {
+            let path = self.file.path().to_owned();
+            return Err(CheckpointError::MemoryElsewhere { path, blocks: blocks.into() }.into());
+        }
         self.write_stream(uuid)?;
         if let Some(ram) = &self.ram {
             ram.pages.punch_holes();
@@ -298,7 +354,8 @@ impl Target for Writer {
 
 /// Length of an entry of the block list with its header.
 fn entry_len(entry: &BlockEntry) -> u64 {
-    (1 + entry.name.as_str().len() + 8 + BlockHeader::LEN) as u64
+    let address = if entry.gpa.is_some() { 8 } else { 0 };
+    (1 + entry.name.as_str().len() + 8 + address + BlockHeader::LEN) as u64
 }
 
 fn total(blocks: &[BlockEntry]) -> u64 {

@@ -35,6 +35,7 @@ impl Run {
         // What it takes to make everything durable is not the source's silence.
         Pulse::rest(self.watchdog.timers());
         target.make_durable(self.report.uuid.or(named))?;
+        self.report.memory_elsewhere = target.memory_elsewhere();
         let two_step = self.extensions.contains(Extension::TwoStepCommit);
         let mut commit = if two_step { DestinationCommit::two_step() } else { DestinationCommit::one_step() };
         let mut action = commit.on(DestinationEvent::Loaded);

@@ -53,7 +53,7 @@ impl Run {
             Item::Command(Command::Describe { len }) => self.describe(len, target)?,
             Item::Command(Command::SharedMemory { len }) => self.shared_memory(len, target)?,
             Item::Command(command) => self.command(&command, &*target)?,
-            item if is_configuration(&item) => self.configuration(item)?,
+            item if is_configuration(&item) => self.configuration(item, target)?,
             // What the switch has begun goes on.
             Item::RamPart { .. } | Item::Eos if is_postcopy => {}
             Item::ZeroPage { block, offset } if is_postcopy => self.pushed_page(block, offset, None)?,
@@ -64,14 +64,14 @@ impl Run {
     }
 
     /// Something of the configuration.
-    fn configuration(&mut self, item: Item) -> Result<(), Error> {
+    fn configuration(&mut self, item: Item, target: &dyn Target) -> Result<(), Error> {
         match item {
             Item::Configuration { machine } => self.machine(machine)?,
             Item::ConfigCapabilities(names) => {
                 if names.iter().any(|name| name == MAPPED_RAM) && !self.main().is_heard() {
                     return Err(Mismatch::AlreadyCheckpoint { peer: self.main().peer() }.into());
                 }
-                refuse_capabilities(names).map_err(Error::protocol(self.main().place()))?
+                refuse_capabilities(names, target).map_err(Error::protocol(self.main().place()))?
             }
             Item::ConfigUuid(uuid) => {
                 lock(&self.shared.seen).main_uuid = Some(uuid);
@@ -300,12 +300,15 @@ fn is_configuration(item: &Item) -> bool {
     )
 }
 
-/// Refuses streams that leave out a part of the VM, or put it elsewhere.
-fn refuse_capabilities(names: Vec<String>) -> Result<(), violation::Mismatch> {
+/// Refuses streams that leave out a part of the VM which `target` cannot do without, or put it elsewhere.
+fn refuse_capabilities(names: Vec<String>, target: &dyn Target) -> Result<(), violation::Mismatch> {
     // The decoder knows no capabilities that need nothing of us.
-    match names.into_iter().next() {
-        None => Ok(()),
-        Some(name) if name == X_IGNORE_SHARED => Err(violation::Mismatch::MemoryElsewhere),
-        Some(name) => Err(violation::Mismatch::Capability { name }),
+    for name in names {
+        match name == X_IGNORE_SHARED {
+            true if target.takes_devices_alone() => {}
+            true => return Err(violation::Mismatch::MemoryElsewhere),
+            false => return Err(violation::Mismatch::Capability { name }),
+        }
     }
+    Ok(())
 }

@@ -43,6 +43,9 @@ pub struct Report {
     pub uuid: Option<[u8; 16]>,
     /// RAM blocks with their lengths in bytes, as the source listed them.
     pub blocks: Vec<(BlockName, u64)>,
+    /// Those of them whose memory did not come: it is in files that both sides map. Only a
+    /// [checkpoint](crate::checkpoint::Checkpoint) is taken without a part of the memory.
+    pub memory_elsewhere: Vec<BlockName>,
     /// Channels beside main.
     pub channels: usize,
     /// How page contents were compressed; nothing where none came on a channel.

@@ -69,6 +69,16 @@ pub(crate) trait Target {
         Err(Mismatch::HandOverRefused.into())
     }
 
+    /// Whether it takes a VM of which a part of the memory is elsewhere: in files that its QEMU and another one map.
+    fn takes_devices_alone(&self) -> bool {
+        false
+    }
+
+    /// The blocks whose memory is elsewhere, of a VM that [was taken so](Self::takes_devices_alone).
+    fn memory_elsewhere(&self) -> Vec<BlockName> {
+        Vec::new()
+    }
+
     /// Says where the pages of `head` go, or that they do not fit.
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error>;
 

@@ -2,7 +2,10 @@
 
 use std::{io, ops::Range};
 
-use multifd_proto::{BlockName, ChannelId, command::Command, machine::Dialect, packet::Compression, ram::BlockEntry};
+use multifd_proto::{
+    BlockName, ChannelId, command::Command, machine::Dialect, packet::Compression, ram::BlockEntry,
+    stream::X_IGNORE_SHARED,
+};
 
 use super::{
     Bearer, Contents, PAGE_SIZE, PostcopyAccount,
@@ -33,6 +36,8 @@ pub struct Account {
     pub rounds_left_out: u64,
     /// RAM blocks: name, bytes, and how many of their pages were last sent with content.
     pub blocks: Vec<(BlockName, u64, u64)>,
+    /// Those of them whose memory is elsewhere: the source left them out (`x-ignore-shared`). Known at the end of main.
+    pub memory_elsewhere: Vec<BlockName>,
     /// Pages sent again although nothing lay between that could have made it necessary: in the same round.
     pub repeated_in_round: u64,
     /// Pages sent again in a later round.
@@ -282,8 +287,12 @@ impl Pages {
         }
         account.repeated_in_round = self.repeated;
         account.sent_again = self.sent_again;
-        for (block, (_, _, content)) in self.layout.blocks().iter().zip(&mut account.blocks) {
+        let leaves_out = account.complete && account.main.capabilities.iter().any(|name| name == X_IGNORE_SHARED);
+        for (block, (name, _, content)) in self.layout.blocks().iter().zip(&mut account.blocks) {
             let pages = block.page_range();
+            if leaves_out && self.ever.next(pages.start).is_none_or(|page| !pages.contains(&page)) {
+                account.memory_elsewhere.push(name.clone());
+            }
             let mut next = self.content.next(pages.start);
             while let Some(page) = next.filter(|page| pages.contains(page)) {
                 *content += 1;

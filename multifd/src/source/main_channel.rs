@@ -8,6 +8,7 @@ use multifd_proto::{
     encoder::MainEncoder,
     machine::{Dialect, sends_switchover_start},
     ram::BlockEntry,
+    stream::X_IGNORE_SHARED,
 };
 
 use super::Shared;
@@ -38,6 +39,9 @@ impl MainChannel {
     pub(super) fn header(&mut self) -> Result<(), Error> {
         let options = &self.shared.options;
         self.encoder.header().configuration(&options.format.machine);
+        if !options.format.replay.listed.is_empty() {
+            self.encoder.config_capabilities(&[X_IGNORE_SHARED]);
+        }
         let offer = options.offer();
         // Where channels say a token, their hellos have no room for it.
         if options.format.validate_uuid || (offer.is_some() && options.format.uuid != [0; 16]) {
@@ -75,12 +79,17 @@ impl MainChannel {
     /// Sends the device state that is needed before the RAM blocks, and lists these. A sync point and the end of the section
     /// follow.
     pub(super) fn ram_start(&mut self) -> Result<(), Error> {
-        let layout = self.shared.ram.layout();
-        self.encoder.raw(self.shared.options.format.replay.beside_ram.before_ram());
-        self.encoder.ram_start(self.shared.options.format.replay.ram_section, layout.bytes());
-        for block in layout.blocks() {
-            self.encoder.block(&BlockEntry::new(block.name().clone(), block.bytes()));
-        }
+        let replay = &self.shared.options.format.replay;
+        let blocks = match replay.listed.is_empty() {
+            true => {
+                let blocks = self.shared.ram.layout().blocks().iter();
+                blocks.map(|block| BlockEntry::new(block.name().clone(), block.bytes())).collect()
+            }
+            false => replay.listed.clone(),
+        };
+        let total = blocks.iter().map(|block| block.used_len).sum();
+        self.encoder.raw(replay.beside_ram.before_ram()).ram_start(replay.ram_section, total);
+        blocks.iter().for_each(|block| _ = self.encoder.block(block));
         self.send()
     }
 

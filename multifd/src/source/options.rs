@@ -6,6 +6,7 @@ use multifd_proto::{
     extension::{Extension, Extensions, Offer},
     machine::{Dialect, ZeroPages},
     packet::Compression,
+    ram::BlockEntry,
 };
 
 use super::{parameters::Parameters, postponed::PEEK_EVERY};
@@ -190,12 +191,15 @@ pub struct Replay {
     pub ram_section: u32,
     /// Sections that the earlier stream had before the devices' state. They are sent in their places again.
     pub beside_ram: BesideRam,
+    /// The block list of a VM of which a part of the memory is elsewhere, with the address of each block: it is listed in place
+    /// of the blocks of `ram`, which has those whose memory is sent. Empty where all of it is sent.
+    pub listed: Vec<BlockEntry>,
 }
 
 impl Default for Replay {
     /// Nothing.
     fn default() -> Replay {
-        Replay { ram_section: RAM_SECTION, beside_ram: BesideRam::default() }
+        Replay { ram_section: RAM_SECTION, beside_ram: BesideRam::default(), listed: Vec::new() }
     }
 }
 
