@@ -35,7 +35,9 @@ const SHARED: [(&str, bool); 1] = [("x-ignore-shared", true)];
 
 #[test]
 fn devices_go_through_a_checkpoint_and_the_memory_stays_where_it_is() {
-    for (version, machine) in [(Version::V7_2, "pc-i440fx-7.2"), (Version::V11_1, "pc-q35-11.1")] {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0"), (Version::V11_1, "pc-q35-11.1")]
+    {
         let Some(installed) = Installed::require(version) else { continue };
         time_limit(TEST_LIMIT, || {
             let dir = TempDir::new().unwrap();
