@@ -451,6 +451,9 @@ impl Shared {
 /// How long after the end of main a connection that is not here may still bring what is missing: one that main has overtaken.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
+#[cfg(all(test, loom))]
+mod loom;
+
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use std::io;

@@ -111,6 +111,8 @@ mod tests {
         let claims = Claims::new(&layout()).unwrap();
         assert!(claims.claim(69) && !claims.claim(69) && claims.contains(69));
         assert!(!claims.contains(68));
+        claims.clear();
+        assert!(claims.claim(69), "none is claimed any more");
     }
 
     #[test]

@@ -21,6 +21,8 @@ mod figures;
 mod hand_over;
 mod inbox;
 mod link;
+#[cfg(all(test, loom))]
+mod loom;
 mod options;
 mod original;
 mod pages;

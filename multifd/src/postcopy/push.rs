@@ -8,11 +8,15 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Job, NO_FAULT, figures::Reason, inbox::Mail, link::Link};
+use super::{Claims, NO_FAULT, figures::Reason, inbox::Mail, link::Link};
 use crate::{
+    dirty_bitmap::DirtyBitmap,
     error::Error,
     progress::Phase,
-    sync::{Deadline, atomic::Ordering::Relaxed},
+    sync::{
+        Deadline,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 impl Link<'_> {
@@ -30,7 +34,7 @@ impl Link<'_> {
             self.one_batch(&claimed, Reason::Prefetch, &mut pace)?;
         }
         let mut next = 0;
-        while let Some(pages) = next_batch(&job, &mut next, batch) {
+        while let Some(pages) = next_batch(&job.claims, job.pages.present(), &job.after_fault, &mut next, batch) {
             self.main().sends(&pages);
             self.one_batch(&pages, Reason::Background, &mut pace)?;
         }
@@ -85,20 +89,25 @@ impl Link<'_> {
     }
 }
 
-/// Claims up to `most` pages with content that are not claimed, from `next` on, or behind the last fault. `None`: there are none.
-fn next_batch(job: &Job, next: &mut u64, most: usize) -> Option<Vec<u64>> {
-    let after_fault = job.after_fault.swap(NO_FAULT, Relaxed);
+/// Claims up to `most` pages of `present` that are not claimed, from `next` on, or behind the last fault. `None`: there are none.
+pub(super) fn next_batch(
+    claims: &Claims,
+    present: &DirtyBitmap,
+    after_fault: &AtomicU64,
+    next: &mut u64,
+    most: usize,
+) -> Option<Vec<u64>> {
+    let after_fault = after_fault.swap(NO_FAULT, Relaxed);
     if after_fault != NO_FAULT {
         *next = after_fault;
     }
-    let present = job.pages.present();
     let mut pages = Vec::with_capacity(most);
     while pages.len() < most {
-        let free = job.claims.next_free(present, *next);
-        let Some(page) = free.or_else(|| job.claims.next_free(present, 0)) else { break };
+        let free = claims.next_free(present, *next);
+        let Some(page) = free.or_else(|| claims.next_free(present, 0)) else { break };
         *next = page + 1;
         // Another thread may have been faster.
-        if job.claims.claim(page) {
+        if claims.claim(page) {
             pages.push(page);
         }
     }

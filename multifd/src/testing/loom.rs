@@ -1,6 +1,7 @@
-//! Every interleaving, and every order in which memory may become visible, of the small types: barrier, scan and stop.
+//! Every interleaving, and every order in which memory may become visible, of the small types: barrier, scan and stop. Those of a
+//! postcopy are beside its parts: `postcopy::loom`, and `loom` below the destination's `postcopy`.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p multifd --release testing::loom`. Sizes are what can be explored in seconds; loom ends
+//! `RUSTFLAGS="--cfg loom" cargo test -p multifd --lib loom::`. Sizes are what can be explored in seconds; loom ends
 //! a test with a panic at a deadlock, so a wake-up that can get lost is found without an assertion.
 
 use std::{
@@ -30,7 +31,7 @@ const AT: Place = Place { connection: Connection::Main, offset: 0 };
 
 /// Runs `body` in every interleaving with up to `preemptions` forced switches (`None`: any number), and reports how many
 /// there were.
-fn explore(name: &str, preemptions: Option<usize>, body: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn explore(name: &str, preemptions: Option<usize>, body: impl Fn() + Send + Sync + 'static) {
     let begun = Instant::now();
     let executions = Arc::new(Plain::new(0));
     let mut builder = Builder::new();

@@ -32,7 +32,7 @@ mod hand_over;
 #[cfg(all(test, not(loom)))]
 mod handed_over;
 #[cfg(all(test, loom))]
-mod loom;
+pub(crate) mod loom;
 #[cfg(all(test, not(loom)))]
 mod machine;
 #[cfg(all(test, not(any(loom, shuttle))))]
