@@ -362,7 +362,10 @@ fn sending_to_a_descriptor_is_refused_with_what_works() {
         let output = time_limit(LIMIT, || common::run(args));
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(exit_code(&output), 2, "{message}");
-        assert!(message.contains("fd:3") && message.contains("expected tcp:HOST:PORT or unix:PATH"), "{message}");
+        assert!(
+            message.contains("fd:3") && message.contains("expected tcp:HOST:PORT, unix:PATH or vsock:CID:PORT"),
+            "{message}"
+        );
     }
 }
 

@@ -442,7 +442,7 @@ pub enum Mismatch {
     /// The stream has channels, and comes where there is one connection only.
     #[error(
         "{peer} is one connection, and the source has channels for its pages (capability multifd): they cannot come over it; \
-         migrate with multifd off, or receive at tcp:HOST:PORT or unix:PATH"
+         migrate with multifd off, or receive at tcp:HOST:PORT, unix:PATH or vsock:CID:PORT"
     )]
     NeedsChannels {
         /// The only connection.

@@ -9,7 +9,7 @@ use super::{listen::AllowArgs, output::OutputArgs, tls::TlsArgs};
 /// Options of `multifd give-back`.
 #[derive(Debug, Args)]
 pub struct GiveBackArgs {
-    /// Where to wait for the source: tcp:HOST:PORT (port 0 picks a free one) or unix:PATH.
+    /// Where to wait for the source: tcp:HOST:PORT (port 0 picks a free one), unix:PATH or vsock:CID:PORT.
     #[arg(value_name = "URI")]
     pub uri: Uri,
     /// A RAM block of the VM and its size in bytes, each of them: what `receive` has named when it failed.

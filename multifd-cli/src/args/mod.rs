@@ -36,7 +36,7 @@ pub use self::{
     tls::TlsArgs,
     tls_init::TlsInitArgs,
     transfer::{Compression, TransferArgs},
-    values::uuid,
+    values::{SEVERAL, uuid},
     verbs::{DemoArgs, GuestArgs, InspectArgs, Peer, ReceiveArgs, ReturnPathAck, SendArgs, Transport},
 };
 

@@ -148,7 +148,7 @@ pub fn incoming_uri(text: &str) -> Result<Incoming<Uri>, UriError> {
     if text == "defer" { Ok(Incoming::Defer) } else { text.parse().map(Incoming::At) }
 }
 
-/// Reads where any number of connections arrive: `tcp:HOST:PORT`, `unix:PATH`, `fd:N` or `systemd[:NAME]`.
+/// Reads where any number of connections arrive: `tcp:HOST:PORT`, `unix:PATH`, `vsock:CID:PORT`, `fd:N` or `systemd[:NAME]`.
 ///
 /// # Errors
 /// What was expected, for clap.
@@ -157,7 +157,10 @@ pub fn meeting_place(text: &str) -> Result<Origin, String> {
         return Ok(socket);
     }
     match text.parse().map_err(|error: UriError| format!("{error}; or systemd"))? {
-        Uri::File(_) => Err("a file connects nothing; expected tcp:HOST:PORT, unix:PATH, fd:N or systemd".to_owned()),
+        Uri::File(_) => {
+            Err("a file connects nothing; expected tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:N or systemd"
+                .to_owned())
+        }
         uri => Ok(Origin::Uri(uri)),
     }
 }

@@ -118,7 +118,7 @@ pub struct RestoreArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = MIGRATION)]
 pub struct MonitorArgs {
-    /// Where the migration connects: an address that both ends can reach, tcp:HOST:PORT or unix:PATH, where QEMU runs on
+    /// Where the migration connects: an address that both ends can reach, tcp:HOST:PORT, unix:PATH or vsock:CID:PORT, where QEMU runs on
     /// another host or as another user [default: a socket in a private directory].
     #[arg(long, value_name = "URI", value_parser = meeting_uri)]
     pub listen: Option<Uri>,

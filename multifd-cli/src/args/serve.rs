@@ -23,7 +23,7 @@ pub struct ServeArgs {
     /// The checkpoint, which has to stay as it is: of multifd receive, or a mapped-ram migration file of QEMU.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Where clients connect: tcp:HOST:PORT, unix:PATH, fd:N for an inherited socket that listens, systemd or systemd:NAME for one of systemd's. Each connection is one VM: the
+    /// Where clients connect: tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:N for an inherited socket that listens, systemd or systemd:NAME for one of systemd's. Each connection is one VM: the
     /// process that starts a QEMU opens it and passes it on (-incoming fd:N, capability postcopy-ram on). A process that can connect gets the
     /// memory: prefer a unix socket in a directory of your own.
     #[arg(long, value_name = "URI", value_parser = meeting_place, help_heading = MIGRATION)]
@@ -97,7 +97,7 @@ impl ServeArgs {
             );
         }
         match (&self.tls.tls_dir, &self.tls.tls_hostname, self.listen.address()) {
-            (Some(_), None, Some(uri @ Uri::Unix(_))) => Err(format!(
+            (Some(_), None, Some(uri @ (Uri::Unix(_) | Uri::Vsock { .. }))) => Err(format!(
                 "{uri} names no host of its clients; expected '--tls-hostname NAME', which their certificates are for"
             )),
             _ => Ok(()),

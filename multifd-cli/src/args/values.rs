@@ -3,9 +3,15 @@
 use std::{num::NonZeroU8, time::Duration};
 
 use clap::ValueEnum;
-use multifd::transport::uri::{Uri, UriError};
+use multifd::transport::{
+    uri::{Uri, UriError},
+    vsock::{ANY_CID, ANY_PORT},
+};
 
 use crate::units::Limit;
+
+/// Addresses that any number of connections can be opened to.
+pub const SEVERAL: &str = "tcp:HOST:PORT, unix:PATH or vsock:CID:PORT";
 
 /// The name of `value` on the command line.
 pub fn value_name(value: &impl ValueEnum) -> String {
@@ -28,26 +34,27 @@ pub fn host(text: &str) -> Result<String, String> {
 /// Where a source can send to.
 pub fn destination_uri(text: &str) -> Result<Uri, String> {
     match text.parse().map_err(|error: UriError| error.to_string())? {
-        uri @ (Uri::Tcp { .. } | Uri::Unix(_) | Uri::File(_)) => Ok(uri),
-        uri @ Uri::Fd(_) => {
-            Err(format!("{uri} is one connection, and a source opens several; expected tcp:HOST:PORT or unix:PATH"))
-        }
+        uri @ (Uri::Tcp { .. } | Uri::Unix(_) | Uri::Vsock { .. } | Uri::File(_)) => Ok(uri),
+        uri @ Uri::Fd(_) => Err(format!("{uri} is one connection, and a source opens several; expected {SEVERAL}")),
     }
 }
 
 /// Where the two ends of a migration meet: an address that means the same to both.
 pub fn meeting_uri(text: &str) -> Result<Uri, String> {
-    let expected = "expected tcp:HOST:PORT or unix:PATH";
+    let expected = format!("expected {SEVERAL}");
     match text.parse().map_err(|error: UriError| error.to_string())? {
         Uri::Tcp { host, .. } if host.parse().is_ok_and(|address: std::net::IpAddr| address.is_unspecified()) => {
             Err("it is every address of this host, and one to connect to is needed; expected tcp:HOST:PORT".to_owned())
         }
-        Uri::Tcp { host, .. } if host.is_empty() => Err(expected.to_owned()),
+        Uri::Tcp { host, .. } if host.is_empty() => Err(expected),
         Uri::Unix(path) if !path.is_absolute() => {
             Err("QEMU has another directory; expected unix:PATH with an absolute PATH".to_owned())
         }
-        uri @ (Uri::Tcp { .. } | Uri::Unix(_)) => Ok(uri),
-        Uri::Fd(_) | Uri::File(_) => Err(expected.to_owned()),
+        Uri::Vsock { cid: ANY_CID, .. } | Uri::Vsock { port: ANY_PORT, .. } => Err(format!(
+            "{ANY_CID} is for listening alone, and an address to connect to is needed; expected vsock:CID:PORT"
+        )),
+        uri @ (Uri::Tcp { .. } | Uri::Unix(_) | Uri::Vsock { .. }) => Ok(uri),
+        Uri::Fd(_) | Uri::File(_) => Err(expected),
     }
 }
 

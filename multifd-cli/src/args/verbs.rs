@@ -150,7 +150,7 @@ fn no_monitor(option: &str) -> String {
 /// Options of `multifd receive`.
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {
-    /// Where the source is: tcp:HOST:PORT or unix:PATH to wait for it (port 0 picks a free one), fd:N for an inherited
+    /// Where the source is: tcp:HOST:PORT, unix:PATH or vsock:CID:PORT to wait for it (TCP's port 0 picks a free one), fd:N for an inherited
     /// socket or pipe, systemd or systemd:NAME for a socket that systemd listens at, - for the standard input, file:PATH[,offset=N] for a file or FIFO. All but tcp, unix and a listening
     /// socket are one connection, which takes only a migration without multifd; a pipe or file has no way back to the source.
     /// defer: the one that QMP's migrate-incoming names.
@@ -246,7 +246,7 @@ pub struct SendArgs {
     /// The checkpoint: of multifd receive, or a mapped-ram migration file of QEMU.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Where the destination waits: tcp:HOST:PORT or unix:PATH.
+    /// Where the destination waits: tcp:HOST:PORT, unix:PATH or vsock:CID:PORT.
     #[arg(value_name = "URI", value_parser = destination_uri)]
     pub uri: Uri,
     /// How to send it. Pages of zeros go to the main connection by default, whatever the machine type, because a

@@ -49,7 +49,7 @@ impl Server {
                 serve(move || listener.accept().map(|(stream, _)| stream))?;
                 Ok((Server { _path: Some(own) }, uri.clone()))
             }
-            Uri::Fd(_) | Uri::File(_) => Err(io::ErrorKind::Unsupported.into()),
+            Uri::Vsock { .. } | Uri::Fd(_) | Uri::File(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }

@@ -7,7 +7,7 @@ use multifd_qmp::server::{Arguments, CommandError};
 use serde_json::Value;
 
 use super::Incoming;
-use crate::args::{Origin, origin};
+use crate::args::{Origin, SEVERAL, origin};
 
 /// Where `migrate` migrates to.
 ///
@@ -22,10 +22,8 @@ pub(super) fn destination(mut arguments: Arguments) -> Result<Uri, CommandError>
         }
     }
     match address(arguments)? {
-        Origin::Uri(uri @ (Uri::Tcp { .. } | Uri::Unix(_))) => Ok(uri),
-        other => Err(CommandError::generic(format!(
-            "{other}: expected tcp:HOST:PORT or unix:PATH; a source opens several connections"
-        ))),
+        Origin::Uri(uri @ (Uri::Tcp { .. } | Uri::Unix(_) | Uri::Vsock { .. })) => Ok(uri),
+        other => Err(CommandError::generic(format!("{other}: expected {SEVERAL}; a source opens several connections"))),
     }
 }
 
@@ -56,8 +54,8 @@ fn address(mut arguments: Arguments) -> Result<Origin, CommandError> {
 
 fn by_uri(uri: &str) -> Result<Origin, CommandError> {
     match uri.split_once(':') {
-        Some(("tcp" | "unix" | "fd" | "file", _)) => origin(uri).map_err(CommandError::generic),
-        Some((protocol @ ("exec" | "rdma" | "vsock"), _)) => Err(no_protocol(protocol)),
+        Some(("tcp" | "unix" | "vsock" | "fd" | "file", _)) => origin(uri).map_err(CommandError::generic),
+        Some((protocol @ ("exec" | "rdma"), _)) => Err(no_protocol(protocol)),
         _ => Err(CommandError::generic(format!("unknown migration protocol: {uri}"))),
     }
 }
@@ -108,7 +106,10 @@ fn socket(address: &mut Arguments) -> Result<Origin, CommandError> {
             let name = required(address, "str")?;
             origin(&format!("fd:{name}")).map_err(|_| wrong("str", "the number of a descriptor of this process"))
         }
-        "vsock" => Err(no_protocol("vsock")),
+        "vsock" => {
+            let (cid, port) = (required(address, "cid")?, required(address, "port")?);
+            origin(&format!("vsock:{cid}:{port}")).map_err(CommandError::generic)
+        }
         other => Err(no_value("type", other)),
     }
 }
@@ -130,7 +131,7 @@ fn not_here(name: &str) -> CommandError {
 
 fn no_protocol(name: &str) -> CommandError {
     CommandError::generic(format!(
-        "The migration protocol {name} is not supported here; expected tcp, unix, fd or file"
+        "The migration protocol {name} is not supported here; expected tcp, unix, vsock, fd or file"
     ))
 }
 
@@ -162,6 +163,7 @@ mod tests {
         for (uri, address) in [
             ("tcp:127.0.0.1:4444", socket(json!({ "type": "inet", "host": "127.0.0.1", "port": "4444" }))),
             ("unix:/tmp/x", socket(json!({ "type": "unix", "path": "/tmp/x", "abstract": false }))),
+            ("vsock:2:4444", socket(json!({ "type": "vsock", "cid": "2", "port": "4444" }))),
             ("fd:7", socket(json!({ "type": "fd", "str": "7" }))),
             ("file:/tmp/x", json!({ "transport": "file", "filename": "/tmp/x", "offset": 0 })),
             ("file:/tmp/x,offset=0x1000", json!({ "transport": "file", "filename": "/tmp/x", "offset": 4096 })),
@@ -201,7 +203,9 @@ mod tests {
             (json!({ "transport": "socket", "type": "inet", "host": "x", "port": "1", "to": 9 }), "'to' is unexpected"),
             (json!({ "transport": "socket", "type": "unix", "path": "x", "abstract": true }), "'abstract'"),
             (json!({ "transport": "socket", "type": "fd", "str": "vm" }), "number of a descriptor"),
-            (json!({ "transport": "socket", "type": "vsock" }), "protocol vsock"),
+            (json!({ "transport": "socket", "type": "vsock", "cid": "2" }), "'port' is missing"),
+            (json!({ "transport": "socket", "type": "vsock", "cid": "me", "port": "1" }), "two numbers"),
+            (json!({ "transport": "socket", "type": "vsock", "cid": "1:2", "port": "1" }), "two numbers"),
             (json!({ "transport": "file", "filename": "x", "offset": -1 }), "uint64"),
             (json!({ "transport": "file", "filename": "x", "foo": 1 }), "'foo' is unexpected"),
         ] {
@@ -215,7 +219,11 @@ mod tests {
         for uri in ["fd:7", "file:/tmp/x"] {
             let map = json!({ "uri": uri }).as_object().unwrap().clone();
             let error = destination(Arguments::from(map)).unwrap_err();
-            assert!(error.description.contains("expected tcp:HOST:PORT"), "{}", error.description);
+            assert!(
+                error.description.contains("expected tcp:HOST:PORT, unix:PATH or vsock:CID:PORT"),
+                "{}",
+                error.description
+            );
         }
     }
 }

@@ -198,6 +198,7 @@ fn socket_address(address: &Uri) -> Option<Value> {
     match address {
         Uri::Tcp { host, port } => Some(json!({ "type": "inet", "host": host, "port": port.to_string() })),
         Uri::Unix(path) => Some(json!({ "type": "unix", "path": path.display().to_string() })),
+        Uri::Vsock { cid, port } => Some(json!({ "type": "vsock", "cid": cid.to_string(), "port": port.to_string() })),
         Uri::Fd(_) | Uri::File(_) => None,
     }
 }

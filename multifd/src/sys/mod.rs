@@ -24,6 +24,7 @@ pub(crate) mod unsent;
 pub(crate) mod vectored;
 #[cfg(feature = "vm-memory")]
 pub(crate) mod vm_memory;
+pub(crate) mod vsock;
 pub(crate) mod writeback;
 pub(crate) mod zerocopy;
 pub(crate) mod zeroed;

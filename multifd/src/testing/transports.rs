@@ -4,7 +4,7 @@ use std::{
     io::{self, Read as _, Write as _},
     net::{Shutdown, TcpStream},
     os::{fd::AsFd, unix::net::UnixStream},
-    sync::mpsc,
+    sync::{OnceLock, mpsc},
     thread,
     time::Duration,
 };
@@ -27,6 +27,7 @@ use crate::{
         tcp::{self, TcpConnector},
         unix::{self, UnixConnector},
         uri::Uri,
+        vsock::{self, VsockConnector},
         wrapped,
     },
 };
@@ -53,6 +54,28 @@ fn over_unix() -> Transport {
     let path = dir.path().join("s");
     let listener = unix::listen(&path).unwrap();
     Transport::new(listener, UnixConnector::new(path)).owned_by(dir)
+}
+
+/// Within this machine.
+///
+/// # Errors
+/// Why there is none here. It is found out once: the kernel takes two seconds for it.
+fn over_vsock() -> Result<Transport, String> {
+    static WORKS: OnceLock<Result<(), String>> = OnceLock::new();
+
+    fn open() -> io::Result<(SocketListener, VsockConnector)> {
+        let listener = vsock::listen(vsock::ANY_CID, vsock::ANY_PORT)?;
+        let Uri::Vsock { port, .. } = *listener.uri() else { panic!("{}", listener.uri()) };
+        Ok((listener, VsockConnector::new(1, port)))
+    }
+
+    let works = WORKS.get_or_init(|| {
+        let connected = open().and_then(|(_listener, connector)| connector.connect());
+        connected.map(drop).map_err(|error| error.to_string())
+    });
+    works.clone()?;
+    let (listener, connector) = open().map_err(|error| error.to_string())?;
+    Ok(Transport::new(listener, connector))
 }
 
 /// A listening socket that another part of the process opened.
@@ -148,6 +171,12 @@ macro_rules! conformance {
                 return test_support::skip("no IPv6 on this machine");
             }
             over_tcp("::1")
+        }; $($check)* $($listening)* }
+        conformance! { @ over_vsock_within_this_machine, {
+            match over_vsock() {
+                Ok(transport) => transport,
+                Err(error) => return test_support::skip(&error),
+            }
         }; $($check)* $($listening)* }
     };
     (@ $transport:ident, $new:expr; $($check:ident)*) => {

@@ -27,6 +27,7 @@ pub mod tcp;
 pub mod tls;
 pub mod unix;
 pub mod uri;
+pub mod vsock;
 
 /// The sending direction of a connection. It blocks.
 pub trait SendHalf: Send {

@@ -22,7 +22,7 @@ use rustix::{
 
 use super::{
     Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, descriptors, stop_event::StopEvent,
-    unix::OwnPath, uri::Uri,
+    unix::OwnPath, uri::Uri, vsock,
 };
 use crate::{
     ram::GuestRange,
@@ -61,6 +61,7 @@ impl SocketStream {
                 peer.map_or_else(|| "tcp".to_owned(), |peer| Uri::from(peer).to_string())
             }
             AddressFamily::UNIX => "unix".to_owned(),
+            AddressFamily::VSOCK => vsock::peer(&socket).map_or_else(|| "vsock".to_owned(), |peer| peer.to_string()),
             _ => "socket".to_owned(),
         };
         Ok(SocketStream { socket: Arc::new(socket), zero_copy: None, wait: None, read_timeout: None, peer })
@@ -93,6 +94,10 @@ impl SendHalf for SocketStream {
     }
 
     fn send_without_copy(&mut self, counters: &crate::sync::Arc<ZeroCopyCounters>) -> io::Result<()> {
+        // The kernel reports completions in another way there, and what crosses into a VM is copied anyway.
+        if sockopt::socket_domain(&self.socket)? == AddressFamily::VSOCK {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "vsock copies what is sent"));
+        }
         if self.zero_copy.is_none() {
             self.zero_copy = Some(ZeroCopy::enable(self.socket.as_fd(), counters.clone())?);
         }
@@ -102,6 +107,8 @@ impl SendHalf for SocketStream {
     fn limit_unsent(&mut self, bytes: usize) -> io::Result<()> {
         match sockopt::socket_domain(&self.socket)? {
             AddressFamily::INET | AddressFamily::INET6 => unsent::limit(self.socket.as_fd(), bytes),
+            // Its buffers are the peer's, which lets in 256 KiB that it has not read.
+            AddressFamily::VSOCK => Ok(()),
             // What is in the buffer of a unix socket waits for the peer to read it.
             _ => Ok(sockopt::set_socket_send_buffer_size(&self.socket, bytes)?),
         }

@@ -1,4 +1,4 @@
-//! Addresses as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `fd:N`, `file:PATH`.
+//! Addresses as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `vsock:CID:PORT`, `fd:N`, `file:PATH`.
 
 use std::{
     fmt, io,
@@ -15,6 +15,7 @@ use super::{
     one_way::OneWayListener,
     tcp::{self, TcpConnector},
     unix::{self, UnixConnector},
+    vsock::{self, VsockConnector},
 };
 
 /// Where a migration goes to or comes from.
@@ -29,6 +30,13 @@ pub enum Uri {
     },
     /// The path of a unix socket.
     Unix(PathBuf),
+    /// A port of a VM or of its host.
+    Vsock {
+        /// Which machine: 2 is the host of this VM, 1 this machine. When listening, [`vsock::ANY_CID`] is each address of it.
+        cid: u32,
+        /// When listening, [`vsock::ANY_PORT`] is any free port.
+        port: u32,
+    },
     /// The number of an inherited descriptor, a socket or, for a destination, a pipe or file, which the program has [claimed](super::fd::claim_inherited).
     Fd(RawFd),
     /// The path of a file, FIFO or device, which a destination reads. A source does not write there.
@@ -44,6 +52,7 @@ impl Uri {
         Ok(match self {
             Uri::Tcp { host, port } => Box::new(TcpConnector::new(host, *port)),
             Uri::Unix(path) => Box::new(UnixConnector::new(path)),
+            Uri::Vsock { cid, port } => Box::new(VsockConnector::new(*cid, *port)),
             Uri::Fd(number) => Box::new(FdConnector::inherited(*number)?),
             Uri::File(path) => return Err(not_a_connection(path)),
         })
@@ -60,6 +69,10 @@ impl Uri {
                 UriListener { uri: listener.uri().clone(), listener: Box::new(listener) }
             }
             Uri::Unix(path) => UriListener { listener: Box::new(unix::listen(path)?), uri: self.clone() },
+            Uri::Vsock { cid, port } => {
+                let listener = vsock::listen(*cid, *port)?;
+                UriListener { uri: listener.uri().clone(), listener: Box::new(listener) }
+            }
             Uri::Fd(number) => UriListener { listener: Box::new(FdListener::inherited(*number)?), uri: self.clone() },
             Uri::File(path) => UriListener { listener: Box::new(OneWayListener::open(path, 0)?), uri: self.clone() },
         })
@@ -82,6 +95,11 @@ impl FromStr for Uri {
             "unix" if rest.len() > UNIX_PATH_MAX => Err(wrong("a path of at most 107 bytes, for a unix socket")),
             "unix" => Ok(Uri::Unix(rest.into())),
             "file" => Ok(Uri::File(rest.into())),
+            "vsock" => {
+                let (cid, port) = rest.split_once(':').ok_or_else(|| wrong(VSOCK_FORM))?;
+                let number = |text| parse_number(text).ok_or_else(|| wrong(VSOCK_FORM));
+                Ok(Uri::Vsock { cid: number(cid)?, port: number(port)? })
+            }
             "fd" => match parse_number(rest).and_then(|number| RawFd::try_from(number).ok()) {
                 Some(number) => Ok(Uri::Fd(number)),
                 None => Err(wrong("the number of an inherited descriptor, as in fd:3")),
@@ -97,6 +115,7 @@ impl fmt::Display for Uri {
             Uri::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Uri::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Uri::Unix(path) => write!(f, "unix:{}", path.display()),
+            Uri::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
             Uri::Fd(number) => write!(f, "fd:{number}"),
             Uri::File(path) => write!(f, "file:{}", path.display()),
         }
@@ -167,12 +186,14 @@ fn parse_number(text: &str) -> Option<u32> {
 }
 
 fn not_a_connection(path: &Path) -> io::Error {
-    let message = format!("file:{} is not a connection; tcp:HOST:PORT, unix:PATH and fd:N are", path.display());
+    let message =
+        format!("file:{} is not a connection; tcp:HOST:PORT, unix:PATH, vsock:CID:PORT and fd:N are", path.display());
     io::Error::new(io::ErrorKind::Unsupported, message)
 }
 
-const FORMS: &str = "tcp:HOST:PORT, unix:PATH, fd:N or file:PATH";
+const FORMS: &str = "tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:N or file:PATH";
 const TCP_FORM: &str = "tcp:HOST:PORT, with an IPv6 address in brackets, as in tcp:[::1]:4444";
+const VSOCK_FORM: &str = "vsock:CID:PORT, two numbers from 0 to 4294967295, as in vsock:2:4444";
 const PORTS: &str = "a port from 0 to 65535 after the last colon";
 
 /// What fits into the kernel's `sockaddr_un`, with the terminating zero.
@@ -193,6 +214,8 @@ mod tests {
             ("tcp::4444", tcp("", 4444)),
             ("unix:/tmp/a:b", Uri::Unix("/tmp/a:b".into())),
             ("unix:relative", Uri::Unix("relative".into())),
+            ("vsock:2:4444", Uri::Vsock { cid: 2, port: 4444 }),
+            ("vsock:4294967295:0", Uri::Vsock { cid: vsock::ANY_CID, port: 0 }),
             ("fd:3", Uri::Fd(3)),
             ("file:/tmp/x.img", Uri::File("/tmp/x.img".into())),
         ] {
@@ -219,6 +242,13 @@ mod tests {
             ("unix:", "a path after the colon"),
             ("file:", "a path after the colon"),
             (&long, "107 bytes"),
+            ("vsock:3", VSOCK_FORM),
+            ("vsock::4444", VSOCK_FORM),
+            ("vsock:3:", VSOCK_FORM),
+            ("vsock:-1:4444", VSOCK_FORM),
+            ("vsock:0x3:4444", VSOCK_FORM),
+            ("vsock:3:4444:5", VSOCK_FORM),
+            ("vsock:3:4294967296", VSOCK_FORM),
             ("fd:", "as in fd:3"),
             ("fd:-1", "as in fd:3"),
             ("fd:4294967295", "as in fd:3"),

@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use self::record::Record;
 pub use self::report::PostcopyReport;
 use crate::{
-    args::SendArgs,
+    args::{SEVERAL, SendArgs},
     connect::PatientConnector,
     exit::Exit,
     printable,
@@ -80,7 +80,7 @@ fn refused(args: &SendArgs, checkpoint: &Checkpoint) -> Option<String> {
         return Some("the built-in guest takes no postcopy; expected the checkpoint of a QEMU".to_owned());
     }
     match &args.uri {
-        Uri::File(_) => Some(format!("{}: a file runs no VM; expected tcp:HOST:PORT or unix:PATH", args.uri)),
+        Uri::File(_) => Some(format!("{}: a file runs no VM; expected {SEVERAL}", args.uri)),
         _ => None,
     }
 }
