@@ -14,6 +14,10 @@ The same holds for a page that
 main leaves to a later round, as a source does with pages that are written again before they are sent: it stays among those to be sent.
 "Round" means what lies between two sync points. Round 0 is the set-up, which has a sync point and no page.
 
+**Main alone**, without any channel, is a case of one channel: of one that finds every page to be one that it leaves to main, and whose
+SYNCs are there at once. Nothing here says that a page which is left to main is zero. The engine's tests translate the steps of such a
+migration into these (`multifd/src/testing/main_alone.rs`), so there is always a channel here.
+
 **A version is a number.** Each write of the guest makes some version, perhaps an old one again. A copy that is read while the guest
 writes may be a mixture, so it has any version at all; but then the log knows of the write.
 

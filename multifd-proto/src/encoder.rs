@@ -159,6 +159,13 @@ impl MainEncoder {
         self.write(|out| out.bytes(bytes))
     }
 
+    /// Room for `len` bytes, such as the content of a page, which the caller fills.
+    pub fn room(&mut self, len: usize) -> &mut [u8] {
+        let before = self.bytes.len();
+        self.bytes.resize(before + len, 0);
+        &mut self.bytes[before..]
+    }
+
     /// The footer of the section with this id.
     pub fn footer(&mut self, section_id: u32) -> &mut Self {
         self.write(|out| out.u8(stream::FOOTER).u32(section_id))

@@ -4,7 +4,7 @@
 //!
 //! | bytes | field                                                        |
 //! |------:|--------------------------------------------------------------|
-//! |     1 | number of channels, at least 1                               |
+//! |     1 | number of channels; 0: main carries the pages                |
 //! |    16 | token of the migration; all zero if it has none              |
 //! |     2 | number of extensions, at most 64                             |
 //! | 2 × n | their numbers                                                |
@@ -13,7 +13,7 @@
 //! that it takes. What it does not take is not used: a destination may know fewer extensions than the source. A source does
 //! not offer anything to a QEMU, which refuses subsections that it does not know.
 
-use crate::violation::{DecodeError, ProtocolError, Violation};
+use crate::violation::Violation;
 use crate::wire::{Reader, Stop, Writer};
 
 /// One extension.
@@ -101,7 +101,7 @@ impl Extensions {
 /// What a source offers in its configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
-    /// How many channels the migration has, at least 1.
+    /// How many channels the migration has; 0 where main carries the pages.
     pub channels: u8,
     /// The secret that belongs to this migration, if it has one.
     pub token: Option<[u8; 16]>,
@@ -112,9 +112,6 @@ pub struct Offer {
 impl Offer {
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Offer, Stop> {
         let channels = reader.u8()?;
-        if channels == 0 {
-            return Err(ProtocolError::from(DecodeError::BadOffer { what: "it has no channels" }).into());
-        }
         let token: [u8; 16] = reader.array()?;
         let token = Some(token).filter(|token| *token != [0; 16]);
         Ok(Offer { channels, token, extensions: Extensions::read(reader)? })
@@ -138,6 +135,7 @@ pub(crate) const SUBSECTION: &str = "configuration/multifd";
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::violation::ProtocolError;
     use crate::wire::{Step, step};
 
     fn decoded(bytes: &[u8]) -> Result<Step<Offer>, ProtocolError> {
@@ -146,8 +144,8 @@ mod tests {
 
     #[test]
     fn an_offer_survives_the_wire_and_truncated_asks_for_more() {
-        for token in [None, Some([7; 16])] {
-            let offer = Offer { channels: 4, token, extensions: Extensions { numbers: vec![1, 0x7777] } };
+        for (channels, token) in [(4, None), (4, Some([7; 16])), (0, None)] {
+            let offer = Offer { channels, token, extensions: Extensions { numbers: vec![1, 0x7777] } };
             let mut bytes = Vec::new();
             offer.write(&mut Writer::new(&mut bytes));
             assert_eq!(bytes.len(), 1 + 16 + 2 + 4);
@@ -159,8 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offer_without_channels_or_with_too_many_extensions_is_refused() {
-        assert!(decoded(&[0; 40]).is_err());
+    fn an_offer_with_too_many_extensions_is_refused() {
         let mut bytes = vec![1; 17];
         bytes.extend(65u16.to_be_bytes());
         let (what, len, limit) = ("number of extensions", 65, 64);

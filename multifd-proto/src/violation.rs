@@ -24,12 +24,6 @@ pub enum DecodeError {
         /// At least this many more.
         needed: usize,
     },
-    /// What the source offers makes no sense.
-    #[error("offer of extensions: {what}")]
-    BadOffer {
-        /// What is wrong with it.
-        what: &'static str,
-    },
     /// A list of memory that is handed over makes no sense.
     #[error("list of shared memory: {what}")]
     BadSharedMemory {

@@ -502,6 +502,9 @@ pub enum Mismatch {
         /// How many blocks were listed.
         listed: usize,
     },
+    /// A source that has no channels was told to compress.
+    #[error("pages that main carries are not compressed; expected at least 1 channel, or no compression")]
+    CompressionNeedsChannels,
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {

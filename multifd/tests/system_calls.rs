@@ -31,8 +31,8 @@ use test_support::{TempDir, time_limit};
 
 /// Which kind the child is to run.
 const KIND: &str = "MULTIFD_SYSTEM_CALLS";
-const KINDS: [&str; 9] =
-    ["tcp", "unix", "handed-over", "tls", "zlib", "zstd", "zero-copy", "write-protection", "cancelled"];
+const KINDS: [&str; 10] =
+    ["tcp", "main-alone", "unix", "handed-over", "tls", "zlib", "zstd", "zero-copy", "write-protection", "cancelled"];
 const PAGES: u64 = 2048;
 
 #[test]
@@ -243,6 +243,9 @@ fn migrate(kind: &str) {
     let dir = TempDir::new().unwrap();
     let (listener, connector) = transport(kind, &dir);
     let (mut sending, mut receiving) = (source::Options::default(), destination::Options::default());
+    if kind == "main-alone" {
+        sending.plan.channels = 0;
+    }
     sending.plan.zero_copy = kind == "zero-copy";
     sending.plan.hand_over = kind == "handed-over";
     sending.format.compression = match kind {

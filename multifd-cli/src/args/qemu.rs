@@ -259,6 +259,9 @@ impl RestoreArgs {
         self.transfer.check()?;
         self.as_postcopy().check(&self.transfer)?;
         self.monitor.check(&self.transfer.link.tls)?;
+        if self.transfer.channels == Some(0) {
+            return Err("a restore sets QEMU up for channels; expected '--channels 1' or more".to_owned());
+        }
         if self.transfer.compression == Some(Compression::Auto) {
             return Err("a QEMU takes packets of one kind; expected '--compression none', 'zlib' or 'zstd'".to_owned());
         }

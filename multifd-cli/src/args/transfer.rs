@@ -1,6 +1,6 @@
 //! How to migrate, as a source or as a destination.
 
-use std::{num::NonZeroU8, ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, time::Duration};
 
 use clap::{Args, ValueEnum};
 use multifd::{
@@ -15,7 +15,7 @@ use multifd_proto::{
 use super::{
     MIGRATION,
     link::LinkArgs,
-    values::{channels, show_limit, value_name},
+    values::{channels_or_none, show_limit, value_name},
 };
 use crate::units::{self, Limit};
 
@@ -23,9 +23,10 @@ use crate::units::{self, Limit};
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = MIGRATION)]
 pub struct TransferArgs {
-    /// Connections for pages, 1 to 255 [default: 4 when sending, as many as the source opens when receiving].
-    #[arg(long, value_name = "N", value_parser = channels)]
-    pub channels: Option<NonZeroU8>,
+    /// Connections for pages, at most 255; 0: the main connection carries them, which is all there is then, without compression, and
+    /// what a QEMU takes without multifd [default: 4 when sending, as many as the source opens when receiving].
+    #[arg(long, value_name = "N", value_parser = channels_or_none)]
+    pub channels: Option<u8>,
     /// Compression of pages; auto: zstd on each channel while it is faster there than without, as the report explains,
     /// for destinations that are not QEMU [default: none when sending, any when receiving].
     #[arg(long, value_enum)]
@@ -114,13 +115,13 @@ impl TransferArgs {
 
     /// How many channels a source opens.
     pub fn channels(&self) -> u8 {
-        self.channels.map_or(DEFAULT_CHANNELS, NonZeroU8::get)
+        self.channels.unwrap_or(DEFAULT_CHANNELS)
     }
 
     /// What a destination is told.
     pub fn destination_options(&self) -> destination::Options {
         let mut options = destination::Options::default();
-        options.channels = self.channels.map(NonZeroU8::get);
+        options.channels = self.channels;
         options.compression = self.compression.and_then(Compression::required);
         options.stall_limit = self.link.stall_timeout.0;
         options.token = self.link.token.map(|token| token.0);
@@ -135,6 +136,13 @@ impl TransferArgs {
             return Err(format!(
                 "the option '--zero-copy' cannot be used with '--compression {}': compressed pages are a copy; expected one of \
                  the two",
+                value_name(&compression)
+            ));
+        }
+        if self.channels == Some(0) && compression != Compression::None {
+            return Err(format!(
+                "the option '--compression {}' needs channels: the main connection carries pages as they are; expected \
+                 '--channels 1' or more with it",
                 value_name(&compression)
             ));
         }

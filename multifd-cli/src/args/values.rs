@@ -23,6 +23,11 @@ pub fn channels(text: &str) -> Result<NonZeroU8, String> {
     text.parse().map_err(|_| "expected a number from 1 to 255".to_owned())
 }
 
+/// A number of channels, or none beside main.
+pub fn channels_or_none(text: &str) -> Result<u8, String> {
+    text.parse().map_err(|_| "expected a number from 0 to 255".to_owned())
+}
+
 /// A host for `tcp:HOST:PORT`.
 pub fn host(text: &str) -> Result<String, String> {
     match format!("tcp:{text}:0").parse::<Uri>() {

@@ -75,7 +75,7 @@ impl Settings {
             max_bandwidth: args.max_bandwidth.map_or(defaults.max_bandwidth, |rate| rate.0.unwrap_or(0)),
             downtime_limit: milliseconds(args.downtime_limit),
             switchover_bandwidth: options.parameters.limits.switchover_bandwidth.unwrap_or(0),
-            channels: args.channels.map_or(defaults.channels, Into::into),
+            channels: args.channels.unwrap_or(defaults.channels),
             compression: options.format.compression,
             zlib_level: level.unwrap_or(1).min(9),
             zstd_level: level.unwrap_or(1).clamp(1, 20),

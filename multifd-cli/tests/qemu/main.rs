@@ -15,6 +15,7 @@ mod harness;
 mod hello;
 mod impatience;
 mod libvirt;
+mod main_alone;
 mod matrix;
 mod monitor_proxy;
 mod plain;

@@ -78,7 +78,9 @@ impl Run {
                 self.report.uuid = Some(uuid);
             }
             Item::ConfigOffer(offer) => {
-                self.refuse_channels()?;
+                if offer.channels > 0 {
+                    self.refuse_channels()?;
+                }
                 let (opened, barrier) = (usize::from(offer.channels), &self.shared.barrier);
                 if let (Err(_), Some(expected)) = barrier.members(|members| (members.tell(opened), members.channels()))
                 {

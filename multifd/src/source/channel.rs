@@ -295,7 +295,7 @@ impl SendChannel {
 
 impl Shared {
     /// Looks at the pages of `batch`, and puts the contents of those that are sent with content into `ranges`.
-    fn look_for_zeros<'a>(&'a self, batch: &mut Batch, ranges: &mut Vec<GuestRange<'a>>) {
+    pub(super) fn look_for_zeros<'a>(&'a self, batch: &mut Batch, ranges: &mut Vec<GuestRange<'a>>) {
         let block = &self.ram.blocks()[batch.block];
         let page_size = self.ram.layout().page_size();
         let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");

@@ -32,6 +32,7 @@ impl Run {
         if shared.options.plan.hand_over && !sends.sends_descriptors() {
             return Err(Mismatch::NoDescriptors { peer }.into());
         }
+        self.main_copies(&peer);
         let mut main = MainChannel::new(sends, shared);
         main.header()?;
         let offered = shared.options.offer().map(|offer| offer.extensions);

@@ -4,6 +4,7 @@
 use std::{io, os::fd::BorrowedFd};
 
 use multifd_proto::{
+    BlockName,
     command::Command,
     encoder::MainEncoder,
     machine::{Dialect, sends_switchover_start},
@@ -15,7 +16,8 @@ use super::Shared;
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::{Connection, Error, Place},
-    round::trace::Step,
+    ram::GuestRange,
+    round::{scan::Batch, trace::Step},
     sync::Arc,
     transport::SendHalf,
 };
@@ -135,6 +137,19 @@ impl MainChannel {
                 next = zeros.next(page + 1);
             }
         }
+        self.send()
+    }
+
+    /// Sends the pages of `batch`, which are of `block`: zeros by name, the others with what `contents` have, in their order.
+    pub(super) fn pages(&mut self, block: &BlockName, batch: &Batch, contents: &[GuestRange<'_>]) -> Result<(), Error> {
+        debug_assert_eq!(batch.pages.len(), contents.len());
+        for &offset in &batch.zeros {
+            self.encoder.zero_page(block, offset);
+        }
+        for (&offset, content) in batch.pages.iter().zip(contents) {
+            content.read(self.encoder.page(block, offset).room(content.len()));
+        }
+        self.shared.live.limiter.take(self.encoder.as_bytes().len() as u64);
         self.send()
     }
 

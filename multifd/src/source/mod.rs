@@ -15,6 +15,7 @@ mod ending;
 mod handle;
 mod incoming;
 mod main_channel;
+mod main_pages;
 mod openings;
 mod options;
 mod parameters;
@@ -65,7 +66,7 @@ use self::{
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
-    error::{Connection, Error, Mismatch, Place},
+    error::{Connection, Error, Place},
     progress::{Event, Observer, Phase, Progress},
     pulse::Pulse,
     ram::Ram,
@@ -170,8 +171,10 @@ impl Run {
             options.format.token =
                 Some(fresh_token().map_err(Error::io(Place { connection: Connection::Main, offset: 0 }))?);
         }
-        if options.plan.channels == 0 {
-            return Err(Mismatch::Channels { opened: 0, expected: 1 }.into());
+        if options.is_main_alone() {
+            options.check_main_alone()?;
+            // Such a stream has no FLUSH.
+            options.format.dialect = Dialect::PerSection;
         }
         let handed_over = match options.plan.hand_over {
             true => Some(HandedOver::of(&ram, options.peer)?),

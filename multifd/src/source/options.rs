@@ -135,7 +135,10 @@ impl Default for StreamFormat {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Plan {
-    /// Connections beside main, 1 to 255.
+    /// Connections beside main, at most 255.
+    ///
+    /// 0: main alone carries the pages, for a path with a single connection. Towards a QEMU that is a migration without the capability
+    /// multifd. One thread sends then, there is no compression, and [`StreamFormat::dialect`] is of no effect.
     pub channels: u8,
     /// When main names the end of a round.
     pub flush: Flush,

@@ -51,6 +51,13 @@ impl Run {
         Ok(())
     }
 
+    /// Takes the pages that `guest` has written again out of the round, if it is time to look for them.
+    pub(super) fn postpone_when_due(&mut self, guest: &mut dyn SourceVm) {
+        if self.peeking.due.is_over() && !self.peeking.failed && !self.all_is_handed_over() {
+            self.postpone(guest);
+        }
+    }
+
     fn postpone(&mut self, guest: &mut dyn SourceVm) {
         let begun = self.now();
         let written = self.peeking.written.get_or_insert_with(|| DirtyBitmap::new(self.shared.ram.layout()));

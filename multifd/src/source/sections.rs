@@ -24,8 +24,11 @@ impl Run {
             self.shared.options.trace.step(|| Step::Flush);
             self.main().flush_word()?;
         }
-        // Every channel has sent its SYNC.
-        self.gather(guest)?;
+        match self.shared.options.is_main_alone() {
+            true => self.send_pages_on_main(guest)?,
+            // Every channel has sent its SYNC.
+            false => self.gather(guest)?,
+        }
         self.name_zeros()?;
         if !(per_round && early) {
             self.shared.options.trace.step(|| Step::Flush);

@@ -36,6 +36,8 @@ pub(crate) mod loom;
 #[cfg(all(test, not(loom)))]
 mod machine;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod main_alone;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod migrations;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod openings;

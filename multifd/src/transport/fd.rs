@@ -72,7 +72,7 @@ impl Connect for FdConnector {
             Some(stream) => Ok(Box::new(Established::new(stream))),
             None => Err(invalid(
                 "a connected socket is one connection, and a source has channels beside main: it needs an address, \
-                 tcp:HOST:PORT, unix:PATH or vsock:CID:PORT",
+                 tcp:HOST:PORT, unix:PATH or vsock:CID:PORT, or 0 channels",
             )),
         }
     }
