@@ -4,7 +4,7 @@
 //! vmm run [OPTIONS]            boots the guest
 //! vmm receive URI [OPTIONS]    waits for one to arrive
 //!
-//! --cpus N --memory MIB --busy MIB --display MIB --backing anonymous|memfd|huge
+//! --cpus N --memory MIB --busy MIB --display MIB --backing anonymous|memfd|huge --seccomp on|off
 //! ```
 //! A VM that arrives is made as its source describes it: there, the options say what it may have at most.
 //!
@@ -15,6 +15,7 @@
 //! Read `machine.rs` for the VM, and `migration.rs` for all that migration takes.
 
 mod devices;
+mod filter;
 mod gate;
 mod guest;
 mod machine;
@@ -53,7 +54,11 @@ fn run() -> Result<(), Failure> {
         Some("receive") => Some(arguments.next().ok_or("receive from where?")?.parse::<Uri>()?),
         _ => return Err("usage: vmm run [OPTIONS] | vmm receive URI [OPTIONS]".into()),
     };
-    let config = config(arguments)?;
+    let (config, is_filtered) = config(arguments)?;
+    if is_filtered {
+        // The engine's threads inherit it; what each of them calls is a part of this list.
+        filter::apply(multifd::threads::system_calls_of_run())?;
+    }
     let mut vm = match from {
         None => {
             let mut vm = Vm::new(Machine::new(config)?)?;
@@ -67,7 +72,8 @@ fn run() -> Result<(), Failure> {
     console(&mut vm)
 }
 
-fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure> {
+/// What the VM is like, and whether this process has a filter of system calls.
+fn config(mut arguments: impl Iterator<Item = String>) -> Result<(Config, bool), Failure> {
     const MIB: usize = 1 << 20;
     let mut config = Config {
         cpus: 2,
@@ -76,6 +82,7 @@ fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure
         display_bytes: 8 * MIB,
         backing: Backing::Anonymous,
     };
+    let mut is_filtered = false;
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
         let mib = || value.parse::<usize>().ok().and_then(|mib| mib.checked_mul(MIB)).ok_or("not a number of MiB");
@@ -85,10 +92,11 @@ fn config(mut arguments: impl Iterator<Item = String>) -> Result<Config, Failure
             "--busy" => config.busy_bytes = mib()?,
             "--display" => config.display_bytes = mib()?,
             "--backing" => config.backing = value.parse()?,
+            "--seccomp" => is_filtered = value == "on",
             _ => return Err(format!("{name} is no option").into()),
         }
     }
-    Ok(config)
+    Ok((config, is_filtered))
 }
 
 /// Does what stdin says, until the guest has gone or is to end.

@@ -192,6 +192,33 @@ fn a_guest_moves_to_and_from_a_jail_without_proc() {
     moves(jail(&["run"], options), |at| jail(&["receive", at], options));
 }
 
+/// Each process may make the calls that the crate lists, and those that the VMM itself makes.
+#[test]
+fn a_guest_moves_under_the_list_of_system_calls() {
+    if no_kvm() {
+        return;
+    }
+    for backing in ["anonymous", "memfd"] {
+        let options = format!("--backing {backing} --seccomp on");
+        moves(vmm(&["run"], &options), |at| vmm(&["receive", at], &options));
+    }
+    time_limit(LIMIT, || {
+        let (dir, options) = (TempDir::new().unwrap(), "--backing memfd --seccomp on");
+        let unix = format!("unix:{}", dir.join("s").display());
+        let mut new = Vmm::start(vmm(&["receive", &unix], options));
+        new.await_line("listening at ");
+        let mut old = Vmm::start(vmm(&["run"], options));
+        old.await_line("running");
+        old.say(&format!("upgrade {unix}"));
+        old.await_line("moved to ");
+        old.ends();
+        new.await_line("running");
+        new.await_passes(4);
+        new.say("quit");
+        new.ends();
+    });
+}
+
 #[test]
 fn a_guest_of_an_ordinary_user_moves() {
     if no_kvm() {
