@@ -69,7 +69,7 @@ fn what_to_compare(checkpoint: &Checkpoint, options: &source::Options) -> String
         Compression::None => "no compression".to_owned(),
         method => format!("compression {}", compression_name(method)),
     };
-    let uuid = match options.format.uuid {
+    let uuid = match options.qemu.uuid {
         uuid if uuid == [0; 16] => "no UUID".to_owned(),
         uuid => format!("UUID {}", describe::uuid(&uuid)),
     };

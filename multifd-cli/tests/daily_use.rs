@@ -65,7 +65,7 @@ fn send_guest(machine: &str, uri: &str) -> Result<source::Report, multifd::error
     let config = GuestConfig { kind: Kind::Process, memory: 1 << 20, working_set: 64 << 10, ..GuestConfig::default() };
     let mut guest = InProcess::create(&config).unwrap();
     let mut options = source::Options::default();
-    options.format.machine = machine.to_owned();
+    options.qemu.machine = machine.to_owned();
     let connector = uri.parse::<Uri>().unwrap().connector().unwrap();
     Source::new(options).run(&mut guest, &*connector, &mut ())
 }

@@ -130,7 +130,7 @@ fn strategy(first_touch: &str) -> Outcome<FirstTouch> {
 }
 
 /// What the first touch costs by itself: the content is in the processor's caches before.
-#[cfg(feature = "bench")]
+#[cfg(feature = "__bench")]
 fn touch(mib: usize, memory: &str, first_touch: &str, threads: u8) -> Outcome {
     let ram = allocate(mib, memory)?;
     let (cpu, begun) = (cpu_seconds(), Instant::now());
@@ -151,7 +151,7 @@ fn touch(mib: usize, memory: &str, first_touch: &str, threads: u8) -> Outcome {
     Ok(())
 }
 
-#[cfg(not(feature = "bench"))]
+#[cfg(not(feature = "__bench"))]
 fn touch(_mib: usize, _memory: &str, _first_touch: &str, _threads: u8) -> Outcome {
     Err("built without the feature `bench`".into())
 }
@@ -175,7 +175,7 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
         let (mut raw, mut tls) = (false, None);
         for word in words {
             match word {
-                "per-section" => options.format.dialect = Dialect::PerSection,
+                "per-section" => options.qemu.dialect = Dialect::PerSection,
                 "zlib" => options.format.compression = Compression::Zlib,
                 "zstd" => options.format.compression = Compression::Zstd,
                 "auto" => (options.format.compression, options.format.auto_compression) = (Compression::Zstd, true),

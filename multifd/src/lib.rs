@@ -59,7 +59,7 @@
 //!
 //! # Towards QEMU
 //!
-//! Both directions, to and from QEMU 7.2, 10.0 and 11.1: [`source::Peer`], [`source::StreamFormat`]. Between two ends of this crate more is agreed on
+//! Both directions, to and from QEMU 7.2, 10.0 and 11.1: [`source::Peer`], [`source::QemuFormat`]. Between two ends of this crate more is agreed on
 //! at the start: the number of channels, a token, the two steps of the commit. Checkpoints are files that QEMU loads ([`checkpoint`]).
 //!
 //! # Features

@@ -87,11 +87,11 @@ impl TransferArgs {
         let zero_pages = self.zero_pages.map(machine::ZeroPages::from);
         let zero_pages = zero_pages.or_else(|| machine::ZeroPages::of_machine(machine));
         let mut options = source::Options::default();
-        let format = &mut options.format;
-        format.machine = machine.to_owned();
+        let (format, qemu) = (&mut options.format, &mut options.qemu);
+        qemu.machine = machine.to_owned();
         format.token = self.link.token.map(|token| token.0);
-        format.dialect = dialect.unwrap_or(Dialect::PerRound);
-        format.zero_pages = zero_pages.unwrap_or(machine::ZeroPages::Multifd);
+        qemu.dialect = dialect.unwrap_or(Dialect::PerRound);
+        qemu.zero_pages = zero_pages.unwrap_or(machine::ZeroPages::Multifd);
         format.compression = self.compression.map_or(packet::Compression::None, Compression::method);
         format.auto_compression = self.compression == Some(Compression::Auto);
         let plan = &mut options.plan;

@@ -79,7 +79,7 @@ impl Settings {
             compression: options.format.compression,
             zlib_level: level.unwrap_or(1).min(9),
             zstd_level: level.unwrap_or(1).clamp(1, 20),
-            zero_pages: options.format.zero_pages,
+            zero_pages: options.qemu.zero_pages,
             ..defaults
         }
     }
@@ -94,7 +94,7 @@ impl Settings {
             compression: options.format.compression,
             zlib_level: level.min(9),
             zstd_level: level.clamp(1, 20),
-            zero_pages: options.format.zero_pages,
+            zero_pages: options.qemu.zero_pages,
             ..Settings::default()
         };
         settings.take_from(&options.parameters);
@@ -114,7 +114,7 @@ impl Settings {
                 Compression::None | Compression::Zstd => self.zstd_level.into(),
             };
         }
-        options.format.zero_pages = self.zero_pages;
+        options.qemu.zero_pages = self.zero_pages;
         options.parameters.limits.throttle = self.auto_converge;
         self.give_to(&mut options.parameters);
     }
@@ -382,7 +382,7 @@ mod tests {
         let mut options = source::Options::default();
         settings.apply_to(&mut options);
         assert_eq!((options.plan.channels, options.plan.compression_level), (7, 5));
-        assert_eq!((options.format.compression, options.format.zero_pages), (Compression::Zstd, ZeroPages::Legacy));
+        assert_eq!((options.format.compression, options.qemu.zero_pages), (Compression::Zstd, ZeroPages::Legacy));
         assert_eq!(options.parameters.max_bandwidth, None);
         assert_eq!(options.parameters.limits.downtime, Duration::from_millis(20));
         assert_eq!(options.parameters.limits.switchover_bandwidth, Some(125_000_000));

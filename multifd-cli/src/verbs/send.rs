@@ -115,7 +115,7 @@ pub(super) fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source
     if args.transfer.zero_pages.is_none() && !ours {
         // A QEMU believes the list of zero pages in a packet without looking: memory that is not new would keep what it
         // holds, and one before 9.0 does not read the list at all. It does what a ZERO word says in any case.
-        options.format.zero_pages = ZeroPages::Legacy;
+        options.qemu.zero_pages = ZeroPages::Legacy;
     }
     checkpoint.apply_to(&mut options);
     let peer = args.peer.map(source::Peer::from);
@@ -123,9 +123,9 @@ pub(super) fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source
     let ours = ours || options.format.token.is_some();
     options.peer = peer.unwrap_or(if ours { source::Peer::Multifd } else { source::Peer::Qemu });
     if let Some(uuid) = args.uuid {
-        options.format.uuid = uuid;
+        options.qemu.uuid = uuid;
         // All zero is a VM without one, which says nothing about it.
-        options.format.validate_uuid &= uuid != [0; 16];
+        options.qemu.validate_uuid &= uuid != [0; 16];
     }
     Some(options)
 }
@@ -138,7 +138,7 @@ pub(super) fn send(
     options: source::Options,
 ) -> Result<Outcome, Box<dyn std::error::Error>> {
     let mut vm = CheckpointSource::new(checkpoint)?;
-    let zero_pages = options.format.zero_pages;
+    let zero_pages = options.qemu.zero_pages;
     let source = Source::new(options.clone());
     signals::cancel_on_interrupt(source.stop_handle())?;
     let commands = Steered { verb: "sends", stop: source.stop_handle() };

@@ -33,9 +33,9 @@ fn checkpoint(dir: &TempDir) -> (Checkpoint, Vec<u8>) {
     let path = dir.join("original");
     let machine = "pc-i440fx-10.0".to_owned();
     let mut options = source::Options::default();
-    options.format.machine = machine;
-    options.format.uuid = [7; 16];
-    options.format.validate_uuid = true;
+    options.qemu.machine = machine;
+    options.qemu.uuid = [7; 16];
+    options.qemu.validate_uuid = true;
     let (sent, received) = receive(&mut TestSource::new(filled()), &path, options);
     sent.unwrap();
     received.unwrap();

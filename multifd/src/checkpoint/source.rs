@@ -91,17 +91,16 @@ impl Checkpoint {
     /// early sections, and that pages of zeros have to be named. A destination that is a QEMU answers its monitor
     /// while it waits, so FLUSH is sent late.
     pub fn apply_to(&self, options: &mut source::Options) {
-        options.format.machine = self.machine().to_owned();
-        options.format.uuid = self.uuid().unwrap_or_default();
-        options.format.validate_uuid = self.uuid().is_some();
+        options.qemu.machine = self.machine().to_owned();
+        options.qemu.uuid = self.uuid().unwrap_or_default();
+        options.qemu.validate_uuid = self.uuid().is_some();
         let listed = match self.memory_elsewhere().next() {
             None => Vec::new(),
             Some(_) => self.blocks().iter().map(CheckpointBlock::listed).collect(),
         };
-        options.format.replay =
-            Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone(), listed };
+        options.qemu.replay = Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone(), listed };
         options.format.untouched = Untouched::Name;
-        options.plan.flush = Flush::Late;
+        options.qemu.flush = Flush::Late;
     }
 }
 

@@ -81,10 +81,10 @@ fn a_checkpoint_holds_the_memory_and_state_of_a_guest_that_was_writing() {
                 }
             });
             let mut options = source::Options::default();
-            options.format.zero_pages = zero_pages;
-            options.format.dialect = dialect;
-            options.format.machine = "pc-i440fx-10.0".to_owned();
-            options.format.uuid = [7; 16];
+            options.qemu.zero_pages = zero_pages;
+            options.qemu.dialect = dialect;
+            options.qemu.machine = "pc-i440fx-10.0".to_owned();
+            options.qemu.uuid = [7; 16];
             let (sent, received) = receive(&mut vm, &path, options);
             sent.unwrap();
             received.unwrap();
@@ -110,8 +110,8 @@ fn a_checkpoint_holds_the_memory_and_state_of_a_guest_that_was_writing() {
                     let receiver =
                         scope.spawn(move || Destination::new(Default::default()).run(to, Box::new(listener), &mut ()));
                     let mut options = source::Options::default();
-                    options.format.zero_pages = zero_pages;
-                    options.format.dialect = dialect;
+                    options.qemu.zero_pages = zero_pages;
+                    options.qemu.dialect = dialect;
                     checkpoint.apply_to(&mut options);
                     let mut vm = CheckpointSource::new(&checkpoint).unwrap();
                     Source::new(options).run(&mut vm, &connector, &mut ()).unwrap();

@@ -67,7 +67,7 @@ impl Acceptor {
         // No thread may wait for a peer, or for another thread that has ended: the migration is over.
         MainSlotStopper(self.shared.clone()).stop();
         self.shared.barrier.stop();
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         self.shared.loose.stop();
         self.shared.connections.stop();
         self.join();

@@ -299,7 +299,7 @@ impl<'a> ReceiveChannel<'a> {
             let mismatch = violation::Mismatch::CompressionMismatch { expected, found: method };
             return Err(Error::protocol(place)(mismatch));
         }
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         if sync.is_some() && self.shared.options.broken == Some(crate::testing::broken::Broken::SyncPagesDropped) {
             let mut payload = vec![0; payload_len];
             self.stream.read_exact(&mut payload).map_err(Error::io(at))?;

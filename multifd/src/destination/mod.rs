@@ -37,7 +37,7 @@ use std::time::Duration;
 use multifd_proto::extension::Offer;
 pub use multifd_proto::{BlockName, extension::Extensions, machine::Dialect, packet::Compression};
 
-#[cfg(feature = "bench")]
+#[cfg(feature = "__bench")]
 pub(crate) use self::first_touch::Filler;
 use self::{
     accept::Acceptor, named::NamedPages, recovery::Recoveries, shared::Shared, switchover_ack::AckTiming,

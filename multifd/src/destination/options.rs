@@ -59,7 +59,7 @@ pub struct Options {
     /// Who is told of each step.
     pub(crate) trace: Trace,
     /// A defect to be caught.
-    #[cfg(any(test, feature = "broken-variants"))]
+    #[cfg(any(test, feature = "__broken-variants"))]
     pub(crate) broken: Option<crate::testing::broken::Broken>,
 }
 
@@ -84,7 +84,7 @@ impl Default for Options {
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
             trace: Trace::default(),
-            #[cfg(any(test, feature = "broken-variants"))]
+            #[cfg(any(test, feature = "__broken-variants"))]
             broken: None,
         }
     }

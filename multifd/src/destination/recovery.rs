@@ -177,7 +177,7 @@ impl Shared {
 
     /// Waits until no thread of an old connection places a page any more.
     fn await_suspension(&self) -> Result<(), Error> {
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         if self.options.broken == Some(crate::testing::broken::Broken::TellsTooEarly) {
             return Ok(());
         }

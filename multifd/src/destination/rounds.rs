@@ -23,7 +23,7 @@ impl Run {
         if let Some(round) = round {
             self.pass(round)?;
         }
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         self.shared.loose.fix_channels(self.shared.barrier.members(|members| members.joined()));
         self.look_at_members();
         if let Some(sink) = self.sink.as_ref().filter(|_| self.phase >= Some(Phase::Rounds)) {

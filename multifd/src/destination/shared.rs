@@ -60,7 +60,7 @@ pub(super) struct Shared {
     pub(super) switch: Arc<Switch>,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
     pub(super) connections: Arc<Connections>,
-    #[cfg(any(test, feature = "broken-variants"))]
+    #[cfg(any(test, feature = "__broken-variants"))]
     pub(super) loose: crate::testing::broken::LooseBarrier,
 }
 
@@ -110,7 +110,7 @@ impl Shared {
             switch,
             barrier: RoundBarrier::open(options.channels.map(usize::from)),
             windows: Arc::default(),
-            #[cfg(any(test, feature = "broken-variants"))]
+            #[cfg(any(test, feature = "__broken-variants"))]
             loose: crate::testing::broken::LooseBarrier::new(options.broken),
             progress,
             pulse: Pulse::default(),
@@ -126,7 +126,7 @@ impl Shared {
             connections,
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         shared.stop.register(Box::new(shared.loose.clone()));
         shared.stop.register(Box::new(MainSlotStopper(shared.clone())));
         let (connections, limit) = (shared.connections.clone(), shared.options.close_timeout);
@@ -141,7 +141,7 @@ impl Shared {
 
     /// Reaches the end of the round, whose number it returns; `None` where there is nothing to wait for.
     pub(super) fn arrive(&self, party: Party, place: Place) -> Result<Option<u64>, Error> {
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         if let Some(passed) = self.loose.arrive(party) {
             return passed.map(|()| None);
         }
@@ -151,7 +151,7 @@ impl Shared {
     /// The channel that said `hello` is at its first SYNC and joins. Returns the round to wait for, if there is one.
     pub(super) fn join(&self, hello: &Hello, sync: Sync, place: Place) -> Result<Result<Option<u64>, Stranger>, Error> {
         let joined = self.barrier.join(hello.channel, hello.channels, sync, place)?;
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         if joined.is_ok() {
             // The first time it only counts.
             let _ = self.loose.arrive(Party::Channel(hello.channel));
@@ -161,7 +161,7 @@ impl Shared {
 
     /// A channel is at a SYNC. Returns the number of the round; `None` where there is nothing to wait for.
     pub(super) fn sync(&self, id: ChannelId, sync: Sync, place: Place) -> Result<Option<u64>, Error> {
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         if let Some(passed) = self.loose.arrive(Party::Channel(id)) {
             return passed.map(|()| None);
         }
@@ -170,7 +170,7 @@ impl Shared {
 
     /// A channel has brought the first pages of a round.
     pub(super) fn begin(&self, id: ChannelId, place: Place) -> Result<(), Error> {
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         if self.loose.is_active() {
             return Ok(());
         }

@@ -216,7 +216,7 @@ impl Job {
     /// Claims `page`, which the destination asks for. `false`: another thread has, or has done so before.
     fn claim(&self, page: u64) -> bool {
         let free = self.claims.claim(page);
-        #[cfg(any(test, feature = "broken-variants"))]
+        #[cfg(any(test, feature = "__broken-variants"))]
         let free = free || self.options.broken == Some(crate::testing::broken::Broken::SourceIgnoresItsBits);
         free
     }

@@ -3,7 +3,7 @@
 use multifd_proto::command::Command;
 
 use super::{link::Link, trace::HandOver};
-#[cfg(any(test, feature = "broken-variants"))]
+#[cfg(any(test, feature = "__broken-variants"))]
 use crate::testing::broken::Broken;
 use crate::{error::Error, progress::Phase, sync::Deadline};
 
@@ -27,7 +27,7 @@ impl Link<'_> {
         self.inbox().wait(Deadline::after(None), |mail| mail.bitmaps_due == 0)?;
         let received = self.inbox().update(|mail| std::mem::take(&mut mail.received));
         for (block, bitmap) in blocks.iter().zip(&received) {
-            #[cfg(any(test, feature = "broken-variants"))]
+            #[cfg(any(test, feature = "__broken-variants"))]
             if job.options.broken == Some(Broken::SourceKeepsItsBits) {
                 break;
             }

@@ -85,7 +85,7 @@ impl SendChannel {
             shared.copies(&stream.peer(), stream.send_without_copy(counters));
         }
         let options = &shared.options;
-        let uuid = options.format.token.unwrap_or(options.format.uuid);
+        let uuid = options.format.token.unwrap_or(options.qemu.uuid);
         // QEMU ignores the number of channels; a destination of ours waits for all of them.
         let hello = Hello { uuid, channel: self.id, channels: NonZeroU8::new(options.plan.channels) }.encode();
         stream.write(&hello, &[]).map_err(Error::io(at))?;
@@ -199,7 +199,7 @@ impl SendChannel {
         block.load(&batch.pages, page_size)?;
         shared.look_for_zeros(batch, ranges);
         shared.progress.add_pages(batch.pages.len() as u64, batch.zeros.len() as u64);
-        if shared.options.format.zero_pages == ZeroPages::Legacy && !batch.zeros.is_empty() {
+        if shared.options.qemu.zero_pages == ZeroPages::Legacy && !batch.zeros.is_empty() {
             self.trace(Step::Find, &[], &batch.zeros, batch.block);
             shared.leave_zeros_to_main(batch);
         }
@@ -301,7 +301,7 @@ impl Shared {
         let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");
         let Batch { pages, zeros, .. } = batch;
         ranges.clear();
-        if self.options.format.zero_pages == ZeroPages::None {
+        if self.options.qemu.zero_pages == ZeroPages::None {
             ranges.extend(pages.iter().map(|&offset| page(offset)));
             // A page known as zero may hold anything in our memory: only its name tells.
             let zero = self.zero_page.page(0).expect("it has one page");

@@ -40,14 +40,14 @@ impl MainChannel {
     /// What this stream is, and of which machine.
     pub(super) fn header(&mut self) -> Result<(), Error> {
         let options = &self.shared.options;
-        self.encoder.header().configuration(&options.format.machine);
-        if !options.format.replay.listed.is_empty() {
+        self.encoder.header().configuration(&options.qemu.machine);
+        if !options.qemu.replay.listed.is_empty() {
             self.encoder.config_capabilities(&[X_IGNORE_SHARED]);
         }
         let offer = options.offer();
         // Where channels say a token, their hellos have no room for it.
-        if options.format.validate_uuid || (offer.is_some() && options.format.uuid != [0; 16]) {
-            self.encoder.config_uuid(&options.format.uuid);
+        if options.qemu.validate_uuid || (offer.is_some() && options.qemu.uuid != [0; 16]) {
+            self.encoder.config_uuid(&options.qemu.uuid);
         }
         if let Some(offer) = offer {
             self.encoder.config_offer(&offer);
@@ -81,7 +81,7 @@ impl MainChannel {
     /// Sends the device state that is needed before the RAM blocks, and lists these. A sync point and the end of the section
     /// follow.
     pub(super) fn ram_start(&mut self) -> Result<(), Error> {
-        let replay = &self.shared.options.format.replay;
+        let replay = &self.shared.options.qemu.replay;
         let blocks = match replay.listed.is_empty() {
             true => {
                 let blocks = self.shared.ram.layout().blocks().iter();
@@ -98,7 +98,7 @@ impl MainChannel {
     /// Sends the device state that is needed before the pages, and what an earlier stream had besides.
     pub(super) fn sections_beside_ram(&mut self) -> Result<(), Error> {
         let shared = self.shared.clone();
-        let beside_ram = &shared.options.format.replay.beside_ram;
+        let beside_ram = &shared.options.qemu.replay.beside_ram;
         self.encoder.raw(beside_ram.behind_ram_start()).raw(beside_ram.in_parts());
         self.send()
     }
@@ -117,7 +117,7 @@ impl MainChannel {
 
     /// Says that the guest is paused, to destinations that know the command.
     pub(super) fn switchover_start(&mut self) -> Result<(), Error> {
-        if sends_switchover_start(&self.shared.options.format.machine) == Some(true) {
+        if sends_switchover_start(&self.shared.options.qemu.machine) == Some(true) {
             self.encoder.command(&Command::SwitchoverStart);
         }
         self.send()
@@ -155,7 +155,7 @@ impl MainChannel {
 
     /// The sync point of the per-round dialect.
     pub(super) fn flush_word(&mut self) -> Result<(), Error> {
-        debug_assert_eq!(self.shared.options.format.dialect, Dialect::PerRound);
+        debug_assert_eq!(self.shared.options.qemu.dialect, Dialect::PerRound);
         self.encoder.flush();
         self.send()
     }
@@ -206,7 +206,7 @@ impl MainChannel {
     }
 
     fn ram_section(&self) -> u32 {
-        self.shared.options.format.replay.ram_section
+        self.shared.options.qemu.replay.ram_section
     }
 
     fn send(&mut self) -> Result<(), Error> {

@@ -45,7 +45,7 @@ pub use self::{
     auto_compression::ChannelCompression,
     convergence::{AtLimit, Limits},
     handle::Handle,
-    options::{Flush, Options, Peer, Plan, Replay, StreamFormat, Untouched},
+    options::{Flush, Options, Peer, Plan, QemuFormat, Replay, StreamFormat, Untouched},
     parameters::Parameters,
     report::{Downtime, Report, ZeroCopy},
 };
@@ -174,7 +174,7 @@ impl Run {
         if options.is_main_alone() {
             options.check_main_alone()?;
             // Such a stream has no FLUSH.
-            options.format.dialect = Dialect::PerSection;
+            options.qemu.dialect = Dialect::PerSection;
         }
         let handed_over = match options.plan.hand_over {
             true => Some(HandedOver::of(&ram, options.peer)?),
@@ -194,7 +194,7 @@ impl Run {
         stop.register(live.steering.stopper());
         let pages = ram.layout().pages() - handed_over.as_ref().map_or(0, HandedOver::count);
         progress.set_pages_total(pages);
-        let legacy_zeros = (options.format.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
+        let legacy_zeros = (options.qemu.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
         let begun = options.clock.now();
         let report = Report::new(&options, ram.layout());
         let zero_copy = report.zero_copy.as_ref().map(|_| Arc::default());

@@ -29,6 +29,8 @@ pub struct Options {
     pub peer: Peer,
     /// What both ends must agree on.
     pub format: StreamFormat,
+    /// What only a QEMU as the peer is particular about.
+    pub qemu: QemuFormat,
     /// How this end sends.
     pub plan: Plan,
     /// Limits to begin with; [`Handle`](super::Handle) changes them while the migration runs.
@@ -42,7 +44,7 @@ pub struct Options {
     /// Who is told of each step.
     pub(crate) trace: Trace,
     /// A defect to be caught.
-    #[cfg(any(test, feature = "broken-variants"))]
+    #[cfg(any(test, feature = "__broken-variants"))]
     pub(crate) broken: Option<crate::testing::broken::Broken>,
 }
 
@@ -52,13 +54,14 @@ impl Default for Options {
         Options {
             peer: Peer::Multifd,
             format: StreamFormat::default(),
+            qemu: QemuFormat::default(),
             plan: Plan::default(),
             parameters: Parameters::default(),
             clock: Clock::monotonic(),
             threads: Arc::new(StdThreads),
             peek_every: PEEK_EVERY,
             trace: Trace::default(),
-            #[cfg(any(test, feature = "broken-variants"))]
+            #[cfg(any(test, feature = "__broken-variants"))]
             broken: None,
         }
     }
@@ -82,26 +85,16 @@ impl Options {
 
 /// What the stream is like. Fixed once the migration begins.
 ///
-/// A QEMU destination has to be configured for the same machine, compression and dialect; ours finds them out.
+/// A QEMU destination has to be configured for the same compression; ours finds it out.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct StreamFormat {
-    /// Machine type in the configuration section; a QEMU destination refuses another than its own.
-    pub machine: String,
-    /// UUID of the VM, in the first packet of every channel; all zero where it has none.
-    pub uuid: [u8; 16],
-    /// Put the UUID into the configuration section too, for the destination to compare.
-    pub validate_uuid: bool,
     /// A secret of this migration that main offers, and the channels name in place of the UUID. The destination is given the
     /// same one, and takes no connection without it. Not for a QEMU destination, which compares these bytes with its UUID.
     ///
     /// With `None` and [`Peer::Multifd`] each migration makes one of its own: the destination learns it from main, and so
     /// takes no channel of an earlier attempt.
     pub token: Option<[u8; 16]>,
-    /// Where rounds end on main.
-    pub dialect: Dialect,
-    /// Where zero pages go.
-    pub zero_pages: ZeroPages,
     /// What happens with pages that were never touched.
     pub untouched: Untouched,
     /// Compression of page contents, on all channels.
@@ -109,23 +102,56 @@ pub struct StreamFormat {
     /// Each channel compresses only while that takes less time than it saves, by what the channel observes. Its packets
     /// differ then, each says what it is; a QEMU destination takes only those of the method that it is configured for.
     pub auto_compression: bool,
+}
+
+impl Default for StreamFormat {
+    /// A token of its own, pages that were never touched left out, no compression.
+    fn default() -> StreamFormat {
+        StreamFormat {
+            token: None,
+            untouched: Untouched::Skip,
+            compression: Compression::None,
+            auto_compression: false,
+        }
+    }
+}
+
+/// What a QEMU as the peer is particular about, and streams that it wrote. Between two ends of this crate the defaults are right.
+/// Fixed once the migration begins.
+///
+/// A QEMU destination has to be configured for the same machine and dialect; ours finds them out.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct QemuFormat {
+    /// Machine type in the configuration section; a QEMU destination refuses another than its own.
+    pub machine: String,
+    /// UUID of the VM, in the first packet of every channel; all zero where it has none.
+    pub uuid: [u8; 16],
+    /// Put the UUID into the configuration section too, for the destination to compare.
+    pub validate_uuid: bool,
+    /// Where rounds end on main.
+    pub dialect: Dialect,
+    /// Where zero pages go.
+    pub zero_pages: ZeroPages,
+    /// When main names the end of a round.
+    pub flush: Flush,
+    /// How long a section of the per-section dialect is to take; of no effect in the other.
+    pub section_time: Duration,
     /// What the stream keeps of an earlier one, if it is sent again from a checkpoint.
     pub replay: Replay,
 }
 
-impl Default for StreamFormat {
-    /// One sync point per round, zero pages in packets, pages that were never touched left out, no compression.
-    fn default() -> StreamFormat {
-        StreamFormat {
+impl Default for QemuFormat {
+    /// One sync point per round, FLUSH when a round opens, zero pages in packets, sections of 50 ms.
+    fn default() -> QemuFormat {
+        QemuFormat {
             machine: "multifd".to_owned(),
             uuid: [0; 16],
             validate_uuid: false,
-            token: None,
             dialect: Dialect::PerRound,
             zero_pages: ZeroPages::Multifd,
-            untouched: Untouched::Skip,
-            compression: Compression::None,
-            auto_compression: false,
+            flush: Flush::Early,
+            section_time: Duration::from_millis(50),
             replay: Replay::default(),
         }
     }
@@ -138,12 +164,8 @@ pub struct Plan {
     /// Connections beside main, at most 255.
     ///
     /// 0: main alone carries the pages, for a path with a single connection. Towards a QEMU that is a migration without the capability
-    /// multifd. One thread sends then, there is no compression, and [`StreamFormat::dialect`] is of no effect.
+    /// multifd. One thread sends then, there is no compression, and [`QemuFormat::dialect`] is of no effect.
     pub channels: u8,
-    /// When main names the end of a round.
-    pub flush: Flush,
-    /// How long a section of the per-section dialect is to take; of no effect in the other.
-    pub section_time: Duration,
     /// Level of the compression; the compressor's range.
     pub compression_level: i32,
     /// Have the kernel read page contents straight from guest memory where the connections can (`MSG_ZEROCOPY`); where they
@@ -162,16 +184,9 @@ pub struct Plan {
 }
 
 impl Default for Plan {
-    /// 4 channels, FLUSH when a round opens, sections of 50 ms, level 1, pages copied into the kernel, no memory handed over.
+    /// 4 channels, level 1, pages copied into the kernel, no memory handed over.
     fn default() -> Plan {
-        Plan {
-            channels: 4,
-            flush: Flush::Early,
-            section_time: Duration::from_millis(50),
-            compression_level: 1,
-            zero_copy: false,
-            hand_over: false,
-        }
+        Plan { channels: 4, compression_level: 1, zero_copy: false, hand_over: false }
     }
 }
 

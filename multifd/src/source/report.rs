@@ -123,7 +123,7 @@ impl Report {
             throttle: 0,
             dirty_outside: 0,
             dirty_log: "",
-            dialect: options.format.dialect,
+            dialect: options.qemu.dialect,
             compression: options.format.compression,
             auto_compression: Vec::new(),
             zero_copy: options.plan.zero_copy.then(ZeroCopy::default),

@@ -96,12 +96,12 @@ impl Run {
     }
 
     /// Only in tests: see [`Broken`](crate::testing::broken::Broken).
-    #[cfg(any(test, feature = "broken-variants"))]
+    #[cfg(any(test, feature = "__broken-variants"))]
     fn tracking_starts_late(&self) -> bool {
         self.shared.options.broken == Some(crate::testing::broken::Broken::TrackingStartsLate)
     }
 
-    #[cfg(not(any(test, feature = "broken-variants")))]
+    #[cfg(not(any(test, feature = "__broken-variants")))]
     const fn tracking_starts_late(&self) -> bool {
         false
     }

@@ -14,9 +14,9 @@ impl Run {
     /// One section, behind its head: opens the scan for `pages`, ends with a sync point and the footer. `guest` is given where it runs
     /// and a later round follows: what it writes again meanwhile may wait for that.
     pub(super) fn section(&mut self, pages: u64, guest: Option<&mut dyn SourceVm>) -> Result<(), Error> {
-        let early = self.shared.options.plan.flush == Flush::Early
-            && self.shared.options.format.zero_pages != ZeroPages::Legacy;
-        let per_round = self.shared.options.format.dialect == Dialect::PerRound;
+        let early =
+            self.shared.options.qemu.flush == Flush::Early && self.shared.options.qemu.zero_pages != ZeroPages::Legacy;
+        let per_round = self.shared.options.qemu.dialect == Dialect::PerRound;
         self.shared.scan.allow(pages);
         self.shared.progress.open_section();
         self.meet()?;
@@ -57,7 +57,7 @@ impl Run {
     }
 
     pub(super) fn section_budget(&self) -> u64 {
-        match self.shared.options.format.dialect {
+        match self.shared.options.qemu.dialect {
             Dialect::PerRound => u64::MAX,
             Dialect::PerSection => self.section_pages,
         }
@@ -68,7 +68,7 @@ impl Run {
         if pages == u64::MAX || took.is_zero() {
             return;
         }
-        let ideal = pages as f64 * self.shared.options.plan.section_time.as_secs_f64() / took.as_secs_f64();
+        let ideal = pages as f64 * self.shared.options.qemu.section_time.as_secs_f64() / took.as_secs_f64();
         // At most doubled, so that one section of zero pages does not open the next one for seconds of content.
         self.section_pages =
             (ideal as u64).clamp(FIRST_SECTION_PAGES / 4, pages.saturating_mul(2).max(FIRST_SECTION_PAGES));

@@ -5,7 +5,7 @@
 pub(crate) mod advice;
 pub(crate) mod cpu_time;
 pub(crate) mod file_block;
-#[cfg(all(any(test, feature = "fuzzing"), not(any(loom, shuttle))))]
+#[cfg(all(any(test, feature = "__fuzzing"), not(any(loom, shuttle))))]
 pub(crate) mod guarded;
 pub(crate) mod guest_copy;
 pub(crate) mod heap;

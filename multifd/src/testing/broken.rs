@@ -1,6 +1,6 @@
 //! Defects to be switched on, so that the checks of the round guarantee can be seen to catch them.
 //!
-//! Only in test builds and with the feature `broken-variants`. Each variant breaks one promise and keeps all others, so
+//! Only in test builds and with the feature `__broken-variants`. Each variant breaks one promise and keeps all others, so
 //! that a check which misses it does not look at that promise.
 
 use multifd_proto::rounds::Party;

@@ -120,7 +120,7 @@ fn memory_arrives_on_main_to_either_kind_of_peer() {
                 let (mut vm, mut to) = (guest(), TestDestination::new(Ram::for_test(&BLOCKS)));
                 let mut options = alone();
                 options.peer = peer;
-                options.format.zero_pages = zero_pages;
+                options.qemu.zero_pages = zero_pages;
                 options.peek_every = peek_every;
                 let (listener, connector) = memory::listener(100_000);
                 let over: (Box<dyn Listen>, &dyn Connect) = (Box::new(listener), &connector);

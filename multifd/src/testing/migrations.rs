@@ -89,9 +89,9 @@ fn memory_and_device_state_arrive_in_every_mode() {
                     let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
                     let mut options = source::Options::default();
                     options.plan.channels = channels;
-                    options.format.dialect = dialect;
-                    options.format.zero_pages = zero_pages;
-                    options.plan.flush = flush;
+                    options.qemu.dialect = dialect;
+                    options.qemu.zero_pages = zero_pages;
+                    options.qemu.flush = flush;
                     let receiving = destination::Options { audit: true, ..Default::default() };
                     let (sent, received) = migrate(&mut vm, &mut to, options, receiving);
                     let (sent, received) = (sent.unwrap(), received.unwrap());
@@ -128,7 +128,7 @@ fn untouched_pages_are_not_sent_or_sent_as_zeros_without_being_read() {
         let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
         let mut options = source::Options::default();
         options.format.untouched = untouched;
-        options.format.zero_pages = zero_pages;
+        options.qemu.zero_pages = zero_pages;
         let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
         received.unwrap();
         assert_eq!(sent.unwrap().skipped, if untouched == Untouched::Skip { 200 } else { 0 });
@@ -356,7 +356,7 @@ fn compressed_pages_arrive() {
             let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
             let mut options = source::Options::default();
             options.format.compression = compression;
-            options.format.zero_pages = zero_pages;
+            options.qemu.zero_pages = zero_pages;
             let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
             let sent = sent.unwrap();
             received.unwrap();
@@ -392,8 +392,8 @@ fn pages_sent_without_copies_arrive_and_are_counted() {
         let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
         let mut options = source::Options::default();
         options.plan.zero_copy = true;
-        options.format.zero_pages = zero_pages;
-        options.format.dialect = dialect;
+        options.qemu.zero_pages = zero_pages;
+        options.qemu.dialect = dialect;
         let transport: (Box<dyn Listen>, &dyn Connect) = (Box::new(listener), &*connector);
         let (sent, received) = migrate_over(transport, &mut vm, &mut to, options, destination::Options::default());
         received.unwrap();

@@ -2,19 +2,19 @@
 //!
 //! Authors of VMMs get [`memory`] and [`faulty`] for tests of their own, with the feature `conformance`.
 
-#[cfg(feature = "bench")]
+#[cfg(feature = "__bench")]
 #[doc(hidden)]
 pub mod bench;
-#[cfg(any(test, feature = "broken-variants"))]
+#[cfg(any(test, feature = "__broken-variants"))]
 pub mod broken;
 #[cfg(any(test, feature = "conformance"))]
 pub mod faulty;
-#[cfg(all(feature = "fuzzing", not(any(loom, shuttle))))]
+#[cfg(all(feature = "__fuzzing", not(any(loom, shuttle))))]
 #[doc(hidden)]
 pub mod fuzzing;
-#[cfg(any(test, feature = "conformance", feature = "fuzzing"))]
+#[cfg(any(test, feature = "conformance", feature = "__fuzzing"))]
 pub mod memory;
-#[cfg(any(test, feature = "broken-variants", feature = "fuzzing"))]
+#[cfg(any(test, feature = "__broken-variants", feature = "__fuzzing"))]
 pub(crate) mod trace;
 
 #[cfg(all(test, feature = "tls", not(any(loom, shuttle))))]

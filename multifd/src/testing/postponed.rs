@@ -114,7 +114,7 @@ fn a_log_that_cannot_be_looked_into_is_not_asked_again() {
 #[test]
 fn pages_wait_also_where_each_section_ends_with_a_sync_point() {
     let mut options = source::Options::default();
-    options.format.dialect = source::Dialect::PerSection;
+    options.qemu.dialect = source::Dialect::PerSection;
     let (sent, _) = migrate(options, |writer, into| {
         for page in NOT_TAKEN {
             assert!(writer.write(page, 9000 + page));

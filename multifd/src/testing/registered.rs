@@ -69,7 +69,7 @@ fn look(dialect: Dialect) -> Look {
     let mut to = TestDestination::new(ram.clone());
     let mut look = Look { ram: ram.clone(), after_rounds: Vec::new(), in_phases: Vec::new() };
     let mut options = source::Options::default();
-    options.format.dialect = dialect;
+    options.qemu.dialect = dialect;
     let (listener, connector) = memory::listener(100_000);
     std::thread::scope(|scope| {
         let look = &mut look;

@@ -114,9 +114,9 @@ impl Mode {
         let mut options = source::Options::default();
         options.peer = self.peer;
         options.plan.channels = self.channels;
-        options.format.dialect = self.dialect;
-        options.plan.flush = self.flush;
-        options.format.zero_pages = self.zero_pages;
+        options.qemu.dialect = self.dialect;
+        options.qemu.flush = self.flush;
+        options.qemu.zero_pages = self.zero_pages;
         options.clock = counting_clock();
         // Round after round until the guest has nothing more to write.
         options.parameters.limits.downtime = Duration::ZERO;

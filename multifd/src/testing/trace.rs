@@ -51,7 +51,7 @@ pub(super) const BEHIND_BARRIER: &str = "all connections have passed the barrier
 
 /// Checks the steps of a destination whose source may do anything: behind the set-up, no connection goes on before every connection that
 /// takes part has passed the sync point.
-#[cfg(any(all(test, not(any(loom, shuttle))), feature = "fuzzing"))]
+#[cfg(any(all(test, not(any(loom, shuttle))), feature = "__fuzzing"))]
 pub(crate) fn check_destination(steps: &[Step]) -> Result<(), Refused> {
     use std::collections::BTreeMap;
 

@@ -11,7 +11,7 @@ use super::{Bench, Findings};
 /// The section: runs `cargo bench` and collects what Criterion left.
 pub fn run(bench: &Bench) -> Result<Findings, String> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["bench", "-p", "multifd", "--features", "bench", "--bench", "inner", "--"]);
+    cargo.args(["bench", "-p", "multifd", "--features", "__bench", "--bench", "inner", "--"]);
     cargo.args(["--noplot", "--warm-up-time", "0.5", "--measurement-time", if bench.quick { "0.5" } else { "2" }]);
     let status = cargo.status().map_err(|error| format!("cargo: {error}"))?;
     if !status.success() {
@@ -22,7 +22,7 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
     collect(&criterion, &mut found)?;
     found.sort_by(|(one, ..), (other, ..)| one.cmp(other));
     let mut findings = Findings::default();
-    findings.say("`cargo bench -p multifd --features bench`; median and its 95 % confidence interval, in ns.");
+    findings.say("`cargo bench -p multifd --features __bench`; median and its 95 % confidence interval, in ns.");
     let rows: Vec<Vec<String>> = found
         .iter()
         .map(|(name, [median, low, high])| vec![name.clone(), format!("{median:.1} ({low:.1}–{high:.1})")])

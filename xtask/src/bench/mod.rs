@@ -125,7 +125,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
 fn build() -> Result<(), String> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--release", "-p", "multifd", "-p", "multifd-cli", "--examples", "--bins"]);
-    cargo.args(["--features", "multifd/bench,multifd/tls"]);
+    cargo.args(["--features", "multifd/__bench,multifd/tls"]);
     match cargo.status() {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("the build ended with {status}")),

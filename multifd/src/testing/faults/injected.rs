@@ -299,8 +299,8 @@ pub(super) fn small() -> source::Options {
 /// In which modes the operations are gone through: they differ in what main does.
 fn modes() -> Vec<(&'static str, source::Options)> {
     let mut per_section = small();
-    per_section.format.dialect = Dialect::PerSection;
-    per_section.format.zero_pages = ZeroPages::Legacy;
+    per_section.qemu.dialect = Dialect::PerSection;
+    per_section.qemu.zero_pages = ZeroPages::Legacy;
     let mut main_alone = small();
     main_alone.plan.channels = 0;
     vec![("per round", small()), ("per section, legacy zero pages", per_section), ("main alone", main_alone)]

@@ -240,7 +240,7 @@ fn both_ends_with_one_token_migrate_and_with_two_do_not() {
             let receiver = thread::spawn(move || destination.run(&mut vm, Box::new(listener), &mut ()));
             let mut source = TestSource::new(guarded_ram());
             let mut options = source::Options::default();
-            (options.format.token, options.format.uuid, options.plan.channels) = (theirs, [3; 16], 2);
+            (options.format.token, options.qemu.uuid, options.plan.channels) = (theirs, [3; 16], 2);
             let sent = Source::new(options).run(&mut source, &connector, &mut ());
             if sent.is_err() {
                 // It was none of this migration: the destination still waits for the one that is.
