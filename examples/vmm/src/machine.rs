@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -64,7 +64,6 @@ pub struct Machine {
     pub vcpus: Vec<Vcpu>,
     pub config: Config,
     gate: Arc<Gate>,
-    cpuid: CpuId,
     msrs: Vec<u32>,
     vm: VmFd,
 }
@@ -99,12 +98,12 @@ impl Machine {
             unsafe { vm.set_user_memory_region(region) }?;
         }
         let (gate, serial) = (Arc::new(Gate::default()), Arc::new(Serial::default()));
-        let vcpus = (0..config.cpus).map(|index| Vcpu::new(&vm, index, &gate, &serial));
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let vcpus = (0..config.cpus).map(|index| Vcpu::new(&vm, &cpuid, index, &gate, &serial));
         Ok(Machine {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             dma: Dma::new(&memory, &gate)?,
             display: Display::new(config.display_bytes),
-            cpuid: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?,
             msrs: kvm.get_msr_index_list()?.as_slice().to_vec(),
             memory,
             serial,
@@ -119,7 +118,7 @@ impl Machine {
         guest::boot(&self.memory, self.config.ram_bytes)?;
         let share = self.config.busy_bytes as u64 / 4096 / self.config.cpus * 4096;
         for (index, vcpu) in (0..).zip(&self.vcpus) {
-            vcpu.boot(&self.cpuid, guest::RAM + index * share, guest::RAM + (index + 1) * share)?;
+            vcpu.boot(guest::RAM + index * share, guest::RAM + (index + 1) * share)?;
         }
         Ok(())
     }
@@ -141,7 +140,7 @@ impl Machine {
 
     /// Gives a vCPU its state.
     pub fn load_cpu(&self, index: usize, state: &CpuState) -> Result<(), Failure> {
-        self.vcpus.get(index).ok_or("the source has more vCPUs")?.load(&self.cpuid, state)
+        self.vcpus.get(index).ok_or("the source has more vCPUs")?.load(state)
     }
 
     /// The VM, for KVM's dirty log.

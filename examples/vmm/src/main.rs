@@ -106,7 +106,7 @@ fn console(vm: &mut Vm) -> Result<(), Failure> {
             Some((verb @ ("migrate" | "upgrade"), uri)) => match uri.parse::<Uri>().map_err(Failure::from) {
                 Ok(uri) => match migration::send(vm, &uri, verb == "upgrade") {
                     Ok(report) => {
-                        eprintln!("moved to {uri}: {:?} of downtime", report.downtime.total);
+                        eprintln!("moved to {uri}: {:?} of downtime: {:?}", report.downtime.total, report.downtime);
                         return Ok(());
                     }
                     Err(error) => eprintln!("not moved: {error}"),

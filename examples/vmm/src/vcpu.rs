@@ -24,9 +24,13 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// A paused vCPU without any state.
-    pub fn new(vm: &VmFd, index: u64, gate: &Arc<Gate>, serial: &Arc<Serial>) -> Result<Vcpu, Failure> {
-        let fd = Arc::new(Mutex::new(vm.create_vcpu(index)?));
+    /// A paused vCPU that has what `cpuid` says, and no state. A VMM for more than one kind of host compares these tables with those
+    /// of the source first; this one takes its host's.
+    pub fn new(vm: &VmFd, cpuid: &CpuId, index: u64, gate: &Arc<Gate>, serial: &Arc<Serial>) -> Result<Vcpu, Failure> {
+        let fd = vm.create_vcpu(index)?;
+        // It decides which bits of the state exist. Here, and not with the state: the guest waits for that.
+        fd.set_cpuid2(cpuid)?;
+        let fd = Arc::new(Mutex::new(fd));
         gate.add_thread();
         let thread = std::thread::Builder::new().name(format!("vcpu {index}")).spawn({
             let (fd, gate, serial) = (fd.clone(), gate.clone(), serial.clone());
@@ -50,9 +54,8 @@ impl Vcpu {
     }
 
     /// Gives it the state in which the program begins that works on the pages from `first` to before `end`.
-    pub fn boot(&self, cpuid: &CpuId, first: u64, end: u64) -> Result<(), Failure> {
+    pub fn boot(&self, first: u64, end: u64) -> Result<(), Failure> {
         let fd = lock(&self.fd);
-        fd.set_cpuid2(cpuid)?;
         fd.set_sregs(&guest::first_system_registers(fd.get_sregs()?))?;
         fd.set_xcrs(&guest::first_extended_control())?;
         fd.set_regs(&guest::first_registers(first, end))?;
@@ -74,11 +77,9 @@ impl Vcpu {
         })
     }
 
-    /// Gives it a state. A VMM for more than one kind of host compares CPUID tables first; this one takes its host's.
-    pub fn load(&self, cpuid: &CpuId, state: &CpuState) -> Result<(), Failure> {
+    /// Gives it a state.
+    pub fn load(&self, state: &CpuState) -> Result<(), Failure> {
         let fd = lock(&self.fd);
-        // It decides which bits of the others exist.
-        fd.set_cpuid2(cpuid)?;
         fd.set_sregs(&state.sregs)?;
         fd.set_regs(&state.regs)?;
         fd.set_xcrs(&state.xcrs)?;
