@@ -8,9 +8,9 @@ use test_support::time_limit;
 #[test]
 fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_was_expected() {
     for (option, value, right) in [
-        ("--channels", "0", "1 to 255"),
-        ("--channels", "256", "1 to 255"),
-        ("--channels", "four", "1 to 255"),
+        ("--channels", "-1", "0 to 255"),
+        ("--channels", "256", "0 to 255"),
+        ("--channels", "four", "0 to 255"),
         ("--compression", "lz4", "auto"),
         ("--compression-level", "21", "20"),
         ("--zero-pages", "all", "legacy"),
@@ -127,7 +127,7 @@ fn a_wrong_uri_is_a_usage_error() {
 
 #[test]
 fn a_usage_error_is_one_json_object_where_json_was_asked_for() {
-    let output = time_limit(LIMIT, || run("demo --json --channels=0"));
+    let output = time_limit(LIMIT, || run("demo --json --channels=256"));
     assert_eq!(exit_code(&output), 2);
     let report = json(&output.stdout);
     assert_eq!(report["status"], "failed");
@@ -171,4 +171,18 @@ fn without_json_the_result_is_on_stdout_and_the_error_on_stderr() {
     assert_eq!(exit_code(&output), 1);
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(message.starts_with("multifd: ") && message.contains(uri) && message.lines().count() == 1, "{message}");
+}
+
+#[test]
+fn what_needs_channels_is_refused_without_them() {
+    for (args, right) in [
+        ("demo --channels 0 --compression zstd", "--channels 1"),
+        ("send no-file tcp:localhost:1 --channels 0 --compression auto", "--channels 1"),
+        ("restore no-file unix:/no/socket --channels 0", "--channels 1"),
+    ] {
+        let output = time_limit(LIMIT, || run(args));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 2, "{args}: {message}");
+        assert!(message.contains(right), "{args}: {message}");
+    }
 }

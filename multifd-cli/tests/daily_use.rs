@@ -145,7 +145,7 @@ fn a_result_that_cannot_be_written_is_a_failure_and_says_so() {
         }
         // A failure keeps its own status.
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let output = multifd("demo --json --channels=0").stdout(full).output().unwrap();
+        let output = multifd("demo --json --channels=256").stdout(full).output().unwrap();
         assert_eq!(exit_code(&output), 2, "{output:?}");
     });
 }

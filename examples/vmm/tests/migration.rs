@@ -209,6 +209,10 @@ fn a_guest_moves_under_the_list_of_system_calls() {
         new.await_line("listening at ");
         let mut old = Vmm::start(vmm(&["run"], options));
         old.await_line("running");
+        for vmm in [&old, &new] {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", vmm.child.id())).unwrap();
+            assert!(status.contains("Seccomp:\t2"), "it has no filter:\n{status}");
+        }
         old.say(&format!("upgrade {unix}"));
         old.await_line("moved to ");
         old.ends();
