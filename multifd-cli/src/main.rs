@@ -10,6 +10,7 @@ mod connect;
 mod current;
 mod describe;
 mod digest;
+mod doors;
 mod exit;
 mod files;
 mod forecast;

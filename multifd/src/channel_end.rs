@@ -17,7 +17,7 @@ pub(crate) fn end_by(error: &Error, within: bool) -> End {
         Error::Protocol { .. } | Error::Mismatch(_) => End::Violation,
         Error::Refused { .. } => End::Refused,
         Error::Unconfirmed => End::Clean,
-        Error::Stalled { .. } => End::Unreachable,
+        Error::Stalled { .. } | Error::Paused => End::Unreachable,
         Error::Io { source, .. } => end_by_io(source, within),
         _ => End::Local,
     }

@@ -171,6 +171,10 @@ pub enum Error {
     /// A checkpoint cannot be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// An operator had this side give up its connections; the source goes on over new ones. Only within
+    /// [`Incomplete`](Error::Incomplete) and errors like it.
+    #[error("an operator has paused the migration")]
+    Paused,
     /// The migration was cancelled on this side.
     #[error("cancelled")]
     Cancelled,

@@ -23,6 +23,9 @@ pub(crate) use std::{
     thread,
 };
 
+// Loom has none of its own, and shuttle's is this one.
+pub(crate) use std::sync::Weak;
+
 /// Locks, also when a thread panicked while it held the lock.
 ///
 /// A panicking thread stops the migration; those who still hold references only have to leave, and the invariants of

@@ -26,6 +26,7 @@ pub use self::{
     convert::{ConvertArgs, OutputFormat},
     give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
+    listen::AllowArgs,
     observe::ObserveArgs,
     origin::{Incoming, Origin, Ready, origin},
     output::{LogFormat, OutputArgs, ProgressMode},

@@ -16,7 +16,7 @@ use crate::args::{Origin, SEVERAL, origin};
 pub(super) fn destination(mut arguments: Arguments) -> Result<Uri, CommandError> {
     // A migration is always detached from its client.
     arguments.flag("detach")?;
-    for option in ["blk", "inc", "resume"] {
+    for option in ["blk", "inc"] {
         if arguments.flag(option)? == Some(true) {
             return Err(not_here(option));
         }
@@ -24,6 +24,17 @@ pub(super) fn destination(mut arguments: Arguments) -> Result<Uri, CommandError>
     match address(arguments)? {
         Origin::Uri(uri @ (Uri::Tcp { .. } | Uri::Unix(_) | Uri::Vsock { .. })) => Ok(uri),
         other => Err(CommandError::generic(format!("{other}: expected {SEVERAL}; a source opens several connections"))),
+    }
+}
+
+/// Where `migrate-recover` has a destination listen.
+///
+/// # Errors
+/// It is no place to listen at.
+pub(super) fn to_listen_at(uri: &str) -> Result<Origin, CommandError> {
+    match by_uri(uri)? {
+        at @ Origin::Uri(Uri::Tcp { .. } | Uri::Unix(_)) => Ok(at),
+        other => Err(CommandError::generic(format!("{other}: expected tcp:HOST:PORT or unix:PATH to listen at"))),
     }
 }
 

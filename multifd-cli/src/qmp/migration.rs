@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use multifd::{progress::Progress, source, transport::uri::Uri};
+use multifd::{postcopy, progress::Progress, source, transport::uri::Uri};
 use serde_json::{Map, Value, json};
 
 use crate::{report::MigrationReport, role::Role};
@@ -49,8 +49,8 @@ struct Now {
     /// How long the connections and the set-up took, once they are there.
     setup: Option<Duration>,
     passes: u64,
-    /// All pages are sent after the guest has resumed at the destination.
-    is_postcopy: bool,
+    /// Steers a source all of whose pages are sent after the guest has resumed at the destination.
+    postcopy: Option<postcopy::Handle>,
     end: Option<(End, Duration)>,
 }
 
@@ -62,26 +62,34 @@ impl Migration {
         address: Option<Uri>,
     ) -> Migration {
         let (begun, status) = (Instant::now(), "setup");
-        let now = Now {
-            role,
-            status,
-            progress,
-            handle,
-            address,
-            begun,
-            setup: None,
-            passes: 0,
-            is_postcopy: false,
-            end: None,
-        };
+        let now =
+            Now { role, status, progress, handle, address, begun, setup: None, passes: 0, postcopy: None, end: None };
         Migration { now: Some(now) }
     }
 
-    /// All of its pages are sent after the guest has resumed.
-    pub(super) fn set_postcopy(&mut self) {
+    /// All of its pages are sent after the guest has resumed; `handle` steers it.
+    pub(super) fn set_postcopy(&mut self, handle: postcopy::Handle) {
         if let Some(now) = &mut self.now {
-            now.is_postcopy = true;
+            now.postcopy = Some(handle);
         }
+    }
+
+    /// What steers it, where it is a postcopy under way and this is the source.
+    pub(super) fn postcopy(&self) -> Option<&postcopy::Handle> {
+        self.now.as_ref().filter(|now| now.end.is_none())?.postcopy.as_ref()
+    }
+
+    /// The source connects to `address` from now on.
+    pub(super) fn set_address(&mut self, address: Uri) {
+        if let Some(now) = &mut self.now {
+            now.address = Some(address);
+        }
+    }
+
+    /// Whether it is under way, in the `role` if that is said, in one of the states `states`.
+    pub(super) fn is_in(&self, role: Option<Role>, states: &[&str]) -> bool {
+        let now = self.now.as_ref().filter(|now| now.end.is_none());
+        now.is_some_and(|now| role.is_none_or(|role| role == now.role) && states.contains(&now.status))
     }
 
     /// Returns whether it is another one than before. A migration that is over stays as it is.
@@ -111,12 +119,6 @@ impl Migration {
     /// What steers it, while it is under way and this is the source.
     pub(super) fn handle(&self) -> Option<&source::Handle> {
         self.now.as_ref()?.handle.as_ref()
-    }
-
-    /// It is under way, and this is a source that nothing steers.
-    pub(super) fn is_fixed(&self) -> bool {
-        let now = self.now.as_ref().filter(|now| now.end.is_none());
-        now.is_some_and(|now| now.role == Role::Source && now.handle.is_none())
     }
 
     pub(super) fn is_under_way(&self) -> bool {
@@ -170,7 +172,7 @@ impl Now {
         let left = snapshot.round_pages.saturating_sub(snapshot.round_done);
         let is_complete = self.end.as_ref().is_some_and(|(end, _)| !matches!(end, End::PostcopyPaused(_)));
         let remaining = if is_complete { 0 } else { left * page_size };
-        let (before, after) = if self.is_postcopy { (0, snapshot.bytes()) } else { (snapshot.bytes(), 0) };
+        let (before, after) = if self.postcopy.is_some() { (0, snapshot.bytes()) } else { (snapshot.bytes(), 0) };
         json!({
             "transferred": snapshot.bytes(),
             "remaining": remaining,

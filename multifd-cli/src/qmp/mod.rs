@@ -5,6 +5,7 @@
 mod address;
 mod migration;
 mod postcopy;
+mod recovery;
 mod settings;
 mod watch;
 
@@ -48,6 +49,12 @@ pub enum Command {
     Migrate(Uri),
     /// Begin to wait for a guest there.
     Incoming(Incoming),
+    /// Give the connections of a postcopy up.
+    Pause,
+    /// Listen there for the source of a postcopy that was given up. Returns the address.
+    Recover(Origin),
+    /// Go on there with a postcopy that was given up.
+    Resume(Uri),
     /// Cancel the migration.
     Cancel,
     /// Pause the guest.
@@ -301,15 +308,13 @@ impl Qmp {
 
     fn set_parameters(&self, arguments: Arguments) -> Result<Value, CommandError> {
         let mut state = lock(&self.shared.state);
-        if state.migration.is_fixed() {
-            return Err(CommandError::generic(
-                "The parameters of a migration of this kind cannot be changed while it is under way",
-            ));
-        }
         let mut settings = state.settings.clone();
         settings.set_parameters(arguments)?;
         if let Some(handle) = state.migration.handle() {
             handle.set_parameters(|parameters| settings.give_to(parameters));
+        }
+        if let Some(handle) = state.migration.postcopy() {
+            handle.set_max_bandwidth(settings.background());
         }
         state.settings = settings;
         Ok(json!({}))
@@ -341,6 +346,10 @@ impl Handler for Monitor {
         if self.0.shared.has_guest { COMMANDS } else { &COMMANDS[..COMMANDS.len() - OF_THE_GUEST] }
     }
 
+    fn out_of_band(&self) -> &'static [&'static str] {
+        &["migrate-pause", "migrate-recover"]
+    }
+
     fn execute(&self, command: &str, mut arguments: Arguments) -> Result<Value, CommandError> {
         let qmp = &self.0;
         let state = || lock(&qmp.shared.state);
@@ -354,7 +363,9 @@ impl Handler for Monitor {
             "query-migrate-parameters" => arguments.end().map(|()| state().settings.parameters()),
             "migrate-set-capabilities" => qmp.set_capabilities(arguments),
             "migrate-set-parameters" => qmp.set_parameters(arguments),
-            "migrate" => qmp.run(Command::Migrate(address::destination(arguments)?)),
+            "migrate" => qmp.migrate(arguments),
+            "migrate-pause" => qmp.pause(arguments),
+            "migrate-recover" => qmp.recover(arguments),
             "migrate-incoming" => qmp.run(Command::Incoming(address::incoming(arguments)?)),
             "x-guest-finish" => {
                 let passes = arguments.number("passes")?.ok_or_else(|| Arguments::missing("passes"))?;
@@ -385,6 +396,8 @@ const COMMANDS: &[&str] = &[
     "cont",
     "migrate",
     "migrate-incoming",
+    "migrate-pause",
+    "migrate-recover",
     "migrate-set-capabilities",
     "migrate-set-parameters",
     "migrate_cancel",

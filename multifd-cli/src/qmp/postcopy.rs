@@ -3,7 +3,10 @@
 //! `setup`, `active`, `device`, `postcopy-active`, and after each break `postcopy-paused`, `postcopy-recover-setup`, `postcopy-recover`,
 //! `postcopy-active`.
 
-use multifd::progress::{Event, Observer, Phase, Progress};
+use multifd::{
+    postcopy::Source,
+    progress::{Event, Observer, Phase},
+};
 
 use super::{Qmp, Role};
 use crate::progress::lock;
@@ -16,10 +19,10 @@ pub struct WatchedPostcopy {
 }
 
 impl WatchedPostcopy {
-    /// A postcopy begins that `progress` counts; with `is_recovery` it goes on with a VM that was handed over.
-    pub fn begin(qmp: Qmp, progress: Progress, is_recovery: bool) -> WatchedPostcopy {
-        qmp.begin(Role::Source, progress, None, None);
-        lock(&qmp.shared.state).migration.set_postcopy();
+    /// The postcopy of `source` begins; with `is_recovery` it goes on with a VM that was handed over.
+    pub fn begin(qmp: Qmp, source: &Source, is_recovery: bool) -> WatchedPostcopy {
+        qmp.begin(Role::Source, source.progress(), None, None);
+        lock(&qmp.shared.state).migration.set_postcopy(source.handle());
         WatchedPostcopy { qmp, is_recovery }
     }
 }

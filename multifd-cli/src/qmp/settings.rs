@@ -21,6 +21,8 @@ pub struct Settings {
     zero_copy: bool,
     /// Bytes per second; 0 for no limit.
     max_bandwidth: u64,
+    /// Bytes per second in the background of a postcopy; 0 for no other limit.
+    max_postcopy_bandwidth: u64,
     /// Milliseconds.
     downtime_limit: u64,
     /// Bytes per second; 0 for as much as was seen.
@@ -46,6 +48,7 @@ impl Default for Settings {
             auto_converge: true,
             zero_copy: false,
             max_bandwidth: 128 << 20,
+            max_postcopy_bandwidth: 0,
             downtime_limit: 300,
             switchover_bandwidth: 0,
             channels: 2,
@@ -126,6 +129,11 @@ impl Settings {
         parameters.limits.switchover_bandwidth = Some(self.switchover_bandwidth).filter(|&rate| rate > 0);
     }
 
+    /// Bytes per second in the background of a postcopy: the lower of its two limits; `None` for none.
+    pub(super) fn background(&self) -> Option<u64> {
+        [self.max_bandwidth, self.max_postcopy_bandwidth].into_iter().filter(|&rate| rate > 0).min()
+    }
+
     /// Takes over those in force.
     pub(super) fn take_from(&mut self, parameters: &source::Parameters) {
         self.max_bandwidth = parameters.max_bandwidth.unwrap_or(0);
@@ -137,6 +145,7 @@ impl Settings {
     pub(super) fn parameters(&self) -> Value {
         json!({
             "max-bandwidth": self.max_bandwidth,
+            "max-postcopy-bandwidth": self.max_postcopy_bandwidth,
             "avail-switchover-bandwidth": self.switchover_bandwidth,
             "downtime-limit": self.downtime_limit,
             "multifd-channels": self.channels,
@@ -161,6 +170,13 @@ impl Settings {
         };
         if let Some(rate) = arguments.number("max-bandwidth")? {
             self.max_bandwidth = rate;
+        }
+        if let Some(rate) = arguments.number("max-postcopy-bandwidth")? {
+            // Without a postcopy it would bound nothing; 0 is the default, and means that it does not.
+            if rate > 0 && self.postcopy.is_none() {
+                return Err(not_here("max-postcopy-bandwidth"));
+            }
+            self.max_postcopy_bandwidth = rate;
         }
         if let Some(rate) = arguments.number("avail-switchover-bandwidth")? {
             self.switchover_bandwidth = rate;
@@ -200,9 +216,7 @@ impl Settings {
             None => Ok(()),
             // It is the default, and means that there is none.
             Some((name, Value::String(text))) if name.starts_with("tls-") && text.is_empty() => Ok(()),
-            Some((name, _)) if NOT_HERE.contains(&name.as_str()) => {
-                Err(CommandError::generic(format!("Parameter '{name}' is not supported here")))
-            }
+            Some((name, _)) if NOT_HERE.contains(&name.as_str()) => Err(not_here(&name)),
             Some((name, _)) => Err(CommandError::generic(format!("Parameter '{name}' is unexpected"))),
         }
     }
@@ -256,6 +270,10 @@ impl Settings {
     }
 }
 
+fn not_here(parameter: &str) -> CommandError {
+    CommandError::generic(format!("Parameter '{parameter}' is not supported here"))
+}
+
 fn no_value(name: &str, value: &str) -> CommandError {
     CommandError::generic(format!("Parameter '{name}' does not accept value '{value}'"))
 }
@@ -304,7 +322,6 @@ const NOT_HERE: &[&str] = &[
     "cpu-throttle-tailslow",
     "direct-io",
     "max-cpu-throttle",
-    "max-postcopy-bandwidth",
     "mode",
     "multifd-qatzip-level",
     "throttle-trigger-threshold",
@@ -337,6 +354,9 @@ mod tests {
         let tls = set(&mut settings, json!({ "tls-creds": "tls0" })).unwrap_err();
         assert_eq!(tls.description, "Parameter 'tls-creds' is not supported here");
         set(&mut settings, json!({ "tls-creds": "" })).unwrap();
+        let bounds_nothing = set(&mut settings, json!({ "max-postcopy-bandwidth": 1 })).unwrap_err();
+        assert_eq!(bounds_nothing.description, "Parameter 'max-postcopy-bandwidth' is not supported here");
+        set(&mut settings, json!({ "max-postcopy-bandwidth": 0 })).unwrap();
         let unknown = set(&mut settings, json!({ "nonesuch": 1 })).unwrap_err();
         assert_eq!(unknown.description, "Parameter 'nonesuch' is unexpected");
         for (parameters, what) in [
@@ -370,6 +390,21 @@ mod tests {
         assert_eq!(parameters.max_bandwidth, Some(128 << 20));
         let error = json!({ "error": { "class": "GenericError", "desc": "x" } });
         serde_json::from_value::<Error>(error).unwrap();
+    }
+
+    #[test]
+    fn the_background_of_a_postcopy_keeps_the_lower_of_its_two_limits() {
+        let mut settings = Settings::of_postcopy(Preempt(false), 7);
+        assert_eq!(settings.background(), Some(7));
+        for (parameters, background) in [
+            (json!({ "max-postcopy-bandwidth": 5 }), Some(5)),
+            (json!({ "max-bandwidth": 3 }), Some(3)),
+            (json!({ "max-bandwidth": 0 }), Some(5)),
+            (json!({ "max-postcopy-bandwidth": 0 }), None),
+        ] {
+            set(&mut settings, parameters.clone()).unwrap();
+            assert_eq!(settings.background(), background, "{parameters}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::{
     args::Origin,
     progress::lock,
     qmp::{Command, Commands, INCOMING_HAS_BEGUN, Incoming, Qmp, Steered},
+    verbs::recovers::Recovers,
 };
 
 /// Waits for what clients and interrupts say.
@@ -30,6 +31,7 @@ pub struct Deferred {
 pub struct Receives {
     desk: Arc<Desk>,
     steered: Steered,
+    recovers: Recovers,
 }
 
 /// Takes the requests of clients.
@@ -50,12 +52,13 @@ enum Event {
 
 impl Deferred {
     /// Waits, if `is_deferred`. Then [`wait`](Deferred::wait) is to be called. `stop` ends the migration once it has begun.
-    pub fn new(is_deferred: bool, stop: StopHandle) -> (Deferred, Receives) {
+    /// `recovers` does what clients want of a postcopy.
+    pub fn new(is_deferred: bool, stop: StopHandle, recovers: Recovers) -> (Deferred, Receives) {
         let (events, arrivals) = mpsc::channel();
         let state = Mutex::new(State { is_closed: !is_deferred, events });
         let desk = Arc::new(Desk { state });
         let deferred = Deferred { arrivals, desk: desk.clone(), stays: Cell::new(false) };
-        (deferred, Receives { desk, steered: Steered { verb: "receives", stop } })
+        (deferred, Receives { desk, steered: Steered { verb: "receives", stop }, recovers })
     }
 
     /// What ends the waiting.
@@ -137,6 +140,8 @@ impl Commands for Receives {
             Command::Migrate(_) => Err("Guest is waiting for an incoming migration".to_owned()),
             // There is none, which is no error in QEMU either.
             Command::Cancel if waits => Ok(json!({})),
+            Command::Pause => self.recovers.pause(),
+            Command::Recover(at) => self.recovers.listen_at(&at),
             Command::Quit => {
                 self.desk.end();
                 self.steered.run(command)

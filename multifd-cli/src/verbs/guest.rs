@@ -494,6 +494,8 @@ impl<'a> Session<'a> {
             Command::GuestStatus => Ok(self.status()),
             Command::Migrate(uri) => self.answer_migrate(uri),
             Command::Incoming(incoming) => self.answer_incoming(incoming),
+            // In no state that a migration of it has.
+            Command::Pause | Command::Recover(_) | Command::Resume(_) => Err("this guest takes no postcopy".to_owned()),
             Command::Cancel => Ok(self.cancel()),
             Command::Stop => self.answer_stop(),
             Command::Cont => self.answer_cont(),

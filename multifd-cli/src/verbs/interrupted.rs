@@ -6,23 +6,23 @@ use multifd::{
 };
 use serde_json::json;
 
-use crate::table;
+use crate::{doors::Doors, table};
 
 /// An observer that passes events on, and tells the operator of connections that were lost.
 pub struct Interrupted<'a> {
     inner: &'a mut dyn Observer,
     /// Where the source can connect to again.
-    at: Option<Uri>,
+    at: Doors,
 }
 
 impl<'a> Interrupted<'a> {
     /// Passes on to `inner`; the source can go on at `at`.
-    pub fn new(inner: &'a mut dyn Observer, at: Option<Uri>) -> Interrupted<'a> {
+    pub fn new(inner: &'a mut dyn Observer, at: Doors) -> Interrupted<'a> {
         Interrupted { inner, at }
     }
 
     fn what_to_type(&self) -> String {
-        let uri = self.at.as_ref().map_or_else(|| "URI".to_owned(), Uri::to_string);
+        let uri = self.at.uri().map_or_else(|| "URI".to_owned(), |uri: Uri| uri.to_string());
         let command = json!({ "execute": "migrate", "arguments": { "uri": uri, "resume": true } });
         format!("migrate -r {uri}, or QMP {command}")
     }

@@ -11,6 +11,7 @@ mod interrupted;
 mod pages;
 mod postcopy;
 mod receive;
+mod recovers;
 mod restore;
 mod schema;
 mod send;

@@ -19,10 +19,11 @@ use multifd::{
 use multifd_proto::BlockName;
 use serde_json::{Map, Value, json};
 
-use super::{deferred::Deferred, interrupted::Interrupted};
+use super::{deferred::Deferred, interrupted::Interrupted, recovers::Recovers};
 use crate::{
-    args::{Compression, Incoming, Origin, Ready, ReceiveArgs, ReturnPathAck},
+    args::{AllowArgs, Compression, Incoming, Origin, Ready, ReceiveArgs, ReturnPathAck, TlsArgs},
     describe,
+    doors::Doors,
     exit::Exit,
     listening, printable,
     progress::Display,
@@ -49,7 +50,11 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     writer = writer.direct_writes(args.direct.into());
     let destination = Destination::new(options(args));
     let stop = destination.stop_handle();
-    let (deferred, commands) = Deferred::new(args.from == Incoming::Defer, stop.clone());
+    let recording = args.record.as_deref().map(Recording::new).transpose()?;
+    let opener = Opener { tls: args.link.tls.clone(), allow: args.listen.allow.clone(), recording };
+    let doors = Doors::default();
+    let recovers = Recovers { destination: destination.handle(), opener: opener.clone(), doors: doors.clone() };
+    let (deferred, commands) = Deferred::new(args.from == Incoming::Defer, stop.clone(), recovers);
     let (interrupted, desk) = (Arc::new(AtomicBool::new(false)), deferred.desk());
     let seen = interrupted.clone();
     signals::on_interrupt(signals::Hangup::Interrupts, move || {
@@ -57,8 +62,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         stop.cancel();
         desk.end();
     })?;
-    let recording = args.record.as_deref().map(Recording::new).transpose()?;
-    let opened = args.from.address().map(|from| Place::open(args, from, recording.as_ref())).transpose()?;
+    let opened = args.from.address().map(|from| opener.open(from)).transpose()?;
     let progress = destination.progress();
     let (qmp, _listening) = Qmp::listen(args.qmp.as_ref(), RunState::InMigrate, Settings::default(), false, commands)?;
     let begin = |place: &Place| qmp.begin(Role::Destination, progress.clone(), None, place.uri.clone());
@@ -70,7 +74,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
         None => {
             let open = |from: &Origin| {
                 args.check_origin(from)?;
-                Place::open(args, from, recording.as_ref()).map_err(|error| error.to_string())
+                opener.open(from).map_err(|error| error.to_string())
             };
             listening::announce("waiting for migrate-incoming");
             deferred.wait(open, begin)
@@ -79,10 +83,11 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let Some(Place { listener, uri, is_one_way }) = place else {
         return Ok(Outcome::failed(Exit::Cancelled, Error::Cancelled));
     };
+    let listener = doors.open(listener, uri)?;
     let mut display = Display::new(Role::Destination, &args.output, &progress);
     let begun = Instant::now();
     let watched = &mut Watched::new(&mut display, qmp.clone(), Role::Destination);
-    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, uri));
+    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, doors));
     let rounds = display.rounds();
     drop(display);
     match received {
@@ -135,20 +140,32 @@ pub(super) fn options(args: &ReceiveArgs) -> destination::Options {
 }
 
 /// What the source connects to, or what is read.
-struct Place {
-    listener: Box<dyn Listen>,
+pub(super) struct Place {
+    pub(super) listener: Box<dyn Listen>,
     /// Its address where it has one.
-    uri: Option<Uri>,
+    pub(super) uri: Option<Uri>,
     /// There is a single connection, without a way back.
     is_one_way: bool,
 }
 
-impl Place {
-    fn open(args: &ReceiveArgs, from: &Origin, recording: Option<&Recording>) -> io::Result<Place> {
+/// How connections are taken, wherever they come to.
+#[derive(Clone)]
+pub(super) struct Opener {
+    tls: TlsArgs,
+    pub(super) allow: AllowArgs,
+    recording: Option<Recording>,
+}
+
+impl Opener {
+    /// Opens `from`, and says so.
+    ///
+    /// # Errors
+    /// It cannot be opened or listened at.
+    pub(super) fn open(&self, from: &Origin) -> io::Result<Place> {
         let Ready { listener, what, uri } = from.listener()?;
-        let listener = args.link.tls.listener(args.listen.allow.listener(listener))?;
+        let listener = self.tls.listener(self.allow.listener(listener))?;
         listening::announce(&what);
-        let listener = match recording {
+        let listener = match &self.recording {
             Some(recording) => Box::new(recording.listener(listener)),
             None => listener,
         };

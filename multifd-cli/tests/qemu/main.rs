@@ -18,6 +18,7 @@ mod libvirt;
 mod main_alone;
 mod matrix;
 mod monitor_proxy;
+mod paused;
 mod plain;
 mod postcopy;
 mod qmp_verbs;

@@ -19,8 +19,8 @@ const TABLE: &str = "switches to postcopy";
 
 /// A source that can switch to postcopy.
 #[derive(Clone, Copy, Debug)]
-struct Source {
-    version: Version,
+pub struct Source {
+    pub version: Version,
     machine: &'static str,
     /// Channels; 0 for none.
     channels: u8,
@@ -31,7 +31,7 @@ const fn source(version: Version, machine: &'static str, channels: u8, preempt: 
     Source { version, machine, channels, preempt }
 }
 
-const SOURCES: [Source; 9] = [
+pub const SOURCES: [Source; 9] = [
     source(Version::V7_2, "pc-i440fx-7.2", 0, false),
     source(Version::V7_2, "pc-i440fx-7.2", 0, true),
     source(Version::V10_0, "pc-q35-10.0", 0, false),
@@ -45,7 +45,7 @@ const SOURCES: [Source; 9] = [
 
 impl Source {
     /// Starts it, ready to migrate, slowly.
-    fn start(self, installed: &Installed) -> Qemu {
+    pub fn start(self, installed: &Installed) -> Qemu {
         let mut source = vm(installed, self.machine).start().unwrap();
         if self.channels > 0 {
             Settings { channels: self.channels, ..Settings::default() }.apply(&mut source);
@@ -78,7 +78,7 @@ fn switch_after(source: &mut Qemu, uri: &str, bytes: u64) {
 }
 
 /// Waits until `source` says `status`.
-fn wait_status(source: &mut Qemu, status: &str) -> Value {
+pub fn wait_status(source: &mut Qemu, status: &str) -> Value {
     let deadline = std::time::Instant::now() + LIMIT;
     loop {
         let answer = source.qmp().query_migrate().unwrap();
@@ -146,7 +146,7 @@ fn among_the_pages(source: Source, installed: &Installed, dir: &TempDir) -> (Qem
 }
 
 /// Has `qemu` switch and send its pages slowly to `uri`, and waits until the package has been taken.
-fn send_pages_slowly(qemu: &mut Qemu, uri: &str) {
+pub fn send_pages_slowly(qemu: &mut Qemu, uri: &str) {
     qemu.qmp().set_parameters(&[("max-postcopy-bandwidth", json!(4 << 20))]).unwrap();
     switch_after(qemu, uri, 20 << 20);
     let switched = transferred(&wait_status(qemu, "postcopy-active"));

@@ -128,7 +128,7 @@ impl Session<'_> {
             }
             _ => {}
         }
-        if out_of_band {
+        if out_of_band && !self.shared.handler.out_of_band().contains(&command.as_str()) {
             return Err(CommandError::generic(format!("The command {command} does not support OOB")));
         }
         match command.as_str() {

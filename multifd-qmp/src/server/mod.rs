@@ -28,6 +28,12 @@ pub trait Handler: Send + Sync + 'static {
     /// `query-version`.
     fn commands(&self) -> &'static [&'static str];
 
+    /// Those of [`commands`](Handler::commands) that a client may send out of band (`exec-oob`): they are answered at once, and wait
+    /// for nothing that another command may wait for.
+    fn out_of_band(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Runs `command`, which is one of [`commands`](Handler::commands), and returns its answer. Called by the thread of the
     /// client, also by several at the same time.
     ///

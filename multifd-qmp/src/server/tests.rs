@@ -17,7 +17,11 @@ struct Echo;
 
 impl Handler for Echo {
     fn commands(&self) -> &'static [&'static str] {
-        &["echo", "stop"]
+        &["echo", "pause", "stop"]
+    }
+
+    fn out_of_band(&self) -> &'static [&'static str] {
+        &["pause"]
     }
 
     fn execute(&self, command: &str, mut arguments: Arguments) -> Result<Value, CommandError> {
@@ -27,6 +31,7 @@ impl Handler for Echo {
                 arguments.end()?;
                 Ok(json!({ "text": text }))
             }
+            "pause" => arguments.end().map(|()| json!({})),
             _ => Err(CommandError::generic("it does not stop")),
         }
     }
@@ -54,6 +59,9 @@ fn a_client_negotiates_runs_commands_and_sees_events() {
         let mut client = Client::builder().out_of_band().connect(&path).unwrap();
         assert_eq!((client.version(), client.is_out_of_band()), (Version::new(10, 0, 2), true));
         assert_eq!(client.execute("echo", json!({ "text": "x" })).unwrap(), json!({ "text": "x" }));
+        assert_eq!(client.execute_out_of_band("pause", json!({})).unwrap(), json!({}));
+        let in_band = client.execute_out_of_band("stop", json!({})).unwrap_err();
+        assert_eq!(in_band.to_string(), "stop: GenericError: The command stop does not support OOB");
         assert_eq!(client.stop().unwrap_err().to_string(), "stop: GenericError: it does not stop");
         server.emit("STOP", None);
         server.emit("MIGRATION", Some(json!({ "status": "setup" })));

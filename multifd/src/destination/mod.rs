@@ -13,6 +13,7 @@ mod connections;
 mod first_touch;
 mod give_back;
 mod greeting;
+mod handle;
 mod main_loop;
 mod main_pages;
 mod main_reader;
@@ -46,6 +47,7 @@ use self::{
 pub use self::{
     first_touch::{FirstTouch, FreshMemory},
     give_back::give_back,
+    handle::Handle,
     options::{Options, SwitchoverAck},
     report::{Mode, Report},
 };
@@ -73,17 +75,23 @@ pub struct Destination {
     options: Options,
     stop: StopHandle,
     progress: Progress,
+    handle: Handle,
 }
 
 impl Destination {
     /// A migration that has not begun.
     pub fn new(options: Options) -> Destination {
-        Destination { options, stop: StopHandle::new(), progress: Progress::new() }
+        Destination { options, stop: StopHandle::new(), progress: Progress::new(), handle: Handle::default() }
     }
 
     /// What cancels this migration from another thread.
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
+    }
+
+    /// What steers this migration from other threads.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// The counters of this migration.
@@ -172,12 +180,13 @@ struct Run {
 
 impl Run {
     fn new(destination: Destination, page_size: usize, from: Box<dyn Listen>) -> Result<Run, Error> {
-        let Destination { options, stop, progress } = destination;
+        let Destination { options, stop, progress, handle } = destination;
         let watchdog = Watchdog::start(&*options.threads, &stop)?;
         let begun = options.clock.now();
         let ack_timing = AckTiming::new(options.switchover_ack);
         let timers = watchdog.timers().clone();
         let shared = Shared::new(options, page_size, from.is_single(), stop, progress, timers);
+        handle.begin(&shared);
         let acceptor = Acceptor::spawn(from, &shared).map_err(|error| {
             // Ends what has been registered, which has `shared` in turn.
             let not_first = shared.stop.stop(error);

@@ -211,6 +211,17 @@ impl Shared {
         Ok(())
     }
 
+    /// Gives all connections up, for the source to go on over new ones. Returns whether it did: the source has switched, pages are
+    /// missing, and it is waited for.
+    pub(super) fn give_up_connections(&self) -> bool {
+        let reached = self.switch.reached();
+        let may_pause = reached == Reached::Pages && self.meaning(reached, &Error::Paused) == Meaning::Interrupted;
+        if may_pause {
+            break_off(&self.switch, &self.connections, Error::Paused);
+        }
+        may_pause
+    }
+
     /// From now on a source that is silent for `limit` is one whose connections are lost, as one that cannot be reached is. To be called
     /// only where a source may go on.
     pub(super) fn watch_for_breaks(&self, limit: Option<Duration>) {

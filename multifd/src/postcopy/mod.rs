@@ -19,6 +19,7 @@ mod claims;
 mod connection;
 mod figures;
 mod hand_over;
+mod handle;
 mod inbox;
 mod link;
 #[cfg(all(test, loom))]
@@ -41,6 +42,7 @@ use self::{
 };
 pub use self::{
     figures::{Latency, Report},
+    handle::Handle,
     options::{Options, PageAddress, Prefetch},
     original::Original,
     whereabouts::Whereabouts,
@@ -84,6 +86,8 @@ struct Job {
     figures: Figures,
     progress: Progress,
     options: Arc<Options>,
+    /// What other threads steer it by.
+    handle: Handle,
     /// The page behind the last one that was asked for, which the background goes on from; [`NO_FAULT`] once it does.
     after_fault: AtomicU64,
 }
@@ -118,6 +122,11 @@ impl Source {
     /// [`recover`](Self::recover). [`Phase::Done`] follows where that succeeds.
     pub fn observe(&mut self, observer: impl Observer + Send + 'static) {
         self.observer = Box::new(observer);
+    }
+
+    /// What steers it from other threads, over all attempts.
+    pub fn handle(&self) -> Handle {
+        self.job.handle.clone()
     }
 
     /// The counters.
@@ -197,12 +206,14 @@ impl Source {
         let watchdog = Watchdog::start(&*self.job.options.threads, &attempt.stop)?;
         let limit = self.job.options.stall_limit;
         attempt.pulse.watch(watchdog.timers(), move || limit, &attempt.stop);
+        self.job.handle.begin(&attempt.stop, &attempt.inbox);
         let mut link = Link::new(to, attempt, &mut *self.observer, self.ram_section, (self.vm, self.all_sent));
         let outcome = caught(|| {
             phases(&mut link)?;
             link.finish()
         });
         let (vm, all_sent, outcome) = link.end(outcome);
+        self.job.handle.end();
         (self.vm, self.all_sent) = (vm, all_sent);
         if outcome.is_ok() {
             self.job.progress.set_phase(Phase::Done);

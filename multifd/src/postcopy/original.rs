@@ -2,7 +2,7 @@
 
 use multifd_proto::ram::BlockEntry;
 
-use super::{Claims, Figures, FilePages, Job, NO_FAULT, Opening, Options, Source, Whereabouts};
+use super::{Claims, Figures, FilePages, Handle, Job, NO_FAULT, Opening, Options, Source, Whereabouts};
 use crate::{
     checkpoint::Checkpoint,
     error::Error,
@@ -63,6 +63,7 @@ impl Original {
             figures: Figures::default(),
             progress,
             options: self.options.clone(),
+            handle: Handle::new(self.options.max_bandwidth),
             after_fault: AtomicU64::new(NO_FAULT),
         };
         let (opening, ram_section) = (self.opening.clone(), self.ram_section);

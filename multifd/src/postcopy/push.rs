@@ -27,7 +27,7 @@ impl Link<'_> {
         self.set_phase(Phase::Postcopy);
         self.open_part();
         let batch = if job.options.preempt { BATCH } else { BATCH_BETWEEN_REQUESTS };
-        let mut pace = Pace::new(job.options.max_bandwidth);
+        let mut pace = Pace::new(job.handle.max_bandwidth());
         for pages in first.chunks(batch) {
             let claimed: Vec<u64> = pages.iter().copied().filter(|&page| job.claims.claim(page)).collect();
             self.main().sends(&claimed);
@@ -66,9 +66,15 @@ impl Link<'_> {
     }
 
     fn one_batch(&mut self, pages: &[u64], reason: Reason, pace: &mut Pace) -> Result<(), Error> {
-        let page_size = self.job().pages.layout().page_size();
-        let turn = pace.turn(Instant::now(), pages.len() * page_size);
-        self.serve(Deadline::after(Some(turn)), |_| false)?;
+        let (handle, bytes) = (self.job().handle.clone(), pages.len() * self.job().pages.layout().page_size());
+        loop {
+            let turn = pace.turn(Instant::now(), bytes);
+            self.serve(Deadline::after(Some(turn)), |_| handle.max_bandwidth() != pace.bytes_per_second)?;
+            // At a rate that has changed these pages may have been due for long, or not be due for long.
+            if !pace.change(handle.max_bandwidth()) {
+                break;
+            }
+        }
         self.main().send_claimed(pages, reason)
     }
 
@@ -126,6 +132,15 @@ impl Pace {
         Pace { bytes_per_second, paid_at: None }
     }
 
+    /// Takes another rate from now on, at which nothing was sent. Returns whether it is another one.
+    fn change(&mut self, bytes_per_second: Option<u64>) -> bool {
+        let changed = bytes_per_second != self.bytes_per_second;
+        if changed {
+            *self = Pace::new(bytes_per_second);
+        }
+        changed
+    }
+
     /// How long to wait before `bytes` are sent at `now`.
     fn turn(&mut self, now: Instant, bytes: usize) -> Duration {
         let Some(rate) = self.bytes_per_second else { return Duration::ZERO };
@@ -162,6 +177,11 @@ mod tests {
         now += Duration::from_secs(60);
         let waits: Duration = (0..20).map(|_| pace.turn(now, 10_000)).last().unwrap();
         assert_eq!(waits, Duration::from_millis(140));
+        // Of a rate that was much lower nothing is left to be waited for.
+        assert!(pace.change(Some(1)) && !pace.change(Some(1)));
+        assert_eq!([0; 2].map(|_| pace.turn(now, 7200)), [Duration::ZERO, Duration::from_secs(3600)]);
+        assert!(pace.change(Some(7200)));
+        assert_eq!([0; 2].map(|_| pace.turn(now, 7200)), [Duration::ZERO, Duration::from_secs(1)]);
         assert_eq!(Pace::new(None).turn(now, usize::MAX), Duration::ZERO);
         assert_eq!(Pace::new(Some(1)).turn(now, usize::MAX), Duration::ZERO);
     }

@@ -1,6 +1,7 @@
 //! The source against destinations that play a part: right ones, hostile ones, and ones that leave.
 
 mod deaths;
+mod steered;
 
 use std::{
     fs,

@@ -3,9 +3,12 @@
 pub mod lists;
 pub mod record;
 mod report;
+mod resume;
 
 use std::{
+    io,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -13,19 +16,23 @@ use multifd::{
     checkpoint::{self, Checkpoint},
     error::{Connection, Error},
     postcopy::{Options, Source, Whereabouts},
+    stop::StopHandle,
     transport::uri::Uri,
 };
 use serde_json::{Map, Value, json};
 
-use self::record::Record;
 pub use self::report::PostcopyReport;
+use self::{
+    record::Record,
+    resume::{AtTheDesk, Desk, Steers},
+};
 use crate::{
     args::{SEVERAL, SendArgs},
     connect::PatientConnector,
     exit::Exit,
     printable,
     progress::Display,
-    qmp::{End, Preempt, Qmp, RunState, Settings, Steered, WatchedPostcopy},
+    qmp::{End, Preempt, Qmp, RunState, Settings, WatchedPostcopy},
     report::{MigrationReport, Outcome, fields},
     role::Role,
     rounds::Rounds,
@@ -46,18 +53,20 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
         Ok(source) => source,
         Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
-    let commands = Steered { verb: "sends", stop: source.stop_handle() };
+    let desk = Desk::new(source.handle());
+    let commands = Steers::new(desk.clone(), source.stop_handle());
     let settings = Settings::of_postcopy(
         Preempt(args.postcopy.preempt),
         args.transfer.max_bandwidth.and_then(|rate| rate.0).unwrap_or(0),
     );
-    let begun = signals::cancel_on_interrupt(source.stop_handle())
+    let begun = end_on_interrupt(source.stop_handle(), desk.clone())
         .and_then(|()| Qmp::listen(args.qmp.as_ref(), RunState::Paused, settings, false, commands));
     let (qmp, _listening) = match begun {
         Ok(monitor) => monitor,
         Err(error) => return Outcome::failed(Exit::Failed, error),
     };
-    source.observe(WatchedPostcopy::begin(qmp.clone(), source.progress(), args.postcopy.recover));
+    let watched = WatchedPostcopy::begin(qmp.clone(), &source, args.postcopy.recover);
+    source.observe(AtTheDesk { inner: watched, desk: desk.clone() });
     let postcopy = &args.postcopy;
     let path: PathBuf =
         postcopy.state.clone().unwrap_or_else(|| Record::place(&args.file, postcopy.clone && !postcopy.recover));
@@ -66,12 +75,26 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
         false => Record::begin(&path, checkpoint, &args.uri.to_string()),
     };
     match record {
-        Ok(record) => Sending { args, checkpoint, source, record, qmp: qmp.clone(), begun: Instant::now() }.run(),
+        Ok(record) => {
+            let (qmp, to, begun) = (qmp.clone(), args.uri.clone(), Instant::now());
+            Sending { args, checkpoint, source, record, qmp, desk, to, begun }.run()
+        }
         Err(error) => {
             qmp.finish_as(End::Failed(error.to_string()), RunState::Paused);
             Outcome::failed(Exit::Failed, error)
         }
     }
+}
+
+/// Has an interrupt end what is under way, and the wait for a client.
+///
+/// # Errors
+/// The kernel's.
+fn end_on_interrupt(stop: StopHandle, desk: Arc<Desk>) -> io::Result<()> {
+    signals::on_interrupt(signals::Hangup::Interrupts, move || {
+        stop.cancel();
+        desk.end();
+    })
 }
 
 /// Why it cannot be a postcopy at all.
@@ -108,6 +131,9 @@ struct Sending<'a> {
     source: Source,
     record: Record,
     qmp: Qmp,
+    desk: Arc<Desk>,
+    /// Where the destination is.
+    to: Uri,
     begun: Instant,
 }
 
@@ -159,25 +185,48 @@ impl Sending<'_> {
         self.source.recover(&connector)
     }
 
-    /// Tries again while the destination listens again and takes pages.
+    /// Tries again while the destination listens again and takes pages. Once a client has paused it, or said where to go on, clients
+    /// say each time what is next.
     fn go_on(&mut self, mut error: Error) -> Result<(), Error> {
-        let limit = self.args.postcopy.recovery_limit();
-        while self.may_go_on(&error) && limit.0 != Some(Duration::ZERO) {
-            tracing::warn!(
-                "{error}; tries for {} s to go on: have the QEMU listen again, {}",
-                limit.0.unwrap_or_default().as_secs_f64(),
-                what_to_type(&self.args.uri)
-            );
+        let mut led = false;
+        while self.may_go_on(&error) {
+            led |= is_paused(&error);
             self.qmp.postcopy_pauses();
+            let limit = match (self.next_place(&error, led), self.args.postcopy.recovery_limit()) {
+                (Some(to), _) => {
+                    (self.to, led) = (to, true);
+                    self.args.transfer.connect_timeout
+                }
+                (None, Limit(Some(Duration::ZERO))) => break,
+                (None, _) if led => break,
+                (None, limit) => {
+                    tracing::warn!(
+                        "{error}; tries for {} s to go on: have the QEMU listen again, {}",
+                        limit.0.unwrap_or_default().as_secs_f64(),
+                        what_to_type(&self.to)
+                    );
+                    limit
+                }
+            };
             let before = self.pages_sent();
             match self.recover(limit) {
                 Ok(()) => return Ok(()),
                 // A destination that takes connections and no pages is not tried again and again.
-                Err(again) if self.pages_sent() == before => return Err(again),
+                Err(again) if self.pages_sent() == before && !led && !is_paused(&again) => return Err(again),
                 Err(again) => error = again,
             }
         }
         Err(error)
+    }
+
+    /// The place that a client has named since `error`; waits for one if it is `led` by clients, until an interrupt or `quit`.
+    fn next_place(&self, error: &Error, led: bool) -> Option<Uri> {
+        self.desk.take().or_else(|| {
+            led.then(|| {
+                tracing::warn!("{error}; waits for a QMP client to say where to go on: migrate with resume, or quit");
+                self.desk.wait()
+            })?
+        })
     }
 
     fn may_go_on(&self, error: &Error) -> bool {
@@ -199,7 +248,7 @@ impl Sending<'_> {
     }
 
     fn connector(&self, limit: Limit<Duration>) -> Result<PatientConnector, Error> {
-        let connector = PatientConnector::new(&self.args.uri, &self.args.transfer.link.tls, limit);
+        let connector = PatientConnector::new(&self.to, &self.args.transfer.link.tls, limit);
         connector.map_err(|source| Error::Io {
             at: multifd::error::Place { connection: Connection::Main, offset: 0 },
             source,
@@ -262,6 +311,16 @@ fn summary(args: &SendArgs, checkpoint: &Checkpoint, text: &str) -> String {
         args.file.display(),
         args.uri,
     )
+}
+
+/// Whether a client has paused what ended with `error`.
+fn is_paused(error: &Error) -> bool {
+    match error {
+        Error::Incomplete { reason, .. } | Error::InDoubt { reason } | Error::Unacknowledged { reason } => {
+            matches!(**reason, Error::Paused)
+        }
+        _ => false,
+    }
 }
 
 /// What to do now, where there is something to do.

@@ -6,7 +6,7 @@ use multifd_proto::{command::Command, postcopy::received, return_path::Message, 
 
 use super::{postcopy::*, script::*};
 use crate::{
-    destination::{Destination, Mode, Options, Report},
+    destination::{Destination, Handle, Mode, Options, Report},
     error::Error,
     ram::Ram,
     stop::StopHandle,
@@ -133,11 +133,20 @@ fn received_from<T: Send + 'static>(
     channel: Option<Wire>,
     source: impl FnOnce(Scripted, StopHandle) -> T + Send + 'static,
 ) -> (Result<Report, Error>, Vec<&'static str>, Ram, T) {
+    steered(options, channel, |scripted, stop, _| source(scripted, stop))
+}
+
+/// The same for a `source` that steers the destination, too.
+fn steered<T: Send + 'static>(
+    options: Options,
+    channel: Option<Wire>,
+    source: impl FnOnce(Scripted, StopHandle, Handle) -> T + Send + 'static,
+) -> (Result<Report, Error>, Vec<&'static str>, Ram, T) {
     test_support::time_limit(Duration::from_secs(120), || {
         let (listener, connector) = memory::listener(1 << 20);
         let destination = Destination::new(options);
-        let stop = destination.stop_handle();
-        let source = thread::spawn(move || source(Scripted { connector, channel }, stop));
+        let (stop, handle) = (destination.stop_handle(), destination.handle());
+        let source = thread::spawn(move || source(Scripted { connector, channel }, stop, handle));
         let ram = guarded_ram();
         let mut vm = TestDestination::new(ram.clone());
         let outcome = destination.run(&mut vm, Box::new(listener), &mut ());
@@ -201,6 +210,30 @@ fn a_source_goes_on_any_number_of_times_and_no_page_comes_twice() {
     });
     let report = assert_whole(outcome, &calls, &ram);
     assert_eq!((told, report.recoveries), ((0..7).collect(), 7));
+}
+
+/// What `migrate-pause` is for: the network says nothing, and an operator knows that nothing will come.
+#[test]
+fn a_destination_gives_its_connections_up_when_it_is_told_to_and_only_where_the_source_can_go_on() {
+    let (outcome, calls, ram, told) = steered(patient(), None, |source, _, handle| {
+        assert!(!handle.pause(), "no source has come");
+        let mut main = source.begins(&given_away().bytes);
+        main.write(&part(&DISCARDED[..2], false), &[]).unwrap();
+        assert!(handle.pause());
+        // To its end.
+        answers_until(&mut *main, |_| false);
+        let told = source.goes_on();
+        assert!(!handle.pause(), "every page is here");
+        told
+    });
+    assert_eq!((told.len(), assert_whole(outcome, &calls, &ram).recoveries), (1, 1));
+    let (outcome, calls, ram, ()) = steered(no_channels(true), None, |source, _, handle| {
+        let mut main = source.begins(&given_away().bytes);
+        assert!(!handle.pause(), "the source is not waited for");
+        main.write(&[part(&DISCARDED, false), end()].concat(), &[]).unwrap();
+        assert!(answers_until(&mut *main, |answer| matches!(answer, Message::Shut(_))).ends_with(&[Message::Shut(0)]));
+    });
+    assert_eq!(assert_whole(outcome, &calls, &ram).recoveries, 0);
 }
 
 /// A page that a thread of an old connection places after the source was told that it is missing would come twice.
