@@ -486,7 +486,7 @@ fn a_break_is_gone_over_by_the_sender_itself() {
 pub fn monitor_of(path: &Path) -> Client {
     let deadline = Instant::now() + LIMIT;
     loop {
-        match Client::connect(path) {
+        match Client::builder().out_of_band().connect(path) {
             Ok(client) => return client,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }
