@@ -1,13 +1,18 @@
 //! Postcopy that QMP clients pause and have go on elsewhere, by the commands of QEMU: `migrate-pause`, `migrate-recover`, and `migrate`
 //! with `resume`.
 
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
 use multifd_qmp::Client;
 use qemu_peer::{Installed, Version};
 use serde_json::{Value, json};
 use test_support::{TempDir, time_limit};
 
 use crate::{
-    harness::{Multifd, TEST_LIMIT, assert_goes_on, assert_same_memory, receive_uri},
+    harness::{LIMIT, Multifd, TEST_LIMIT, assert_goes_on, assert_same_memory, receive_uri},
     postcopy::{Recoverable, checkpoint, figure, monitor_of, send, told_until},
     switched::{SOURCES, send_pages_slowly, wait_status},
 };
@@ -16,6 +21,19 @@ use crate::{
 fn refused(monitor: &mut Client, command: &str, arguments: Value, words: &str) {
     let error = monitor.execute(command, arguments).unwrap_err().to_string();
     assert_eq!(error, format!("{command}: GenericError: {words}"));
+}
+
+/// Waits until `query-migrate` says `status`.
+fn wait_until(monitor: &mut Client, status: &str) {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let answer = monitor.execute("query-migrate", json!({})).unwrap();
+        if answer["status"] == status {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{status} awaited: {answer}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 const NOT_TO_PAUSE: &str = "migrate-pause is currently only supported during postcopy-active or postcopy-recover state";
@@ -35,7 +53,10 @@ fn a_client_pauses_a_postcopy_and_has_it_go_on_at_another_address() {
         // As good as no page comes by itself.
         let sending = send(&file, &uri, false, &[&qmp, "--max-bandwidth=1B/s", "--stall-timeout=0"]);
         let mut monitor = monitor_of(&dir.join("qmp"));
-        told_until(&mut monitor, "postcopy-active");
+        // A client that comes late is told of no event that was before.
+        wait_until(&mut monitor, "postcopy-active");
+        // A QEMU that loses its source before it runs the guest has another end.
+        destination.qemu.wait_passes(1, LIMIT).unwrap();
         let elsewhere = json!({ "uri": "unix:/nonesuch/socket", "resume": true });
         refused(&mut monitor, "migrate", elsewhere.clone(), NOTHING_TO_RESUME);
         refused(&mut monitor, "migrate", json!({ "uri": uri }), "There's a migration process in progress");
