@@ -33,8 +33,8 @@ pub(super) fn destination(mut arguments: Arguments) -> Result<Uri, CommandError>
 /// It is no place to listen at.
 pub(super) fn to_listen_at(uri: &str) -> Result<Origin, CommandError> {
     match by_uri(uri)? {
-        at @ Origin::Uri(Uri::Tcp { .. } | Uri::Unix(_)) => Ok(at),
-        other => Err(CommandError::generic(format!("{other}: expected tcp:HOST:PORT or unix:PATH to listen at"))),
+        at @ Origin::Uri(Uri::Tcp { .. } | Uri::Unix(_) | Uri::Vsock { .. }) => Ok(at),
+        other => Err(CommandError::generic(format!("{other}: expected an address to listen at"))),
     }
 }
 
