@@ -74,16 +74,16 @@ fn what_to_compare(checkpoint: &Checkpoint, options: &source::Options) -> String
         uuid => format!("UUID {}", describe::uuid(&uuid)),
     };
     let multifd = match options.plan.channels {
-        0 => "the capability multifd, which has to be off".to_owned(),
-        _ => "the capability multifd, and the parameters multifd-channels, multifd-compression".to_owned(),
+        0 => "the capability multifd (it has to be off), and the parameter",
+        _ => "the capability multifd, and the parameters multifd-channels, multifd-compression and",
     };
     format!(
         "A QEMU says nothing on the connection when it is set up otherwise. It was sent: machine {}, {}, {compression}, \
          {uuid}, RAM blocks {}. Compare its -machine, -m and devices, -uuid, {multifd} \
-         and tls-creds (query-migrate-parameters). It writes its reason to its \
+         tls-creds (query-migrate-parameters). It writes its reason to its \
          stderr (with libvirt: /var/log/libvirt/qemu/NAME.log) and to error-desc of query-migrate",
         checkpoint.machine(),
-        describe::counted(usize::from(options.plan.channels), "channel"),
+        describe::channels(usize::from(options.plan.channels)),
         blocks.join(", "),
     )
 }

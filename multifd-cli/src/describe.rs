@@ -307,5 +307,10 @@ pub fn counted(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
+/// `4 channels`, or that there are none.
+pub fn channels(number: usize) -> String {
+    if number == 0 { "without channels".to_owned() } else { counted(number, "channel") }
+}
+
 /// Bytes of a field that are shown.
 const LONG: usize = 32;

@@ -7,45 +7,23 @@ use std::{
     fs,
     io::{Read, Write},
     path::{Path, PathBuf},
-    process::{Child, Output, Stdio},
+    process::{Child, Stdio},
     thread,
     time::Duration,
 };
 
-use common::{LIMIT, captures::recorded, exit_code, json, multifd};
+use common::{
+    LIMIT,
+    captures::recorded,
+    convert::{convert, converted, ended, failed, inspect},
+    multifd,
+};
 use multifd_proto::libvirt::{SaveFormat, SaveHeader};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use test_support::{TempDir, time_limit};
 
 const XML: &str = "<domain type='qemu'>\n<name>vm</name><os><type machine='pc-i440fx-10.0'>hvm</type></os></domain>\n";
-
-fn ended(output: &Output) -> (i32, Value) {
-    (exit_code(output), json(&output.stdout))
-}
-
-fn convert(from: &Path, to: &Path, more: &[&str]) -> (i32, Value) {
-    ended(&multifd("convert --json").args([from, to]).args(more).output().unwrap())
-}
-
-#[track_caller]
-fn converted(from: &Path, to: &Path, more: &[&str]) -> Value {
-    let (status, report) = convert(from, to, &[more, &["--digest"]].concat());
-    assert_eq!(status, 0, "{report}");
-    assert!(report["machine"].is_string());
-    report
-}
-
-fn inspect(path: &Path) -> (i32, Value) {
-    ended(&multifd("inspect --digest --json").arg(path).output().unwrap())
-}
-
-#[track_caller]
-fn failed((status, report): (i32, Value), expected: i32, what: &str) {
-    let error = report["error"].as_str().unwrap_or_default();
-    assert_eq!(status, expected, "{report}");
-    assert!(error.contains(what), "{what:?} is not in {error:?}");
-}
 
 /// The stream in an image of libvirt's, packed as `format` says.
 fn image(stream: &[u8], format: SaveFormat) -> Vec<u8> {

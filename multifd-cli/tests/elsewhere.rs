@@ -2,15 +2,14 @@
 
 mod common;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Output, Stdio},
-    thread,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, process::Stdio, thread, time::Duration};
 
-use common::{LIMIT, captures::recorded, exit_code, json as report_of, multifd};
+use common::{
+    LIMIT,
+    captures::recorded,
+    convert::{convert, converted, ended, failed, inspect},
+    multifd,
+};
 use multifd_proto::{
     BlockName,
     encoder::MainEncoder,
@@ -19,32 +18,6 @@ use multifd_proto::{
 };
 use serde_json::{Value, json};
 use test_support::{TempDir, time_limit};
-
-fn ended(output: &Output) -> (i32, Value) {
-    (exit_code(output), report_of(&output.stdout))
-}
-
-fn convert(from: &Path, to: &Path, more: &[&str]) -> (i32, Value) {
-    ended(&multifd("convert --json --digest").args([from, to]).args(more).output().unwrap())
-}
-
-#[track_caller]
-fn converted(from: &Path, to: &Path, more: &[&str]) -> Value {
-    let (status, report) = convert(from, to, more);
-    assert_eq!(status, 0, "{report}");
-    report
-}
-
-fn inspect(path: &Path) -> (i32, Value) {
-    ended(&multifd("inspect --digest --json").arg(path).output().unwrap())
-}
-
-#[track_caller]
-fn failed((status, report): (i32, Value), expected: i32, what: &str) {
-    let error = report["error"].as_str().unwrap_or_default();
-    assert_eq!(status, expected, "{report}");
-    assert!(error.contains(what), "{what:?} is not in {error:?}");
-}
 
 fn write(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
     let path = dir.join(name);

@@ -151,8 +151,8 @@ fn no_monitor(option: &str) -> String {
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {
     /// Where the source is: tcp:HOST:PORT, unix:PATH or vsock:CID:PORT to wait for it (TCP's port 0 picks a free one), fd:N for an inherited
-    /// socket or pipe, systemd or systemd:NAME for a socket that systemd listens at, - for the standard input, file:PATH[,offset=N] for a file or FIFO. All but tcp, unix and a listening
-    /// socket are one connection, which takes only a migration without multifd; a pipe or file has no way back to the source.
+    /// socket or pipe, systemd or systemd:NAME for a socket that systemd listens at, - for the standard input, file:PATH[,offset=N] for a file or FIFO.
+    /// What is neither one of these three nor a listening socket is one connection, which takes only a migration without multifd; a pipe or file has no way back to the source.
     /// defer: the one that QMP's migrate-incoming names.
     #[arg(value_name = "URI", value_parser = incoming_origin, allow_hyphen_values = true)]
     pub from: Incoming<Origin>,

@@ -23,6 +23,7 @@ use tempfile::TempDir;
 use crate::{
     args::{DemoArgs, Token, Transport},
     child::{Ending, GuestProcess, Said},
+    describe,
     exit::Exit,
     metrics::{self, TwoEnds},
     monitor, progress,
@@ -394,7 +395,7 @@ impl<'a> Demo<'a> {
                 units::show_size(machine.memory),
                 units::show_size(machine.working_set())
             ),
-            format!("path        {}, {}, {compression}", self.uri, counted(migration.channels as u64, "channel")),
+            format!("path        {}, {}, {compression}", self.uri, describe::channels(migration.channels)),
             String::new(),
         ];
         if !progress::reader_saw_rounds(&self.args.output) {
@@ -458,11 +459,6 @@ impl<'a> Demo<'a> {
         lines.push(String::new());
         lines.join("\n")
     }
-}
-
-/// `1 channel`, `2 channels`.
-fn counted(number: u64, noun: &str) -> String {
-    format!("{} {noun}{}", table::grouped(number), if number == 1 { "" } else { "s" })
 }
 
 /// Over its whole working set, which the guest makes after the source has ended: in the first it checks what came from

@@ -6,18 +6,18 @@ use multifd::{
 };
 use serde_json::json;
 
-use crate::{doors::Doors, table};
+use crate::{movable_listener::ListenerHandle, table};
 
 /// An observer that passes events on, and tells the operator of connections that were lost.
 pub struct Interrupted<'a> {
     inner: &'a mut dyn Observer,
     /// Where the source can connect to again.
-    at: Doors,
+    at: ListenerHandle,
 }
 
 impl<'a> Interrupted<'a> {
     /// Passes on to `inner`; the source can go on at `at`.
-    pub fn new(inner: &'a mut dyn Observer, at: Doors) -> Interrupted<'a> {
+    pub fn new(inner: &'a mut dyn Observer, at: ListenerHandle) -> Interrupted<'a> {
         Interrupted { inner, at }
     }
 

@@ -23,9 +23,10 @@ use super::{deferred::Deferred, interrupted::Interrupted, recovers::Recovers};
 use crate::{
     args::{AllowArgs, Compression, Incoming, Origin, Ready, ReceiveArgs, ReturnPathAck, TlsArgs},
     describe,
-    doors::Doors,
     exit::Exit,
-    listening, printable,
+    listening,
+    movable_listener::ListenerHandle,
+    printable,
     progress::Display,
     qmp::{Qmp, Role, RunState, Settings, Watched},
     report::{MigrationReport, Outcome, fields},
@@ -52,8 +53,9 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let stop = destination.stop_handle();
     let recording = args.record.as_deref().map(Recording::new).transpose()?;
     let opener = Opener { tls: args.link.tls.clone(), allow: args.listen.allow.clone(), recording };
-    let doors = Doors::default();
-    let recovers = Recovers { destination: destination.handle(), opener: opener.clone(), doors: doors.clone() };
+    let listening_at = ListenerHandle::default();
+    let recovers =
+        Recovers { destination: destination.handle(), opener: opener.clone(), listening_at: listening_at.clone() };
     let (deferred, commands) = Deferred::new(args.from == Incoming::Defer, stop.clone(), recovers);
     let (interrupted, desk) = (Arc::new(AtomicBool::new(false)), deferred.desk());
     let seen = interrupted.clone();
@@ -83,11 +85,11 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let Some(Place { listener, uri, is_one_way }) = place else {
         return Ok(Outcome::failed(Exit::Cancelled, Error::Cancelled));
     };
-    let listener = doors.open(listener, uri)?;
+    let listener = listening_at.open(listener, uri)?;
     let mut display = Display::new(Role::Destination, &args.output, &progress);
     let begun = Instant::now();
     let watched = &mut Watched::new(&mut display, qmp.clone(), Role::Destination);
-    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, doors));
+    let received = writer.receive(destination, listener, &mut Interrupted::new(watched, listening_at));
     let rounds = display.rounds();
     drop(display);
     match received {
@@ -280,10 +282,10 @@ fn summary(migration: &MigrationReport, received: &destination::Report, path: &P
         table::milliseconds(migration.total_time_us as f64 / 1e3),
         table::decimal_bytes(rate),
         match migration.channels {
-            0 => "without channels".to_owned(),
+            0 => describe::channels(0),
             channels => format!(
                 "{}, {}",
-                describe::counted(channels, "channel"),
+                describe::channels(channels),
                 describe::counted(usize::try_from(ram.dirty_sync_count).unwrap_or(usize::MAX), "sync point")
             ),
         },

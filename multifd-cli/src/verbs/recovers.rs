@@ -5,7 +5,7 @@ use multifd::destination::Handle;
 use serde_json::{Value, json};
 
 use super::receive::Opener;
-use crate::{args::Origin, doors::Doors};
+use crate::{args::Origin, movable_listener::ListenerHandle};
 
 /// Does what clients want.
 pub struct Recovers {
@@ -14,7 +14,7 @@ pub struct Recovers {
     /// How connections are taken.
     pub(super) opener: Opener,
     /// Where they come to.
-    pub(super) doors: Doors,
+    pub(super) listening_at: ListenerHandle,
 }
 
 impl Recovers {
@@ -34,14 +34,14 @@ impl Recovers {
     /// # Errors
     /// It cannot be listened at; then connections are taken where they were before.
     pub fn listen_at(&self, at: &Origin) -> Result<Value, String> {
-        let current = self.doors.uri();
+        let current = self.listening_at.uri();
         if let Some(current) = current.filter(|current| at.address() == Some(current)) {
             return Ok(current.to_string().into());
         }
         self.opener.allow.check(at.address())?;
         let place = self.opener.open(at).map_err(|error| format!("{at}: {error}"))?;
         let uri = place.uri.clone();
-        self.doors.replace(place.listener, place.uri).map_err(|error| error.to_string())?;
+        self.listening_at.replace(place.listener, place.uri).map_err(|error| error.to_string())?;
         Ok(uri.map_or(Value::Null, |uri| uri.to_string().into()))
     }
 }

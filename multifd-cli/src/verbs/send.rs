@@ -203,7 +203,7 @@ fn summary(args: &SendArgs, checkpoint: &Checkpoint, migration: &MigrationReport
         table::bytes(ram.total),
         table::milliseconds(migration.total_time_us as f64 / 1e3),
         table::decimal_bytes(rate),
-        describe::counted(migration.channels, "channel"),
+        describe::channels(migration.channels),
         migration.dialect.as_deref().unwrap_or("unknown"),
         compression.concat(),
         zero_copy.unwrap_or_default(),

@@ -4,6 +4,7 @@
 
 pub mod captures;
 pub mod client;
+pub mod convert;
 pub mod hosts;
 pub mod proxy;
 pub mod python;

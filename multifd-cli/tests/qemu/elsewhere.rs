@@ -31,6 +31,17 @@ fn assert_goes_on(source: &Qemu, destination: &mut Qemu) {
     guest().check_ram_file(&source.ram_file().unwrap()).unwrap();
 }
 
+/// A QEMU in the memory of `source`, to which the devices in `file` were sent.
+fn loaded(source: &Qemu, installed: &Installed, machine: &str, file: &str, settings: Settings) -> Qemu {
+    let mut destination = with_memory_of(source, installed, machine).incoming().start().unwrap();
+    settings.apply(&mut destination);
+    destination.qmp().set_capabilities(&SHARED).unwrap();
+    let uri = listen(&mut destination, false);
+    let [channels, compression] = settings.args();
+    Multifd::start(["send", file, &uri, "--ignore-shared", &channels, &compression]).done();
+    destination
+}
+
 const SHARED: [(&str, bool); 1] = [("x-ignore-shared", true)];
 
 #[test]
@@ -63,15 +74,7 @@ fn devices_go_through_a_checkpoint_and_the_memory_stays_where_it_is() {
             // QEMU 11.1 loads the file itself, and others get it over the network.
             let mut destination = match version {
                 Version::V11_1 => load_file(with_memory_of(&source, &installed, machine), &file, &SHARED),
-                _ => {
-                    let mut destination = with_memory_of(&source, &installed, machine).incoming().start().unwrap();
-                    settings.apply(&mut destination);
-                    destination.qmp().set_capabilities(&SHARED).unwrap();
-                    let uri = listen(&mut destination, false);
-                    let [channels, compression] = settings.args();
-                    Multifd::start(["send", &path, &uri, "--ignore-shared", &channels, &compression]).done();
-                    destination
-                }
+                _ => loaded(&source, &installed, machine, &path, settings),
             };
             assert_goes_on(&source, &mut destination);
         });
@@ -93,13 +96,7 @@ fn a_file_of_qemu_without_its_memory_is_sent() {
         migrate_away(&mut source, &format!("file:{path}"));
         let inspected = Multifd::start(["inspect", &path]).done_within(LIMIT);
         assert_eq!(inspected["memory-elsewhere"], json!(["pc.ram"]), "{inspected}");
-        let settings = Settings::default();
-        let mut destination = with_memory_of(&source, &installed, machine).incoming().start().unwrap();
-        settings.apply(&mut destination);
-        destination.qmp().set_capabilities(&SHARED).unwrap();
-        let uri = listen(&mut destination, false);
-        let [channels, compression] = settings.args();
-        Multifd::start(["send", &path, &uri, "--ignore-shared", &channels, &compression]).done();
+        let mut destination = loaded(&source, &installed, machine, &path, Settings::default());
         assert_goes_on(&source, &mut destination);
     });
 }

@@ -77,6 +77,14 @@ fn a_client_pauses_a_postcopy_and_has_it_go_on_at_another_address() {
     });
 }
 
+/// A `multifd receive` with `more` and a monitor, its URI, and the monitor.
+fn receives(dir: &TempDir, more: &[&str]) -> (Multifd, String, Client) {
+    let qmp = format!("--qmp=unix:{}", dir.join("qmp").display());
+    let more = [more, &[&qmp]].concat();
+    let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &more);
+    (receive, uri, monitor_of(&dir.join("qmp")))
+}
+
 /// A destination whose source has switched listened where it was started, whatever became of that network.
 #[test]
 fn a_client_has_the_source_of_a_postcopy_come_back_to_another_address() {
@@ -85,10 +93,7 @@ fn a_client_has_the_source_of_a_postcopy_come_back_to_another_address() {
     time_limit(TEST_LIMIT, || {
         let dir = TempDir::new().unwrap();
         let mut qemu = source.start(&installed);
-        let qmp = format!("--qmp=unix:{}", dir.join("qmp").display());
-        let more = ["--digest", "--recover-timeout=10min", &qmp];
-        let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &more);
-        let mut monitor = monitor_of(&dir.join("qmp"));
+        let (receive, uri, mut monitor) = receives(&dir, &["--digest", "--recover-timeout=10min"]);
         refused(&mut monitor, "migrate-pause", json!({}), NOT_TO_PAUSE);
         send_pages_slowly(&mut qemu, &uri);
         let again = format!("unix:{}", dir.join("again").display());
@@ -119,9 +124,7 @@ fn a_client_cannot_pause_a_destination_that_does_not_wait() {
     time_limit(TEST_LIMIT, || {
         let dir = TempDir::new().unwrap();
         let mut qemu = source.start(&installed);
-        let qmp = format!("--qmp=unix:{}", dir.join("qmp").display());
-        let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &dir.join("checkpoint"), &[&qmp]);
-        let mut monitor = monitor_of(&dir.join("qmp"));
+        let (receive, uri, mut monitor) = receives(&dir, &[]);
         send_pages_slowly(&mut qemu, &uri);
         let error = monitor.execute("migrate-pause", json!({})).unwrap_err().to_string();
         assert!(error.contains("GenericError") && error.contains("--recover-timeout"), "{error}");

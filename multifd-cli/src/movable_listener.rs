@@ -1,4 +1,4 @@
-//! A listener that another one can take the place of while it is waited at: a destination that is to be found elsewhere.
+//! A listener that moves to another address while a thread waits at it: a destination whose source comes back elsewhere.
 
 use std::{
     io,
@@ -10,9 +10,9 @@ use multifd::transport::{Listen, Pending, Stopper, uri::Uri};
 
 use crate::progress::lock;
 
-/// Where connections are taken. Clones are the same place.
+/// Moves a listener, and knows where it is. Clones move the same one.
 #[derive(Clone, Default)]
-pub struct Doors {
+pub struct ListenerHandle {
     state: Arc<Mutex<State>>,
 }
 
@@ -27,15 +27,15 @@ struct State {
     is_stopped: bool,
 }
 
-impl Doors {
-    /// Opens the first: connections come from `listener`, which listens at `uri`, until another takes its place.
+impl ListenerHandle {
+    /// Begins with `listener`, which listens at `uri`. What is returned takes its connections until another takes its place.
     ///
     /// # Errors
     /// The kernel's.
     pub fn open(&self, listener: Box<dyn Listen>, uri: Option<Uri>) -> io::Result<Box<dyn Listen>> {
         let mut state = lock(&self.state);
         (state.current, state.uri) = (Some(listener.stopper()?), uri);
-        Ok(Box::new(DoorListener { inner: listener, doors: self.clone() }))
+        Ok(Box::new(MovableListener { inner: listener, handle: self.clone() }))
     }
 
     /// Has connections come from `listener`, which listens at `uri`. The one before is closed by the thread that accepts.
@@ -61,7 +61,7 @@ impl Doors {
     }
 }
 
-impl Stopper for Doors {
+impl Stopper for ListenerHandle {
     fn stop(&self) {
         let mut state = lock(&self.state);
         state.is_stopped = true;
@@ -71,16 +71,16 @@ impl Stopper for Doors {
     }
 }
 
-/// The listener whose place another one can take.
-struct DoorListener {
+/// The listener that moves.
+struct MovableListener {
     inner: Box<dyn Listen>,
-    doors: Doors,
+    handle: ListenerHandle,
 }
 
-impl DoorListener {
+impl MovableListener {
     /// Goes over to the listener that was opened last. Returns whether there was one.
     fn go_over(&mut self) -> bool {
-        let mut state = lock(&self.doors.state);
+        let mut state = lock(&self.handle.state);
         let next = if state.is_stopped { None } else { state.next.take() };
         drop(state);
         let is_new = next.is_some();
@@ -91,7 +91,7 @@ impl DoorListener {
     }
 }
 
-impl Listen for DoorListener {
+impl Listen for MovableListener {
     fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
@@ -112,7 +112,7 @@ impl Listen for DoorListener {
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        Ok(Box::new(self.doors.clone()))
+        Ok(Box::new(self.handle.clone()))
     }
 }
 
@@ -134,16 +134,16 @@ mod tests {
     #[test]
     fn connections_come_from_the_listener_that_was_opened_last() {
         time_limit(LIMIT, || {
-            let (dir, doors) = (TempDir::new().unwrap(), Doors::default());
+            let (dir, handle) = (TempDir::new().unwrap(), ListenerHandle::default());
             let (first, uri) = listener(&dir, "first");
-            let mut listening = doors.open(first, Some(uri)).unwrap();
+            let mut listening = handle.open(first, Some(uri)).unwrap();
             let waiting = thread::spawn(move || (listening.accept(None).map(drop), listening));
             // Twice, so that the thread that accepts may have seen the one between or not.
             for name in ["second", "third"] {
                 let (next, uri) = listener(&dir, name);
-                doors.replace(next, Some(uri)).unwrap();
+                handle.replace(next, Some(uri)).unwrap();
             }
-            assert_eq!(doors.uri(), Some(Uri::Unix(dir.join("third"))));
+            assert_eq!(handle.uri(), Some(Uri::Unix(dir.join("third"))));
             let _peer = UnixStream::connect(dir.join("third")).unwrap();
             let (accepted, listening) = waiting.join().unwrap();
             accepted.unwrap();
@@ -157,15 +157,15 @@ mod tests {
     #[test]
     fn a_stop_holds_also_for_a_listener_that_is_next() {
         time_limit(LIMIT, || {
-            let (dir, doors) = (TempDir::new().unwrap(), Doors::default());
+            let (dir, handle) = (TempDir::new().unwrap(), ListenerHandle::default());
             let (first, uri) = listener(&dir, "first");
-            let mut listening = doors.open(first, Some(uri)).unwrap();
+            let mut listening = handle.open(first, Some(uri)).unwrap();
             let (second, uri) = listener(&dir, "second");
-            doors.replace(second, Some(uri)).unwrap();
+            handle.replace(second, Some(uri)).unwrap();
             listening.stopper().unwrap().stop();
             assert_eq!(listening.accept(None).err().unwrap().kind(), io::ErrorKind::Interrupted);
             let (third, uri) = listener(&dir, "third");
-            assert!(doors.replace(third, Some(uri)).is_err());
+            assert!(handle.replace(third, Some(uri)).is_err());
             // What had come before is still found.
             let _peer = UnixStream::connect(dir.join("first")).unwrap();
             assert!(listening.try_accept().unwrap().is_some());
