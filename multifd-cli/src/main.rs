@@ -10,6 +10,7 @@ mod connect;
 mod current;
 mod describe;
 mod digest;
+mod doctor;
 mod exit;
 mod files;
 mod forecast;

@@ -141,7 +141,9 @@ fn the_page_of_documentation_is_current() {
 
 #[test]
 fn each_schema_is_one() {
-    for verb in ["demo", "guest", "receive", "send", "checkpoint", "restore", "convert", "give-back", "inspect"] {
+    for verb in
+        ["demo", "guest", "receive", "send", "checkpoint", "restore", "convert", "give-back", "inspect", "doctor"]
+    {
         let output = run(&format!("schema {verb}"));
         let schema: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert!(jsonschema::meta::is_valid(&schema), "{verb}");

@@ -18,6 +18,7 @@
 
 pub mod body;
 pub mod guest;
+pub mod host_kvm;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 pub mod log;

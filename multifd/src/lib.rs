@@ -82,6 +82,7 @@ pub mod conformance;
 pub mod destination;
 pub mod dirty;
 pub mod error;
+pub mod host;
 pub mod inspect;
 mod limiter;
 pub mod memory;

@@ -2,6 +2,7 @@
 //! process of the demo is given the same ones.
 
 mod convert;
+mod doctor;
 mod give_back;
 mod link;
 mod listen;
@@ -24,6 +25,7 @@ use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 pub use self::{
     convert::{ConvertArgs, OutputFormat},
+    doctor::DoctorArgs,
     give_back::GiveBackArgs,
     link::{TOKEN_VARIABLE, Token},
     listen::AllowArgs,
@@ -73,6 +75,8 @@ pub enum Verb {
     GiveBack(GiveBackArgs),
     /// Show what is in a checkpoint, a migration stream, or a recorded set of channels.
     Inspect(InspectArgs),
+    /// Say what this host permits and how it is set, as far as migrations need it, and what to change.
+    Doctor(DoctorArgs),
     /// Print the JSON schema of the reports.
     Schema(SchemaArgs),
     /// Write man pages and completions for shells, for packages.
@@ -96,6 +100,7 @@ impl Verb {
             Verb::Convert(args) => &args.output,
             Verb::GiveBack(args) => &args.output,
             Verb::Inspect(args) => &args.output,
+            Verb::Doctor(args) => &args.output,
             Verb::TlsInit(args) => &args.output,
             Verb::Schema(args) => &args.output,
             Verb::Pages(args) => &args.output,
@@ -147,7 +152,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::Receive(args) => args.check(),
         Verb::Convert(args) => args.check(),
         Verb::GiveBack(args) => args.check(),
-        Verb::Inspect(_) | Verb::Pages(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
+        Verb::Doctor(_) | Verb::Inspect(_) | Verb::Pages(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
     };
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)

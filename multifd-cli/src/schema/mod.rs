@@ -33,6 +33,7 @@ const VERBS: &[OfVerb] = &[
     ("convert", plain::<reports::Convert>),
     ("give-back", plain::<reports::GiveBack>),
     ("inspect", plain::<reports::Inspect>),
+    ("doctor", plain::<reports::Doctor>),
     ("tls-init", plain::<reports::TlsInit>),
     ("other", plain::<reports::Other>),
 ];

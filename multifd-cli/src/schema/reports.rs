@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde_json::Value;
 
 use crate::{
+    doctor::Check,
     report::MigrationReport,
     verbs::{Account, Compared, PostcopyReport, Verified},
 };
@@ -331,6 +332,18 @@ report! {
         hosts: Option<Vec<String>>,
         /// The last day on which the certificates are valid.
         valid_until: Option<String>,
+    }
+}
+
+report! {
+    /// The report of `multifd doctor`.
+    Doctor {
+        /// What was looked at, in the order of the text.
+        checks: Option<Vec<Check>>,
+        /// How many of them are warnings.
+        warnings: Option<u64>,
+        /// How many could not be looked at.
+        not_known: Option<u64>,
     }
 }
 

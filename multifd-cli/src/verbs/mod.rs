@@ -4,6 +4,7 @@ mod checkpoint;
 mod convert;
 mod deferred;
 mod demo;
+mod doctor;
 mod give_back;
 mod guest;
 mod inspect;
@@ -42,6 +43,7 @@ fn outcome(verb: &Verb) -> Outcome {
         Verb::Checkpoint(args) => checkpoint::run(args),
         Verb::Restore(args) => restore::run(args),
         Verb::Convert(args) => convert::run(args),
+        Verb::Doctor(args) => doctor::run(args),
         Verb::GiveBack(args) => give_back::run(args),
         Verb::Inspect(args) => inspect::run(args),
         Verb::Pages(args) => pages::run(args),

@@ -30,6 +30,7 @@ use std::{io, ops::Range};
 use crate::{
     dirty::{DirtyLog, mappings},
     dirty_bitmap::DirtyBitmap,
+    host,
     ram::Ram,
     sys::{
         pagemap::{PRESENT, Pagemap, Query, SWAPPED, WRITTEN},
@@ -63,8 +64,7 @@ impl UffdWpLog {
     /// # Errors
     /// What is missing; another log then has to do.
     pub fn new() -> Result<UffdWpLog, UffdUnavailable> {
-        let mut pagemap = Pagemap::open().map_err(|source| UffdUnavailable::NoPagemap { source })?;
-        pagemap.can_scan().map_err(|source| UffdUnavailable::NoPagemapScan { source })?;
+        let pagemap = host::scanner()?;
         let uffd = open()?;
         Ok(UffdWpLog { pagemap, uffd: Some(uffd), parts: Vec::new(), page_size: 0 })
     }
@@ -183,7 +183,7 @@ pub enum UffdUnavailable {
     },
 }
 
-fn open() -> Result<Userfaultfd, UffdUnavailable> {
+pub(crate) fn open() -> Result<Userfaultfd, UffdUnavailable> {
     Userfaultfd::open().map_err(|(step, source)| match step {
         Step::Open => UffdUnavailable::NotPermitted { source },
         Step::Features => UffdUnavailable::NoAsyncWriteProtection { source },

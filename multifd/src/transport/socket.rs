@@ -25,6 +25,7 @@ use super::{
     unix::OwnPath, uri::Uri, vsock,
 };
 use crate::{
+    host,
     ram::GuestRange,
     sys::{
         unsent, vectored,
@@ -406,7 +407,7 @@ fn tcp_peer(socket: &OwnedFd) -> Option<SocketAddr> {
 
 /// In each direction; the kernel doubles it for its own use. 512 KiB needs less than 256 KiB with 1 channel (0.29 and 0.35
 /// CPU s/GB), and more with 2, 4 and 8 (0.31, 0.30, 0.36 and 0.25, 0.26, 0.29).
-const LOOPBACK_BUFFER: usize = 256 << 10;
+const LOOPBACK_BUFFER: usize = host::LOCAL_SOCKET_BUFFER;
 
 /// What a connection to another host keeps unsent, beside what is on its way there.
 const UNSENT: usize = 128 << 10;

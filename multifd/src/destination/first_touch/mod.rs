@@ -5,7 +5,6 @@
 
 mod advised;
 mod choice;
-mod folios;
 mod slices;
 
 use std::io;

@@ -9,7 +9,7 @@
 //! A slice is registered once. Pages that come for it afterwards are written like any other, also by a thread that
 //! finds the registration gone between two system calls.
 //!
-//! Where the host gives large pages (see `folios`), each slice goes one of two ways, as `choice` says: it is registered, or runs
+//! Where the host gives large pages (see [`LargePages`]), each slice goes one of two ways, as `choice` says: it is registered, or runs
 //! are read into place, which the kernel was asked before to back with large pages.
 
 use std::{collections::VecDeque, io, ops::Range};
@@ -19,9 +19,9 @@ use multifd_proto::BlockName;
 use super::{
     advised::Advised,
     choice::{Choice, Trial, Way},
-    folios::{self, Folios, Memory},
 };
 use crate::{
+    host::{FreshKind, LargePages},
     ram::{Backing, GuestRange, Ram, RamBlock},
     sync::{
         Mutex,
@@ -57,7 +57,7 @@ struct Block {
 
 /// Large pages, which a block may get.
 struct Large {
-    folios: Folios,
+    pages: LargePages,
     advised: Advised,
 }
 
@@ -107,14 +107,14 @@ impl Slices {
     /// # Errors
     /// As [`new`](Self::new).
     pub(super) fn or_large_pages(ram: &Ram) -> io::Result<Slices> {
-        Slices::of(ram, SLICE, MOST_OPEN, folios::of_host)
+        Slices::of(ram, SLICE, MOST_OPEN, |kind| LargePages::of_host(kind).map_err(|why| why.to_string()))
     }
 
     fn of(
         ram: &Ram,
         bytes: u64,
         most_open: usize,
-        host: impl Fn(Memory) -> Result<Folios, String>,
+        host: impl Fn(FreshKind) -> Result<LargePages, String>,
     ) -> io::Result<Slices> {
         let uffd = Userfaultfd::open().map_err(|(_, error)| error)?;
         let block = |block: &RamBlock| {
@@ -142,7 +142,7 @@ impl Slices {
         }
         let block = &self.blocks[parts[0].block];
         // A large page that comes unasked may hold more than what is filled: [`MOST_INFLATED`] times as much.
-        let long = |large: &Large| range.len() >= LEAST_RUN.max(large.folios.largest_unasked / MOST_INFLATED);
+        let long = |large: &Large| range.len() >= LEAST_RUN.max(large.pages.largest_unasked / MOST_INFLATED);
         if !block.large.as_ref().is_ok_and(long) {
             return Way::Copy;
         }
@@ -171,7 +171,7 @@ impl Slices {
         let block = self.block_of(range);
         block.choice.went(Way::InPlace, range.len() as u64);
         if let Ok(large) = &block.large
-            && large.folios.advised
+            && large.pages.advised
         {
             large.advised.ask(range);
         }
@@ -360,9 +360,9 @@ impl Drop for Slices {
 }
 
 /// The large pages that `block` may get.
-fn large(block: &RamBlock, host: impl Fn(Memory) -> Result<Folios, String>) -> Result<Large, String> {
+fn large(block: &RamBlock, host: impl Fn(FreshKind) -> Result<LargePages, String>) -> Result<Large, String> {
     let memory = match block.backing() {
-        Backing::Anonymous => Memory::Private,
+        Backing::Anonymous => FreshKind::Private,
         Backing::MemoryFile(file) => {
             // The kernel maps a large page only where its address and its place in the file are alike.
             if !(block.address() ^ file.offset()).is_multiple_of(CONGRUENT) {
@@ -374,13 +374,13 @@ fn large(block: &RamBlock, host: impl Fn(Memory) -> Result<Folios, String>) -> R
                     CONGRUENT.trailing_zeros()
                 ));
             }
-            Memory::Shared
+            FreshKind::Shared
         }
         _ => return Err("it was not said what it is made of".to_owned()),
     };
-    let folios = host(memory)?;
+    let pages = host(memory)?;
     let advised = Advised::new(block.address(), block.bytes() as u64).map_err(|error| error.to_string())?;
-    Ok(Large { folios, advised })
+    Ok(Large { pages, advised })
 }
 
 impl Block {
@@ -578,7 +578,7 @@ mod tests {
     /// Memory of 12 slices, on a host that gives large pages.
     fn with_large_pages(largest_unasked: usize) -> Option<(Ram, Slices)> {
         let ram = ram(&[("ram", 12 * 256)]);
-        let host = |_| Ok(Folios { advised: largest_unasked == 0, largest_unasked });
+        let host = |_| Ok(LargePages { advised: largest_unasked == 0, largest_unasked });
         let slices =
             Slices::of(&ram, 1 << 20, 3, host).map_err(|error| skip(&format!("no userfaultfd: {error}"))).ok()?;
         Some((ram, slices))
