@@ -847,6 +847,21 @@ mod tests {
         }
     }
 
+    /// A full ring stops its vCPU: one that writes fast gets nowhere.
+    #[test]
+    fn no_guest_has_a_dirty_ring_unless_it_was_asked_for() {
+        with_each(|config| {
+            assert_eq!(config.dirty_log, DirtyLogChoice::Auto);
+            let mut guest = Guest::create(&config).unwrap();
+            let chosen = guest.dirty_log_choice();
+            assert_eq!(chosen.name(), guest.dirty_log().name());
+            match config.kind {
+                Kind::Kvm => assert_eq!(chosen, DirtyLogChoice::KvmDirtyLog),
+                _ => assert!([DirtyLogChoice::UffdWp, DirtyLogChoice::Bitmap].contains(&chosen), "{chosen:?}"),
+            }
+        });
+    }
+
     /// Runs `test` with each kind of guest that is possible here, in each way of writing, with one CPU and with three.
     fn with_each(test: impl Fn(GuestConfig)) {
         for kind in [Kind::Process, Kind::Kvm] {

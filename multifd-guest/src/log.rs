@@ -11,12 +11,13 @@ use crate::{guest::GuestError, memory::Memory};
 /// What is to track the guest's writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirtyLogChoice {
-    /// The best that works here.
+    /// The best that works here; never the ring.
     #[default]
     Auto,
     /// KVM's dirty log, for a KVM guest.
     KvmDirtyLog,
-    /// KVM's dirty ring, for a KVM guest.
+    /// KVM's dirty ring, for a KVM guest. A full ring stops its vCPU until it is collected, so it is not for guests that write fast, and
+    /// is never chosen by itself.
     KvmDirtyRing,
     /// Write protection through userfaultfd, for either kind of guest.
     UffdWp,

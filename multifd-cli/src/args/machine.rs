@@ -128,12 +128,12 @@ impl From<GuestKind> for Kind {
 /// What tracks the guest's writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DirtyLog {
-    /// The best that works here.
+    /// The best that works here; never the ring.
     Auto,
     /// KVM's dirty log, for a KVM guest.
     #[value(name = "kvm-dirty-log")]
     KvmLog,
-    /// KVM's dirty ring, for a KVM guest.
+    /// KVM's dirty ring, for a KVM guest: a full one stops its vCPU, so not for guests that write fast.
     #[value(name = "kvm-dirty-ring")]
     KvmRing,
     /// Write protection through userfaultfd.

@@ -22,6 +22,8 @@ pub(crate) mod certificates;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod close_order;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod convergence;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod distance;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod far;
