@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: measures the engine beside QEMU and writes `docs/benchmarks.md`.
 //!
-//! Each section leaves what it found below `target/bench`, raw and as text; the page is put together from all that is
-//! there, so that one section can be measured again by itself. With `--quick` everything is small, goes to
+//! Each section leaves what it found below `target/bench`, raw and as text. A run replaces on the page what it measured, and nothing
+//! else: sections of other runs stay as they are, and so does the table in `README.md` unless all that is in it was measured. `page`
+//! puts all that is below `target/bench` on the page. With `--quick` everything is small, goes to
 //! `target/bench-quick`, and the page in `docs` stays as it is. With `--once` sizes are full and measurements are not
 //! repeated, but for throughput and rounds.
 
@@ -91,7 +92,9 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     let directory = target.join(if quick { "bench-quick" } else { "bench" });
     fs::create_dir_all(&directory).map_err(|error| format!("{}: {error}", directory.display()))?;
     if page_only {
-        return page::write(&root, &directory, quick).map(|()| ExitCode::SUCCESS);
+        let found = |name: &&str| directory.join(format!("{name}.md")).exists();
+        let measured: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).filter(found).collect();
+        return page::write(&root, &directory, quick, &measured, false).map(|()| ExitCode::SUCCESS);
     }
     if !inside_link {
         build()?;
@@ -104,12 +107,18 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
         return link::inside(&bench, rate).map(|()| ExitCode::SUCCESS);
     }
 
-    let mut code = ExitCode::SUCCESS;
+    let (mut code, mut measured) = (ExitCode::SUCCESS, Vec::new());
     for (name, _, measure) in SECTIONS.iter().filter(|(name, ..)| names.is_empty() || names.contains(name)) {
         eprintln!("== {name}");
         let begun = Instant::now();
         match measure(&bench) {
-            Ok(findings) => findings.store(&directory, name)?,
+            Ok(mut findings) => {
+                if !names.is_empty() {
+                    findings.say(&page::alone());
+                }
+                findings.store(&directory, name)?;
+                measured.push(*name);
+            }
             Err(message) => {
                 eprintln!("{name}: {message}");
                 code = ExitCode::FAILURE;
@@ -117,7 +126,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
         }
         eprintln!("== {name}: {:.0} s", begun.elapsed().as_secs_f64());
     }
-    page::write(&root, &directory, quick)?;
+    page::write(&root, &directory, quick, &measured, names.is_empty())?;
     Ok(code)
 }
 

@@ -1,36 +1,77 @@
-//! Puts the page together from what the sections left.
+//! Puts the page together: what a run measured, and of all other sections what the page says already.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use super::SECTIONS;
 
-/// Writes `docs/benchmarks.md`, its plots, and the table in `README.md`; with `quick` only a page beside the findings.
-pub fn write(root: &Path, directory: &Path, quick: bool) -> Result<(), String> {
+/// Puts what the sections `measured` left below `directory` on the page `docs/benchmarks.md`, with its plots, and renews the table in
+/// `README.md`; with `quick` only on a page beside the findings. `all`: all sections were to be measured.
+pub fn write(root: &Path, directory: &Path, quick: bool, measured: &[&str], all: bool) -> Result<(), String> {
     let docs = if quick { directory.join("page") } else { root.join("docs") };
     let plots = docs.join("benchmarks");
     fs::create_dir_all(&plots).map_err(|error| format!("{}: {error}", plots.display()))?;
-    let mut page = introduction();
-    for (name, heading, _) in SECTIONS {
-        page.push_str(&format!("## {heading}\n\n    cargo xtask bench {name}\n\n"));
-        match fs::read_to_string(directory.join(format!("{name}.md"))) {
-            Ok(text) => page.push_str(&text),
-            Err(_) => page.push_str("Not measured.\n\n"),
-        }
-    }
-    page.push_str(&notes(root));
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        if entry.path().extension().is_some_and(|extension| extension == "svg") {
-            let to = plots.join(entry.file_name());
-            fs::copy(entry.path(), &to).map_err(|error| format!("{}: {error}", to.display()))?;
-        }
+    let mut found = BTreeMap::new();
+    for name in measured {
+        let path = directory.join(format!("{name}.md"));
+        let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        copy_plots(&text, directory, &plots)?;
+        found.insert(*name, text);
     }
     let path = docs.join("benchmarks.md");
-    let mut text = page.trim_end().to_owned();
-    text.push('\n');
-    fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+    let old = fs::read_to_string(&path).unwrap_or_default();
+    let page = renewed(&old, &found, all.then(introduction), &notes(root));
+    fs::write(&path, page).map_err(|error| format!("{}: {error}", path.display()))?;
     eprintln!("{}", path.display());
-    if quick { Ok(()) } else { readme(root, directory) }
+    if quick || !IN_README.iter().all(|name| measured.contains(name)) { Ok(()) } else { readme(root, directory) }
+}
+
+/// The page `old` with the sections `found` in place of what it had, and another introduction where there is one.
+fn renewed(old: &str, found: &BTreeMap<&str, String>, introduction: Option<String>, notes: &str) -> String {
+    // What is said of the machine belongs to the sections that stay.
+    let before = || old.split_once("\n## ").map(|(before, _)| format!("{}\n\n", before.trim_end()));
+    let mut page = introduction.or_else(before).unwrap_or_else(self::introduction);
+    for (name, heading, _) in SECTIONS {
+        let head = format!("## {heading}\n\n    cargo xtask bench {name}\n\n");
+        let text = match (found.get(name), section(old, heading)) {
+            (Some(text), _) => head + text,
+            (None, Some(text)) => text.to_owned(),
+            (None, None) => head + "Not measured.",
+        };
+        page.push_str(text.trim_end());
+        page.push_str("\n\n");
+    }
+    page.push_str(notes);
+    format!("{}\n", page.trim_end())
+}
+
+/// The section of the page `old` below `heading`, which it begins with.
+fn section<'a>(old: &'a str, heading: &str) -> Option<&'a str> {
+    let head = format!("## {heading}\n");
+    let begin = if old.starts_with(&head) { 0 } else { old.find(&format!("\n{head}"))? + 1 };
+    let rest = &old[begin..];
+    Some(rest[1..].find("\n## ").map_or(rest, |end| &rest[..end + 2]))
+}
+
+/// Copies the plots that `text` shows.
+fn copy_plots(text: &str, directory: &Path, plots: &Path) -> Result<(), String> {
+    let names = text.split("(benchmarks/").skip(1).filter_map(|rest| rest.split_once(".svg)"));
+    for (name, _) in names {
+        let (from, to) = (directory.join(format!("{name}.svg")), plots.join(format!("{name}.svg")));
+        fs::copy(&from, &to).map_err(|error| format!("{}: {error}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// When a section was measured by itself, and how busy the machine was.
+pub fn alone() -> String {
+    let date = Command::new("date").args(["-u", "+%F"]).output();
+    let date = date.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default();
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or("?").to_owned();
+    format!("Measured on {date}, by itself and not with the rest of this page (load average {load} at its end).")
 }
 
 /// Replaces what stands between the two markers in `README.md`, where it has them.
@@ -69,7 +110,7 @@ fn introduction() -> String {
         "# Benchmarks\n\n\
          Written by `cargo xtask bench`, which installs what it needs, measures, and puts this page together; every figure \
          here comes from it, and the single measurements are left as JSON in `target/bench`. `cargo xtask bench SECTION` \
-         measures one section again.\n\n\
+         measures one section again, says so there, and leaves all others as they are.\n\n\
          | | |\n| --- | --- |\n\
          | machine | {cpus} CPUs{}, {memory:.0} GiB; both ends of every migration share them |\n\
          | kernel | Linux {kernel} |\n\
@@ -92,5 +133,72 @@ fn notes(root: &Path) -> String {
     fs::read_to_string(root.join("docs/benchmarks/notes.md")).unwrap_or_default()
 }
 
+/// The sections that the table in `README.md` is made of.
+const IN_README: &[&str] = &["throughput", "backing", "sparse"];
 const BEGIN: &str = "<!-- written by cargo xtask bench -->";
 const END: &str = "<!-- end -->";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTRODUCTION: &str = "# Benchmarks\n\nThis machine.\n\n";
+    const NOTES: &str = "## What bounds it\n\nThe memory.\n";
+
+    fn all(text: &str) -> BTreeMap<&'static str, String> {
+        SECTIONS.iter().map(|(name, ..)| (*name, format!("{text} of {name}\n\n| a | b |\n\n"))).collect()
+    }
+
+    fn only(name: &str, text: &str) -> BTreeMap<&'static str, String> {
+        all(text).into_iter().filter(|(found, _)| *found == name).collect()
+    }
+
+    fn whole() -> String {
+        renewed("", &all("first"), Some(INTRODUCTION.to_owned()), NOTES)
+    }
+
+    #[test]
+    fn a_whole_run_replaces_the_whole_page() {
+        let first = whole();
+        assert!(first.starts_with(&format!("{INTRODUCTION}## ")), "{first}");
+        let second = renewed(&first, &all("second"), Some("# Benchmarks\n\nAnother.\n\n".to_owned()), NOTES);
+        assert_eq!(second, first.replace("first", "second").replace("This machine", "Another"));
+        assert_eq!(second.matches("\n## ").count(), SECTIONS.len() + 1);
+    }
+
+    /// `cargo xtask bench tls` in a fresh checkout wrote "Not measured." over all other sections, or what an older run had left.
+    #[test]
+    fn a_run_of_one_section_leaves_all_others_as_they_are() {
+        let whole = whole();
+        for (name, ..) in SECTIONS {
+            let changed = renewed(&whole, &only(name, "second"), None, NOTES);
+            assert_eq!(changed, whole.replace(&format!("first of {name}\n"), &format!("second of {name}\n")));
+            assert_ne!(changed, whole);
+            assert_eq!(renewed(&changed, &only(name, "second"), None, NOTES), changed, "{name}, again");
+        }
+        assert_eq!(renewed(&whole, &BTreeMap::new(), None, NOTES), whole, "nothing was measured");
+    }
+
+    #[test]
+    fn a_section_that_is_new_finds_its_place() {
+        let whole = whole();
+        for (name, heading, _) in SECTIONS {
+            let old = whole.replace(section(&whole, heading).unwrap(), "");
+            assert!(!old.contains(&format!("of {name}\n")), "{old}");
+            assert_eq!(renewed(&old, &only(name, "first"), None, NOTES), whole);
+            assert_eq!(renewed(&old, &BTreeMap::new(), None, NOTES).matches("Not measured.").count(), 1);
+        }
+    }
+
+    /// The page of this repository, with its own sections.
+    #[test]
+    fn the_page_that_is_there_stays_as_it_is_where_nothing_is_measured() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
+        let old = fs::read_to_string(root.join("docs/benchmarks.md")).unwrap();
+        let page = renewed(&old, &BTreeMap::new(), None, &notes(&root));
+        // A section that was never measured is named there.
+        let lost = old.lines().find(|line| !page.contains(line));
+        assert_eq!(lost, None);
+        assert_eq!(renewed(&page, &BTreeMap::new(), None, &notes(&root)), page);
+    }
+}

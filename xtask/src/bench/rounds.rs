@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::mover::{self, Destination, Source};
 use super::plot::{Series, bars};
-use super::samples::Samples;
+use super::samples::{Samples, named};
 use super::throughput::{content, random};
 use super::{Bench, Findings};
 
@@ -101,9 +101,11 @@ pub fn dialects(bench: &Bench) -> Result<Findings, String> {
     let content = content(bench, "random", random)?;
     let mut source = Source::start(bench, mib, "anonymous", &content, mib)?;
     let gb = f64::from(mib) * 1048576.0 / 1e9;
+    let names = ["per round", "per section"];
     let mut figures: [[Samples; 2]; 2] = Default::default();
     for repetition in 0..if bench.quick { 2 } else { 8 } {
-        for (dialect, option) in ["", "per-section"].into_iter().enumerate() {
+        for (name, option) in [("per round", ""), ("per section", "per-section")] {
+            let dialect = named(&names, name);
             let present = Destination::Engine { memory: "present", first_touch: "direct" };
             let moved = source.move_to("tcp:127.0.0.1:0", 4, option, present, || mover::warm(bench, mib))?;
             if repetition > 0 {
@@ -117,13 +119,11 @@ pub fn dialects(bench: &Bench) -> Result<Findings, String> {
         "The same {mib} MiB of random pages into present memory, 4 channels over TCP: one sync point for the whole round, as \
          QEMU does it from 8.1 on, or one for each section of about 50 ms, as QEMU does it before. They took turns."
     ));
-    let names = ["per round", "per section"];
-    let row = |dialect: usize| {
-        let [speed, cpu] = &figures[dialect];
-        vec![names[dialect].to_owned(), speed.show(2), cpu.show(2)]
-    };
-    findings.table(&["dialect", "GB/s", "CPU s/GB"], &[row(0), row(1)]);
-    let ratio = figures[1][0].median() / figures[0][0].median();
+    let row = |(name, [speed, cpu]): (&&str, &[Samples; 2])| vec![(*name).to_owned(), speed.show(2), cpu.show(2)];
+    let rows: Vec<Vec<String>> = names.iter().zip(&figures).map(row).collect();
+    findings.table(&["dialect", "GB/s", "CPU s/GB"], &rows);
+    let speed = |name: &str| figures[named(&names, name)].first().map_or(f64::NAN, Samples::median);
+    let ratio = speed("per section") / speed("per round");
     findings.say(&format!("Per section runs at {ratio:.2} of the speed of per round."));
     let raw = names.iter().zip(&figures).map(
         |(name, [speed, cpu])| json!({ "dialect": name, "gb-per-second": speed.json(), "cpu-seconds-per-gb": cpu.json() }),

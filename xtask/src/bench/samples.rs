@@ -48,6 +48,14 @@ impl Samples {
     }
 }
 
+/// Where the variant of this `name` stands in `variants`: what is compared is named, and never counted out.
+///
+/// # Panics
+/// There is none of that name.
+pub fn named(variants: &[&str], name: &str) -> usize {
+    variants.iter().position(|known| *known == name).unwrap_or_else(|| panic!("no variant {name:?} in {variants:?}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +69,12 @@ mod tests {
         assert_eq!(samples(&[3.0, 1.0, 2.0]).median(), 2.0);
         assert_eq!(samples(&[4.0, 1.0, 2.0, 3.0]).median(), 2.5);
         assert!(samples(&[]).median().is_nan());
+    }
+
+    #[test]
+    fn a_variant_is_found_by_its_name_alone() {
+        assert_eq!(named(&["QEMU", "multifd"], "multifd"), 1);
+        assert!(std::panic::catch_unwind(|| named(&["QEMU", "multifd"], "multi")).is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::findings::markdown_table;
 use super::mover::{self, Destination, Source};
 use super::plot::{Series, bars};
-use super::samples::Samples;
+use super::samples::{Samples, named};
 use super::{Bench, Findings, qemu};
 
 /// What is compared, in the order in which the runs of one repetition follow each other.
@@ -165,15 +165,15 @@ fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Tou
             .iter()
             .map(|(what, ours, theirs, goal)| {
                 let ratio = |&channels: &u8| {
-                    let figure = |variant: usize| cell(channels, variant).gb_per_second.median();
-                    format!("{:.2}", figure(*ours) / figure(*theirs))
+                    let figure = |name: &str| cell(channels, named(VARIANTS, name)).gb_per_second.median();
+                    format!("{:.2}", figure(ours) / figure(theirs))
                 };
                 std::iter::once(format!("{what} ({goal})")).chain(channels.iter().map(ratio)).collect()
             })
             .chain(std::iter::once({
                 let ratio = |&channels: &u8| {
-                    let figure = |variant: usize| cell(channels, variant).cpu_seconds_per_gb.median();
-                    format!("{:.2}", figure(1) / figure(0))
+                    let figure = |name: &str| cell(channels, named(VARIANTS, name)).cpu_seconds_per_gb.median();
+                    format!("{:.2}", figure("multifd, memory file") / figure("QEMU, memory file"))
                 };
                 std::iter::once("CPU: multifd / QEMU, memory file (≤ 0.5)".to_owned())
                     .chain(channels.iter().map(ratio))
@@ -232,10 +232,12 @@ pub fn backing(bench: &Bench) -> Result<Findings, String> {
     let gb = f64::from(mib) * 1048576.0 / 1e9;
     let mut theirs = qemu::Source::stopped(bench, mib, Memory::Anonymous, &content, mib)?;
     let mut ours = Source::start(bench, mib, "anonymous", &content, mib)?;
-    let names = ["QEMU, its default", "multifd, its default", "multifd, huge pages"];
+    let variants =
+        [("QEMU, its default", None), ("multifd, its default", Some("auto")), ("multifd, huge pages", Some("huge"))];
+    let names = variants.map(|(name, _)| name);
     let mut cells: [Cell; 3] = Default::default();
     for repetition in 0..=bench.repetitions(7) {
-        for (variant, first_touch) in [None, Some("auto"), Some("huge")].into_iter().enumerate() {
+        for (variant, first_touch) in variants.map(|(_, first_touch)| first_touch).into_iter().enumerate() {
             let warm = || mover::warm_huge(bench, mib + mib / 4);
             let (seconds, cpu) = match first_touch {
                 None => {
@@ -263,27 +265,28 @@ pub fn backing(bench: &Bench) -> Result<Findings, String> {
          they get, and above they are not. QEMU asks for them by default; the engine does not, as a sparse guest would grow. Taken \
          turns; CPU is of both processes."
     ));
-    let ratio = |variant: usize| cells[variant].gb_per_second.median() / cells[0].gb_per_second.median();
+    let cell = |name: &str| &cells[named(&names, name)];
+    let (ours, theirs) = (cell("multifd, its default"), cell("QEMU, its default"));
+    let ratio = |cell: &Cell| cell.gb_per_second.median() / theirs.gb_per_second.median();
     let rows: Vec<Vec<String>> = names
         .iter()
-        .enumerate()
-        .map(|(variant, name)| {
-            let cell = &cells[variant];
+        .map(|name| {
+            let cell = cell(name);
             vec![
                 (*name).to_owned(),
                 cell.gb_per_second.show(2),
                 cell.cpu_seconds_per_gb.show(2),
-                format!("{:.2}", ratio(variant)),
+                format!("{:.2}", ratio(cell)),
             ]
         })
         .collect();
     findings.table(&["", "GB/s", "CPU s/GB", "of QEMU's default (goal for ours: ≥ 2.2)"], &rows);
     let row = [
         "anonymous memory, each side's default, huge pages at hand".to_owned(),
-        cells[1].gb_per_second.show(2),
-        cells[0].gb_per_second.show(2),
-        format!("{:.2} ×", ratio(1)),
-        format!("{:.2} / {:.2}", cells[1].cpu_seconds_per_gb.median(), cells[0].cpu_seconds_per_gb.median()),
+        ours.gb_per_second.show(2),
+        theirs.gb_per_second.show(2),
+        format!("{:.2} ×", ratio(ours)),
+        format!("{:.2} / {:.2}", ours.cpu_seconds_per_gb.median(), theirs.cpu_seconds_per_gb.median()),
     ];
     findings.files.push(("summary-rows.md".to_owned(), format!("| {} |\n", row.join(" | "))));
     let raw = names.iter().zip(&cells).map(|(name, cell)| {
@@ -300,7 +303,7 @@ pub fn backing(bench: &Bench) -> Result<Findings, String> {
 struct Touch {
     name: &'static str,
     /// The variant that it is a part of.
-    variant: Option<usize>,
+    variant: Option<&'static str>,
     one_thread: Samples,
     four_threads: Samples,
 }
@@ -331,9 +334,9 @@ fn first_touches(bench: &Bench, mib: u32) -> Result<Vec<Touch>, String> {
 
 /// What bounds the figures: the CPU time of sockets and of the first touch, which nothing above them can save.
 fn describe_touches(findings: &mut Findings, mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Touch]) {
-    let cell = |variant: usize| cells.get(&(0, 4, variant)).cloned().unwrap_or_default();
+    let cell = |name: &str| cells.get(&(0, 4, named(VARIANTS, name))).cloned().unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-    let sockets = cell(VARIANTS.len() - 1).cpu_seconds_per_gb.median();
+    let sockets = cell("plain sockets, present").cpu_seconds_per_gb.median();
     findings.say(&format!(
         "**What bounds it.** The first touch of {mib} MiB by itself, in the ways that a destination has, from the same few \
          pages and without a connection, in CPU seconds per GB; taken turns, each after another process touched and freed as \
@@ -345,7 +348,7 @@ fn describe_touches(findings: &mut Findings, mib: u32, cells: &BTreeMap<(usize, 
         .iter()
         .map(|touch| {
             let bound = cpus / (sockets + touch.four_threads.median());
-            let reached = touch.variant.map(|variant| cell(variant).gb_per_second.median() / bound);
+            let reached = touch.variant.map(|name| cell(name).gb_per_second.median() / bound);
             vec![
                 touch.name.to_owned(),
                 touch.one_thread.show(2),
@@ -359,18 +362,18 @@ fn describe_touches(findings: &mut Findings, mib: u32, cells: &BTreeMap<(usize, 
 }
 
 /// Ways to fill fresh memory: memory and strategy of the mover, and the variant that is measured with a connection.
-const TOUCHES: &[(&str, &str, &str, Option<usize>)] = &[
+const TOUCHES: &[(&str, &str, &str, Option<&str>)] = &[
     ("memory file, page faults", "memory-file", "direct", None),
-    ("memory file, `UFFDIO_COPY` of runs (automatic)", "memory-file", "copy", Some(1)),
+    ("memory file, `UFFDIO_COPY` of runs (automatic)", "memory-file", "copy", Some("multifd, memory file")),
     ("anonymous, page faults", "anonymous", "direct", None),
-    ("anonymous, `UFFDIO_COPY` of runs (automatic)", "anonymous", "copy", Some(3)),
-    ("anonymous, huge pages", "anonymous", "huge", Some(4)),
+    ("anonymous, `UFFDIO_COPY` of runs (automatic)", "anonymous", "copy", Some("multifd, anonymous")),
+    ("anonymous, huge pages", "anonymous", "huge", Some("multifd, huge pages")),
 ];
 
 /// The table for the README: 4 channels over TCP. [`backing`] adds rows.
 fn summary(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> String {
-    let cell = |variant: usize| cells.get(&(0, 4, variant)).cloned().unwrap_or_default();
-    let row = |name: &str, ours: usize, theirs: usize| {
+    let cell = |name: &str| cells.get(&(0, 4, named(VARIANTS, name))).cloned().unwrap_or_default();
+    let row = |name: &str, ours: &str, theirs: &str| {
         let (ours, theirs) = (cell(ours), cell(theirs));
         vec![
             name.to_owned(),
@@ -381,8 +384,8 @@ fn summary(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> String {
         ]
     };
     let rows = [
-        row("memory file, 4 KiB pages on both sides", 1, 0),
-        row("anonymous memory, each side's default, huge pages not at hand", 3, 2),
+        row("memory file, 4 KiB pages on both sides", "multifd, memory file", "QEMU, memory file"),
+        row("anonymous memory, each side's default, huge pages not at hand", "multifd, anonymous", "QEMU, anonymous"),
     ];
     let head = ["destination's memory", "multifd GB/s", "QEMU 10.0 GB/s", "", "CPU s/GB, multifd / QEMU"];
     format!(
@@ -392,16 +395,21 @@ fn summary(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>) -> String {
     )
 }
 
-/// What the ratio is of: two positions in [`VARIANTS`], and the goal.
-const RATIOS: &[(&str, usize, usize, &str)] = &[
-    ("multifd / QEMU, memory file", 1, 0, "≥ 1.7"),
-    ("multifd / QEMU, anonymous", 3, 2, "≥ 2.2"),
-    ("multifd anonymous / QEMU memory file", 3, 0, "–"),
-    ("multifd huge pages / QEMU memory file", 4, 0, "≥ 3; unix ≥ 4.5"),
-    ("multifd huge pages / QEMU anonymous", 4, 2, "–"),
-    ("multifd present / QEMU memory file", 5, 0, "≥ 3; unix ≥ 4.5"),
-    ("multifd present / plain sockets", 5, 6, "≥ 0.85"),
-    ("plain sockets, present / QEMU memory file: the most there is", 6, 0, "–"),
+/// What the ratio is of, two of [`VARIANTS`], and the goal.
+const RATIOS: &[(&str, &str, &str, &str)] = &[
+    ("multifd / QEMU, memory file", "multifd, memory file", "QEMU, memory file", "≥ 1.7"),
+    ("multifd / QEMU, anonymous", "multifd, anonymous", "QEMU, anonymous", "≥ 2.2"),
+    ("multifd anonymous / QEMU memory file", "multifd, anonymous", "QEMU, memory file", "–"),
+    ("multifd huge pages / QEMU memory file", "multifd, huge pages", "QEMU, memory file", "≥ 3; unix ≥ 4.5"),
+    ("multifd huge pages / QEMU anonymous", "multifd, huge pages", "QEMU, anonymous", "–"),
+    ("multifd present / QEMU memory file", "multifd, present", "QEMU, memory file", "≥ 3; unix ≥ 4.5"),
+    ("multifd present / plain sockets", "multifd, present", "plain sockets, present", "≥ 0.85"),
+    (
+        "plain sockets, present / QEMU memory file: the most there is",
+        "plain sockets, present",
+        "QEMU, memory file",
+        "–",
+    ),
 ];
 
 /// The section of compressed pages.
@@ -439,11 +447,14 @@ pub fn compression(bench: &Bench) -> Result<Findings, String> {
             let engine = Destination::Engine { memory: "memory-file", first_touch: "auto" };
             let option = if *name == "none" { "" } else { name };
             let moved = ours.move_to("tcp:127.0.0.1:0", 4, &format!("{option} {limit_option}"), engine, warm)?;
-            note(0, (moved.seconds(), moved.cpu_seconds(), mover::number(&moved.source, "wire-bytes")));
+            note(
+                named(SIDES, "multifd"),
+                (moved.seconds(), moved.cpu_seconds(), mover::number(&moved.source, "wire-bytes")),
+            );
             if limit_option.is_empty() && *name != "auto" {
                 let parameters = qemu::Parameters { compression: name, ..Default::default() };
                 let moved = theirs.migrate("tcp", parameters, LIMIT, warm)?.ok_or("QEMU takes too long")?;
-                note(1, (moved.seconds(), moved.cpu_seconds, moved.ram("transferred")));
+                note(named(SIDES, "QEMU"), (moved.seconds(), moved.cpu_seconds, moved.ram("transferred")));
             }
         }
     }
@@ -459,6 +470,7 @@ fn describe_compression(mib: u32, cells: &BTreeMap<(usize, usize, usize), (Cell,
     ));
     for (limit, (limit_name, _)) in LIMITS.iter().enumerate() {
         let cell = |method: usize, side: usize| cells.get(&(limit, method, side));
+        let [ours, theirs] = ["multifd", "QEMU"].map(|side| named(SIDES, side));
         let show = |cell: Option<&(Cell, Samples)>, figure: fn(&(Cell, Samples)) -> String| {
             cell.map_or_else(|| "–".to_owned(), figure)
         };
@@ -466,9 +478,9 @@ fn describe_compression(mib: u32, cells: &BTreeMap<(usize, usize, usize), (Cell,
         let rows: Vec<Vec<String>> = METHODS
             .iter()
             .enumerate()
-            .filter(|(method, _)| cell(*method, 0).is_some())
+            .filter(|(method, _)| cell(*method, ours).is_some())
             .map(|(method, name)| {
-                let (ours, theirs) = (cell(method, 0), cell(method, 1));
+                let (ours, theirs) = (cell(method, ours), cell(method, theirs));
                 let of_theirs = ours.zip(theirs).map(|(ours, theirs)| format!("{:.2}", speed(ours) / speed(theirs)));
                 vec![
                     (*name).to_owned(),
@@ -496,9 +508,10 @@ fn describe_compression(mib: u32, cells: &BTreeMap<(usize, usize, usize), (Cell,
             ],
             &rows,
         );
-        let fixed = (0..METHODS.len()).filter(|&method| METHODS[method] != "auto").filter_map(|method| cell(method, 0));
+        let fixed =
+            (0..METHODS.len()).filter(|&method| METHODS[method] != "auto").filter_map(|method| cell(method, ours));
         let best = fixed.map(speed).fold(f64::NAN, f64::max);
-        let auto = METHODS.iter().position(|name| *name == "auto").and_then(|method| cell(method, 0)).map(speed);
+        let auto = cell(named(METHODS, "auto"), ours).map(speed);
         let auto = auto.unwrap_or(f64::NAN);
         findings.say(&format!("“auto” is {:.2} of the best other method here, by medians.", auto / best));
     }
@@ -559,3 +572,32 @@ const SIDES: &[&str] = &["multifd", "QEMU"];
 const CONTENT: usize = 64 << 20;
 /// No migration of this size takes nearly as long.
 const LIMIT: Duration = Duration::from_secs(120);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Figures went from positions, which move when a variant is added.
+    #[test]
+    fn each_figure_is_of_the_pair_that_it_names() {
+        let mut cells: BTreeMap<(usize, u8, usize), Cell> = BTreeMap::new();
+        for (variant, _) in VARIANTS.iter().enumerate() {
+            let cell = cells.entry((0, 4, variant)).or_default();
+            // No two ratios of these are the same.
+            cell.gb_per_second.push(f64::from(1 << (3 * variant)));
+            cell.cpu_seconds_per_gb.push(f64::from(1 << (2 * variant)));
+        }
+        let text = describe(2048, &cells, &[]).text;
+        let speed = |name: &str| f64::from(1 << (3 * VARIANTS.iter().position(|known| *known == name).unwrap()));
+        for (what, ours, theirs, goal) in RATIOS {
+            let row = format!("| {what} ({goal}) | {:.2} |", speed(ours) / speed(theirs));
+            assert!(text.contains(&row), "{row} in\n{text}");
+        }
+        assert!(text.contains("| CPU: multifd / QEMU, memory file (≤ 0.5) | 4.00 |"), "{text}");
+        assert!(text.contains("(4096.00 CPU s/GB)"), "of plain sockets: {text}");
+        let table = summary(2048, &cells);
+        let row = |line: &str| table.lines().find(|row| row.contains(line)).unwrap().to_owned();
+        assert!(row("memory file, 4 KiB").contains("| 8.00 | 1.00 | 8.00 × | 4.00 / 1.00 |"), "{table}");
+        assert!(row("huge pages not at hand").contains("| 512.00 | 64.00 | 8.00 × | 64.00 / 16.00 |"), "{table}");
+    }
+}

@@ -10,7 +10,7 @@ use qemu_peer::Memory;
 use serde_json::{Value, json};
 
 use super::mover::{self, Destination, Source};
-use super::samples::Samples;
+use super::samples::{Samples, named};
 use super::throughput::{content, random};
 use super::{Bench, Findings, qemu};
 
@@ -100,12 +100,18 @@ fn describe(mib: u32, cells: &Cells) -> Findings {
         let ratios = CHANNELS.iter().map(|&channels| format!("{:.2}", of(channels)));
         std::iter::once(what.to_owned()).chain(ratios).collect::<Vec<String>>()
     };
-    let speed = |channels, variant| cell(channels, variant).0.median();
-    let cpu = |channels, variant| cell(channels, variant).1.median();
+    let speed = |channels, name| cell(channels, named(VARIANTS, name)).0.median();
+    let cpu = |channels, name| cell(channels, named(VARIANTS, name)).1.median();
     let ratios = [
-        ratio("per core: TLS / without (≥ 0.6)", &|channels| cpu(channels, 2) / cpu(channels, 3)),
-        ratio("GB/s: multifd / QEMU, both with TLS (≥ 1.5)", &|channels| speed(channels, 3) / speed(channels, 1)),
-        ratio("per core: multifd / QEMU, both with TLS", &|channels| cpu(channels, 1) / cpu(channels, 3)),
+        ratio("per core: TLS / without (≥ 0.6)", &|channels| {
+            cpu(channels, "multifd") / cpu(channels, "multifd, TLS")
+        }),
+        ratio("GB/s: multifd / QEMU, both with TLS (≥ 1.5)", &|channels| {
+            speed(channels, "multifd, TLS") / speed(channels, "QEMU, TLS")
+        }),
+        ratio("per core: multifd / QEMU, both with TLS", &|channels| {
+            cpu(channels, "QEMU, TLS") / cpu(channels, "multifd, TLS")
+        }),
     ];
     findings.table(&head, &ratios);
     let raw = cells.iter().map(|((channels, variant), (speed, cpu))| {
