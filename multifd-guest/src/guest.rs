@@ -163,7 +163,7 @@ impl Guest {
     }
 
     fn expected_sections(&self, cpus: usize) -> Vec<SectionId> {
-        let id = |name: &str, instance| SectionId { name: name.to_owned(), instance, version: 1 };
+        let id = |name: &str, instance| SectionId::new(name, instance, 1);
         let mut sections = vec![id(CONFIG_SECTION, 0)];
         match &self.cpus {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -346,7 +346,7 @@ impl Guest {
 
     pub(crate) fn load_section(&mut self, id: &SectionId, input: &mut dyn Read) -> Result<(), GuestError> {
         match id {
-            SectionId { name, instance: 0, version: verify::VERSION } if name == verify::SECTION => {
+            SectionId { name, instance: 0, version: verify::VERSION, .. } if name == verify::SECTION => {
                 let untouched = self.untouched_pages();
                 let report = verify::compare(&self.memory.ram, &untouched, input).map_err(in_section(id))?;
                 self.verify_time = report.destination_time;
@@ -897,7 +897,7 @@ mod tests {
 
     fn load(guest: &mut Guest, sections: &[SavedSection]) -> Result<(), GuestError> {
         for (name, instance, version, body) in sections {
-            let id = SectionId { name: (*name).to_owned(), instance: *instance, version: *version };
+            let id = SectionId::new(name, *instance, *version);
             let mut input = &body[..];
             guest.load_section(&id, &mut input)?;
             assert!(input.is_empty(), "{name} was not read to its end");

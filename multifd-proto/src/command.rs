@@ -16,12 +16,14 @@
 //! | 0x4d01 | GO                   | none; ours, the guest may start, see [`crate::commit`]   |
 //! | 0x4d02 | DESCRIBE             | 32-bit length of the VM's description behind the command |
 //! | 0x4d03 | SHARED_MEMORY        | 32-bit length of the list behind the command             |
+//! | 0x4d04 | SECTION_LENGTH       | 64-bit length of the body of the section that follows    |
 //!
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
 use crate::extension::MAX_DESCRIPTION;
 use crate::ids::BlockName;
 use crate::postcopy::{DiscardRange, discard::MAX_DISCARD_RANGES};
+use crate::section_body::BodyLength;
 use crate::shared_memory::MAX_SHARED_LIST;
 use crate::violation::{DecodeError, ProtocolError, Violation};
 use crate::wire::{Reader, Step, Stop, Writer, step};
@@ -76,6 +78,8 @@ pub enum Command {
         /// How many bytes, at most [`MAX_SHARED_LIST`].
         len: u32,
     },
+    /// How long the body of the FULL section is that follows at once. Only between two ends of this implementation.
+    SectionLength(BodyLength),
 }
 
 /// What a source that can do postcopy says about page sizes.
@@ -106,6 +110,9 @@ impl Command {
             | Self::Describe { len: value }
             | Self::SharedMemory { len: value } => {
                 writer.u32(*value);
+            }
+            Self::SectionLength(len) => {
+                writer.u64(len.to_wire());
             }
             Self::PostcopyAdvise(Some(advice)) => {
                 writer.u64(advice.page_size_summary).u64(advice.page_size);
@@ -142,8 +149,7 @@ impl Command {
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let number = reader.u16()?;
-        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !matches!(number, GO | DESCRIBE | SHARED_MEMORY)
-        {
+        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !(GO..=SECTION_LENGTH).contains(&number) {
             return Err(DecodeError::UnknownCommand { number }.into());
         }
         let command = name(number);
@@ -151,6 +157,7 @@ impl Command {
         // Checked before the payload is asked for: a wrong length must not make the receiver wait for more bytes.
         let possible = match number {
             PING | PACKAGED | DESCRIBE | SHARED_MEMORY => len == 4,
+            SECTION_LENGTH => len == 8,
             POSTCOPY_ADVISE => len == 0 || len == 16,
             POSTCOPY_RAM_DISCARD => len >= 3,
             RECV_BITMAP => (2..=256).contains(&len),
@@ -200,6 +207,7 @@ impl Command {
             RECV_BITMAP => Self::RecvBitmap { block: BlockName::from_wire(payload.pstr()?)? },
             SWITCHOVER_START => Self::SwitchoverStart,
             GO => Self::Go,
+            SECTION_LENGTH => Self::SectionLength(BodyLength::from_wire(payload.u64()?)),
             DESCRIBE => match payload.u32()? {
                 len if len > MAX_DESCRIPTION => return Err(too_long(len).into()),
                 len => Self::Describe { len },
@@ -231,6 +239,7 @@ impl Command {
             Self::Go => GO,
             Self::Describe { .. } => DESCRIBE,
             Self::SharedMemory { .. } => SHARED_MEMORY,
+            Self::SectionLength(_) => SECTION_LENGTH,
         }
     }
 }
@@ -254,6 +263,7 @@ const fn name(number: u16) -> &'static str {
         GO => "GO",
         DESCRIBE => "DESCRIBE",
         SHARED_MEMORY => "SHARED_MEMORY",
+        SECTION_LENGTH => "SECTION_LENGTH",
         _ => "SWITCHOVER_START",
     }
 }
@@ -273,6 +283,7 @@ const SWITCHOVER_START: u16 = 11;
 const GO: u16 = 0x4d01;
 const DESCRIBE: u16 = 0x4d02;
 const SHARED_MEMORY: u16 = 0x4d03;
+const SECTION_LENGTH: u16 = 0x4d04;
 
 #[cfg(test)]
 mod tests {
@@ -284,7 +295,7 @@ mod tests {
         out
     }
 
-    fn every_command() -> [Command; 15] {
+    fn every_command() -> [Command; 17] {
         let block = BlockName::new("pc.ram").unwrap();
         [
             Command::OpenReturnPath,
@@ -305,6 +316,8 @@ mod tests {
             Command::Go,
             Command::Describe { len: MAX_DESCRIPTION },
             Command::SharedMemory { len: MAX_SHARED_LIST },
+            Command::SectionLength(BodyLength::Bytes(1 << 40)),
+            Command::SectionLength(BodyLength::Chunks),
         ]
     }
 
@@ -354,6 +367,7 @@ mod tests {
             (b"\0\x0a\0\x01", "RECV_BITMAP", 1),
             (b"\x4d\x02\0\x08", "DESCRIBE", 8),
             (b"\x4d\x03\0\x02", "SHARED_MEMORY", 2),
+            (b"\x4d\x04\0\x04", "SECTION_LENGTH", 4),
         ] {
             assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandLength { command, len }.into()));
         }

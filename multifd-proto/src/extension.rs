@@ -29,11 +29,15 @@ pub enum Extension {
     /// [`crate::shared_memory`]. Offered only by a source that hands memory over, and taken only together with
     /// [`TwoStepCommit`](Extension::TwoStepCommit).
     SharedMemory,
+    /// SECTION_LENGTH from the source comes before each section of a device, which tells the destination where its body ends
+    /// ([`crate::section_body`]), and sections of devices may come between two rounds: state that is sent while the guest runs.
+    SectionLength,
 }
 
 impl Extension {
     /// Every extension that this version knows.
-    pub(crate) const ALL: [Extension; 3] = [Extension::TwoStepCommit, Extension::Prepare, Extension::SharedMemory];
+    pub(crate) const ALL: [Extension; 4] =
+        [Extension::TwoStepCommit, Extension::Prepare, Extension::SharedMemory, Extension::SectionLength];
 
     /// Its number on the wire.
     pub(crate) const fn number(self) -> u16 {
@@ -41,6 +45,7 @@ impl Extension {
             Extension::TwoStepCommit => 1,
             Extension::Prepare => 2,
             Extension::SharedMemory => 3,
+            Extension::SectionLength => 4,
         }
     }
 }

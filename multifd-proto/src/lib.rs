@@ -65,6 +65,7 @@ pub mod postcopy;
 pub mod ram;
 pub mod return_path;
 pub mod rounds;
+pub mod section_body;
 pub mod shared_memory;
 pub mod stream;
 pub mod violation;

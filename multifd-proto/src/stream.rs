@@ -82,6 +82,8 @@ pub struct MainDecoder {
     described: bool,
     /// Whether the source has handed memory over.
     shared_memory: bool,
+    /// SECTION_LENGTH was the item before.
+    length_said: bool,
     ram: Ram,
     /// Sections other than `ram` that were started and have not ended.
     open: Vec<Section>,
@@ -198,6 +200,7 @@ impl MainDecoder {
             commands: false,
             described: false,
             shared_memory: false,
+            length_said: false,
             ram: Ram::default(),
             open: Vec::new(),
             asked: Vec::new(),
@@ -436,6 +439,7 @@ impl MainDecoder {
                 State::Footer { section: self.ram.id }
             }
             Item::Section(section) => {
+                self.length_said = false;
                 match section.kind {
                     SectionKind::Start => self.open.push(section.clone()),
                     SectionKind::End => self.open.retain(|open| open.id != section.id),
@@ -458,6 +462,7 @@ impl MainDecoder {
             Command::OpenReturnPath => self.return_path = true,
             Command::Describe { .. } => self.described = true,
             Command::SharedMemory { .. } => self.shared_memory = true,
+            Command::SectionLength(_) => self.length_said = true,
             Command::PostcopyRamDiscard { .. } => self.postcopy = Postcopy::Discarding,
             Command::Packaged { .. } | Command::PostcopyResume => self.postcopy = Postcopy::Begun,
             Command::RecvBitmap { block } => self.asked.extend(self.ram.index.get(block)),
@@ -502,6 +507,9 @@ impl MainDecoder {
     fn element(&self, reader: &mut Reader<'_>) -> Result<Item, Stop> {
         let byte = reader.u8()?;
         match byte {
+            byte if self.length_said && byte != FULL => {
+                Err(unexpected(element_name(byte)?, "between SECTION_LENGTH and its section"))
+            }
             byte if self.is_recovering() && byte != COMMAND => {
                 Err(unexpected(element_name(byte)?, "before POSTCOPY_RESUME"))
             }
@@ -601,6 +609,10 @@ impl MainDecoder {
                 self.check_shared_memory()?;
                 Ok(Item::Command(command))
             }
+            Command::SectionLength(_) => {
+                self.check_section_length()?;
+                Ok(Item::Command(command))
+            }
             Command::PostcopyListen | Command::PostcopyRun => Err(unexpected(command.name(), "outside of a package")),
             Command::PostcopyRamDiscard { .. } | Command::Packaged { .. } => {
                 self.check_switch(&command)?;
@@ -648,6 +660,16 @@ impl MainDecoder {
             _ => return Ok(()),
         };
         Err(unexpected("SHARED_MEMORY", place))
+    }
+
+    /// Checks where SECTION_LENGTH comes: before a section of a device, from a source that knows that it is understood.
+    fn check_section_length(&self) -> Result<(), Stop> {
+        let place = match self {
+            _ if !self.is_offered(Extension::SectionLength) => "from a source that has not offered it",
+            _ if self.switches_to_postcopy() => "after the switch to postcopy",
+            _ => return Ok(()),
+        };
+        Err(unexpected("SECTION_LENGTH", place))
     }
 
     /// Checks a command of the switch to postcopy.

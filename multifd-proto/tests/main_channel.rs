@@ -6,6 +6,7 @@ use multifd_proto::extension::{Extension, Extensions, Offer};
 use multifd_proto::machine::Dialect;
 use multifd_proto::mapped_ram::BlockHeader;
 use multifd_proto::ram::{BlockEntry, MAX_BLOCKS};
+use multifd_proto::section_body::BodyLength;
 use multifd_proto::stream::{Item, MAX_SECTIONS, MAX_VMDESC, MainDecoder, Section, SectionKind, Step, StreamError};
 use multifd_proto::violation::{DecodeError, Mismatch, ProtocolError, Violation};
 use multifd_proto::{BlockName, ram};
@@ -443,6 +444,37 @@ fn a_description_comes_once_before_the_memory_and_only_where_it_was_offered() {
     assert_eq!(refusal(late, &describe), unexpected("DESCRIBE", "after the START section of ram"));
     let too_long = Violation::DescriptionTooLong { what: "description of the VM", len: 1 << 21, limit: 1 << 20 };
     assert_eq!(refusal(open, &command(Command::Describe { len: 1 << 21 })), too_long.into());
+}
+
+#[test]
+fn a_length_comes_directly_before_the_section_of_a_device_and_only_where_it_was_offered() {
+    let offered = |extensions: Extensions| {
+        move |out: &mut MainEncoder| {
+            begin(out);
+            out.config_offer(&Offer { channels: 1, token: None, extensions: extensions.clone() });
+        }
+    };
+    let known = Extensions::known;
+    let length = bytes(|out| _ = out.command(&Command::SectionLength(BodyLength::Chunks)));
+    let unoffered = unexpected("SECTION_LENGTH", "from a source that has not offered it");
+    assert_eq!(refusal(begin, &length), unoffered);
+    assert_eq!(refusal(offered(known().without(Extension::SectionLength)), &length), unoffered);
+    let said = |out: &mut MainEncoder| {
+        offered(known())(out);
+        out.command(&Command::SectionLength(BodyLength::Bytes(1)));
+    };
+    let place = "between SECTION_LENGTH and its section";
+    assert_eq!(refusal(said, &length), unexpected("COMMAND", place));
+    let ram = bytes(|out| _ = out.ram_start(2, 4096));
+    assert_eq!(refusal(said, &ram), unexpected("SECTION_START", place));
+    assert_eq!(refusal(said, &bytes(|out| _ = out.eof())), unexpected("EOF", place));
+    // The section ends what was said.
+    let over = |out: &mut MainEncoder| {
+        said(out);
+        let (kind, name) = (SectionKind::Full, "cpu".to_owned());
+        out.section(&Section { kind, id: 3, name, instance: 0, version: 1 }).eof().footer(3);
+    };
+    assert_eq!(refusal(over, &bytes(|out| _ = out.eof())), unexpected("EOF", "before the END section of ram"));
 }
 
 #[test]

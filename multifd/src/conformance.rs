@@ -309,6 +309,57 @@ mod tests {
         assert!(report.faults > 10 && report.at_source > 10 && report.at_destination > 3, "{report:?}");
     }
 
+    /// State that is sent while the guest runs is cut, refused and lost like all else, and an attempt after that begins anew.
+    #[test]
+    fn our_own_vm_passes_with_state_that_is_sent_early() {
+        let sending = || {
+            let mut vm = source();
+            vm.at_live = Some(Box::new(|out: &mut Sections| {
+                let round = out.live_rounds();
+                let mut write = |out: &mut dyn io::Write| -> Result<(), VmError> { Ok(out.write_all(&[7; 5000])?) };
+                out.section("live", 0, 1, &round.to_be_bytes())?;
+                out.section_from("live", 1, 1, &mut write)?;
+                Ok(if round < 2 { u64::MAX } else { 0 })
+            }));
+            vm
+        };
+        let some = Effort { operations: 10 };
+        let report = time_limit(Duration::from_secs(300), || {
+            vm_with(some, sending, || Complete { vm: destination(), rounds: 0 }).unwrap()
+        });
+        assert!(report.faults > 10 && report.at_source > 10 && report.at_destination > 3, "{report:?}");
+    }
+
+    /// A VM that starts only with the state of every round.
+    struct Complete {
+        vm: TestDestination,
+        rounds: u64,
+    }
+
+    impl DestinationVm for Complete {
+        fn ram(&self) -> &Ram {
+            self.vm.ram()
+        }
+
+        fn load(&mut self, section: &SectionId, input: &mut dyn io::Read) -> Result<(), VmError> {
+            self.vm.load(section, input)?;
+            match self.vm.live.pop() {
+                Some((id, state)) if id.instance == 0 => {
+                    assert_eq!(state, self.rounds.to_be_bytes(), "no round is missing, and none is of another attempt");
+                    self.rounds += 1;
+                }
+                Some((_, state)) => assert_eq!(state, [7; 5000]),
+                None => {}
+            }
+            Ok(())
+        }
+
+        fn start(&mut self) -> Result<(), VmError> {
+            assert!(self.rounds >= 3, "{}", self.rounds);
+            self.vm.start()
+        }
+    }
+
     /// A VM that says it runs again, and does not.
     struct Lame(TestSource);
 

@@ -4,7 +4,9 @@ use std::io::{self, Read, Write};
 
 use multifd_proto::{
     BlockName,
+    command::Command,
     encoder::MainEncoder,
+    section_body::{BodyLength, chunk_head},
     stream::{Section, SectionKind},
     vmdesc::{OpaqueSection, VmDescription},
 };
@@ -29,6 +31,19 @@ pub struct Sections<'a> {
     replayed: Option<(Vec<u8>, Vec<u8>)>,
     /// A section was begun and has not ended: nothing that follows could be read.
     open: bool,
+    /// What the destination is told, and what it has.
+    terms: Terms,
+    /// Bytes of bodies that may still be added.
+    room: u64,
+}
+
+/// What is agreed on about sections, and how often the VM was asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Terms {
+    /// The destination is told where bodies end.
+    pub(crate) says_lengths: bool,
+    /// Calls of [`SourceVm::save_live`](crate::vm::SourceVm::save_live) before this one.
+    pub(crate) live_rounds: u64,
 }
 
 /// Sends one piece after the other.
@@ -36,14 +51,30 @@ type Piecewise<'a> = &'a mut dyn FnMut(&[u8]) -> io::Result<()>;
 
 impl<'a> Sections<'a> {
     /// Keeps everything.
-    pub(crate) fn kept() -> Sections<'a> {
-        let (encoder, next_id) = (MainEncoder::new(), RAM_SECTION + 1);
-        Sections { encoder, send: None, next_id, devices: Vec::new(), replayed: None, open: false }
+    pub(crate) fn kept(terms: Terms) -> Sections<'a> {
+        let (encoder, next_id, devices) = (MainEncoder::new(), RAM_SECTION + 1, Vec::new());
+        Sections { encoder, send: None, next_id, devices, replayed: None, open: false, terms, room: u64::MAX }
     }
 
     /// Passes on what it gets to `send`, in pieces.
-    pub(crate) fn sent(send: Piecewise<'a>) -> Sections<'a> {
-        Sections { send: Some(send), ..Sections::kept() }
+    pub(crate) fn sent(terms: Terms, send: Piecewise<'a>) -> Sections<'a> {
+        Sections { send: Some(send), ..Sections::kept(terms) }
+    }
+
+    /// Takes at most `room` bytes of state.
+    pub(crate) fn with_room(self, room: u64) -> Sections<'a> {
+        Sections { room, ..self }
+    }
+
+    /// How often [`SourceVm::save_live`](crate::vm::SourceVm::save_live) has been called in this migration before this call. 0:
+    /// the destination has no state yet, so what an earlier attempt has sent is to be sent again.
+    pub fn live_rounds(&self) -> u64 {
+        self.terms.live_rounds
+    }
+
+    /// How many bytes of state can still be added in this call: [`LIVE_ROOM`] to begin with in `save_live`, any number in `save`.
+    pub fn room(&self) -> u64 {
+        self.room
     }
 
     /// Adds the state of one device: `body` reaches
@@ -52,8 +83,8 @@ impl<'a> Sections<'a> {
     /// # Errors
     /// A name that is empty or longer than 255 bytes; the connection's.
     pub fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
-        self.begin(name, instance, version)?;
-        self.body(body)?;
+        self.begin(name, instance, version, BodyLength::Bytes(body.len() as u64))?;
+        self.state(body)?;
         self.end(name, instance, version, body.len() as u64)
     }
 
@@ -63,9 +94,9 @@ impl<'a> Sections<'a> {
     /// # Errors
     /// As [`section`](Self::section).
     pub fn framed(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
-        self.begin(name, instance, version)?;
-        self.body(&(body.len() as u64).to_be_bytes())?;
-        self.body(body)?;
+        self.begin(name, instance, version, BodyLength::Bytes(body.len() as u64 + 8))?;
+        self.state(&(body.len() as u64).to_be_bytes())?;
+        self.state(body)?;
         self.end(name, instance, version, body.len() as u64 + 8)
     }
 
@@ -80,10 +111,10 @@ impl<'a> Sections<'a> {
         version: u32,
         write: &mut dyn FnMut(&mut dyn Write) -> Result<(), VmError>,
     ) -> Result<(), VmError> {
-        self.begin(name, instance, version)?;
-        let mut body = Body { sections: self, len: 0 };
+        self.begin(name, instance, version, BodyLength::Chunks)?;
+        let mut body = Body { chunk: Vec::new(), len: 0, sections: self };
         write(&mut body)?;
-        let len = body.len;
+        let len = body.finish()?;
         Ok(self.end(name, instance, version, len)?)
     }
 
@@ -91,6 +122,11 @@ impl<'a> Sections<'a> {
     /// none with [`section`](Self::section). An empty description is left out.
     pub fn replay(&mut self, sections: Vec<u8>, vmdescription: Vec<u8>) {
         self.replayed = Some((sections, vmdescription));
+    }
+
+    /// Whether sections of another source were added.
+    pub(crate) fn is_replay(&self) -> bool {
+        self.replayed.is_some()
     }
 
     /// What was not sent yet, as it stands on the wire, and the vmdescription.
@@ -117,13 +153,26 @@ impl<'a> Sections<'a> {
         Ok((self.encoder.into_bytes(), description))
     }
 
-    fn begin(&mut self, name: &str, instance: u32, version: u32) -> io::Result<()> {
+    fn begin(&mut self, name: &str, instance: u32, version: u32, len: BodyLength) -> io::Result<()> {
         // Section names follow the rules of block names.
         BlockName::new(name).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         self.open = true;
+        if self.terms.says_lengths {
+            self.encoder.command(&Command::SectionLength(len));
+        }
         let head = Section { kind: SectionKind::Full, id: self.next_id, name: name.to_owned(), instance, version };
         self.encoder.section(&head);
         Ok(())
+    }
+
+    /// Adds `bytes` of state to the open section, as far as there is room for them.
+    fn state(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Some(room) = self.room.checked_sub(bytes.len() as u64) else {
+            let text = "more state than there is room for in one round";
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
+        };
+        self.room = room;
+        self.body(bytes)
     }
 
     /// Adds `bytes` to the body of the open section. Long ones are not copied where they can be sent.
@@ -159,13 +208,59 @@ impl<'a> Sections<'a> {
 /// The body of a section that is being written.
 struct Body<'s, 'a> {
     sections: &'s mut Sections<'a>,
+    /// What was written and is too short for a chunk of its own. Empty where there are no chunks.
+    chunk: Vec<u8>,
+    /// Bytes on the wire.
     len: u64,
+}
+
+impl Body<'_, '_> {
+    /// Adds `bytes` as a chunk.
+    fn add_chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        for part in bytes.chunks(LONGEST) {
+            let head = chunk_head(u32::try_from(part.len()).expect("a part is short"));
+            self.sections.body(&head)?;
+            self.sections.state(part)?;
+            self.len += (head.len() + part.len()) as u64;
+        }
+        Ok(())
+    }
+
+    /// Adds what is not in a chunk yet.
+    fn add_rest(&mut self) -> io::Result<()> {
+        let mut rest = std::mem::take(&mut self.chunk);
+        self.add_chunk(&rest)?;
+        rest.clear();
+        self.chunk = rest;
+        Ok(())
+    }
+
+    /// Ends the body. Returns its length on the wire.
+    fn finish(mut self) -> io::Result<u64> {
+        if self.sections.terms.says_lengths {
+            self.add_rest()?;
+            let end = chunk_head(0);
+            self.sections.body(&end)?;
+            self.len += end.len() as u64;
+        }
+        Ok(self.len)
+    }
 }
 
 impl Write for Body<'_, '_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.sections.body(bytes)?;
-        self.len += bytes.len() as u64;
+        if !self.sections.terms.says_lengths {
+            self.sections.state(bytes)?;
+            self.len += bytes.len() as u64;
+        } else if bytes.len() >= PIECE {
+            self.add_rest()?;
+            self.add_chunk(bytes)?;
+        } else {
+            self.chunk.extend_from_slice(bytes);
+            if self.chunk.len() >= PIECE {
+                self.add_rest()?;
+            }
+        }
         Ok(bytes.len())
     }
 
@@ -194,6 +289,9 @@ pub fn read_framed(input: &mut dyn Read, limit: u64) -> io::Result<Vec<u8>> {
     }
 }
 
+/// The most bytes of state that one call of [`SourceVm::save_live`](crate::vm::SourceVm::save_live) may add: 256 MiB. A device with more
+/// sends it over several rounds. The limit keeps a device that has no end of state from keeping a round open forever.
+pub const LIVE_ROOM: u64 = 256 << 20;
 /// The id of the `ram` section in streams that we write.
 pub(crate) const RAM_SECTION: u32 = 1;
 /// Bytes that are collected before they are sent.
@@ -221,33 +319,60 @@ mod tests {
 
     #[test]
     fn sections_are_the_same_whether_they_are_kept_or_sent_in_pieces() {
-        let mut kept = Sections::kept();
-        add(&mut kept);
-        let kept = kept.into_parts(4096).unwrap();
-        let (mut bytes, mut longest) = (Vec::new(), 0);
-        let mut send = |piece: &[u8]| {
-            longest = longest.max(piece.len());
-            bytes.extend_from_slice(piece);
-            Ok(())
-        };
-        let mut sent = Sections::sent(&mut send);
-        add(&mut sent);
-        let (rest, description) = sent.into_parts(4096).unwrap();
-        assert!(rest.len() < PIECE && longest < 4 * PIECE, "{longest}");
-        bytes.extend_from_slice(&rest);
-        assert!((bytes, description) == kept);
+        for says_lengths in [false, true] {
+            let terms = Terms { says_lengths, ..Terms::default() };
+            let mut kept = Sections::kept(terms);
+            add(&mut kept);
+            let kept = kept.into_parts(4096).unwrap();
+            let (mut bytes, mut longest) = (Vec::new(), 0);
+            let mut send = |piece: &[u8]| {
+                longest = longest.max(piece.len());
+                bytes.extend_from_slice(piece);
+                Ok(())
+            };
+            let mut sent = Sections::sent(terms, &mut send);
+            add(&mut sent);
+            let (rest, description) = sent.into_parts(4096).unwrap();
+            assert!(rest.len() < PIECE && longest < 4 * PIECE, "{longest}");
+            bytes.extend_from_slice(&rest);
+            assert!((bytes, description) == kept);
+        }
+    }
+
+    #[test]
+    fn no_more_state_is_taken_than_there_is_room_for() {
+        for says_lengths in [false, true] {
+            let terms = Terms { says_lengths, ..Terms::default() };
+            let mut sent = 0;
+            let mut send = |piece: &[u8]| {
+                sent += piece.len();
+                Ok(())
+            };
+            let mut out = Sections::sent(terms, &mut send).with_room(200_000);
+            out.section("some", 0, 1, &[1; 50_000]).unwrap();
+            assert_eq!(out.room(), 150_000);
+            let mut endless = |out: &mut dyn Write| -> Result<(), VmError> {
+                loop {
+                    out.write_all(&[0; 1000])?;
+                }
+            };
+            let error = out.section_from("endless", 0, 1, &mut endless).unwrap_err();
+            assert!(error.to_string().starts_with("more state than"), "{error}");
+            assert!(out.into_parts(4096).is_err(), "the section has no end");
+            assert!(sent <= 201_000, "{sent}");
+        }
     }
 
     #[test]
     fn a_section_that_was_not_written_to_its_end_makes_no_stream() {
-        let mut out = Sections::kept();
+        let mut out = Sections::kept(Terms::default());
         let fails = |out: &mut dyn Write| -> Result<(), VmError> {
             out.write_all(b"half")?;
             Err("the device is busy".into())
         };
         assert!(out.section_from("cpu", 0, 1, &mut { fails }).is_err());
         assert!(out.into_parts(4096).is_err());
-        let mut out = Sections::kept();
+        let mut out = Sections::kept(Terms::default());
         out.section("cpu", 0, 1, b"state").unwrap();
         out.replay(vec![1], vec![2]);
         assert!(out.into_parts(4096).is_err());

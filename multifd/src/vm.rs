@@ -61,6 +61,27 @@ pub trait SourceVm {
         Throttled::Unsupported
     }
 
+    /// Sends device state while the VM runs: what a device can write before the pause, and what has changed since the call before.
+    /// Returns how many bytes of state are still to come, as far as it can be told; they count in the decision when to pause as
+    /// bytes of dirty pages do.
+    ///
+    /// Called once in each round, the VM running, and only where the destination is one of ours that takes state early: not with a
+    /// QEMU, not with a checkpoint. [`Sections::live_rounds`] tells how often that was in this migration. In
+    /// [`save`](Self::save), 0 there means that all state is still to be written. Sections reach
+    /// [`DestinationVm::load`] at once and in this order, each of them whole; a device may send any number of them under its name.
+    /// There is [room](Sections::room) for [`LIVE_ROOM`](crate::sections::LIVE_ROOM) bytes in each call.
+    ///
+    /// No page is sent during the call, so it should be short. Writes to guest memory that a device makes in it have to be in the
+    /// dirty log as any other. A device of which more and more is to come keeps the VM from being paused, as a guest does that
+    /// writes too fast: the [limits](crate::source::Limits) decide what follows.
+    ///
+    /// # Errors
+    /// The migration ends; the VM runs on.
+    fn save_live(&mut self, out: &mut Sections) -> Result<u64, VmError> {
+        let _ = out;
+        Ok(0)
+    }
+
     /// Stops vCPUs and devices; memory does not change after this returned `Ok`.
     ///
     /// # Errors
@@ -148,10 +169,13 @@ pub trait DestinationVm {
     /// none, and keep what they hold.
     fn ram(&self) -> &Ram;
 
-    /// Reads the state of one device. `input` has to be read exactly to the end of what [`SourceVm::save`] wrote, no
-    /// further: the stream does not tell the length.
+    /// Reads the state of one device, exactly to the end of what [`SourceVm::save`] or [`SourceVm::save_live`] wrote.
     ///
-    /// All memory is in place by then, unless the section came early (before the last page).
+    /// Where the section [is bounded](SectionId::is_bounded), `input` ends there, so that a format without an end of its own can
+    /// be read to the end, and what is left unread is an error. Where it is not, a read goes on into what follows.
+    ///
+    /// All memory is in place by then, unless the section came early, as what [`SourceVm::save_live`] wrote does. The VM at
+    /// the source may still change what such a section says, in later sections.
     ///
     /// # Errors
     /// The migration ends; the source's VM runs on.
@@ -177,8 +201,9 @@ pub trait DestinationVm {
     fn abandon(&mut self) {}
 }
 
-/// Which device a section of state belongs to.
+/// Which device a section of state belongs to, and how long it is as far as that is known.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct SectionId {
     /// The name that the source gave it, e.g. `cpu`.
     pub name: String,
@@ -186,6 +211,20 @@ pub struct SectionId {
     pub instance: u32,
     /// Version of the format of the body.
     pub version: u32,
+    /// How many bytes of state the source says that it has. `None` where it does not say it: a QEMU, a version of this crate that does
+    /// not, and state that was [written piece by piece](Sections::section_from). It is the word of a peer: check it before memory is
+    /// made by it.
+    pub len: Option<u64>,
+    /// Whether the stream tells where the state ends, also where `len` is not known. Always between two ends of this version;
+    /// never with a QEMU.
+    pub is_bounded: bool,
+}
+
+impl SectionId {
+    /// A section whose end the stream does not tell.
+    pub fn new(name: &str, instance: u32, version: u32) -> SectionId {
+        SectionId { name: name.to_owned(), instance, version, len: None, is_bounded: false }
+    }
 }
 
 /// The answer to [`SourceVm::throttle`].

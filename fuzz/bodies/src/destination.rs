@@ -104,6 +104,7 @@ impl DestinationVm for Vm {
     fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
         match section.name.as_str() {
             "cpu" => input.read_exact(&mut [0; 14])?,
+            "live" if section.is_bounded => drop(input.take(1 << 20).read_to_end(&mut Vec::new())?),
             "all" => drop(input.take(1 << 20).read_to_end(&mut Vec::new())?),
             _ => {}
         }

@@ -12,6 +12,7 @@ use multifd_proto::{
     postcopy::{DiscardRange, package},
     ram::BlockEntry,
     return_path::Message,
+    section_body::BodyLength,
     stream::{MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
     vmdesc,
 };
@@ -351,9 +352,19 @@ fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
         encoder.xbzrle(&name("ram"), 0x2000, 3).raw(&[2, 1, 0x77]);
     }
     sync(&mut encoder);
+    // The first byte of a body tells the target of `codecs` how long it is.
+    if offers.is_some() {
+        let live = section("live");
+        encoder.command(&Command::SectionLength(BodyLength::Bytes(5))).section(&live).raw(&[5; 5]).footer(2);
+        // One chunk of three bytes; the head of a chunk begins with a zero.
+        encoder.command(&Command::SectionLength(BodyLength::Chunks)).section(&live);
+        encoder.raw(&[0, 0, 0, 3, 7, 7, 7, 0, 0, 0, 0]).footer(2);
+    }
     encoder.command(&Command::SwitchoverStart).ram_part(1, true);
     sync(&mut encoder);
-    // The first byte tells the target of `codecs` how long the body is.
+    if offers.is_some() {
+        encoder.command(&Command::SectionLength(BodyLength::Bytes(14)));
+    }
     encoder.section(&section("cpu")).raw(&[14; 14]).footer(2).eof().vm_description(b"{}");
     encoder.as_bytes().to_vec()
 }

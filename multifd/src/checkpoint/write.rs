@@ -17,6 +17,7 @@ use multifd_proto::{
     machine::sends_switchover_start,
     mapped_ram::BlockHeader,
     ram::BlockEntry,
+    section_body::BodyLength,
     stream::{MAPPED_RAM, Section, X_IGNORE_SHARED},
     vmdesc::{self, OpaqueSection, VmDescription},
 };
@@ -262,7 +263,13 @@ impl Target for Writer {
         Ok(pages)
     }
 
-    fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
+    fn section(
+        &mut self,
+        section: &Section,
+        _len: Option<BodyLength>,
+        ram_ended: bool,
+        main: &mut MainReader,
+    ) -> Result<Body, Error> {
         if ram_ended {
             self.tail = Tail::receive(section, self.beside_ram.early(), main)?;
             return Ok(Body::RestOfStream);

@@ -83,6 +83,11 @@ impl<S: SourceVm> SourceVm for WatchedSource<S> {
         self.vm.throttle(percent)
     }
 
+    fn save_live(&mut self, out: &mut Sections) -> Result<u64, VmError> {
+        self.plan.next("save_live")?;
+        self.vm.save_live(out)
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         self.paused = true;
         self.vm.pause()?;

@@ -1,11 +1,13 @@
 //! Reads main to the end of the stream: what each of its items means here.
 
 use multifd_proto::{
+    Violation,
     command::Command,
     extension::{Extension, Extensions, Offer},
     machine::Dialect,
     ram::BlockEntry,
     return_path::Message,
+    section_body::BodyLength,
     stream::{Item, MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
     violation,
 };
@@ -52,6 +54,7 @@ impl Run {
             Item::Command(Command::Packaged { len }) => self.package(len, observer)?,
             Item::Command(Command::Describe { len }) => self.describe(len, target)?,
             Item::Command(Command::SharedMemory { len }) => self.shared_memory(len, target)?,
+            Item::Command(Command::SectionLength(len)) => self.section_length(len)?,
             Item::Command(command) => self.command(&command, &*target)?,
             item if is_configuration(&item) => self.configuration(item, target)?,
             // What the switch has begun goes on.
@@ -200,7 +203,7 @@ impl Run {
     fn agreed(&self, offer: &Offer, target: &dyn Target) -> Extensions {
         let mut extensions = offer.extensions.and(&self.shared.options.extensions);
         if !target.takes_descriptions() {
-            extensions = extensions.without(Extension::Prepare);
+            extensions = extensions.without(Extension::Prepare).without(Extension::SectionLength);
         }
         let carries = self.main.as_ref().is_some_and(MainReader::receives_descriptors);
         // Without GO nothing tells when the memory is ours.
@@ -253,6 +256,17 @@ impl Run {
         Ok(())
     }
 
+    /// The source says how long the section is that follows.
+    fn section_length(&mut self, len: BodyLength) -> Result<(), Error> {
+        let place = self.main().place();
+        if !self.extensions.contains(Extension::SectionLength) {
+            let (element, at) = ("SECTION_LENGTH", "without being agreed on");
+            return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
+        }
+        self.section_length = Some(len);
+        Ok(())
+    }
+
     /// The state of one device, or all that is left of the stream.
     fn section(
         &mut self,
@@ -268,7 +282,8 @@ impl Run {
         if ram_ended {
             self.enter_once(Phase::Devices, observer);
         }
-        match target.section(section, ram_ended, self.main())? {
+        let len = self.section_length.take();
+        match target.section(section, len, ram_ended, self.main())? {
             Body::Section => Ok(Next::Item),
             Body::RestOfStream => {
                 if !self.main().decoder().ram_ended() {

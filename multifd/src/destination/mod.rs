@@ -6,6 +6,7 @@
 //! round with pages ends before it is known that all channels have come.
 
 mod accept;
+mod bounded_body;
 mod channel;
 mod clean;
 mod commit;
@@ -35,8 +36,8 @@ mod target;
 
 use std::time::Duration;
 
-use multifd_proto::extension::Offer;
 pub use multifd_proto::{BlockName, extension::Extensions, machine::Dialect, packet::Compression};
+use multifd_proto::{extension::Offer, section_body::BodyLength};
 
 #[cfg(feature = "__bench")]
 pub(crate) use self::first_touch::Filler;
@@ -44,17 +45,18 @@ use self::{
     accept::Acceptor, named::NamedPages, recovery::Recoveries, shared::Shared, switchover_ack::AckTiming,
     target::VmTarget,
 };
+pub(crate) use self::{
+    bounded_body::take_bounded,
+    main_reader::{MainReader, more_bytes},
+    sink::{PageBits, PageSink, Scratch},
+    target::{Body, StreamHead, Target},
+};
 pub use self::{
     first_touch::{FirstTouch, FreshMemory},
     give_back::give_back,
     handle::Handle,
     options::{Options, SwitchoverAck},
     report::{Mode, Report},
-};
-pub(crate) use self::{
-    main_reader::{MainReader, more_bytes},
-    sink::{PageBits, PageSink, Scratch},
-    target::{Body, StreamHead, Target},
 };
 pub use crate::round::audit::{Findings, StaleWrite};
 use crate::{
@@ -147,6 +149,8 @@ struct Run {
     main_pages: u64,
     /// What the source offered, and what both ends agreed on.
     offer: Option<Offer>,
+    /// What the source says of the section that follows.
+    section_length: Option<BodyLength>,
     extensions: Extensions,
     watchdog: Watchdog,
     /// SHUT was written, or is being written: nothing else may be said.
@@ -201,6 +205,7 @@ impl Run {
             ack_timing,
             main_pages: 0,
             offer: None,
+            section_length: None,
             extensions: Extensions::default(),
             watchdog,
             answered: false,

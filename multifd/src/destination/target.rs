@@ -6,10 +6,16 @@ use multifd_proto::{
     BlockName,
     bodies::{DIRTY_BITMAP, NO_BITMAPS},
     ram::BlockEntry,
+    section_body::BodyLength,
     stream::{Item, MainDecoder, Section, Step},
 };
 
-use super::{FirstTouch, MainReader, PageSink, clean::CleanMemory, sink::MemorySink};
+use super::{
+    FirstTouch, MainReader, PageSink,
+    bounded_body::{BoundedBody, known},
+    clean::CleanMemory,
+    sink::MemorySink,
+};
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     layout::Layout,
@@ -83,8 +89,14 @@ pub(crate) trait Target {
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error>;
 
     /// Takes the body of `section`, which `main` gives next, or also all that follows. All pages are in place if
-    /// `ram_ended`.
-    fn section(&mut self, section: &Section, ram_ended: bool, main: &mut MainReader) -> Result<Body, Error>;
+    /// `ram_ended`. The source says its length `len` only to a target that [takes descriptions](Self::takes_descriptions).
+    fn section(
+        &mut self,
+        section: &Section,
+        len: Option<BodyLength>,
+        ram_ended: bool,
+        main: &mut MainReader,
+    ) -> Result<Body, Error>;
 
     /// Takes the body of `section`, which comes in parts, as `ram` does. `main` gives it next.
     fn section_part(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error>;
@@ -228,10 +240,24 @@ impl Target for VmTarget<'_> {
         Ok(Arc::new(MemorySink::new(clean, order, self.first_touch, &self.stop)))
     }
 
-    fn section(&mut self, section: &Section, _ram_ended: bool, main: &mut MainReader) -> Result<Body, Error> {
-        let id = SectionId { name: section.name.clone(), instance: section.instance, version: section.version };
+    fn section(
+        &mut self,
+        section: &Section,
+        len: Option<BodyLength>,
+        _ram_ended: bool,
+        main: &mut MainReader,
+    ) -> Result<Body, Error> {
+        let mut id = SectionId::new(&section.name, section.instance, section.version);
         let mut body = main.body();
-        match self.vm.load(&id, &mut body as &mut dyn Read) {
+        let loaded = match len {
+            None => self.vm.load(&id, &mut body as &mut dyn Read),
+            Some(len) => {
+                (id.len, id.is_bounded) = (known(len), true);
+                let mut bounded = BoundedBody::new(&mut body, len);
+                self.vm.load(&id, &mut bounded as &mut dyn Read).and_then(|()| Ok(bounded.finish()?))
+            }
+        };
+        match loaded {
             Ok(()) => Ok(Body::Section),
             Err(source) => Err(body.into_failure().unwrap_or(Error::Load { section: id, source })),
         }
@@ -264,7 +290,7 @@ impl Target for VmTarget<'_> {
             };
             rest = &rest[used..];
             if let Item::Section(section) = item {
-                let id = SectionId { name: section.name, instance: section.instance, version: section.version };
+                let id = SectionId::new(&section.name, section.instance, section.version);
                 let before = rest.len();
                 let loaded = self.vm.load(&id, &mut rest as &mut dyn Read);
                 loaded.map_err(|source| Error::Load { section: id, source })?;

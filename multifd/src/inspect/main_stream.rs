@@ -12,13 +12,14 @@ use multifd_proto::{
     command::Command,
     encoder::MainEncoder,
     extension::Extension,
+    section_body::BodyLength,
     stream::{self, Item, MainDecoder, Section},
     violation::DecodeError,
 };
 
 use crate::{
     checkpoint::{Tail, section_beside_ram},
-    destination::{MainReader, more_bytes},
+    destination::{MainReader, more_bytes, take_bounded},
     error::{Connection, Error, Place},
     ram::GuestRange,
     transport::{RecvHalf, Stopper},
@@ -95,6 +96,16 @@ impl MainStream {
     /// A section beside `ram`, before the devices' state. All such sections before it have `before` bytes.
     pub(super) fn section_beside_ram(&mut self, section: &Section, before: usize) -> Result<Vec<u8>, Error> {
         section_beside_ram(section, self.reader(), before)
+    }
+
+    /// Takes a section of which the source says how long it is, into `kept` as it stands on the wire, if that is wanted.
+    pub(super) fn bounded_section(
+        &mut self,
+        section: &Section,
+        len: BodyLength,
+        kept: Option<&mut Vec<u8>>,
+    ) -> Result<(), Error> {
+        take_bounded(self.reader(), section, len, kept)
     }
 
     /// Checks that main has ended.

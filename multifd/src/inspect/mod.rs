@@ -28,6 +28,7 @@ use multifd_proto::{
     command::Command,
     machine::Dialect,
     packet::Hello,
+    section_body::BodyLength,
     stream::{Item, Section, SectionKind},
     violation, xbzrle,
 };
@@ -66,6 +67,7 @@ impl Inspection {
             preempt: recorded.preempt,
             account: Account::default(),
             pages: None,
+            section_length: None,
             scratch,
         };
         let broken = reader.greet(recorded.channels).and_then(|()| reader.read()).err();
@@ -86,6 +88,8 @@ struct RecordedReader {
     account: Account,
     /// What pages are known of, once the block list was read.
     pages: Option<Pages>,
+    /// What the source says of the section that follows.
+    section_length: Option<BodyLength>,
     scratch: Option<contents::Scratch>,
 }
 
@@ -151,6 +155,7 @@ impl RecordedReader {
                     Command::PostcopyRamDiscard { block, ranges } => self.discard(&block, &ranges)?,
                     Command::Packaged { len } => self.package(len)?,
                     Command::Describe { len } | Command::SharedMemory { len } => drop(self.main.payload(len as usize)?),
+                    Command::SectionLength(len) => self.section_length = Some(len),
                     _ => {}
                 }
             }
@@ -231,6 +236,9 @@ impl RecordedReader {
 
     /// Takes a section beside RAM, or all that is left of the stream. Returns whether another item follows.
     fn section(&mut self, section: &Section) -> Result<bool, Error> {
+        if let Some(len) = self.section_length.take() {
+            return self.bounded_section(section, len).map(|()| true);
+        }
         if section.kind == SectionKind::Full && self.main.decoder().ram_ended() {
             self.account.tail = self.main.tail(section, self.account.beside_ram.early())?;
             return Ok(false);
@@ -242,6 +250,13 @@ impl RecordedReader {
         let bytes = self.main.section_beside_ram(section, self.account.beside_ram.bytes())?;
         self.account.beside_ram.push(section, &bytes, ram_started);
         Ok(true)
+    }
+
+    /// Takes a section of which the source says how long it is. It is kept where it is a part of the devices' state; one that was sent
+    /// while the guest ran is passed over.
+    fn bounded_section(&mut self, section: &Section, len: BodyLength) -> Result<(), Error> {
+        let kept = self.main.decoder().ram_ended().then_some(&mut self.account.tail.sections);
+        self.main.bounded_section(section, len, kept)
     }
 
     /// Takes all of main from `first` on, if that is the state of all devices of a background snapshot.

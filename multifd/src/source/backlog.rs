@@ -130,7 +130,7 @@ impl Run {
         let last = self.report.rounds.last().expect("a round was sent");
         RoundReport {
             rounds: last.round + 1,
-            sent: last.normal * page_size,
+            sent: last.normal * page_size + self.live_state.sent(),
             wire: last.bytes,
             took: last.took + waited,
             limit: self.shared.live.get().max_bandwidth,
@@ -145,7 +145,7 @@ impl Run {
         // The last byte of the stream and its answer; between two ends that agreed on it, READY and GO before that.
         let round_trips = if self.extensions.contains(Extension::TwoStepCommit) { 2 } else { 1 };
         Left {
-            dirty: dirty.count() * self.shared.ram.layout().page_size() as u64,
+            dirty: (dirty.count() * self.shared.ram.layout().page_size() as u64).saturating_add(self.state_left()),
             unsent: transit.unacknowledged,
             round_trips: transit.round_trip.saturating_mul(round_trips),
         }

@@ -56,7 +56,7 @@ pub(crate) struct Wish {
 pub(crate) struct RoundReport {
     /// Rounds sent so far, this one included.
     pub rounds: u64,
-    /// Bytes of pages with content sent in this round, before compression.
+    /// Bytes of pages with content sent in this round, before compression, and of device state.
     pub sent: u64,
     /// Bytes that all connections took for this round.
     pub wire: u64,
@@ -75,7 +75,7 @@ pub(crate) struct RoundReport {
 /// What a pause that began now would have to wait for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Left {
-    /// Bytes of pages that were written again and are still to be sent.
+    /// Bytes of pages that were written again and are still to be sent, and of device state that a VM says is to come.
     pub dirty: u64,
     /// Bytes that the connections took and that have not reached the destination: the last round queues behind them.
     pub unsent: u64,

@@ -14,6 +14,7 @@ mod convergence;
 mod ending;
 mod handle;
 mod incoming;
+mod live_state;
 mod main_channel;
 mod main_pages;
 mod openings;
@@ -53,6 +54,7 @@ use self::{
     backlog::Backlog,
     channel::SendChannel,
     convergence::{Convergence, Decision},
+    live_state::LiveState,
     main_channel::MainChannel,
     openings::Openings,
     options::fresh_token,
@@ -147,6 +149,7 @@ struct Run {
     watchdog: Watchdog,
     convergence: Convergence,
     peeking: Peeking,
+    live_state: LiveState,
     report: Report,
     tracking: bool,
     /// What the connections hold is let out before the pause only as far as it has to be.
@@ -202,6 +205,7 @@ impl Run {
             convergence: Convergence::new(live.get().limits),
             report,
             peeking: Peeking::default(),
+            live_state: LiveState::default(),
             watchdog: Watchdog::start(&*options.threads, &stop)?,
             extensions: Extensions::default(),
             handed_over,
@@ -251,7 +255,7 @@ impl Run {
         loop {
             self.round(&mut dirty, vm)?;
             match self.decide(&mut dirty, vm, observer)? {
-                Decision::Continue => {}
+                Decision::Continue => self.rest_where_nothing_was_sent()?,
                 Decision::Throttle(percent) => self.throttle(percent, vm, observer),
                 Decision::Hold => self.shared.live.steering.wait_while_held(),
                 Decision::SwitchOver => break,

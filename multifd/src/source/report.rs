@@ -33,6 +33,8 @@ pub struct Report {
     pub zero: u64,
     /// Pages not sent because they were never touched.
     pub skipped: u64,
+    /// Bytes of device state that were sent while the guest ran.
+    pub live_state: u64,
     /// Bytes of memory that was handed over.
     pub handed_over: u64,
     /// Bytes of RAM.
@@ -115,6 +117,7 @@ impl Report {
             normal: 0,
             zero: 0,
             skipped: 0,
+            live_state: 0,
             handed_over: 0,
             ram_bytes: layout.bytes(),
             page_size: layout.page_size(),

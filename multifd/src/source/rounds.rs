@@ -65,6 +65,7 @@ impl Run {
             self.shared.options.trace.step(|| Step::Section);
         }
         stats.barrier = self.shared.progress.barrier_age();
+        self.save_live(vm)?;
         // Zeros known from the beginning say nothing about what was written since.
         self.shared.scan.set_zeros(None);
         stats.took = self.now() - begun;

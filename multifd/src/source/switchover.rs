@@ -10,11 +10,11 @@ use crate::{
     pulse::Pulse,
     sections::Sections,
     sync::atomic::Ordering,
-    vm::SourceVm,
+    vm::{SourceVm, VmError},
 };
 
 /// Sections that were not sent yet, and the vmdescription.
-type Saved = (Vec<u8>, Vec<u8>);
+pub(super) type Saved = (Vec<u8>, Vec<u8>);
 
 impl Run {
     /// From here on, memory does not change.
@@ -76,7 +76,7 @@ impl Run {
             return Ok(None);
         }
         let begun = self.now();
-        let mut sections = Sections::kept();
+        let mut sections = Sections::kept(self.terms());
         let saved = vm.save(&mut sections).and_then(|()| Ok(sections.into_parts(self.page_size())?));
         self.report.downtime.devices = self.now() - begun;
         saved.map(Some).map_err(Error::vm("save its state"))
@@ -96,22 +96,36 @@ impl Run {
 
     /// Asks the VM for its state and sends it piece by piece. Returns what was not sent, and the vmdescription.
     fn save(&mut self, vm: &mut dyn SourceVm) -> Result<Saved, Error> {
-        let page_size = self.page_size();
+        let ((), saved) = self.send_sections("save its state", u64::MAX, |out| vm.save(out))?;
+        Ok(saved)
+    }
+
+    /// Has `add` add sections of at most `room` bytes of state, and sends them piece by piece. Returns what it returned, and what was
+    /// not sent. `what` is what the VM is asked for.
+    pub(super) fn send_sections<R>(
+        &mut self,
+        what: &'static str,
+        room: u64,
+        add: impl FnOnce(&mut Sections<'_>) -> Result<R, VmError>,
+    ) -> Result<(R, Saved), Error> {
+        let (page_size, terms) = (self.page_size(), self.terms());
+        let limiter = self.shared.live.limiter.clone();
         let main = self.main();
         let mut failure = None;
         let mut send = |piece: &[u8]| {
+            limiter.take(piece.len() as u64);
             main.raw(piece).map_err(|error| {
                 let source = io::Error::other(error.to_string());
                 failure = Some(error);
                 source
             })
         };
-        let mut sections = Sections::sent(&mut send);
-        let saved = vm.save(&mut sections).and_then(|()| Ok(sections.into_parts(page_size)?));
+        let mut sections = Sections::sent(terms, &mut send).with_room(room);
+        let added = add(&mut sections).and_then(|added| Ok((added, sections.into_parts(page_size)?)));
         // What the VM ran into was the connection.
         match failure {
             Some(error) => Err(error),
-            None => saved.map_err(Error::vm("save its state")),
+            None => added.map_err(Error::vm(what)),
         }
     }
 

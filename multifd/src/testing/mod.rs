@@ -33,6 +33,8 @@ mod faults;
 mod hand_over;
 #[cfg(all(test, not(loom)))]
 mod handed_over;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod live_state;
 #[cfg(all(test, loom))]
 pub(crate) mod loom;
 #[cfg(all(test, not(loom)))]

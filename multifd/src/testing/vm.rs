@@ -45,6 +45,9 @@ impl Writer {
 /// What a VM was asked, in order.
 pub(crate) type Calls = Arc<Mutex<Vec<&'static str>>>;
 
+/// Sends state while the guest runs, and says how much is to come.
+pub(crate) type AtLive = Box<dyn FnMut(&mut Sections) -> Result<u64, VmError> + Send>;
+
 /// Writes, and changes what the log says.
 pub(crate) type AtPeek = Box<dyn FnMut(&Writer, &mut DirtyBitmap) -> io::Result<()> + Send>;
 
@@ -59,6 +62,10 @@ pub(crate) struct TestSource {
     pub(crate) at_drain: Box<dyn FnMut(&Writer) + Send>,
     /// Run at each peek, before it; its log knows nothing then where there is none. It may change what the log says.
     pub(crate) at_peek: Option<AtPeek>,
+    /// Run where state can be sent early. It has none where there is none.
+    pub(crate) at_live: Option<AtLive>,
+    /// What `save` was told of the rounds before.
+    pub(crate) live_rounds: Option<u64>,
     pub(crate) untouched: Vec<u64>,
     pub(crate) untouched_fails: bool,
     /// Writes this page with this value when it is asked for its state.
@@ -83,6 +90,8 @@ impl TestSource {
             panics: false,
             at_drain: Box::new(|_| {}),
             at_peek: None,
+            at_live: None,
+            live_rounds: None,
             untouched: Vec::new(),
             untouched_fails: false,
             save_writes: None,
@@ -147,6 +156,13 @@ impl SourceVm for TestSource {
         Throttled::Unsupported
     }
 
+    fn save_live(&mut self, out: &mut Sections) -> Result<u64, VmError> {
+        if self.at_live.is_some() {
+            self.call("save_live")?;
+        }
+        self.at_live.as_mut().map_or(Ok(0), |at_live| at_live(out))
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         self.call("pause")?;
         *lock(&self.writer.running) = false;
@@ -159,6 +175,7 @@ impl SourceVm for TestSource {
 
     fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
         self.call("save")?;
+        self.live_rounds = Some(out.live_rounds());
         if let Some((page, value)) = self.save_writes {
             self.writer.ram.page(page).unwrap().write(&value.to_ne_bytes().repeat(512));
             self.writer.report(page);
@@ -231,6 +248,8 @@ pub(crate) struct TestDestination {
     /// Calls that fail panic instead.
     pub(crate) panics: bool,
     pub(crate) loaded: Vec<(String, u32, u32)>,
+    /// Sections of the name `live`, read to their end.
+    pub(crate) live: Vec<(SectionId, Vec<u8>)>,
 }
 
 impl TestDestination {
@@ -245,6 +264,7 @@ impl TestDestination {
             fail_at: None,
             panics: false,
             loaded: Vec::new(),
+            live: Vec::new(),
         }
     }
 
@@ -284,6 +304,12 @@ impl DestinationVm for TestDestination {
 
     fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
         self.call("load")?;
+        if section.name == "live" {
+            let mut state = Vec::new();
+            input.read_to_end(&mut state)?;
+            self.live.push((section.clone(), state));
+            return Ok(());
+        }
         let expected: &[u8] = if section.name == "cpu" { b"state of cpu 0" } else { b"" };
         let mut body = vec![0; expected.len()];
         input.read_exact(&mut body)?;
