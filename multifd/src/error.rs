@@ -2,7 +2,8 @@
 
 use std::{fmt, io, time::Duration};
 
-use multifd_proto::{BlockName, ChannelId, DecodeError, ProtocolError};
+use multifd_proto::{BlockName, ChannelId};
+pub use multifd_proto::{DecodeError, ProtocolError, Violation};
 
 use crate::{
     checkpoint::CheckpointError,
@@ -570,8 +571,6 @@ fn grouped(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use multifd_proto::Violation;
-
     use super::*;
 
     #[test]

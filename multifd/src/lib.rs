@@ -71,6 +71,8 @@
 //! [embedding.md](https://github.com/multifd/multifd/blob/main/docs/embedding.md).
 
 #![deny(unsafe_code)]
+// A type that a caller meets has a name that the caller can write.
+#![warn(unnameable_types)]
 
 pub mod beside_ram;
 mod channel_end;
@@ -105,8 +107,15 @@ mod watched;
 
 pub use memory::{dirty_bitmap, layout, ram};
 pub use multifd_proto;
+#[cfg(feature = "vm-memory")]
+pub use vm_memory;
 
 /// The example in the README has to compile.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So have those in the book.
+#[cfg(all(doctest, feature = "vm-memory"))]
+#[doc = include_str!("../../docs/embedding.md")]
+struct Embedding;

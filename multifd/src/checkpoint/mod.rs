@@ -43,6 +43,8 @@ pub(crate) use self::{
     read::Stamp,
     tail::{Tail, section_beside_ram},
 };
+pub use multifd_proto::vmdesc::CutError;
+
 pub use self::{
     error::{BlockNames, CheckpointError},
     page_file::DirectWrites,

@@ -13,6 +13,8 @@ mod postcopy;
 use std::{io::Read, path::Path};
 
 use self::{account::Pages, channel::Channel, main_stream::MainStream};
+pub use multifd_proto::command::Command;
+
 pub use self::{
     account::{Account, ChannelAccount, MainAccount, RoundAccount},
     contents::{BlockContents, Contents},
@@ -25,7 +27,6 @@ use crate::{
 };
 use multifd_proto::{
     ChannelId, Violation,
-    command::Command,
     machine::Dialect,
     packet::Hello,
     section_body::BodyLength,

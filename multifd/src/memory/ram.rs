@@ -15,7 +15,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
 };
 
-use multifd_proto::BlockName;
+pub use multifd_proto::BlockName;
 
 pub use super::{
     backing::{Backing, FileMemory, MemoryFile},

@@ -40,6 +40,7 @@ pub use multifd_proto::{
     extension::Extensions,
     machine::{Dialect, ZeroPages},
     packet::Compression,
+    ram::BlockEntry,
 };
 
 pub use self::{
