@@ -1,6 +1,6 @@
 //! The JSON at the end of main, which describes the devices' state field by field.
 //!
-//! Device bodies have no length on the wire. A receiver without the device models keeps everything from the first device
+//! In QEMU's format device bodies have no length on the wire. A receiver without the device models keeps everything from the first device
 //! section on, finds the end of the stream by its shape ([`TailScanner`]), and then cuts the kept bytes into sections with
 //! the lengths that the description gives ([`cut`]). Each section ends with a footer that carries its own id, so a wrong
 //! length cannot go unnoticed. Descriptions may be wrong (emulators had errors there): that a blob cannot be cut does not

@@ -113,7 +113,7 @@ impl DestinationVm for Arrival {
     }
 
     fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
-        // The stream has no lengths; `save` has put them there.
+        // Framed, so that it can be read by a version whose stream has no lengths, too.
         let (body, machine) = (read_framed(input, 1 << 30)?, &mut self.vm.as_mut().ok_or("no VM was made")?.machine);
         let number = || Ok::<_, VmError>(u64::from_le_bytes(body[..].try_into()?));
         match (section.name.as_str(), section.version) {
