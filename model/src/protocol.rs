@@ -922,13 +922,13 @@ impl Protocol {
                     return out.push((Event::IgnoresEos, next));
                 }
                 if let Account::Real(rounds) = &mut next.destination_meeting {
-                    let joined = rounds.members().joined();
+                    let joined = rounds.members.joined();
                     if self.config.defect == Some(Defect::GuessedAtSyncPoint(next.sync_points)) {
-                        if rounds.members().channels().is_none() {
-                            *rounds.members_mut() = multifd_proto::membership::Membership::fixed(joined);
+                        if rounds.members.channels().is_none() {
+                            rounds.members = Rounds::new(joined).members;
                         }
                     } else if !eos {
-                        rounds.members_mut().expect_channels();
+                        rounds.members.expect_channels();
                     }
                 }
                 next.sync_points += 1;
@@ -1171,7 +1171,7 @@ impl Protocol {
 /// Whether the destination knows that all channels are there, and none goes on.
 fn is_complete(account: &mut Account) -> bool {
     match account {
-        Account::Real(rounds) => rounds.members().is_complete() && rounds.close().is_ok(),
+        Account::Real(rounds) => rounds.members.is_complete() && rounds.close().is_ok(),
         Account::Loose(_) => true,
     }
 }

@@ -180,11 +180,11 @@ impl Destination {
         self.main_is_there &= !ended;
         self.waited_for_a_stranger |= passes == Err(BALANCED);
         assert_eq!(self.rounds.round(), machine.at);
-        assert_eq!(self.rounds.members().joined(), machine.joined);
+        assert_eq!(self.rounds.members.joined(), machine.joined);
         let channels = self.ids.len();
-        assert_eq!(self.rounds.members().channels(), machine.known.then_some(channels), "{machine:?}");
+        assert_eq!(self.rounds.members.channels(), machine.known.then_some(channels), "{machine:?}");
         if machine.known {
-            assert_eq!(self.rounds.members().evidence(), Some(Evidence::Numbers));
+            assert_eq!(self.rounds.members.evidence(), Some(Evidence::Numbers));
             let another = ChannelId(u8::try_from(channels).unwrap());
             assert!(self.rounds.admit(another, None).is_err(), "no channel joins any more");
         }

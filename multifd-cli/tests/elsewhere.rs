@@ -27,7 +27,7 @@ fn write(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
 
 /// A stream of a QEMU with `x-ignore-shared` on: its `pc.ram` is in a file that both sides map.
 fn stream_without_its_memory() -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&["x-ignore-shared"]).ram_start(2, 3 * 4096);
     let [ram, bios] = ["pc.ram", "pc.bios"].map(|name| BlockName::new(name).unwrap());
     for (name, pages, gpa) in [(&ram, 2, 0), (&bios, 1, 0xfffc_0000)] {

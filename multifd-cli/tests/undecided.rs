@@ -34,7 +34,7 @@ fn take_everything(listener: &TcpListener) -> (TcpStream, Vec<TcpStream>) {
         connections.push(channel.try_clone().unwrap());
         thread::spawn(move || io::copy(&mut channel, &mut io::sink()));
     }
-    let (mut bytes, mut part, mut scanner) = (Vec::new(), vec![0; 1 << 16], TailScanner::new());
+    let (mut bytes, mut part, mut scanner) = (Vec::new(), vec![0; 1 << 16], TailScanner::default());
     while scanner.scan(&bytes).is_none() {
         let n = main.read(&mut part).unwrap();
         assert!(n > 0, "main ends after {} bytes", bytes.len());

@@ -21,11 +21,6 @@ pub struct MainEncoder {
 }
 
 impl MainEncoder {
-    /// An encoder at the first byte of a connection.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// The bytes written since the last [`clear`](Self::clear).
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
@@ -212,7 +207,7 @@ mod tests {
     #[test]
     fn a_block_is_named_once_until_another_one_comes() {
         let (ram, rom) = (BlockName::new("pc.ram").unwrap(), BlockName::new("pc.rom").unwrap());
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         encoder.zero_page(&ram, 0x1000).zero_page(&ram, 0x2000);
         assert_eq!(encoder.as_bytes(), b"\0\0\0\0\0\0\x10\x02\x06pc.ram\0\0\0\0\0\0\0\x20\x22\0");
         encoder.clear();
@@ -222,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_first_bytes_are_those_of_a_recorded_stream() {
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         encoder.header().configuration("pc-i440fx-10.0").ram_start(1, 0x88_2000);
         encoder.block(&BlockEntry::new(BlockName::new("pc.ram").unwrap(), 8 << 20)).flush().eos().footer(1);
         let expected = [

@@ -37,7 +37,8 @@
 //! # Example
 //!
 //! ```
-//! use multifd_proto::stream::{Item, MainDecoder, Step};
+//! use multifd_proto::Step;
+//! use multifd_proto::stream::{Item, MainDecoder};
 //!
 //! let received = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0";
 //! let mut decoder = MainDecoder::new(4096);
@@ -68,10 +69,14 @@ pub mod rounds;
 pub mod section_body;
 pub mod shared_memory;
 pub mod stream;
-pub mod violation;
+mod violation;
 pub mod vmdesc;
-pub mod wire;
+mod wire;
 pub mod xbzrle;
 
 pub use ids::{BlockName, ChannelId};
 pub use violation::{DecodeError, Mismatch, ProtocolError, Violation};
+pub use wire::Step;
+
+#[cfg(test)]
+mod properties;

@@ -85,7 +85,7 @@ pub enum Evidence {
 
 /// What is known at the end of a round, where main and all channels that have joined are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Nothing of the round is missing.
     Complete,
     /// A channel is still to come.
@@ -136,12 +136,12 @@ pub enum Stranger {
 
 impl Membership {
     /// `channels` channels, which are all here.
-    pub const fn fixed(channels: usize) -> Membership {
+    pub(crate) const fn fixed(channels: usize) -> Membership {
         Membership { count: Count::Known(channels, Evidence::Required), joined: channels, ..Membership::open(None) }
     }
 
     /// No channel is here yet. There have to be `required`, or as many as turn out.
-    pub const fn open(required: Option<usize>) -> Membership {
+    pub(crate) const fn open(required: Option<usize>) -> Membership {
         Membership {
             count: match required {
                 Some(channels) => Count::Known(channels, Evidence::Required),
@@ -242,7 +242,7 @@ impl Membership {
     }
 
     /// A channel that was admitted joins, with its first SYNC.
-    pub fn join(&mut self, told: Option<NonZeroU8>) {
+    pub(crate) fn join(&mut self, told: Option<NonZeroU8>) {
         self.joined += 1;
         self.told = Some(told);
         if let (Some(told), Count::Open) = (told, self.count) {
@@ -252,7 +252,7 @@ impl Membership {
 
     /// A SYNC packet with number `number` has come; since the one before, its channel had `packets` packets with pages, the
     /// SYNC packet included if it has some.
-    pub fn count(&mut self, number: u64, packets: u64) {
+    pub(crate) fn count(&mut self, number: u64, packets: u64) {
         self.packets = self.packets.saturating_add(packets);
         self.highest = self.highest.max(Some(number));
     }
@@ -262,7 +262,7 @@ impl Membership {
     /// # Errors
     /// The numbers of the SYNC packets prove nothing, and nothing else does; or they contradict what they proved before, or
     /// what the source has said.
-    pub fn verdict(&mut self, round: u64) -> Result<Verdict, ProtocolError> {
+    pub(crate) fn verdict(&mut self, round: u64) -> Result<Verdict, ProtocolError> {
         match self.count {
             Count::Known(channels, _) if channels != self.joined => Ok(Verdict::Missing),
             Count::Known(..) if self.has_to_balance() && self.balance(round) != 0 => Err(self.unbalanced(round).into()),
@@ -285,7 +285,7 @@ impl Membership {
     }
 
     /// The round is over: SYNC packets belong to the next one from here on.
-    pub fn next_round(&mut self) {
+    pub(crate) fn next_round(&mut self) {
         self.highest = None;
     }
 
@@ -313,3 +313,6 @@ impl Membership {
         taken - i128::from(self.packets) - self.joined as i128 * (i128::from(round) + 1)
     }
 }
+
+#[cfg(test)]
+mod recorded;

@@ -40,7 +40,7 @@ pub const PACKET_BYTES: usize = 512 * 1024;
 
 /// The largest payload accepted when pages are compressed. The bounds of zlib and zstd for [`PACKET_BYTES`] are far below;
 /// QEMU receives into a buffer of this size.
-pub const MAX_COMPRESSED: u32 = 2 * PACKET_BYTES as u32;
+pub(crate) const MAX_COMPRESSED: u32 = 2 * PACKET_BYTES as u32;
 
 /// Length of a [`Hello`].
 pub const HELLO_LEN: usize = 64;
@@ -61,21 +61,51 @@ pub const fn header_len(page_size: usize) -> usize {
     OFFSETS_AT + 8 * capacity(page_size)
 }
 
-/// A view of a RAM packet header whose numbers have been checked against each other.
+/// A RAM packet header whose numbers have been checked against each other.
 ///
 /// Which blocks exist is not known here: look up [`block_name`](Self::block_name), then [`check_pages`](Self::check_pages).
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct RamPacket<'a> {
-    bytes: &'a [u8],
+    /// Whether this packet ends its channel's part of the round. Its own pages, if any, belong to the round it ends.
+    pub sync: bool,
+    /// How the payload is compressed; meaningful when there are pages with content.
+    pub compression: Compression,
+    /// The sender's number of the packet. QEMU 7.2 repeats and skips numbers; what they prove all the same is in
+    /// [`membership`](crate::membership).
+    pub packet_num: u64,
+    /// For how many offsets the sender made room. 0 in a SYNC packet without pages of QEMU 10.0 and newer, which QEMU 7.2 does
+    /// not send.
+    pub allocated: u32,
+    /// The pages with content, in the order of the payload, which is any.
+    pub normal: Offsets<'a>,
+    /// The pages that are all zeros.
+    pub zero: Offsets<'a>,
+    /// How many bytes of payload follow this header: 0 without pages with content, whatever the field says.
+    pub payload_len: usize,
+    /// The payload size exactly as the field has it, stale or not. For inspectors.
+    pub payload_field: u32,
     /// The block name without padding; anything when there are no pages.
     name: &'a [u8],
-    compression: Compression,
-    sync: bool,
-    /// `normal + zero <= capacity`
-    normal: u32,
-    zero: u32,
-    payload_len: u32,
 }
+
+/// Offsets of pages inside their block.
+#[derive(Debug, Clone)]
+pub struct Offsets<'a>(std::slice::Iter<'a, [u8; 8]>);
+
+impl Iterator for Offsets<'_> {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        self.0.next().map(|slot| u64::from_be_bytes(*slot))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.0.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Offsets<'_> {}
 
 impl<'a> RamPacket<'a> {
     /// Checks the header in `bytes`, which is [`header_len`] bytes long.
@@ -88,18 +118,18 @@ impl<'a> RamPacket<'a> {
             return Err(DecodeError::Truncated { needed: len - bytes.len() }.into());
         };
         let prefix = Prefix::decode(bytes.first_chunk().expect("a header is longer than its prefix"))?;
-        if prefix.flags.device_state() {
-            return Err(DecodeError::BadPacketFlags { flags: prefix.flags.0 }.into());
+        if prefix.device_state() {
+            return Err(DecodeError::BadPacketFlags { flags: prefix.flags }.into());
         }
         let (allocated, normal, zero) = (field(bytes, 12), field(bytes, 16), field(bytes, 32));
         let room = capacity(page_size) as u32;
         if allocated > room || normal > allocated || zero > allocated - normal {
             return Err(Violation::PagesAboveCapacity { normal, zero, allocated, capacity: room }.into());
         }
-        let compression = Compression::try_from(prefix.flags.method())?;
+        let (compression, payload_field) = (Compression::try_from(prefix.method())?, field(bytes, 20));
         let payload_len = match normal {
             0 => 0,
-            _ => payload_len(field(bytes, 20), normal, page_size as u64, compression)?,
+            _ => payload_len(payload_field, normal, page_size as u64, compression)?,
         };
         // The last byte of the field ends the name, whatever it holds.
         let name = &bytes[NAME_AT..OFFSETS_AT - 1];
@@ -107,35 +137,25 @@ impl<'a> RamPacket<'a> {
         if name.is_empty() && normal + zero > 0 {
             return Err(Violation::PacketWithoutBlock.into());
         }
-        Ok(Self { bytes, name, compression, sync: prefix.flags.sync(), normal, zero, payload_len })
+        let (slots, _) = bytes[OFFSETS_AT..].as_chunks::<8>();
+        let (normal, others) = slots.split_at(normal as usize);
+        Ok(Self {
+            sync: prefix.sync(),
+            compression,
+            packet_num: u64::from_be_bytes(*bytes[24..].first_chunk().expect("a header is longer")),
+            allocated,
+            normal: Offsets(normal.iter()),
+            zero: Offsets(others[..zero as usize].iter()),
+            payload_len: payload_len as usize,
+            payload_field,
+            name,
+        })
     }
 
     /// Refuses the packet when one of its pages is not aligned, or not inside a block of `len` bytes called `block`.
     pub fn check_pages(&self, block: &BlockName, len: u64, page_size: usize) -> Result<(), Violation> {
-        let mut offsets = self.normal_offsets().chain(self.zero_offsets());
+        let mut offsets = self.normal.clone().chain(self.zero.clone());
         offsets.try_for_each(|offset| check_page(block, len, offset, page_size as u64))
-    }
-
-    /// Whether this packet ends its channel's part of the round. Its own pages, if any, belong to the round it ends.
-    pub const fn sync(&self) -> bool {
-        self.sync
-    }
-
-    /// For how many offsets the sender made room. 0 in a SYNC packet without pages of QEMU 10.0 and newer, which QEMU 7.2 does
-    /// not send.
-    pub fn allocated(&self) -> u32 {
-        field(self.bytes, 12)
-    }
-
-    /// How the payload is compressed; meaningful when [`normal`](Self::normal) is not 0.
-    pub const fn compression(&self) -> Compression {
-        self.compression
-    }
-
-    /// The sender's number of the packet. QEMU 7.2 repeats and skips numbers; what they prove all the same is in
-    /// [`membership`](crate::membership).
-    pub fn packet_num(&self) -> u64 {
-        u64::from_be_bytes(*self.bytes[24..].first_chunk().expect("a header is longer"))
     }
 
     /// The block that all pages of the packet belong to.
@@ -145,45 +165,9 @@ impl<'a> RamPacket<'a> {
         name_text(self.name)
     }
 
-    /// Number of pages with content.
-    pub const fn normal(&self) -> usize {
-        self.normal as usize
-    }
-
-    /// Number of pages that are all zeros.
-    pub const fn zero(&self) -> usize {
-        self.zero as usize
-    }
-
-    /// Whether the packet has neither normal nor zero pages.
-    pub const fn is_empty(&self) -> bool {
-        self.normal == 0 && self.zero == 0
-    }
-
-    /// Offsets inside the block of the pages with content, in the order of the payload, which is any.
-    pub fn normal_offsets(&self) -> impl ExactSizeIterator<Item = u64> + Clone + 'a {
-        self.offsets(0, self.normal())
-    }
-
-    /// Offsets inside the block of the pages that are all zeros.
-    pub fn zero_offsets(&self) -> impl ExactSizeIterator<Item = u64> + Clone + 'a {
-        self.offsets(self.normal(), self.zero())
-    }
-
-    /// How many bytes of payload follow this header: 0 without normal pages, whatever the field says.
-    pub const fn payload_len(&self) -> usize {
-        self.payload_len as usize
-    }
-
-    /// The payload size exactly as the field has it, stale or not. For inspectors.
-    pub fn payload_field(&self) -> u32 {
-        field(self.bytes, 20)
-    }
-
-    fn offsets(&self, first: usize, count: usize) -> impl ExactSizeIterator<Item = u64> + Clone + 'a {
-        let slots = &self.bytes[OFFSETS_AT + 8 * first..OFFSETS_AT + 8 * (first + count)];
-        let (slots, _) = slots.as_chunks::<8>();
-        slots.iter().map(|slot| u64::from_be_bytes(*slot))
+    /// Whether the packet has neither pages with content nor pages of zeros.
+    pub fn is_empty(&self) -> bool {
+        self.normal.len() + self.zero.len() == 0
     }
 }
 
@@ -308,51 +292,42 @@ impl Hello {
 }
 
 /// The first twelve bytes of a packet: enough to know how long its header is.
+///
+/// Only known flags are set, at most one method of compression, and device state alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prefix {
-    /// The flags of the packet.
-    pub flags: Flags,
+    flags: u32,
 }
 
 impl Prefix {
     /// Checks magic, version and that the flags go together.
     pub fn decode(bytes: &[u8; PREFIX_LEN]) -> Result<Self, DecodeError> {
         magic_and_version(bytes, "packet")?;
-        Flags::decode(field(bytes, 8)).map(|flags| Self { flags })
+        let flags = field(bytes, 8);
+        let methods = (flags & METHOD_MASK).count_ones();
+        let known = flags & !(SYNC | METHOD_MASK | DEVICE_STATE) == 0;
+        let alone = flags & DEVICE_STATE == 0 || flags == DEVICE_STATE;
+        if known && methods <= 1 && alone { Ok(Self { flags }) } else { Err(DecodeError::BadPacketFlags { flags }) }
     }
 
     /// Length of the whole header, these bytes included.
     pub const fn header_len(&self, page_size: usize) -> usize {
-        if self.flags.device_state() { DEVICE_STATE_LEN } else { header_len(page_size) }
+        if self.device_state() { DEVICE_STATE_LEN } else { header_len(page_size) }
     }
-}
 
-/// The flags of a packet: known bits only, at most one compression method, device state alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Flags(u32);
-
-impl Flags {
-    /// Checks the bits of a packet.
-    pub(crate) fn decode(flags: u32) -> Result<Self, DecodeError> {
-        let methods = (flags & METHOD_MASK).count_ones();
-        let known = flags & !(SYNC | METHOD_MASK | DEVICE_STATE) == 0;
-        let alone = flags & DEVICE_STATE == 0 || flags == DEVICE_STATE;
-        if known && methods <= 1 && alone { Ok(Self(flags)) } else { Err(DecodeError::BadPacketFlags { flags }) }
+    /// Whether the packet carries device state instead of pages: a [`DeviceStatePacket`].
+    pub const fn device_state(&self) -> bool {
+        self.flags & DEVICE_STATE != 0
     }
 
     /// Whether the packet ends the round on its channel.
-    pub const fn sync(self) -> bool {
-        self.0 & SYNC != 0
-    }
-
-    /// Whether the packet carries device state instead of pages.
-    pub const fn device_state(self) -> bool {
-        self.0 & DEVICE_STATE != 0
+    const fn sync(&self) -> bool {
+        self.flags & SYNC != 0
     }
 
     /// How the payload is compressed.
-    pub(crate) const fn method(self) -> Method {
-        match self.0 & METHOD_MASK {
+    const fn method(&self) -> Method {
+        match self.flags & METHOD_MASK {
             0 => Method::None,
             ZLIB => Method::Zlib,
             ZSTD => Method::Zstd,
@@ -465,8 +440,8 @@ impl<'a> DeviceStatePacket<'a> {
             return Err(DecodeError::Truncated { needed: DEVICE_STATE_LEN - bytes.len() });
         };
         let prefix = Prefix::decode(bytes.first_chunk().expect("a header is longer than its prefix"))?;
-        if !prefix.flags.device_state() {
-            return Err(DecodeError::BadPacketFlags { flags: prefix.flags.0 });
+        if !prefix.device_state() {
+            return Err(DecodeError::BadPacketFlags { flags: prefix.flags });
         }
         let name = &bytes[12..267];
         let name = &name[..name.iter().position(|byte| *byte == 0).unwrap_or(name.len())];
@@ -506,9 +481,9 @@ pub(crate) const SYNC: u32 = 0x01;
 /// The bits that hold the compression method.
 pub(crate) const METHOD_MASK: u32 = 0x3e;
 /// zlib.
-pub const ZLIB: u32 = 0x02;
+pub(crate) const ZLIB: u32 = 0x02;
 /// zstd.
-pub const ZSTD: u32 = 0x04;
+pub(crate) const ZSTD: u32 = 0x04;
 /// Intel IAA through QPL.
 pub(crate) const QPL: u32 = 0x08;
 /// Kunpeng through UADK.
@@ -517,7 +492,7 @@ pub(crate) const UADK: u32 = 0x10;
 #[cfg(test)]
 pub(crate) const QATZIP: u32 = 0x20;
 /// A packet with device state.
-pub const DEVICE_STATE: u32 = 0x40;
+pub(crate) const DEVICE_STATE: u32 = 0x40;
 
 const NAME_AT: usize = 64;
 const OFFSETS_AT: usize = NAME_AT + 256;
@@ -532,7 +507,7 @@ mod tests {
     fn sizes_are_those_of_the_wire() {
         assert_eq!((capacity(PAGE), header_len(PAGE)), (128, 1344));
         assert_eq!((capacity(65536), header_len(65536)), (8, 384));
-        let device_state = Prefix { flags: Flags::decode(DEVICE_STATE).unwrap() };
+        let device_state = Prefix { flags: DEVICE_STATE };
         assert_eq!(device_state.header_len(PAGE), 276);
     }
 
@@ -581,12 +556,12 @@ mod tests {
     fn packet_survives_the_wire() {
         let bytes = packet(|_| ());
         let packet = RamPacket::decode(&bytes, PAGE).unwrap();
-        assert!(!packet.sync() && !packet.is_empty());
-        assert_eq!(packet.packet_num(), 7);
+        assert!(!packet.sync && !packet.is_empty());
+        assert_eq!(packet.packet_num, 7);
         assert_eq!(packet.block_name(), Ok("pc.ram"));
-        assert_eq!(packet.normal_offsets().collect::<Vec<_>>(), [0, 0x7000, 0x6000]);
-        assert_eq!(packet.zero_offsets().collect::<Vec<_>>(), [0x4000, 0x1000]);
-        assert_eq!(packet.payload_len(), 12288);
+        assert_eq!(packet.normal.clone().collect::<Vec<_>>(), [0, 0x7000, 0x6000]);
+        assert_eq!(packet.zero.clone().collect::<Vec<_>>(), [0x4000, 0x1000]);
+        assert_eq!(packet.payload_len, 12288);
         assert_eq!(field(&bytes, 12), 128);
         assert!(bytes[320 + 5 * 8..].iter().all(|byte| *byte == 0));
     }
@@ -598,7 +573,7 @@ mod tests {
         assert_eq!(bytes[..32], *b"\x11\x22\x33\x44\0\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x09");
         assert!(bytes[32..].iter().all(|byte| *byte == 0));
         let packet = RamPacket::decode(&bytes, PAGE).unwrap();
-        assert!(packet.sync() && packet.is_empty());
+        assert!(packet.sync && packet.is_empty());
         assert!(packet.block_name().is_err());
     }
 
@@ -612,8 +587,8 @@ mod tests {
             bytes[320..].fill(0xff);
         });
         let packet = RamPacket::decode(&bytes, PAGE).unwrap();
-        assert_eq!((packet.payload_len(), packet.payload_field(), packet.is_empty()), (0, 0xffff_ffff, true));
-        assert_eq!(packet.normal_offsets().len() + packet.zero_offsets().len(), 0);
+        assert_eq!((packet.payload_len, packet.payload_field, packet.is_empty()), (0, 0xffff_ffff, true));
+        assert_eq!(packet.normal.len() + packet.zero.len(), 0);
     }
 
     #[test]
@@ -644,14 +619,14 @@ mod tests {
                 put(bytes, 8, method);
                 put(bytes, 20, size);
             });
-            let compression = Compression::try_from(Flags(method).method()).unwrap();
+            let compression = Compression::try_from(Prefix { flags: method }.method()).unwrap();
             assert_eq!(error, Violation::PayloadSize { size, normal: 3, page_size: 4096, compression }.into());
         }
         let largest = packet(|bytes| {
             put(bytes, 8, ZSTD);
             put(bytes, 20, MAX_COMPRESSED);
         });
-        assert_eq!(RamPacket::decode(&largest, PAGE).unwrap().payload_len(), 1 << 20);
+        assert_eq!(RamPacket::decode(&largest, PAGE).unwrap().payload_len, 1 << 20);
     }
 
     #[test]

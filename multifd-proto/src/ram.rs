@@ -198,7 +198,7 @@ pub(crate) fn check_page(block: &BlockName, len: u64, offset: u64, page_size: u6
 }
 
 /// The most blocks accepted in a block list. A large VM has some tens.
-pub const MAX_BLOCKS: usize = 4096;
+pub(crate) const MAX_BLOCKS: usize = 4096;
 
 const ZERO: u64 = 0x002;
 const MEM_SIZE: u64 = 0x004;

@@ -51,7 +51,8 @@ pub struct Sync {
 pub struct Rounds {
     /// The round whose end the parties are on their way to.
     round: u64,
-    members: Membership,
+    /// Which channels take part, for what main says about it. What follows from that is seen at the next arrival.
+    pub members: Membership,
     main: Seat,
     /// By channel id; as long as the highest id that has joined.
     seats: Vec<Seat>,
@@ -103,16 +104,6 @@ impl Rounds {
     /// The round whose end the parties are on their way to.
     pub fn round(&self) -> u64 {
         self.round
-    }
-
-    /// Which channels take part.
-    pub fn members(&self) -> &Membership {
-        &self.members
-    }
-
-    /// Which channels take part, for what main says about it. What follows from that is seen at the next arrival.
-    pub fn members_mut(&mut self) -> &mut Membership {
-        &mut self.members
     }
 
     /// Whether the channel that says `id` and `told` may join.
@@ -356,7 +347,7 @@ mod tests {
             assert_eq!(rounds.admit(ID, says), Err(Stranger::Twice { id: ID }));
             assert_eq!(rounds.admit(OTHER, says), Ok(()));
             assert_eq!(rounds.join(OTHER, says, sync(2, 0)), Ok(Arrival::Completes));
-            assert!(rounds.members().is_complete());
+            assert!(rounds.members.is_complete());
             let beyond = Stranger::OutOfRange { id: ChannelId(3), channels: 3 };
             assert_eq!(rounds.admit(ChannelId(3), says), Err(beyond));
         }
@@ -388,7 +379,7 @@ mod tests {
         assert_eq!(rounds.join(OTHER, None, sync(1, 0)), Ok(Arrival::Joins));
         assert!(!rounds.awaits_strangers_only());
         assert_eq!(rounds.sync(OTHER, sync(5, 1)), Ok(Arrival::Completes));
-        assert_eq!(rounds.members().evidence(), Some(Evidence::Numbers));
+        assert_eq!(rounds.members.evidence(), Some(Evidence::Numbers));
         let id = ChannelId(2);
         assert_eq!(rounds.admit(id, None), Err(Stranger::OutOfRange { id, channels: 2 }));
     }
@@ -456,7 +447,7 @@ mod tests {
             }
         }
         let mut at_once = Rounds::open(None);
-        at_once.members_mut().tell(1).unwrap();
+        at_once.members.tell(1).unwrap();
         at_once.arrive(MAIN).unwrap();
         assert_eq!(at_once.join(ID, None, sync(1, 0)), Err(unbalanced(1, 0, 0, 1, 0).into()));
         // A QEMU says nothing, and this side was told.
@@ -475,7 +466,7 @@ mod tests {
         assert_eq!(rounds.admit(ID, None), Err(Stranger::TooLate { id: ID }));
         let mut plain = Rounds::open(None);
         plain.arrive(MAIN).unwrap();
-        plain.members_mut().plain_page();
+        plain.members.plain_page();
         assert_eq!(plain.arrive(MAIN), Ok(Arrival::Completes));
         assert_eq!(plain.admit(ID, None), Err(Stranger::OutOfRange { id: ID, channels: 0 }));
     }
@@ -483,20 +474,20 @@ mod tests {
     #[test]
     fn after_a_flush_main_never_goes_alone() {
         let mut rounds = Rounds::open(None);
-        rounds.members_mut().expect_channels();
+        rounds.members.expect_channels();
         assert_eq!(rounds.arrive(MAIN), Ok(Arrival::Waits));
         assert!(!rounds.go_alone());
-        rounds.members_mut().plain_page();
+        rounds.members.plain_page();
         assert_eq!(rounds.join(ID, None, sync(0, 0)), Ok(Arrival::Completes));
     }
 
     #[test]
     fn what_main_says_has_to_agree_with_what_is_known() {
         let mut rounds = Rounds::open(Some(2));
-        assert_eq!(rounds.members_mut().tell(3), Err(Mismatch::ChannelCount { told: 3, known: 2 }));
+        assert_eq!(rounds.members.tell(3), Err(Mismatch::ChannelCount { told: 3, known: 2 }));
         let mut rounds = Rounds::open(None);
-        rounds.members_mut().tell(2).unwrap();
-        assert_eq!(rounds.members_mut().tell(2), Ok(()), "once more");
+        rounds.members.tell(2).unwrap();
+        assert_eq!(rounds.members.tell(2), Ok(()), "once more");
         assert_eq!(rounds.admit(ID, told(4)), Err(Stranger::OtherCount { id: ID, told: 4, channels: 2 }));
         assert_eq!(rounds.admit(ID, told(2)), Ok(()));
     }

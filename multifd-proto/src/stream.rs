@@ -54,7 +54,7 @@ use crate::ids::{BlockName, escape, name_text};
 use crate::machine::Dialect;
 use crate::ram::{BlockEntry, BlockLayout, MAX_BLOCKS, RamWord};
 use crate::violation::{DecodeError, Mismatch, ProtocolError, Violation};
-use crate::wire::{self, Reader, Stop};
+use crate::wire::{self, Reader, Step, Stop};
 use crate::xbzrle;
 
 /// Decodes main, one item at a time.
@@ -174,12 +174,7 @@ impl MainDecoder {
     /// A decoder at the first byte of a connection, for pages of `page_size` bytes.
     pub fn new(page_size: usize) -> Self {
         // No file is longer than an off_t can say, and no connection lives that long.
-        Self::for_file(page_size, i64::MAX as u64)
-    }
-
-    /// A decoder at the first byte of a stream in a file that has `file_len` bytes from there on, at most `i64::MAX`.
-    pub fn for_file(page_size: usize, file_len: u64) -> Self {
-        Self::within_file(page_size, 0, file_len)
+        Self::within_file(page_size, 0, i64::MAX as u64)
     }
 
     /// A decoder of a stream that begins at byte `begin` of a file of `file_len` bytes, at most `i64::MAX`. All positions and
@@ -234,7 +229,7 @@ impl MainDecoder {
     /// After an item, the next call must be shown what follows its `used` bytes **and its payload**: the position already
     /// counts the payload as taken. After a [`Section`] item, the caller takes the body, tells its length to
     /// [`body_taken`](Self::body_taken), and goes on with the footer. An error is final.
-    pub fn step(&mut self, input: &[u8]) -> Result<Step, StreamError> {
+    pub fn step(&mut self, input: &[u8]) -> Result<Step<Item>, StreamError> {
         let step = wire::step(input, |reader| self.read(reader));
         let step = step.map_err(|source| StreamError { offset: self.position, source })?;
         if let Step::Item { item, used } = &step {
@@ -807,9 +802,6 @@ impl MainDecoder {
     }
 }
 
-/// What [`MainDecoder::step`] found.
-pub type Step = wire::Step<Item>;
-
 /// One item of main.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Item {
@@ -1081,9 +1073,9 @@ pub(crate) const MAX_MACHINE: u32 = 255;
 /// The most capabilities accepted in the configuration, which lists at most two.
 pub(crate) const MAX_CAPABILITIES: u32 = 16;
 /// The most sections other than `ram` that may be transferred in parts at the same time.
-pub const MAX_SECTIONS: usize = 256;
+pub(crate) const MAX_SECTIONS: usize = 256;
 /// The longest vmdescription accepted. A small VM's has 100 KB.
-pub const MAX_VMDESC: u32 = 16 << 20;
+pub(crate) const MAX_VMDESC: u32 = 16 << 20;
 
 /// The longest package of a postcopy migration accepted: the state of all devices. A small VM's has 14 KB.
 pub(crate) const MAX_PACKAGE: u32 = 1 << 30;

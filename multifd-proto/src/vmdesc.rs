@@ -407,11 +407,6 @@ pub struct WholeScanner {
 }
 
 impl WholeScanner {
-    /// A scanner for a buffer of which nothing has been seen.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Whether `blob` looks whole. The same blob with more behind it is to be passed next.
     pub fn scan(&mut self, blob: &[u8]) -> bool {
         while !self.broken {
@@ -579,11 +574,6 @@ pub struct TailScanner {
 }
 
 impl TailScanner {
-    /// A scanner for a buffer of which nothing has been seen.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Looks at what was appended to `buf` since the last call and says where the stream ends, if `buf` ends with it.
     pub fn scan(&mut self, buf: &[u8]) -> Option<TailEnd> {
         let mut at = self.scanned;
@@ -662,7 +652,7 @@ pub struct TailEnd {
 
 /// Where main ends, if `buf` ends with the end of main.
 pub fn find_end(buf: &[u8]) -> Option<TailEnd> {
-    TailScanner::new().scan(buf)
+    TailScanner::default().scan(buf)
 }
 
 /// The most values shown for one device, so that a small description cannot ask for a huge answer. Real devices have some
@@ -841,7 +831,7 @@ mod tests {
         let expected = TailEnd { eof_at: state.len(), json: state.len() + 6..whole.len() };
         assert_eq!(find_end(&whole), Some(expected.clone()));
         for piece in [1, 2, 3, 7, 100] {
-            let mut scanner = TailScanner::new();
+            let mut scanner = TailScanner::default();
             let mut found = Vec::new();
             for end in (piece..whole.len()).step_by(piece).chain([whole.len()]) {
                 assert!(scanner.live.len() <= 6);
@@ -860,7 +850,7 @@ mod tests {
             let whole = [&b"state"[..], &end, more].concat();
             let expected = TailEnd { eof_at: 5, json: 5 + HEAD..5 + end.len() };
             for first in [0, 3, 10, 5 + end.len() - 1, 5 + end.len()] {
-                let mut scanner = TailScanner::new();
+                let mut scanner = TailScanner::default();
                 scanner.scan(&whole[..first]);
                 assert_eq!(scanner.passed(&whole[..first]).count(), 0, "{first}");
                 scanner.scan(&whole);

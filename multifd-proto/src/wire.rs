@@ -7,7 +7,7 @@ use crate::violation::{DecodeError, Mismatch, ProtocolError, Violation};
 
 /// Reads big-endian integers and strings from the front of a slice.
 #[derive(Debug, Clone)]
-pub struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     bytes: &'a [u8],
     /// `0 <= position <= bytes.len()`
     position: usize,
@@ -74,7 +74,7 @@ impl<'a> Reader<'a> {
 
 /// Appends big-endian integers and strings to a buffer.
 #[derive(Debug)]
-pub struct Writer<'a> {
+pub(crate) struct Writer<'a> {
     out: &'a mut Vec<u8>,
 }
 

@@ -1,12 +1,13 @@
 //! Streams without an END section of `ram`: which of them are background snapshots.
 
 use multifd_proto::BlockName;
+use multifd_proto::Step;
+use multifd_proto::Violation;
 use multifd_proto::command::{Command, PostcopyAdvice};
 use multifd_proto::encoder::MainEncoder;
 use multifd_proto::extension::{Extensions, Offer};
 use multifd_proto::ram::BlockEntry;
-use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind, Step};
-use multifd_proto::violation::Violation;
+use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind};
 use proptest::prelude::*;
 
 const PAGE: usize = 4096;
@@ -27,7 +28,7 @@ enum Piece {
 
 fn encode(pieces: &[Piece]) -> Vec<u8> {
     let block = BlockName::new("pc.ram").unwrap();
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.header().configuration("pc-i440fx-10.0");
     for piece in pieces {
         match piece {
@@ -118,7 +119,7 @@ fn the_end_of_state_without_end_of_ram_is_refused_where_it_cannot_be_a_snapshot(
 fn a_source_of_ours_sends_no_snapshot() {
     let mut bytes = encode(&[]);
     let offer = Offer { channels: 1, token: None, extensions: Extensions::known() };
-    bytes.extend_from_slice(MainEncoder::new().config_offer(&offer).as_bytes());
+    bytes.extend_from_slice(MainEncoder::default().config_offer(&offer).as_bytes());
     let rest = encode(&[START, Piece::Part, Piece::Full, Piece::Eof]);
     bytes.extend_from_slice(&rest[encode(&[]).len()..]);
     let refused = Violation::UnexpectedElement { element: "EOF", place: "before the END section of ram" };

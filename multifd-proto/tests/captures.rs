@@ -12,9 +12,9 @@ use multifd_proto::encoder::MainEncoder;
 use multifd_proto::machine::Dialect;
 use multifd_proto::packet::{Compression, HELLO_LEN, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, header_len};
 use multifd_proto::ram::RamWord;
-use multifd_proto::stream::{Item, MainDecoder, Step};
+use multifd_proto::stream::{Item, MainDecoder};
 use multifd_proto::vmdesc::{TailScanner, VmDescription, cut, find_end};
-use multifd_proto::{BlockName, xbzrle};
+use multifd_proto::{BlockName, Step, xbzrle};
 
 const PAGE: usize = 4096;
 
@@ -132,7 +132,7 @@ fn device_state_is_found_and_cut_by_its_description() {
         assert!(blob[state.body.clone()][4..].starts_with(b"running\0"), "{}", capture.name);
         // Received in pieces, the end is found at the last byte and not before it.
         let start = main.len() - json.len() - TAIL_HEAD - blob.len();
-        let mut scanner = TailScanner::new();
+        let mut scanner = TailScanner::default();
         for end in (start..main.len()).step_by(1448) {
             assert_eq!(scanner.scan(&main[start..end]), None);
         }
@@ -145,7 +145,7 @@ fn device_state_is_found_and_cut_by_its_description() {
 fn main_encodes_back_to_the_recorded_bytes() {
     for capture in Capture::all() {
         let main = capture.main();
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         let mut end = 0;
         let mut back = Vec::with_capacity(main.len());
         decode_main(main, |decoder, at, item, payload| {
@@ -203,17 +203,17 @@ fn packet_headers_encode_back_to_the_recorded_bytes() {
             while at < bytes.len() {
                 let header = &bytes[at..at + header_len(PAGE)];
                 let packet = RamPacket::decode(header, PAGE).unwrap();
-                let normal: Vec<_> = packet.normal_offsets().collect();
-                let zero: Vec<_> = packet.zero_offsets().collect();
+                let normal: Vec<_> = packet.normal.clone().collect();
+                let zero: Vec<_> = packet.zero.clone().collect();
                 let mut back = vec![0xff; header_len(PAGE)];
                 PacketHeader {
-                    sync: packet.sync(),
-                    compression: packet.compression(),
-                    packet_num: packet.packet_num(),
+                    sync: packet.sync,
+                    compression: packet.compression,
+                    packet_num: packet.packet_num,
                     block: if packet.is_empty() { "" } else { packet.block_name().unwrap() },
                     normal: &normal,
                     zero: &zero,
-                    payload_len: packet.payload_len() as u32,
+                    payload_len: packet.payload_len as u32,
                 }
                 .encode_into(&mut back, PAGE);
                 if capture.qemu != "7.2" {
@@ -231,7 +231,7 @@ fn packet_headers_encode_back_to_the_recorded_bytes() {
                     }
                     with_stale_fields += usize::from(back != header);
                 }
-                at += header_len(PAGE) + packet.payload_len();
+                at += header_len(PAGE) + packet.payload_len;
             }
         }
     }
@@ -435,7 +435,7 @@ impl Channel {
     /// Applies packets up to the SYNC, and the packet without anything that QEMU 7.2 sends behind some of them.
     fn run_to_sync(&mut self, ram: &mut Ram) {
         while !self.packet(ram) {}
-        while self.at < self.bytes.len() && self.peek().is_empty() && !self.peek().sync() {
+        while self.at < self.bytes.len() && self.peek().is_empty() && !self.peek().sync {
             self.packet(ram);
         }
     }
@@ -448,35 +448,35 @@ impl Channel {
     /// Applies one packet and says whether it was a SYNC.
     fn packet(&mut self, ram: &mut Ram) -> bool {
         let packet = self.peek();
-        let payload = &self.bytes[self.at + header_len(PAGE)..][..packet.payload_len()];
+        let payload = &self.bytes[self.at + header_len(PAGE)..][..packet.payload_len];
         self.at += header_len(PAGE) + payload.len();
         let account = &mut self.account;
         account.packets += 1;
-        account.sync += usize::from(packet.sync());
-        account.sync_with_data += usize::from(packet.sync() && !packet.is_empty());
-        account.empty += usize::from(!packet.sync() && packet.is_empty());
-        account.stale_size += usize::from(packet.normal() == 0 && packet.payload_field() != 0);
-        account.normal += packet.normal();
-        account.zero += packet.zero();
+        account.sync += usize::from(packet.sync);
+        account.sync_with_data += usize::from(packet.sync && !packet.is_empty());
+        account.empty += usize::from(!packet.sync && packet.is_empty());
+        account.stale_size += usize::from(packet.normal.len() == 0 && packet.payload_field != 0);
+        account.normal += packet.normal.len();
+        account.zero += packet.zero.len();
         account.payload += payload.len();
         if packet.is_empty() {
-            return packet.sync();
+            return packet.sync;
         }
-        assert_eq!(packet.compression(), self.compression);
+        assert_eq!(packet.compression, self.compression);
         let block = BlockName::new(packet.block_name().unwrap()).unwrap();
         packet.check_pages(&block, ram.blocks[block.as_str()].len() as u64, PAGE).unwrap();
-        let mut pages = vec![0; packet.normal() * PAGE];
+        let mut pages = vec![0; packet.normal.len() * PAGE];
         self.decompressor.decompress(payload, &mut pages);
         if self.drop_packet == Some(self.account.packets) {
-            return packet.sync();
+            return packet.sync;
         }
-        for (offset, page) in packet.normal_offsets().zip(pages.chunks(PAGE)) {
+        for (offset, page) in packet.normal.clone().zip(pages.chunks(PAGE)) {
             ram.page(block.as_str(), offset).copy_from_slice(page);
         }
-        for offset in packet.zero_offsets() {
+        for offset in packet.zero.clone() {
             ram.page(block.as_str(), offset).fill(0);
         }
-        packet.sync()
+        packet.sync
     }
 }
 

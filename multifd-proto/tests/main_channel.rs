@@ -5,14 +5,19 @@ use multifd_proto::encoder::MainEncoder;
 use multifd_proto::extension::{Extension, Extensions, Offer};
 use multifd_proto::machine::Dialect;
 use multifd_proto::mapped_ram::BlockHeader;
-use multifd_proto::ram::{BlockEntry, MAX_BLOCKS};
+use multifd_proto::ram::BlockEntry;
 use multifd_proto::section_body::BodyLength;
-use multifd_proto::stream::{Item, MAX_SECTIONS, MAX_VMDESC, MainDecoder, Section, SectionKind, Step, StreamError};
-use multifd_proto::violation::{DecodeError, Mismatch, ProtocolError, Violation};
-use multifd_proto::{BlockName, ram};
+use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind, StreamError};
+use multifd_proto::{BlockName, Step};
+use multifd_proto::{DecodeError, Mismatch, ProtocolError, Violation};
 
 const PAGE: usize = 4096;
 const RAM: u32 = 2;
+
+/// The limits of the decoder.
+const MAX_BLOCKS: usize = 4096;
+const MAX_SECTIONS: usize = 256;
+const MAX_VMDESC: u32 = 16 << 20;
 
 fn name(text: &str) -> BlockName {
     BlockName::new(text).unwrap()
@@ -24,7 +29,7 @@ fn section(kind: SectionKind, id: u32, name: &str) -> Section {
 
 /// What `write` writes.
 fn bytes(write: impl FnOnce(&mut MainEncoder)) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     write(&mut encoder);
     encoder.as_bytes().to_vec()
 }
@@ -535,7 +540,7 @@ fn block_list_rules() {
             out.block(&BlockEntry::new(name(&i.to_string()), 0x1000));
         }
     };
-    assert_eq!(refusal(many, &entry("x", 0x1000)), Violation::TooManyBlocks { limit: ram::MAX_BLOCKS }.into());
+    assert_eq!(refusal(many, &entry("x", 0x1000)), Violation::TooManyBlocks { limit: MAX_BLOCKS }.into());
     let no_list = bytes(|out| {
         out.section(&Section { version: 4, ..section(SectionKind::Start, 1, "ram") }).eos();
     });
@@ -630,14 +635,14 @@ fn mapped_ram(change: impl FnOnce(&mut BlockHeader)) -> Vec<u8> {
 #[test]
 fn mapped_ram_files_skip_bitmap_and_pages_of_each_block() {
     let file = mapped_ram(|_| ());
-    let (items, result) = decode_with(MainDecoder::for_file(PAGE, file.len() as u64), &file);
+    let (items, result) = decode_with(MainDecoder::within_file(PAGE, 0, file.len() as u64), &file);
     let blocks: Vec<_> = items.iter().filter(|item| matches!(item, Item::Block(_))).collect();
     assert_eq!(blocks.len(), 2);
     assert_eq!(items.last(), Some(&Item::RamPart { end: true }));
     assert_eq!(result, Ok(8));
     for (word, what) in [(0x200u64, "FLUSH in a mapped-ram file"), (8, "page in the stream of a mapped-ram file")] {
         let file = [&file[..], &word.to_be_bytes()].concat();
-        let (_, result) = decode_with(MainDecoder::for_file(PAGE, file.len() as u64), &file);
+        let (_, result) = decode_with(MainDecoder::within_file(PAGE, 0, file.len() as u64), &file);
         assert_eq!(result.unwrap_err().source, Violation::NotAllowed { what }.into());
     }
 }
@@ -646,7 +651,7 @@ fn mapped_ram_files_skip_bitmap_and_pages_of_each_block() {
 fn mapped_ram_headers_that_point_outside_the_file_are_refused() {
     let refused = |change: fn(&mut BlockHeader)| {
         let file = mapped_ram(change);
-        let (_, result) = decode_with(MainDecoder::for_file(PAGE, file.len() as u64), &file);
+        let (_, result) = decode_with(MainDecoder::within_file(PAGE, 0, file.len() as u64), &file);
         match result.unwrap_err().source {
             ProtocolError::Violation(Violation::MappedRam { what, .. }) => what,
             other => panic!("{other}"),
@@ -682,7 +687,7 @@ fn a_block_of_a_mapped_ram_file_whose_memory_is_elsewhere_has_no_place_in_it() {
         file.extend(bytes(|out| _ = out.block(&entry("pc.bios", 0x1000, bios))));
         file.resize(bios.next_entry(0x1000) as usize, 0);
         file.extend(bytes(|out| _ = out.eos().footer(1).ram_part(1, true)));
-        decode_with(MainDecoder::for_file(PAGE, file.len() as u64), &file)
+        decode_with(MainDecoder::within_file(PAGE, 0, file.len() as u64), &file)
     };
     let (items, result) = listed(&["x-ignore-shared", "mapped-ram"], 0);
     assert_eq!(items.iter().filter(|item| matches!(item, Item::Block(_))).count(), 2);

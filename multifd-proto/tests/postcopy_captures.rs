@@ -3,13 +3,13 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use multifd_proto::Step;
 use multifd_proto::command::Command;
-use multifd_proto::postcopy::{PreemptDecoder, PreemptItem, Requests, package::Package};
+use multifd_proto::postcopy::{Package, PreemptDecoder, PreemptItem, Requests};
 use multifd_proto::ram::BlockEntry;
 use multifd_proto::return_path::Message;
 use multifd_proto::stream::{Item, MainDecoder};
 use multifd_proto::vmdesc::cut_by_shape;
-use multifd_proto::wire::Step;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -136,7 +136,7 @@ impl Found {
 
     /// Pages on the preempt connection, and whether it came to its last word.
     fn preempt(&mut self, mut bytes: &[u8]) -> (usize, bool) {
-        let (mut decoder, mut pages) = (PreemptDecoder::new(), 0);
+        let (mut decoder, mut pages) = (PreemptDecoder::default(), 0);
         while !bytes.is_empty() {
             let step = decoder.step(bytes, &self.blocks, PAGE).unwrap();
             let Step::Item { item, used } = step else { panic!("{} bytes are left", bytes.len()) };
@@ -217,7 +217,7 @@ fn the_destination_asks_as_its_codec_says_and_every_message_encodes_back() {
     for capture in captures {
         let blocks = Found::main(&files[&format!("{}/main.bin", capture.name)]).blocks;
         let bytes = &files[&format!("{}/main.return.bin", capture.name)];
-        let (mut requests, mut asked, mut pongs, mut shut) = (Requests::new(), 0, Vec::new(), None);
+        let (mut requests, mut asked, mut pongs, mut shut) = (Requests::default(), 0, Vec::new(), None);
         let mut rest = bytes.as_slice();
         let mut back = Vec::new();
         while let Ok(Step::Item { item, used }) = Message::decode(rest) {

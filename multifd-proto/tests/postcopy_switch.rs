@@ -1,11 +1,12 @@
 //! The switch to postcopy on main: which elements may follow which.
 
 use multifd_proto::BlockName;
+use multifd_proto::Step;
 use multifd_proto::command::{Command, PostcopyAdvice};
 use multifd_proto::encoder::MainEncoder;
-use multifd_proto::postcopy::{DiscardRange, package};
+use multifd_proto::postcopy::{DiscardRange, Package};
 use multifd_proto::ram::BlockEntry;
-use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind, Step};
+use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind};
 use proptest::prelude::*;
 
 const PAGE: usize = 4096;
@@ -29,7 +30,7 @@ enum Piece {
 /// Appends each of `pieces` and returns where it ends.
 fn encode(pieces: &[Piece]) -> (Vec<u8>, Vec<usize>) {
     let block = BlockName::new("pc.ram").unwrap();
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.header().configuration("pc-i440fx-10.0").command(&Command::OpenReturnPath);
     let advice = PostcopyAdvice { page_size_summary: PAGE as u64, page_size: PAGE as u64 };
     out.command(&Command::PostcopyAdvise(Some(advice)));
@@ -52,7 +53,7 @@ fn encode(pieces: &[Piece]) -> (Vec<u8>, Vec<usize>) {
             Piece::Ping => out.command(&Command::Ping(2)),
             Piece::Package => {
                 let mut bytes = Vec::new();
-                package::encode(b"", &mut bytes);
+                Package::encode(b"", &mut bytes);
                 out.raw(&bytes)
             }
             Piece::Listen => out.command(&Command::PostcopyListen),
@@ -159,7 +160,7 @@ fn resumed(wire: &MainEncoder) -> (usize, String, MainDecoder) {
 fn a_source_that_goes_on_asks_what_has_come_before_it_sends_the_rest() {
     let block = BlockName::new("pc.ram").unwrap();
     let asks = |out: &mut MainEncoder| _ = out.command(&Command::RecvBitmap { block: block.clone() });
-    let mut whole = MainEncoder::new();
+    let mut whole = MainEncoder::default();
     asks(&mut whole);
     whole.command(&Command::PostcopyResume).ram_part(RAM, false).zero_page(&block, 0).eos().footer(RAM);
     whole.ram_part(RAM, true).eos().footer(RAM).eof();
@@ -169,7 +170,7 @@ fn a_source_that_goes_on_asks_what_has_come_before_it_sends_the_rest() {
     assert_eq!(decoder.position(), whole.as_bytes().len() as u64);
 
     let refused = |build: &dyn Fn(&mut MainEncoder), message: &str| {
-        let mut wire = MainEncoder::new();
+        let mut wire = MainEncoder::default();
         asks(&mut wire);
         build(&mut wire);
         let (_, said, decoder) = resumed(&wire);
@@ -183,10 +184,10 @@ fn a_source_that_goes_on_asks_what_has_come_before_it_sends_the_rest() {
     refused(&|out| _ = out.eof(), "EOF before POSTCOPY_RESUME");
     refused(&|out| _ = out.command(&Command::OpenReturnPath), "OPEN_RETURN_PATH before POSTCOPY_RESUME");
     refused(&|out| _ = out.command(&Command::Packaged { len: 5 }), "PACKAGED before POSTCOPY_RESUME");
-    let mut again = MainEncoder::new();
+    let mut again = MainEncoder::default();
     again.command(&Command::PostcopyResume).command(&Command::PostcopyResume);
     assert!(resumed(&again).1.contains("POSTCOPY_RESUME: an interrupted postcopy"), "{}", resumed(&again).1);
-    let mut nameless = MainEncoder::new();
+    let mut nameless = MainEncoder::default();
     nameless.command(&Command::PostcopyResume).ram_part(RAM, false).raw(&[0, 0, 0, 0, 0, 0, 0, 0x28]);
     assert!(resumed(&nameless).1.contains("no block was named before"), "{}", resumed(&nameless).1);
 }

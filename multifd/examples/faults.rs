@@ -24,14 +24,13 @@ use std::{
 use multifd::{
     checkpoint::Checkpoint,
     multifd_proto::{
-        BlockName,
+        BlockName, Step,
         encoder::MainEncoder,
         mapped_ram::BlockHeader,
         postcopy::{PreemptDecoder, PreemptItem},
         ram::BlockEntry,
         return_path::Message,
         stream::{MAPPED_RAM, Section, SectionKind},
-        wire::Step,
     },
     postcopy::{Latency, Options, Source},
     transport::{Listen, RecvHalf, SendHalf, uri::Uri},
@@ -95,7 +94,7 @@ fn main() -> Outcome {
 fn checkpoint(path: &Path, mib: u64) -> Outcome<Checkpoint> {
     let bytes = mib << 20;
     let entry = BlockEntry::new(BlockName::new(BLOCK)?, bytes);
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&[MAPPED_RAM]).ram_start(2, bytes);
     let head = |header| {
         let mut head = Vec::new();
@@ -114,7 +113,7 @@ fn checkpoint(path: &Path, mib: u64) -> Outcome<Checkpoint> {
         file.write_all(&vec![1 + piece as u8 % 250; 1 << 20])?;
     }
     let section = Section { kind: SectionKind::Full, id: 7, name: "cpu".to_owned(), instance: 0, version: 1 };
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.eos().footer(2).ram_part(2, true).eos().footer(2).section(&section).raw(b"registers").footer(7).eof();
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,
@@ -268,7 +267,7 @@ impl Pages {
     /// Takes pages up to the end of the section.
     fn take_all(mut self) -> Outcome<Pages> {
         let entry = BlockEntry::new(BlockName::new(BLOCK)?, self.arrived.pages.len() as u64 * PAGE as u64);
-        let (blocks, mut words) = ([entry], PreemptDecoder::new());
+        let (blocks, mut words) = ([entry], PreemptDecoder::default());
         loop {
             match words.step(&self.buf[self.used..], &blocks, PAGE)? {
                 Step::Need(total) => self.need(total)?,

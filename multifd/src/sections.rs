@@ -52,7 +52,7 @@ type Piecewise<'a> = &'a mut dyn FnMut(&[u8]) -> io::Result<()>;
 impl<'a> Sections<'a> {
     /// Keeps everything.
     pub(crate) fn kept(terms: Terms) -> Sections<'a> {
-        let (encoder, next_id, devices) = (MainEncoder::new(), RAM_SECTION + 1, Vec::new());
+        let (encoder, next_id, devices) = (MainEncoder::default(), RAM_SECTION + 1, Vec::new());
         Sections { encoder, send: None, next_id, devices, replayed: None, open: false, terms, room: u64::MAX }
     }
 

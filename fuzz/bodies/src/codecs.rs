@@ -1,14 +1,13 @@
 //! The codecs of `multifd-proto`, and the decompressors.
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Step,
     encoder::MainEncoder,
     packet::{self, Compression, DeviceStatePacket, Hello, PacketHeader, Prefix, RamPacket},
     return_path::Message,
     shared_memory,
-    stream::{Item, MainDecoder, Step},
+    stream::{Item, MainDecoder},
     vmdesc::{self, TailScanner, VmDescription},
-    wire,
 };
 
 /// Headers of all kinds. Whatever decodes has counts and offsets within bounds, and encodes to what decodes the same.
@@ -31,29 +30,29 @@ pub(crate) fn packet(input: &[u8]) {
         panic!("a packet with a prefix that does not decode");
     }
     let Ok(ram) = ram else { return };
-    let (normal, zero): (Vec<u64>, Vec<u64>) = (ram.normal_offsets().collect(), ram.zero_offsets().collect());
+    let (normal, zero): (Vec<u64>, Vec<u64>) = (ram.normal.clone().collect(), ram.zero.clone().collect());
     assert!(normal.len() + zero.len() <= packet::capacity(page_size));
-    assert!(ram.payload_len() <= packet::capacity(page_size) * page_size * 2 + (1 << 20), "{}", ram.payload_len());
+    assert!(ram.payload_len <= packet::capacity(page_size) * page_size * 2 + (1 << 20), "{}", ram.payload_len);
     let block = BlockName::new("any").expect("a valid name");
     if ram.check_pages(&block, 1 << 20, page_size).is_ok() {
         assert!(normal.iter().chain(&zero).all(|at| at % page_size as u64 == 0 && at + page_size as u64 <= 1 << 20));
     }
     let Ok(name) = ram.block_name() else { return };
     let header = PacketHeader {
-        sync: ram.sync(),
-        compression: ram.compression(),
-        packet_num: ram.packet_num(),
+        sync: ram.sync,
+        compression: ram.compression,
+        packet_num: ram.packet_num,
         block: name,
         normal: &normal,
         zero: &zero,
-        payload_len: ram.payload_len() as u32,
+        payload_len: ram.payload_len as u32,
     };
     let mut bytes = vec![0xaa; packet::header_len(page_size)];
     header.encode_into(&mut bytes, page_size);
     let again = RamPacket::decode(&bytes, page_size).expect("what we encode decodes");
-    assert_eq!(again.normal_offsets().collect::<Vec<_>>(), normal);
-    assert_eq!(again.zero_offsets().collect::<Vec<_>>(), zero);
-    assert_eq!((again.sync(), again.payload_len()), (ram.sync(), ram.payload_len()));
+    assert_eq!(again.normal.clone().collect::<Vec<_>>(), normal);
+    assert_eq!(again.zero.clone().collect::<Vec<_>>(), zero);
+    assert_eq!((again.sync, again.payload_len), (ram.sync, ram.payload_len));
 }
 
 /// A whole main. Decoded in one piece and with no byte more than asked for it gives the same items; encoded again, too.
@@ -123,7 +122,7 @@ fn items(input: &[u8], window: impl Fn(&[u8], usize) -> usize) -> Items<'_> {
 }
 
 fn encode(items: &[(Item, &[u8])]) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let (mut ram, mut blocks) = (0, Vec::new());
     for (item, payload) in items {
         let len = payload.len();
@@ -173,14 +172,14 @@ pub(crate) fn return_path(mut input: &[u8]) {
     loop {
         match Message::decode(input) {
             Err(_) => return,
-            Ok(wire::Step::Need(total)) => {
+            Ok(Step::Need(total)) => {
                 assert!(total > input.len() && total <= 4 + 512);
                 return;
             }
-            Ok(wire::Step::Item { item, used }) => {
+            Ok(Step::Item { item, used }) => {
                 let mut encoded = Vec::new();
                 item.encode(&mut encoded);
-                let Ok(wire::Step::Item { item: again, used: all }) = Message::decode(&encoded) else {
+                let Ok(Step::Item { item: again, used: all }) = Message::decode(&encoded) else {
                     panic!("{item:?} does not decode");
                 };
                 assert_eq!((again, all), (item, encoded.len()));
@@ -211,7 +210,7 @@ pub(crate) fn vmdesc(input: &[u8]) {
         }
     }
     // The end of main is the same however it came in.
-    let mut scanner = TailScanner::new();
+    let mut scanner = TailScanner::default();
     let step = 1 + rest.len() / 23;
     let mut end = None;
     for len in (0..rest.len()).step_by(step).chain([rest.len()]) {

@@ -3,13 +3,13 @@
 use std::sync::LazyLock;
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Step,
     command::Command,
     encoder::MainEncoder,
-    postcopy::{DiscardRange, PreemptDecoder, PreemptItem, Request, Requests, discard, package, received},
+    mapped_ram::is_set,
+    postcopy::{DiscardRange, Package, PreemptDecoder, PreemptItem, Request, Requests, received},
     ram::BlockEntry,
     return_path::Message,
-    wire::Step,
 };
 
 pub(crate) fn postcopy(input: &[u8]) {
@@ -40,18 +40,18 @@ fn commands(mut input: &[u8]) {
 }
 
 fn packaged(input: &[u8]) {
-    let Ok(found) = package::Package::of(input) else { return };
+    let Ok(found) = Package::of(input) else { return };
     let devices = &input[found.devices];
-    if found.pings == [package::PING] {
+    if found.pings == [Package::PING] {
         let mut encoded = Vec::new();
-        package::encode(devices, &mut encoded);
+        Package::encode(devices, &mut encoded);
         assert_eq!(encoded[9..], *input);
     }
 }
 
 /// Messages one after the other: a request that is accepted is for pages that exist, and is asked for in the same words.
 fn requests(mut input: &[u8]) {
-    let (mut source, mut destination) = (Requests::new(), Requests::new());
+    let (mut source, mut destination) = (Requests::default(), Requests::default());
     while let Ok(Step::Item { item, used }) = Message::decode(input) {
         input = &input[used..];
         let Ok(Some(request)) = source.accept(&item, &BLOCKS, PAGE as u64) else { continue };
@@ -66,8 +66,8 @@ fn requests(mut input: &[u8]) {
 
 /// The words that are accepted are those that our encoder writes, but for a name where CONTINUE would do.
 fn preempt(input: &[u8]) {
-    let mut decoder = PreemptDecoder::new();
-    let mut encoder = MainEncoder::new();
+    let mut decoder = PreemptDecoder::default();
+    let mut encoder = MainEncoder::default();
     let (mut rest, mut items) = (input, Vec::new());
     while let Ok(step) = decoder.step(rest, &BLOCKS, PAGE) {
         let Step::Item { item, used } = step else {
@@ -88,7 +88,7 @@ fn preempt(input: &[u8]) {
             PreemptItem::End => _ = encoder.eos(),
         }
     }
-    let (mut decoder, mut rest) = (PreemptDecoder::new(), encoder.as_bytes());
+    let (mut decoder, mut rest) = (PreemptDecoder::default(), encoder.as_bytes());
     for item in items {
         let Ok(Step::Item { item: again, used }) = decoder.step(rest, &BLOCKS, PAGE) else { return };
         assert_eq!(again, item);
@@ -104,7 +104,7 @@ fn bitmap(input: &[u8], pages: u64) {
         Ok(Step::Need(total)) => assert!(total > input.len() && total as u64 <= received::len(pages) + 16),
         Ok(Step::Item { item, used }) => {
             let mut encoded = Vec::new();
-            received::encode(pages, (0..pages).filter(|&page| received::contains(item, page)), &mut encoded);
+            received::encode(pages, (0..pages).filter(|&page| is_set(item, page as usize)), &mut encoded);
             assert_eq!((encoded.len(), item.len() as u64), (used, received::len(pages)));
         }
         Err(_) => {}
@@ -114,21 +114,21 @@ fn bitmap(input: &[u8], pages: u64) {
 /// At least one of each kind.
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let [ram, bios] = [0, 1].map(|block: usize| BLOCKS[block].name.clone());
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.page(&ram, 0x1000).raw(&[7; PAGE]).zero_page(&ram, 0x3000).zero_page(&bios, 0).eos();
     let words = [&[3], encoder.as_bytes()].concat();
     let ranges = [DiscardRange { start: 0, len: LEN }, DiscardRange { start: 0x1000, len: 0x2000 }];
     let mut commands = vec![0];
     for command in
-        discard::commands(&ram, &ranges).chain([Command::RecvBitmap { block: bios }, Command::PostcopyResume])
+        DiscardRange::commands(&ram, &ranges).chain([Command::RecvBitmap { block: bios }, Command::PostcopyResume])
     {
         command.encode(&mut commands);
     }
     let mut packaged = Vec::new();
-    package::encode(b"\x04\0\0\0\x07\x03cpu\0\0\0\0\0\0\0\x01state\x7e\0\0\0\x07", &mut packaged);
+    Package::encode(b"\x04\0\0\0\x07\x03cpu\0\0\0\0\0\0\0\x01state\x7e\0\0\0\x07", &mut packaged);
     let packaged = [&[1], &packaged[9..]].concat();
     let mut requests = vec![2];
-    let mut asked = Requests::new();
+    let mut asked = Requests::default();
     for (block, start) in [(0, 0), (0, 0x1000), (1, 0), (0, 0x3000)] {
         asked.ask(Request { block, start, len: 0x1000 }, &BLOCKS).encode(&mut requests);
     }
@@ -152,9 +152,9 @@ mod tests {
     #[test]
     fn seeds_get_behind_the_first_element() {
         let [words, commands, packaged, requests, bitmap] = &seeds()[..] else { panic!("five seeds") };
-        assert!(matches!(PreemptDecoder::new().step(&words[1..], &BLOCKS, PAGE), Ok(Step::Item { .. })));
+        assert!(matches!(PreemptDecoder::default().step(&words[1..], &BLOCKS, PAGE), Ok(Step::Item { .. })));
         assert!(matches!(Command::decode(&commands[1..]), Ok(Step::Item { .. })));
-        assert!(package::Package::of(&packaged[1..]).is_ok());
+        assert!(Package::of(&packaged[1..]).is_ok());
         assert!(matches!(Message::decode(&requests[1..]), Ok(Step::Item { .. })));
         assert!(matches!(received::decode(&bitmap[1..], 4), Ok(Step::Item { .. })));
     }

@@ -9,7 +9,7 @@ use multifd_proto::{
     extension::{Extensions, Offer},
     mapped_ram::BlockHeader,
     packet::{self, Compression, Hello, PacketHeader, RamPacket},
-    postcopy::{DiscardRange, package},
+    postcopy::{DiscardRange, Package},
     ram::BlockEntry,
     return_path::Message,
     section_body::BodyLength,
@@ -31,14 +31,14 @@ pub(crate) fn packets() -> Vec<Vec<u8>> {
         for index in 0..40 {
             let Some(header) = bytes.get(at..at + packet::header_len(4096)) else { break };
             let Ok(packet) = RamPacket::decode(header, 4096) else { break };
-            if index % 8 == 0 || packet.sync() {
+            if index % 8 == 0 || packet.sync {
                 seeds.push([&[0], header].concat());
             }
-            at += header.len() + packet.payload_len();
+            at += header.len() + packet.payload_len;
         }
     }
     let mut state = vec![0; 1 + packet::DEVICE_STATE_LEN];
-    state[1..13].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, packet::DEVICE_STATE as u8]);
+    state[1..13].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1, 0, 0, 0, 0x40]);
     state[13..17].copy_from_slice(b"vfio");
     seeds.push(state);
     seeds
@@ -61,7 +61,7 @@ pub(crate) fn mains() -> Vec<Vec<u8>> {
 /// block it cannot be decoded, and the target had left that away.
 fn huge_pages() -> Vec<u8> {
     let advice = PostcopyAdvice { page_size_summary: 1 << 21, page_size: 4096 };
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("pc-i440fx-10.0").command(&Command::PostcopyAdvise(Some(advice)));
     encoder.ram_start(1, 0x88_2000);
     for (block, len, page_size) in [("pc.ram", 8 << 20, Some(1 << 21)), ("pc.bios", 1 << 18, None)] {
@@ -113,7 +113,7 @@ pub(crate) fn vmdescs() -> Vec<Vec<u8>> {
         seeds.push(both(b"", &bytes[end.eof_at.saturating_sub(100)..]));
     }
     let small = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.section(&section("cpu")).raw(&[7; 14]).footer(2);
     seeds.push(both(small, encoder.as_bytes()));
     seeds
@@ -128,7 +128,7 @@ pub(crate) fn files() -> Vec<Vec<u8>> {
 /// A checkpoint; the memory of its first block may be `elsewhere`.
 fn file(elsewhere: bool) -> Vec<u8> {
     let mut file = Vec::new();
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let capabilities: &[&str] = if elsewhere { &[X_IGNORE_SHARED, MAPPED_RAM] } else { &[MAPPED_RAM] };
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(capabilities).ram_start(1, 5 * 4096);
     file.extend_from_slice(encoder.as_bytes());
@@ -153,7 +153,7 @@ fn file(elsewhere: bool) -> Vec<u8> {
         file.resize(pages_offset, 0);
         file.resize(pages_offset + pages as usize * 4096, 0x5a);
     }
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.eos().footer(1).ram_part(1, true).eos().footer(1);
     encoder.section(&section("cpu")).raw(&[7; 14]).footer(2).eof();
     let json = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
@@ -180,10 +180,10 @@ pub(crate) fn payloads() -> Vec<Vec<u8>> {
         while let Some(header) = bytes.get(at..at + packet::header_len(4096)) {
             let Ok(packet) = RamPacket::decode(header, 4096) else { break };
             at += header.len();
-            let payload = &bytes[at..at + packet.payload_len()];
-            if (1..=8).contains(&packet.normal()) && payload.len() < 1 << 16 {
+            let payload = &bytes[at..at + packet.payload_len];
+            if (1..=8).contains(&packet.normal.len()) && payload.len() < 1 << 16 {
                 let len = (payload.len() as u16).to_be_bytes();
-                seeds.push([&[first + 4 * (packet.normal() as u8 - 1)], &len[..], payload].concat());
+                seeds.push([&[first + 4 * (packet.normal.len() as u8 - 1)], &len[..], payload].concat());
                 break;
             }
             at += payload.len();
@@ -260,7 +260,7 @@ fn block_list(encoder: &mut MainEncoder) {
 
 /// Main of a background snapshot: no END of ram.
 fn snapshot() -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("multifd");
     block_list(&mut encoder);
     encoder.ram_part(1, false);
@@ -271,7 +271,7 @@ fn snapshot() -> Vec<u8> {
 
 /// Main of a migration that switches to postcopy before its first page; all but the last `on_preempt` pages come on main.
 fn switched(on_preempt: usize) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let advice = PostcopyAdvice { page_size_summary: 4096, page_size: 4096 };
     encoder.header().configuration("multifd").command(&Command::OpenReturnPath).command(&Command::Ping(1));
     encoder.command(&Command::PostcopyAdvise(Some(advice)));
@@ -280,10 +280,10 @@ fn switched(on_preempt: usize) -> Vec<u8> {
         let ranges = vec![DiscardRange { start: 0, len: pages as u64 * 4096 }];
         encoder.command(&Command::PostcopyRamDiscard { block: name(block), ranges });
     }
-    let mut devices = MainEncoder::new();
+    let mut devices = MainEncoder::default();
     devices.section(&section("cpu")).raw(&[14; 14]).footer(2);
     let mut packaged = Vec::new();
-    package::encode(devices.as_bytes(), &mut packaged);
+    Package::encode(devices.as_bytes(), &mut packaged);
     encoder.command(&Command::Ping(2)).raw(&packaged).command(&Command::Ping(4)).ram_part(1, false);
     let pages = all_pages();
     words(&mut encoder, &pages[..pages.len() - on_preempt]);
@@ -293,7 +293,7 @@ fn switched(on_preempt: usize) -> Vec<u8> {
 
 /// The preempt connection of the same.
 fn preempt(pages: usize) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let all = all_pages();
     words(&mut encoder, &all[all.len() - pages..]);
     encoder.eos();
@@ -321,7 +321,7 @@ enum Words {
 /// Main of a complete migration of [`BLOCKS`]; two sync points behind the first.
 /// A source that offers its number of channels and its extensions says GO later.
 fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let sync = |encoder: &mut MainEncoder| {
         if per_round {
             encoder.flush();
@@ -371,7 +371,7 @@ fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
 
 /// What main says when the destination is ready.
 fn go() -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.command(&Command::Go);
     encoder.as_bytes().to_vec()
 }

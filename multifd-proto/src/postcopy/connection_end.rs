@@ -1,5 +1,5 @@
-//! What the end of a connection means once the source has switched to postcopy: to the destination what
-//! [`meaning_after_switch`] says, to the source what [`Whereabouts::after`] says. Nothing else decides it.
+//! What the end of a connection means to a destination once the source has switched to postcopy: what [`meaning_after_switch`]
+//! says. Nothing else decides it.
 //!
 //! This is [`channel_end`](crate::channel_end) for what comes after the rounds. A channel is first asked there: its part is over
 //! with them. What is fatal to the rounds may be an interruption here: the pages that have come are kept, and the source brings the
@@ -50,38 +50,9 @@ pub const fn meaning_after_switch(reached: ReachedAfterSwitch, end: End, may_go_
     }
 }
 
-/// Where the VM is, as its source knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Whereabouts {
-    /// In the checkpoint only: no destination runs it.
-    Here,
-    /// The destination was told to run it, and has not said that it loaded the devices.
-    InDoubt,
-    /// At the destination, which lacks a part of its memory.
-    There,
-    /// At the destination, with all of its memory.
-    Complete,
-}
-
-impl Whereabouts {
-    /// Where the VM is after an attempt that began or was seen at `self`, whose connections ended like this before the destination had
-    /// confirmed that it has everything.
-    ///
-    /// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. An end of the connection
-    /// says nothing, however it comes: a proxy may have ended it, and the destination may have RUN already and load the devices.
-    /// Only the destination's own word says that it does not run the VM, and only as long as no vCPU ran.
-    pub const fn after(self, loaded: bool, end: End) -> Whereabouts {
-        match (self, loaded, end) {
-            (Whereabouts::InDoubt, true, _) => Whereabouts::There,
-            (Whereabouts::InDoubt, false, End::Refused) => Whereabouts::Here,
-            (vm, ..) => vm,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{MeaningAfterSwitch::*, ReachedAfterSwitch::*, Whereabouts::*, *};
+    use super::{MeaningAfterSwitch::*, ReachedAfterSwitch::*, *};
     use End::{Clean, Cut, Local, Refused, Reset, Stopped, Unreachable, Violation};
 
     const ENDS: [End; 8] = [Clean, Cut, Reset, Unreachable, Violation, Refused, Local, Stopped];
@@ -100,20 +71,6 @@ mod tests {
             // Where a source is not waited for, what interrupts is fatal, and nothing else differs.
             let fatal = meanings.map(|meaning| if meaning == Interrupted { Fatal } else { meaning });
             assert_eq!(ENDS.map(|end| meaning_after_switch(reached, end, false)), fatal, "{reached:?}");
-        }
-    }
-
-    #[test]
-    fn only_a_word_of_the_destination_moves_a_vm_that_is_in_doubt() {
-        for end in ENDS {
-            for loaded in [false, true] {
-                for vm in [Here, There, Complete] {
-                    assert_eq!(vm.after(loaded, end), vm);
-                }
-            }
-            // Even a refusal: vCPUs ran.
-            assert_eq!(InDoubt.after(true, end), There);
-            assert_eq!(InDoubt.after(false, end), if end == Refused { Here } else { InDoubt });
         }
     }
 }

@@ -28,13 +28,13 @@ impl DiscardRange {
             _ => Err(Violation::BadDiscard { block: block.clone(), start, len, block_len }),
         }
     }
-}
 
-/// The commands that discard `ranges` of `block`: as many as it takes.
-pub fn commands<'a>(block: &'a BlockName, ranges: &'a [DiscardRange]) -> impl Iterator<Item = Command> + 'a {
-    ranges
-        .chunks(MAX_DISCARD_RANGES)
-        .map(|ranges| Command::PostcopyRamDiscard { block: block.clone(), ranges: ranges.to_vec() })
+    /// The commands that discard `ranges` of `block`: as many as it takes.
+    pub fn commands<'a>(block: &'a BlockName, ranges: &'a [DiscardRange]) -> impl Iterator<Item = Command> + 'a {
+        ranges
+            .chunks(MAX_DISCARD_RANGES)
+            .map(|ranges| Command::PostcopyRamDiscard { block: block.clone(), ranges: ranges.to_vec() })
+    }
 }
 
 /// The most ranges of one command: its payload has at most 65,535 bytes, with up to 258 of them for the block's name.
@@ -70,7 +70,7 @@ mod tests {
         let block = BlockName::new(&"x".repeat(255)).unwrap();
         let ranges: Vec<_> = (0..10_000).map(|page| DiscardRange { start: page * 0x2000, len: 0x1000 }).collect();
         let mut decoded = Vec::new();
-        for command in commands(&block, &ranges) {
+        for command in DiscardRange::commands(&block, &ranges) {
             let mut bytes = Vec::new();
             command.encode(&mut bytes);
             let used = bytes.len();
@@ -79,6 +79,6 @@ mod tests {
             decoded.extend(ranges);
         }
         assert_eq!(decoded, ranges);
-        assert_eq!(commands(&block, &[]).count(), 0);
+        assert_eq!(DiscardRange::commands(&block, &[]).count(), 0);
     }
 }

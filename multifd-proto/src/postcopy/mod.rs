@@ -10,21 +10,22 @@
 //! ```
 //!
 //! Commands are in [`crate::command`], messages in [`crate::return_path`]. Here is what belongs to no single one of them: the
-//! ranges of RAM_DISCARD ([`discard`]), the contents of a package ([`package`]), a destination's requests with their memory of the
+//! ranges of RAM_DISCARD ([`DiscardRange`]), the contents of a package ([`Package`]), a destination's requests with their memory of the
 //! last block ([`Requests`]), the bare words of a preempt connection ([`PreemptDecoder`]), and what a recovery exchanges
 //! ([`received`]): a recovery connection has no header, it begins with RECV_BITMAP for each block, and each answer has a bitmap
 //! outside of its message.
 
 mod connection_end;
-pub mod discard;
-pub mod package;
+pub(crate) mod discard;
+mod package;
 mod preempt;
 pub mod received;
 mod request;
 
 pub use self::{
-    connection_end::{MeaningAfterSwitch, ReachedAfterSwitch, Whereabouts, meaning_after_switch},
+    connection_end::{MeaningAfterSwitch, ReachedAfterSwitch, meaning_after_switch},
     discard::DiscardRange,
+    package::Package,
     preempt::{PreemptDecoder, PreemptItem},
     request::{Request, Requests},
 };
@@ -77,15 +78,15 @@ mod tests {
     #[test]
     fn connections_are_told_by_their_first_bytes() {
         let block = |len| BlockName::new(&"x".repeat(len)).unwrap();
-        assert_eq!(beginning(MainEncoder::new().header()), Beginning::Main);
+        assert_eq!(beginning(MainEncoder::default().header()), Beginning::Main);
         for len in [1, 6, 254, 255] {
             let command = Command::RecvBitmap { block: block(len) };
-            assert_eq!(beginning(MainEncoder::new().command(&command)), Beginning::Recovery);
+            assert_eq!(beginning(MainEncoder::default().command(&command)), Beginning::Recovery);
         }
         assert_eq!(Beginning::of(*b"\x11\x22\x33\x44"), Beginning::Channel);
         for offset in [0, 0x1000, 1 << 45] {
-            assert_eq!(beginning(MainEncoder::new().page(&block(1), offset)), Beginning::Bare);
+            assert_eq!(beginning(MainEncoder::default().page(&block(1), offset)), Beginning::Bare);
         }
-        assert_eq!(beginning(MainEncoder::new().eos()), Beginning::Bare);
+        assert_eq!(beginning(MainEncoder::default().eos()), Beginning::Bare);
     }
 }

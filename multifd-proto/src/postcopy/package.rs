@@ -20,6 +20,9 @@ pub struct Package {
 }
 
 impl Package {
+    /// The value of the PING that every package has: its PONG says that the devices are loaded.
+    pub const PING: u32 = 3;
+
     /// The parts of the package `bytes`.
     ///
     /// The sections are not looked at: a section of a device ends with its footer, so that the commands at the end
@@ -45,27 +48,27 @@ impl Package {
         pings.reverse();
         Ok(Self { devices: listen.len()..listen.len() + rest.len(), pings })
     }
-}
 
-/// Appends PACKAGED with a package of `devices`, the sections of all devices, and PING 3.
-///
-/// Returns how many of the appended bytes belong before RUN: as long as no more than these were sent, the guest cannot run.
-///
-/// # Panics
-/// If the package is longer than the 32-bit length can say.
-pub fn encode(devices: &[u8], out: &mut Vec<u8>) -> usize {
-    let (listen, ping, run) =
-        (command(&Command::PostcopyListen), command(&Command::Ping(PING)), command(&Command::PostcopyRun));
-    let len = listen.len() + devices.len() + ping.len() + run.len();
-    let len = u32::try_from(len).expect("device state is limited to a part of 4 GiB");
-    let begin = out.len();
-    out.extend_from_slice(&command(&Command::Packaged { len }));
-    for part in [&listen, devices, &ping] {
-        out.extend_from_slice(part);
+    /// Appends PACKAGED with a package of `devices`, the sections of all devices, and PING 3.
+    ///
+    /// Returns how many of the appended bytes belong before RUN: as long as no more than these were sent, the guest cannot run.
+    ///
+    /// # Panics
+    /// If the package is longer than the 32-bit length can say.
+    pub fn encode(devices: &[u8], out: &mut Vec<u8>) -> usize {
+        let (listen, ping, run) =
+            (command(&Command::PostcopyListen), command(&Command::Ping(Self::PING)), command(&Command::PostcopyRun));
+        let len = listen.len() + devices.len() + ping.len() + run.len();
+        let len = u32::try_from(len).expect("device state is limited to a part of 4 GiB");
+        let begin = out.len();
+        out.extend_from_slice(&command(&Command::Packaged { len }));
+        for part in [&listen, devices, &ping] {
+            out.extend_from_slice(part);
+        }
+        let before_run = out.len() - begin;
+        out.extend_from_slice(&run);
+        before_run
     }
-    let before_run = out.len() - begin;
-    out.extend_from_slice(&run);
-    before_run
 }
 
 /// Without its last 9 bytes, and the value of the PING that they are.
@@ -85,9 +88,6 @@ fn command(command: &Command) -> Vec<u8> {
     bytes
 }
 
-/// The value of the PING that every package has: its PONG says that the devices are loaded.
-pub const PING: u32 = 3;
-
 /// QEMU sends one or two.
 const MAX_PINGS: usize = 16;
 
@@ -103,7 +103,7 @@ mod tests {
     #[test]
     fn a_package_has_the_bytes_seen_on_the_wire_and_is_cut_again() {
         let mut out = b"before".to_vec();
-        let before_run = encode(DEVICE, &mut out);
+        let before_run = Package::encode(DEVICE, &mut out);
         let expected = [
             &b"before\x08\0\x07\0\x04\0\0\0\x2e\x08\0\x04\0\0"[..],
             DEVICE,
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn a_package_without_its_ends_is_refused() {
         let mut whole = Vec::new();
-        encode(DEVICE, &mut whole);
+        Package::encode(DEVICE, &mut whole);
         let whole = &whole[9..];
         for len in 0..whole.len() {
             let what = if len < 5 { "it does not begin with LISTEN" } else { "it does not end with RUN" };

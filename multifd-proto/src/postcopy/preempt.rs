@@ -38,11 +38,6 @@ pub enum PreemptItem {
 }
 
 impl PreemptDecoder {
-    /// A decoder at the first byte of a connection.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// The word at the start of `input`, of a stream with these `blocks`. After a page the next call must be shown what
     /// follows its content. An error is final.
     ///
@@ -125,8 +120,8 @@ mod tests {
     #[test]
     fn words_are_read_back_and_truncated_asks_for_more() {
         let blocks = blocks();
-        let mut encoder = MainEncoder::new();
-        let mut decoder = PreemptDecoder::new();
+        let mut encoder = MainEncoder::default();
+        let mut decoder = PreemptDecoder::default();
         for (block, offset, zero) in [(0, 0x1000, false), (0, 0x3000, true), (1, 0, true), (1, 0x2000, false)] {
             let name = &blocks[block].name;
             encoder.clear();
@@ -152,7 +147,7 @@ mod tests {
     #[test]
     fn what_is_not_a_page_of_a_block_is_refused() {
         let blocks = blocks();
-        let step = |bytes: &[u8]| PreemptDecoder::new().step(bytes, &blocks, 4096).unwrap_err();
+        let step = |bytes: &[u8]| PreemptDecoder::default().step(bytes, &blocks, 4096).unwrap_err();
         assert_eq!(step(b"\0\0\0\0\0\0\x10\x28"), Violation::FirstPageWithoutBlock { offset: 0x1000 }.into());
         let name = BlockName::new("x").unwrap();
         assert_eq!(step(b"\0\0\0\0\0\0\x10\x08\x01x"), Violation::UnknownBlock { name }.into());

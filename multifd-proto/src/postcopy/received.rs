@@ -6,7 +6,7 @@
 //! |     n | bit `i % 8` of byte `i / 8`: page `i` was received                                      |
 //! |     8 | `0123456789abcdef`                                                                      |
 //!
-//! They follow the message RECV_BITMAP, outside of it. Bits past the last page mean nothing.
+//! They follow the message RECV_BITMAP, outside of it. [`is_set`](crate::mapped_ram::is_set) reads them. Bits past the last page mean nothing.
 
 use crate::violation::{DecodeError, ProtocolError};
 use crate::wire::{Step, Writer, step};
@@ -54,11 +54,6 @@ pub fn encode(pages: u64, received: impl IntoIterator<Item = u64>, out: &mut Vec
     Writer::new(out).u64(END);
 }
 
-/// Whether `page` was received, by a bitmap that has it.
-pub const fn contains(bitmap: &[u8], page: u64) -> bool {
-    bitmap[(page / 8) as usize] & 1 << (page % 8) != 0
-}
-
 const END: u64 = 0x0123_4567_89ab_cdef;
 
 #[cfg(test)]
@@ -83,7 +78,7 @@ mod tests {
         }
         let Ok(Step::Item { item, used }) = decode(&bytes, 70) else { panic!("it is whole") };
         assert_eq!(used, bytes.len());
-        let received: Vec<u64> = (0..70).filter(|&page| contains(item, page)).collect();
+        let received: Vec<u64> = (0..70).filter(|&page| crate::mapped_ram::is_set(item, page as usize)).collect();
         assert_eq!(received, [1, 64, 69]);
     }
 

@@ -24,11 +24,6 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// The requests of a new connection: its first one names its block.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// The request in `message`; `None` for a message of another kind.
     ///
     /// # Errors
@@ -107,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_request_without_a_name_is_for_the_block_before() {
-        let (blocks, mut source, mut destination) = (blocks(), Requests::new(), Requests::new());
+        let (blocks, mut source, mut destination) = (blocks(), Requests::default(), Requests::default());
         for (block, start, len, named) in
             [(1, 0, 0x1000, true), (1, 0x1000, 0x1000, false), (0, 0x3000, 0x1000, true), (0, 0, 0x4000, false)]
         {
@@ -122,7 +117,7 @@ mod tests {
     #[test]
     fn a_request_for_what_does_not_exist_is_refused() {
         let blocks = blocks();
-        let accept = |message: &Message| Requests::new().accept(message, &blocks, 0x1000);
+        let accept = |message: &Message| Requests::default().accept(message, &blocks, 0x1000);
         let first = Violation::FirstRequestWithoutBlock { start: 0x1000 };
         assert_eq!(accept(&Message::ReqPages { start: 0x1000, len: 0x1000 }), Err(first));
         let name = BlockName::new("vga.vram").unwrap();
@@ -145,7 +140,7 @@ mod tests {
 
     #[test]
     fn after_a_refusal_a_block_has_to_be_named() {
-        let (blocks, mut requests) = (blocks(), Requests::new());
+        let (blocks, mut requests) = (blocks(), Requests::default());
         let block = blocks[0].name.clone();
         assert!(requests.accept(&Message::ReqPagesId { start: 0, len: 0x1000, block }, &blocks, 0x1000).is_ok());
         assert!(requests.accept(&Message::ReqPages { start: 1, len: 0x1000 }, &blocks, 0x1000).is_err());

@@ -3,11 +3,11 @@
 use std::{fs, io::Read, path::Path};
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Step,
     encoder::MainEncoder,
     mapped_ram::BlockHeader,
     ram::BlockEntry,
-    stream::{Item, MainDecoder, Section, SectionKind, Step, X_IGNORE_SHARED},
+    stream::{Item, MainDecoder, Section, SectionKind, X_IGNORE_SHARED},
 };
 use test_support::TempDir;
 
@@ -44,7 +44,7 @@ fn devices(encoder: &mut MainEncoder) {
 
 /// A plain stream with `capabilities`, in which each page of the blocks `named` comes: those of ROMs as zeros.
 fn stream(capabilities: &[&str], named: impl Fn(&str) -> bool) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("pc-i440fx-10.0");
     if !capabilities.is_empty() {
         encoder.config_capabilities(capabilities);
@@ -117,7 +117,7 @@ fn the_devices_are_kept_and_the_memory_is_said_to_be_elsewhere() {
     let mut vga = Vec::new();
     checkpoint.block_reader(3).read_to_end(&mut vga).unwrap();
     assert_eq!(vga, [content(0), content(1), content(2)].concat());
-    let mut expected = MainEncoder::new();
+    let mut expected = MainEncoder::default();
     devices(&mut expected);
     assert_eq!(checkpoint.sections(), expected.as_bytes().strip_suffix(&[0]).unwrap());
 }

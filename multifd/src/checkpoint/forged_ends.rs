@@ -41,7 +41,7 @@ fn description(devices: &[(&str, usize)]) -> Vec<u8> {
 
 /// End of state, and a description of these devices.
 fn end(devices: &[(&str, usize)]) -> Vec<u8> {
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.eof().vm_description(&description(devices)).as_bytes().to_vec()
 }
 
@@ -49,7 +49,7 @@ fn end(devices: &[(&str, usize)]) -> Vec<u8> {
 /// alone: what comes before the bytes of the guest.
 fn state(chosen: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let nic = [BEFORE, chosen, AFTER].concat();
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.section(&section(2, "timer")).raw(TIMER).footer(2);
     out.section(&section(3, "nic")).raw(&nic).footer(3);
     out.section(&section(4, "cpu")).raw(CPU).footer(4);
@@ -59,9 +59,9 @@ fn state(chosen: &[u8]) -> (Vec<u8>, Vec<u8>) {
 
 /// What guests choose: each ends with the last byte of an end.
 fn forgeries() -> Vec<(&'static str, Vec<u8>)> {
-    let footer = |id: u32| MainEncoder::new().footer(id).as_bytes().to_vec();
+    let footer = |id: u32| MainEncoder::default().footer(id).as_bytes().to_vec();
     let own = end(&[("timer", TIMER.len()), ("nic", BEFORE.len())]);
-    let fake_cpu = MainEncoder::new().section(&section(4, "cpu")).raw(b"mine").footer(4).as_bytes().to_vec();
+    let fake_cpu = MainEncoder::default().section(&section(4, "cpu")).raw(b"mine").footer(4).as_bytes().to_vec();
     vec![
         ("JSON", [&b"\0\x06\0\0\0\x02"[..], b"{}"].concat()),
         ("a description without the card", [footer(3), end(&[("timer", TIMER.len())])].concat()),
@@ -78,7 +78,7 @@ fn forgeries() -> Vec<(&'static str, Vec<u8>)> {
 
 /// Main of a migration without channels, whose source waits for our answer: up to device state.
 fn beginning(early: &[u8]) -> Vec<u8> {
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.header().configuration("multifd").command(&Command::OpenReturnPath).ram_start(1, 4096);
     out.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1);
     // A page with content, as only a source without channels has it on main.
@@ -135,7 +135,7 @@ fn an_end_inside_a_device_is_none_wherever_the_stream_is_cut_and_however_long_it
         for (name, chosen) in forgeries() {
             let (sections, description) = state(&chosen);
             let stream =
-                [&beginning(b"")[..], &sections, MainEncoder::new().eof().vm_description(&description).as_bytes()]
+                [&beginning(b"")[..], &sections, MainEncoder::default().eof().vm_description(&description).as_bytes()]
                     .concat();
             let forged = beginning(b"").len()
                 + sections.windows(chosen.len()).position(|part| part == chosen).unwrap()
@@ -163,7 +163,8 @@ fn an_end_inside_a_device_is_none_when_bytes_come_one_by_one() {
         for (name, chosen) in forgeries() {
             scope.spawn(move || {
                 let (sections, description) = state(&chosen);
-                let tail = [&sections[..], MainEncoder::new().eof().vm_description(&description).as_bytes()].concat();
+                let tail =
+                    [&sections[..], MainEncoder::default().eof().vm_description(&description).as_bytes()].concat();
                 let mut parts = vec![(Duration::ZERO, beginning(b""))];
                 parts.extend(tail.iter().map(|byte| (Duration::from_micros(200), vec![*byte])));
                 let (dir, received) = receive(parts);
@@ -176,7 +177,7 @@ fn an_end_inside_a_device_is_none_when_bytes_come_one_by_one() {
 /// Without a description, the footer of the section under way and an end of state are enough for a shape.
 #[test]
 fn a_footer_inside_a_device_ends_no_state_that_is_not_described() {
-    let chosen = [MainEncoder::new().footer(3).as_bytes(), b"\0"].concat();
+    let chosen = [MainEncoder::default().footer(3).as_bytes(), b"\0"].concat();
     let (sections, _) = state(&chosen);
     let stream = [&beginning(b"")[..], &sections, b"\0"].concat();
     let cut = beginning(b"").len() + sections.windows(6).position(|part| part == chosen).unwrap() + 6;
@@ -209,10 +210,11 @@ fn a_description_that_does_not_fit_is_refused() {
 /// really follows shows that it did.
 #[test]
 fn an_early_section_that_ends_itself_is_never_accepted_as_the_whole() {
-    let mut rest = MainEncoder::new();
+    let mut rest = MainEncoder::default();
     rest.footer(7).ram_part(1, true).eos().footer(1).section(&section(4, "cpu")).raw(b"mine").footer(4);
     let forged = [rest.as_bytes(), &end(&[("early", 5), ("cpu", 4)])].concat();
-    let early = |body: &[u8]| MainEncoder::new().section(&section(7, "early")).raw(body).footer(7).as_bytes().to_vec();
+    let early =
+        |body: &[u8]| MainEncoder::default().section(&section(7, "early")).raw(body).footer(7).as_bytes().to_vec();
     let (sections, _) = state(b"");
     for (body, is_good) in [(&b"state"[..], true), (&[b"state", &forged[..], b"more"].concat(), false)] {
         let beginning = beginning(&early(body));
@@ -242,7 +244,7 @@ fn an_early_section_that_ends_itself_is_never_accepted_as_the_whole() {
 fn bytes_after_the_confirmation_that_make_no_whole_are_reported() {
     let (sections, description) = state(b"");
     let stream =
-        [&beginning(b"")[..], &sections, MainEncoder::new().eof().vm_description(&description).as_bytes()].concat();
+        [&beginning(b"")[..], &sections, MainEncoder::default().eof().vm_description(&description).as_bytes()].concat();
     let parts = vec![(Duration::ZERO, stream), (QUIET + Duration::from_millis(500), b"more".to_vec())];
     let (dir, received) = receive(parts);
     let error = received.unwrap_err();

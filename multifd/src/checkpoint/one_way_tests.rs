@@ -157,7 +157,7 @@ fn the_only_connection_that_is_no_migration_ends_the_wait_for_one() {
         let to = dir.join("to");
         let hello = Hello { uuid: [0; 16], channel: multifd_proto::ChannelId(0), channels: None }.encode().to_vec();
         let with_channels = {
-            let mut encoder = MainEncoder::new();
+            let mut encoder = MainEncoder::default();
             encoder.header().configuration("pc-q35-10.0").ram_start(1, 1 << 20);
             let name = multifd_proto::BlockName::new("ram").unwrap();
             encoder.block(&multifd_proto::ram::BlockEntry::new(name, 1 << 20)).flush().eos().footer(1);

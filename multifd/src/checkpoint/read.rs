@@ -13,11 +13,11 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, ProtocolError,
+    BlockName, ProtocolError, Step,
     bodies::BodyScanner,
     encoder::MainEncoder,
     ram::BlockEntry,
-    stream::{Item, MainDecoder, SectionKind, Step, StreamError},
+    stream::{Item, MainDecoder, SectionKind, StreamError},
 };
 
 use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, kind, tail::check_early_state};
@@ -367,7 +367,7 @@ impl FileReader<'_> {
                     let scanner = scanner.map_err(|error| self.refused(begin, error))?;
                     let body = self.body(scanner, stream.beside_ram.bytes())?;
                     decoder.body_taken(body.len() as u64);
-                    let mut out = MainEncoder::new();
+                    let mut out = MainEncoder::default();
                     out.section(&section).raw(&body).footer(section.id);
                     stream.beside_ram.push(&section, out.as_bytes(), ram_section.is_some());
                 }

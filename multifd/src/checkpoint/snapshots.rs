@@ -33,7 +33,7 @@ fn all_pages() -> Vec<(&'static str, u64)> {
 }
 
 fn beginning(return_path: bool) -> MainEncoder {
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.header().configuration("pc-i440fx-10.0");
     if return_path {
         out.command(&Command::OpenReturnPath);
@@ -114,9 +114,9 @@ fn a_snapshot_becomes_a_checkpoint_without_an_end_of_ram() {
     let checkpoint = Checkpoint::open(&dir.join("checkpoint")).unwrap();
     assert_eq!(checkpoint.blocks().iter().map(|block| block.pages_present).collect::<Vec<_>>(), [4, 1]);
     assert!(checkpoint.beside_ram().early().is_empty());
-    let mut expected = MainEncoder::new();
+    let mut expected = MainEncoder::default();
     devices(&mut expected);
-    let mut found = MainEncoder::new();
+    let mut found = MainEncoder::default();
     found.raw(checkpoint.sections()).eof().vm_description(checkpoint.vmdescription());
     assert_eq!(found.as_bytes(), expected.as_bytes());
 }
@@ -185,7 +185,7 @@ fn state_between_two_parts_is_early_state_and_no_snapshot() {
         let (dir, received) = receive(out.as_bytes());
         assert_eq!(received.unwrap().mode, Mode::Live);
         let checkpoint = Checkpoint::open(&dir.join("checkpoint")).unwrap();
-        let mut early = MainEncoder::new();
+        let mut early = MainEncoder::default();
         device(&mut early, 9, "early", b"needed early");
         assert_eq!(checkpoint.beside_ram().early(), early.as_bytes());
     }

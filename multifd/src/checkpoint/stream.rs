@@ -21,7 +21,7 @@ impl Checkpoint {
     /// # Errors
     /// Those of `out`, and of the file, which say so.
     pub fn write_stream(&self, out: &mut dyn Write) -> io::Result<()> {
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         self.beginning(&mut encoder);
         let mut part = Vec::with_capacity(READ_SIZE);
         for (index, _) in self.blocks().iter().enumerate().filter(|(_, block)| !block.elsewhere) {

@@ -77,7 +77,7 @@ impl Tail {
     /// # Errors
     /// Neither of the two: main ended in the middle, or the sections are not those described. The connection's.
     pub(crate) fn ahead(first: &Section, early: &[u8], main: &mut MainReader) -> Result<Option<Tail>, Error> {
-        let mut bytes = MainEncoder::new().section(first).as_bytes().to_vec();
+        let mut bytes = MainEncoder::default().section(first).as_bytes().to_vec();
         // More than that are pages.
         while bytes.len() + main.unread().len() <= MAX_DEVICE_STATE {
             if main.receive()? > 0 {
@@ -85,7 +85,7 @@ impl Tail {
             }
             let received = main.unread().len();
             bytes.extend_from_slice(main.unread());
-            let tail = match TailScanner::new().scan(&bytes) {
+            let tail = match TailScanner::default().scan(&bytes) {
                 Some(end) => match fits(early, &bytes, &end) {
                     Ok(()) => Ok(Tail::new(&bytes, &end)),
                     Err(_) if ram_goes_on(&bytes, main) => return Ok(None),
@@ -112,7 +112,7 @@ impl Tail {
     /// # Errors
     /// Where an end lies that fits and has more behind it, if there is one.
     pub(super) fn in_file(bytes: &[u8], early: &[u8]) -> Result<Tail, Option<usize>> {
-        let mut scanner = TailScanner::new();
+        let mut scanner = TailScanner::default();
         if let Some(end) = scanner.scan(bytes) {
             return Ok(Tail::new(bytes, &end));
         }
@@ -140,7 +140,7 @@ impl Tail {
 
     /// Everything as it stands on the wire.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         encoder.raw(&self.sections).eof();
         if !self.vmdescription.is_empty() {
             encoder.vm_description(&self.vmdescription);
@@ -183,8 +183,8 @@ enum Ahead {
 
 impl Search<'_> {
     fn new<'a>(first: &Section, early: &'a [u8]) -> Search<'a> {
-        let bytes = MainEncoder::new().section(first).as_bytes().to_vec();
-        let (ends, whole) = (TailScanner::new(), WholeScanner::new());
+        let bytes = MainEncoder::default().section(first).as_bytes().to_vec();
+        let (ends, whole) = (TailScanner::default(), WholeScanner::default());
         Search { early, bytes, ends, whole, ahead: Ahead::Nothing, passed: None }
     }
 
@@ -268,7 +268,7 @@ fn behind(bytes: &[u8], end: usize, main: &MainReader) -> Error {
 /// Whether a PART or END section of `ram` may follow a section in `bytes`.
 fn ram_goes_on(bytes: &[u8], main: &MainReader) -> bool {
     let Some(ram) = main.decoder().ram_section() else { return true };
-    let [part, end] = [false, true].map(|end| MainEncoder::new().ram_part(ram, end).as_bytes().to_vec());
+    let [part, end] = [false, true].map(|end| MainEncoder::default().ram_part(ram, end).as_bytes().to_vec());
     // A footer, with an id of four bytes.
     let footers = bytes.windows(5 + part.len()).filter(|window| window[0] == FOOTER);
     footers.map(|window| &window[5..]).any(|next| next == part || next == end)
@@ -287,7 +287,7 @@ fn fits(early: &[u8], bytes: &[u8], end: &TailEnd) -> Result<(), CutError> {
 pub(crate) fn section_beside_ram(section: &Section, main: &mut MainReader, before: usize) -> Result<Vec<u8>, Error> {
     let at = main.place();
     let mut scanner = BodyScanner::new(section, main.decoder().ram_section()).map_err(Error::protocol(at))?;
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let head = encoder.section(section).as_bytes().len();
     let len = loop {
         let found = scanner.scan(main.unread()).map_err(Error::protocol(at))?;

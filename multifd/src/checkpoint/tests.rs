@@ -297,11 +297,11 @@ fn receive_parts(parts: Vec<Vec<u8>>) -> (TempDir, Result<destination::Report, E
 #[test]
 fn early_sections_without_end_are_refused_at_a_limit_that_they_share() {
     let part = vec![0x5a; 1 << 20];
-    let mut one = vec![begun(&mut MainEncoder::new()).section(&full(2, "early")).as_bytes().to_vec()];
+    let mut one = vec![begun(&mut MainEncoder::default()).section(&full(2, "early")).as_bytes().to_vec()];
     one.resize(100, part.clone());
-    let mut many = vec![begun(&mut MainEncoder::new()).as_bytes().to_vec()];
+    let mut many = vec![begun(&mut MainEncoder::default()).as_bytes().to_vec()];
     many.extend(
-        (0..100).map(|_| MainEncoder::new().section(&full(2, "early")).raw(&part).footer(2).as_bytes().to_vec()),
+        (0..100).map(|_| MainEncoder::default().section(&full(2, "early")).raw(&part).footer(2).as_bytes().to_vec()),
     );
     for parts in [one, many] {
         let (dir, received) = receive_parts(parts);
@@ -317,7 +317,7 @@ fn early_sections_without_end_are_refused_at_a_limit_that_they_share() {
 fn a_file_with_an_early_section_without_end_is_refused_at_the_limit() {
     let dir = TempDir::new().unwrap();
     let path = dir.join("x");
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, 4096);
     let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), 4096);
     let header_end = (out.as_bytes().len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
@@ -326,7 +326,7 @@ fn a_file_with_an_early_section_without_end_is_refused_at_the_limit() {
     out.block(&entry);
     let file = fs::File::create(&path).unwrap();
     file.write_all_at(out.as_bytes(), 0).unwrap();
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.eos().footer(1).section(&full(2, "early"));
     file.write_all_at(out.as_bytes(), header.next_entry(4096)).unwrap();
     file.set_len(1 << 40).unwrap();
@@ -382,7 +382,7 @@ fn a_checkpoint_that_is_cut_or_written_while_it_is_sent_ends_the_migration() {
 /// 8 TiB of guest memory that a peer claims took 8 GiB of ours.
 #[test]
 fn an_audit_of_more_memory_than_it_has_room_for_is_refused() {
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.header().configuration("multifd").ram_start(1, 8 << 40);
     out.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 8 << 40)).eos().footer(1);
     let dir = TempDir::new().unwrap();
@@ -423,7 +423,7 @@ fn a_long_run_of_content_is_told_in_parts() {
 fn sections_beside_ram_keep_their_places() {
     let section = |kind, id, name: &str| Section { kind, ..full(id, name) };
     let encoded = |section: &Section, body: &[u8]| {
-        let mut out = MainEncoder::new();
+        let mut out = MainEncoder::default();
         out.section(section).raw(body).footer(section.id).as_bytes().to_vec()
     };
     let part = |kind, body: &[u8]| encoded(&section(kind, 4, "dirty-bitmap"), body);
@@ -433,7 +433,7 @@ fn sections_beside_ram_keep_their_places() {
     let end = part(SectionKind::End, b"\x42\0\0\0\0\0\0\0\0\0\x02\0\0\x20\x01");
     let device = encoded(&full(5, "device"), b"state");
 
-    let mut main = MainEncoder::new();
+    let mut main = MainEncoder::default();
     main.header().configuration("multifd").raw(&before).ram_start(1, 4096);
     main.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1);
     let page = BlockName::new("ram").unwrap();
@@ -469,7 +469,7 @@ fn sections_beside_ram_keep_their_places() {
 #[test]
 fn a_section_in_parts_of_unknown_length_is_refused_by_name() {
     let block = Section { kind: SectionKind::Start, ..full(4, "block") };
-    let parts = vec![begun(&mut MainEncoder::new()).section(&block).as_bytes().to_vec()];
+    let parts = vec![begun(&mut MainEncoder::default()).section(&block).as_bytes().to_vec()];
     let (dir, received) = receive_parts(parts);
     let error = received.unwrap_err();
     assert!(error.is_peers_fault());

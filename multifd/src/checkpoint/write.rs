@@ -212,7 +212,7 @@ impl Writer {
         total: u64,
         elsewhere: bool,
     ) -> MainEncoder {
-        let mut out = MainEncoder::new();
+        let mut out = MainEncoder::default();
         // In QEMU's order.
         let capabilities: &[&str] = if elsewhere { &[X_IGNORE_SHARED, MAPPED_RAM] } else { &[MAPPED_RAM] };
         out.raw(&self.preamble).header().configuration(machine).config_capabilities(capabilities);

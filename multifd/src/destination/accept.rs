@@ -302,7 +302,7 @@ mod tests {
                 ..Default::default()
             };
             let mut main = crate::transport::Connect::connect(&connector).unwrap();
-            let mut begins = MainEncoder::new();
+            let mut begins = MainEncoder::default();
             begins.header().configuration("multifd").command(&Command::OpenReturnPath);
             main.write(begins.as_bytes(), &[]).unwrap();
             main.set_read_timeout(Some(Duration::from_millis(1))).unwrap();

@@ -6,11 +6,10 @@
 use std::io;
 
 use multifd_proto::{
-    BlockName, ChannelId, ProtocolError, Violation,
+    BlockName, ChannelId, Mismatch, ProtocolError, Violation,
     channel_end::{End, Meaning, Reached, meaning},
     packet::{self, Compression, DeviceStatePacket, Hello, PREFIX_LEN, Prefix, RamPacket},
     rounds::{Party, Sync},
-    violation,
 };
 
 use super::{
@@ -172,7 +171,7 @@ impl<'a> ReceiveChannel<'a> {
         if !packet.is_empty() {
             return Err(Error::protocol(place)(Violation::PageBeforeFirstSync).into());
         }
-        let (sync, number) = (packet.sync(), packet.packet_num());
+        let (sync, number) = (packet.sync, packet.packet_num);
         self.received += header_len as u64;
         self.within = false;
         if !sync {
@@ -216,7 +215,7 @@ impl<'a> ReceiveChannel<'a> {
             let at = self.place_at(filled);
             self.stream.read_exact(&mut self.header[filled..header_len]).map_err(Error::io(at))?;
         }
-        if prefix.flags.device_state() {
+        if prefix.device_state() {
             let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(place))?;
             return Err(Error::protocol(place)(packet.refusal()));
         }
@@ -261,10 +260,10 @@ impl<'a> ReceiveChannel<'a> {
         let page_size = self.shared.page_size;
         let packet = RamPacket::decode(&self.header[..packet::header_len(page_size)], page_size);
         let packet = packet.map_err(Error::protocol(place))?;
-        if packet.sync() && packet.allocated() == 0 {
+        if packet.sync && packet.allocated == 0 {
             self.shared.newer_packets.store(true, Ordering::Relaxed);
         }
-        let (sync, payload_len) = (packet.sync().then(|| packet.packet_num()), packet.payload_len());
+        let (sync, payload_len) = (packet.sync.then(|| packet.packet_num), packet.payload_len);
         if packet.is_empty() {
             return Ok((sync, payload_len));
         }
@@ -287,16 +286,16 @@ impl<'a> ReceiveChannel<'a> {
         let known = &layout.blocks()[block];
         packet.check_pages(known.name(), known.bytes(), page_size).map_err(Error::protocol(place))?;
         self.normal.clear();
-        self.normal.extend(packet.normal_offsets());
+        self.normal.extend(packet.normal.clone());
         self.zero.clear();
-        self.zero.extend(packet.zero_offsets());
-        let method = packet.compression();
+        self.zero.extend(packet.zero.clone());
+        let method = packet.compression;
         let at = self.place_at(packet::header_len(page_size));
         if let Some(expected) = self.shared.options.compression
             && expected != method
             && !self.normal.is_empty()
         {
-            let mismatch = violation::Mismatch::CompressionMismatch { expected, found: method };
+            let mismatch = Mismatch::CompressionMismatch { expected, found: method };
             return Err(Error::protocol(place)(mismatch));
         }
         #[cfg(any(test, feature = "__broken-variants"))]

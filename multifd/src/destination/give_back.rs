@@ -10,12 +10,11 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, Violation,
+    BlockName, Step, Violation,
     command::Command,
     postcopy::{Beginning, received},
     return_path::Message,
     stream,
-    wire::Step,
 };
 
 use crate::{

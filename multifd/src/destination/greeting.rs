@@ -7,11 +7,11 @@
 use std::{fmt, io, time::Duration};
 
 use multifd_proto::{
-    Mismatch as ProtoMismatch,
+    Mismatch as ProtoMismatch, Step,
     membership::{Evidence, Stranger},
     packet::{HELLO_LEN, Hello},
     postcopy::Beginning,
-    stream::{Item, MainDecoder, Step},
+    stream::{Item, MainDecoder},
 };
 
 use super::{

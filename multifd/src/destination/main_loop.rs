@@ -9,7 +9,6 @@ use multifd_proto::{
     return_path::Message,
     section_body::BodyLength,
     stream::{Item, MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
-    violation,
 };
 
 use super::{Body, MainReader, Mode, Run, StreamHead, Target, shared::Pages};
@@ -157,7 +156,7 @@ impl Run {
         let found = main_uuid.unwrap_or_default();
         match self.shared.options.uuid {
             Some(expected) if main_token.is_some() && expected != found => {
-                Err(Error::protocol(self.main().place())(violation::Mismatch::Uuid { expected, found }))
+                Err(Error::protocol(self.main().place())(multifd_proto::Mismatch::Uuid { expected, found }))
             }
             _ => Ok(()),
         }
@@ -318,13 +317,13 @@ fn is_configuration(item: &Item) -> bool {
 }
 
 /// Refuses streams that leave out a part of the VM which `target` cannot do without, or put it elsewhere.
-fn refuse_capabilities(names: Vec<String>, target: &dyn Target) -> Result<(), violation::Mismatch> {
+fn refuse_capabilities(names: Vec<String>, target: &dyn Target) -> Result<(), multifd_proto::Mismatch> {
     // The decoder knows no capabilities that need nothing of us.
     for name in names {
         match name == X_IGNORE_SHARED {
             true if target.takes_devices_alone() => {}
-            true => return Err(violation::Mismatch::MemoryElsewhere),
-            false => return Err(violation::Mismatch::Capability { name }),
+            true => return Err(multifd_proto::Mismatch::MemoryElsewhere),
+            false => return Err(multifd_proto::Mismatch::Capability { name }),
         }
     }
     Ok(())

@@ -7,12 +7,12 @@ use std::{
 };
 
 use multifd_proto::{
-    Violation,
+    Step, Violation,
     command::Command,
     encoder::MainEncoder,
     return_path::Message,
     shared_memory::MAX_SHARED_BLOCKS,
-    stream::{self, Item, MainDecoder, Step, StreamError},
+    stream::{self, Item, MainDecoder, StreamError},
 };
 
 use super::{greeting::is_timeout, shared::MainConnection};
@@ -306,7 +306,7 @@ impl MainReader {
     /// # Errors
     /// It says something else, or nothing any more: it does not know that the VM could run here.
     pub(super) fn await_go(&mut self) -> Result<(), Error> {
-        let mut go = MainEncoder::new();
+        let mut go = MainEncoder::default();
         go.command(&Command::Go);
         let place = self.place();
         self.fill(go.as_bytes().len())?;

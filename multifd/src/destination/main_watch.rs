@@ -6,7 +6,8 @@
 
 use std::{io, time::Duration};
 
-use multifd_proto::stream::{Item, MainDecoder, Step};
+use multifd_proto::Step;
+use multifd_proto::stream::{Item, MainDecoder};
 
 use super::main_reader::{BUFFER, MainReader};
 use crate::error::{Error, Place};

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use multifd_proto::{
     BlockName, DecodeError, Violation,
-    postcopy::{DiscardRange, ReachedAfterSwitch as Reached, package::Package},
+    postcopy::{DiscardRange, Package, ReachedAfterSwitch as Reached},
     ram::BlockEntry,
     return_path::Message,
     vmdesc,

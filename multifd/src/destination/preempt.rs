@@ -6,9 +6,9 @@
 use std::io;
 
 use multifd_proto::{
+    Step,
     postcopy::{MeaningAfterSwitch as Meaning, PreemptDecoder, PreemptItem, ReachedAfterSwitch as Reached},
     ram::BlockEntry,
-    wire::Step,
 };
 
 use super::{connections::Stage, greeting::Refused, shared::Shared};
@@ -48,7 +48,7 @@ impl<'a> PreemptReader<'a> {
             buf: heard.to_vec(),
             used: 0,
             accepted: false,
-            decoder: PreemptDecoder::new(),
+            decoder: PreemptDecoder::default(),
         }
     }
 

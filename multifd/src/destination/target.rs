@@ -3,11 +3,11 @@
 use std::io::{self, Read};
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Step,
     bodies::{DIRTY_BITMAP, NO_BITMAPS},
     ram::BlockEntry,
     section_body::BodyLength,
-    stream::{Item, MainDecoder, Section, Step},
+    stream::{Item, MainDecoder, Section},
 };
 
 use super::{

@@ -3,9 +3,8 @@
 use std::io::{self, BufReader, Read};
 
 use multifd_proto::{
-    BlockName, ChannelId, Violation,
+    BlockName, ChannelId, Mismatch, Violation,
     packet::{self, Compression, DeviceStatePacket, HELLO_LEN, Hello, PREFIX_LEN, Prefix, RamPacket},
-    violation,
 };
 
 use super::{ChannelAccount, PAGE_SIZE, account::Pages};
@@ -118,7 +117,7 @@ impl Channel {
         let prefix = prefix.map_err(Error::protocol(at))?;
         let header_len = prefix.header_len(PAGE_SIZE);
         self.bytes.read_exact(&mut self.header[PREFIX_LEN..header_len]).map_err(Error::io(at))?;
-        if prefix.flags.device_state() {
+        if prefix.device_state() {
             let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(at))?;
             return Err(Error::protocol(at)(packet.refusal()));
         }
@@ -136,21 +135,21 @@ impl Channel {
         header_len: usize,
         pages: &mut Pages,
     ) -> Result<Packet, Error> {
-        let has_pages = packet.normal() + packet.zero() > 0;
+        let has_pages = packet.normal.len() + packet.zero.len() > 0;
         if has_pages {
             self.pages_of(packet, at, header_len, pages)?;
         }
         let account = &mut self.account;
         account.packets += 1;
-        account.bytes += (header_len + packet.payload_len()) as u64;
-        account.payload += packet.payload_len() as u64;
-        account.sync += u64::from(packet.sync());
-        account.sync_with_pages += u64::from(packet.sync() && has_pages);
-        account.empty += u64::from(!packet.sync() && !has_pages);
-        account.stale_size += u64::from(packet.normal() == 0 && packet.payload_field() != 0);
-        account.normal += packet.normal() as u64;
-        account.zero += packet.zero() as u64;
-        Ok(match (packet.sync(), has_pages) {
+        account.bytes += (header_len + packet.payload_len) as u64;
+        account.payload += packet.payload_len as u64;
+        account.sync += u64::from(packet.sync);
+        account.sync_with_pages += u64::from(packet.sync && has_pages);
+        account.empty += u64::from(!packet.sync && !has_pages);
+        account.stale_size += u64::from(packet.normal.len() == 0 && packet.payload_field != 0);
+        account.normal += packet.normal.len() as u64;
+        account.zero += packet.zero.len() as u64;
+        Ok(match (packet.sync, has_pages) {
             (true, _) => Packet::Sync,
             (false, true) => Packet::Pages,
             (false, false) => Packet::Empty,
@@ -172,24 +171,24 @@ impl Channel {
         let known = &pages.layout.blocks()[block];
         packet.check_pages(known.name(), known.bytes(), PAGE_SIZE).map_err(Error::protocol(at))?;
         let behind = Place { offset: at.offset + header_len as u64, ..at };
-        let offsets: Vec<u64> = packet.normal_offsets().collect();
+        let offsets: Vec<u64> = packet.normal.clone().collect();
         if !offsets.is_empty() {
-            self.payload.resize(packet.payload_len(), 0);
+            self.payload.resize(packet.payload_len, 0);
             self.bytes.read_exact(&mut self.payload).map_err(Error::io(behind))?;
             let id = self.account.id;
             let content = self.content(packet, at, behind)?;
             pages.store(block, &offsets, content, Some(id)).map_err(Error::io(behind))?;
         }
-        let zeros: Vec<u64> = packet.zero_offsets().collect();
+        let zeros: Vec<u64> = packet.zero.clone().collect();
         pages.zero(block, &zeros, Some(self.account.id)).map_err(Error::io(behind))
     }
 
     /// The payload that was just read, decompressed.
     fn content(&mut self, packet: &RamPacket<'_>, at: Place, behind: Place) -> Result<&[u8], Error> {
-        let found = packet.compression();
+        let found = packet.compression;
         let expected = *self.account.compression.get_or_insert(found);
         if expected != found {
-            let mismatch = violation::Mismatch::CompressionMismatch { expected, found };
+            let mismatch = Mismatch::CompressionMismatch { expected, found };
             return Err(Error::protocol(at)(mismatch));
         }
         if found == Compression::None {
@@ -199,7 +198,7 @@ impl Channel {
             Some(decompressor) => decompressor,
             none => none.insert(Decompressor::new(found, &self.windows).map_err(Error::io(behind))?),
         };
-        self.pages.resize(packet.normal() * PAGE_SIZE, 0);
+        self.pages.resize(packet.normal.len() * PAGE_SIZE, 0);
         decompressor.decompress(&self.payload, &mut self.pages).map_err(Error::io(behind))?;
         Ok(&self.pages)
     }

@@ -9,12 +9,12 @@ use std::{
 };
 
 use multifd_proto::{
+    DecodeError,
     command::Command,
     encoder::MainEncoder,
     extension::Extension,
     section_body::BodyLength,
     stream::{self, Item, MainDecoder, Section},
-    violation::DecodeError,
 };
 
 use crate::{
@@ -148,7 +148,7 @@ struct Recording {
 
 impl RecvHalf for Recording {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let mut go = MainEncoder::new();
+        let mut go = MainEncoder::default();
         go.command(&Command::Go);
         let go = go.as_bytes();
         let mut more = [0; 4096];

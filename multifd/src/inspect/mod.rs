@@ -26,12 +26,12 @@ use crate::{
     sync::Arc,
 };
 use multifd_proto::{
-    ChannelId, Violation,
+    ChannelId, Mismatch, Violation,
     machine::Dialect,
     packet::Hello,
     section_body::BodyLength,
     stream::{Item, Section, SectionKind},
-    violation, xbzrle,
+    xbzrle,
 };
 
 /// A recorded migration.
@@ -114,7 +114,7 @@ impl RecordedReader {
             let expected = first.get_or_insert(hello).uuid;
             if expected != hello.uuid {
                 let found = hello.uuid;
-                return Err(Error::protocol(at)(violation::Mismatch::Uuid { expected, found }));
+                return Err(Error::protocol(at)(Mismatch::Uuid { expected, found }));
             }
             self.channels.push(channel);
         }

@@ -3,11 +3,10 @@
 use std::io::{self, Read};
 
 use multifd_proto::{
-    BlockName, DecodeError, Violation,
-    postcopy::{DiscardRange, PreemptDecoder, PreemptItem, package::Package},
+    BlockName, DecodeError, Step, Violation,
+    postcopy::{DiscardRange, Package, PreemptDecoder, PreemptItem},
     ram::BlockEntry,
     vmdesc,
-    wire::Step,
 };
 
 use super::{PAGE_SIZE, RecordedReader, account::Pages};
@@ -92,7 +91,7 @@ fn read_preempt(
     pages: &mut Pages,
     account: &mut PostcopyAccount,
 ) -> Result<(), Error> {
-    let mut decoder = PreemptDecoder::new();
+    let mut decoder = PreemptDecoder::default();
     let (mut buf, mut used_up) = (Vec::new(), 0u64);
     account.preempt_ended = Some(false);
     loop {

@@ -32,7 +32,7 @@ impl PageConnection {
             stream,
             connection,
             attempt: attempt.clone(),
-            encoder: MainEncoder::new(),
+            encoder: MainEncoder::default(),
             contents: Vec::new(),
             sent: 0,
         }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use multifd_proto::{
     command::{Command, PostcopyAdvice},
     machine::sends_switchover_start,
-    postcopy::{DiscardRange, discard, package},
+    postcopy::{DiscardRange, Package},
     ram::BlockEntry,
 };
 
@@ -160,11 +160,11 @@ impl Link<'_> {
         }
         for block in job.pages.layout().blocks() {
             let ranges = discarded(block, &job.claims);
-            discard::commands(block.name(), &ranges).for_each(|command| _ = encoder.command(&command));
+            DiscardRange::commands(block.name(), &ranges).for_each(|command| _ = encoder.command(&command));
         }
         encoder.command(&Command::Ping(PING_DISCARDED));
         let mut bytes = Vec::new();
-        let before_run = package::encode(&opening.devices, &mut bytes);
+        let before_run = Package::encode(&opening.devices, &mut bytes);
         let run = bytes.split_off(before_run);
         encoder.raw(&bytes);
         run
@@ -194,7 +194,7 @@ fn discarded(block: &BlockLayout, claims: &Claims) -> Vec<DiscardRange> {
 
 /// The values of PINGs, which are QEMU's.
 pub(super) const PING_DISCARDED: u32 = 2;
-pub(super) const PING_LOADED: u32 = package::PING;
+pub(super) const PING_LOADED: u32 = Package::PING;
 
 /// 256 KiB.
 const PREFETCHED_AT_ONCE: usize = 64;

@@ -3,10 +3,9 @@
 use std::time::Instant;
 
 use multifd_proto::{
-    BlockName, ProtocolError, Violation,
+    BlockName, ProtocolError, Step, Violation,
     postcopy::{Request, Requests, received},
     return_path::Message,
-    wire::Step,
 };
 
 use super::{
@@ -36,7 +35,7 @@ pub(super) fn listen(stream: Box<dyn RecvHalf>, attempt: &Arc<Attempt>, goes_on:
             stream,
             buf: Vec::new(),
             position: 0,
-            requests: Requests::new(),
+            requests: Requests::default(),
             goes_on,
             reason: None,
         };

@@ -12,15 +12,14 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, DecodeError, ProtocolError, Violation,
+    BlockName, DecodeError, ProtocolError, Step, Violation,
     command::{Command, PostcopyAdvice},
     encoder::MainEncoder,
     mapped_ram::BlockHeader,
-    postcopy::{DiscardRange, PreemptDecoder, PreemptItem, package, received},
+    postcopy::{DiscardRange, Package, PreemptDecoder, PreemptItem, received},
     ram::BlockEntry,
     return_path::Message,
     stream::{MAPPED_RAM, Section, SectionKind},
-    wire::Step,
 };
 use test_support::{TempDir, time_limit};
 
@@ -53,7 +52,7 @@ fn blocks() -> Vec<BlockEntry> {
 /// The sections of all devices.
 fn devices() -> Vec<u8> {
     let section = Section { kind: SectionKind::Full, id: 7, name: "cpu".to_owned(), instance: 0, version: 1 };
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.section(&section).raw(b"registers").footer(7);
     encoder.as_bytes().to_vec()
 }
@@ -65,7 +64,7 @@ fn content(block: usize, page: u64) -> Vec<u8> {
 
 /// Writes a checkpoint with the blocks above.
 fn checkpoint(dir: &TempDir) -> PathBuf {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let total: u64 = blocks().iter().map(|block| block.used_len).sum();
     encoder.header().configuration(MACHINE).config_capabilities(&[MAPPED_RAM]).ram_start(2, total);
     let mut file = encoder.as_bytes().to_vec();
@@ -88,7 +87,7 @@ fn checkpoint(dir: &TempDir) -> PathBuf {
             file[at..at + PAGE].copy_from_slice(&content(index, page));
         }
     }
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.eos().footer(2).ram_part(2, true).eos().footer(2).raw(&devices()).eof();
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,
@@ -114,7 +113,7 @@ fn preempt() -> Options {
 
 /// Everything before PART: what belongs before RUN, and all of it.
 fn opening() -> (usize, Vec<u8>) {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let advice = PostcopyAdvice { page_size_summary: 4096, page_size: 4096 };
     encoder.header().configuration(MACHINE);
     encoder
@@ -130,8 +129,8 @@ fn opening() -> (usize, Vec<u8>) {
     }
     encoder.command(&Command::Ping(2));
     let mut bytes = encoder.as_bytes().to_vec();
-    let before_run = bytes.len() + package::encode(&devices(), &mut Vec::new());
-    package::encode(&devices(), &mut bytes);
+    let before_run = bytes.len() + Package::encode(&devices(), &mut Vec::new());
+    Package::encode(&devices(), &mut bytes);
     bytes.extend_from_slice(b"\x08\0\x02\0\x04\0\0\0\x04");
     (before_run, bytes)
 }
@@ -148,7 +147,7 @@ impl Incoming {
     fn accept(listener: &mut MemoryListener) -> Incoming {
         Incoming {
             stream: listener.accept(None).unwrap().establish(None).unwrap(),
-            words: PreemptDecoder::new(),
+            words: PreemptDecoder::default(),
             pages: Vec::new(),
         }
     }
@@ -376,7 +375,7 @@ fn pages_that_are_listed_come_first() {
                     let ranges =
                         ranges.iter().map(|&(page, pages)| DiscardRange { start: page * 4096, len: pages * 4096 });
                     let ranges = ranges.collect();
-                    let mut encoder = MainEncoder::new();
+                    let mut encoder = MainEncoder::default();
                     encoder.command(&Command::PostcopyRamDiscard { block: name(block), ranges });
                     encoder.as_bytes().to_vec()
                 };
@@ -387,7 +386,7 @@ fn pages_that_are_listed_come_first() {
                 main.say(&Message::Pong(3));
                 main.words = {
                     // The block of the word before is the same across sections.
-                    let mut words = PreemptDecoder::new();
+                    let mut words = PreemptDecoder::default();
                     words.step(b"\0\0\0\0\0\0\0\x02\x06pc.ram\0", &blocks(), PAGE).unwrap();
                     words
                 };
@@ -594,7 +593,7 @@ fn a_file_that_is_written_to_is_not_handed_over() {
 
 /// What a source asks at the beginning of a recovery.
 fn recovery() -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     blocks().into_iter().for_each(|block| _ = encoder.command(&Command::RecvBitmap { block: block.name }));
     encoder.as_bytes().to_vec()
 }
@@ -815,7 +814,7 @@ fn a_recovery_that_finds_nobody_leaves_a_vm_that_can_go_on() {
 /// Writes a checkpoint of one block of `bytes` of which its first page has content, and the file as little.
 fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
     let entry = BlockEntry::new(name("pc.ram"), bytes);
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration(MACHINE).config_capabilities(&[MAPPED_RAM]).ram_start(2, bytes);
     let head = |header| {
         let mut head = Vec::new();
@@ -830,7 +829,7 @@ fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&[1], header.bitmap_offset).unwrap();
     file.write_all_at(&content(0, 0), header.pages_offset).unwrap();
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.eos().footer(2).ram_part(2, true).eos().footer(2).raw(&devices()).eof();
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,

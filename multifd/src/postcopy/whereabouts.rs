@@ -1,8 +1,37 @@
 //! Where the VM is when an attempt ends, and the error that says so.
 
-pub use multifd_proto::postcopy::Whereabouts;
+use multifd_proto::channel_end::End;
 
 use crate::{channel_end::end_by, error::Error};
+
+/// Where the VM is, as its source knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Whereabouts {
+    /// In the checkpoint only: no destination runs it.
+    Here,
+    /// The destination was told to run it, and has not said that it loaded the devices.
+    InDoubt,
+    /// At the destination, which lacks a part of its memory.
+    There,
+    /// At the destination, with all of its memory.
+    Complete,
+}
+
+impl Whereabouts {
+    /// Where the VM is after an attempt that began or was seen at `self`, whose connections ended like this before the destination had
+    /// confirmed that it has everything.
+    ///
+    /// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. An end of the connection
+    /// says nothing, however it comes: a proxy may have ended it, and the destination may have RUN already and load the devices.
+    /// Only the destination's own word says that it does not run the VM, and only as long as no vCPU ran.
+    pub(super) const fn after(self, loaded: bool, end: End) -> Whereabouts {
+        match (self, loaded, end) {
+            (Whereabouts::InDoubt, true, _) => Whereabouts::There,
+            (Whereabouts::InDoubt, false, End::Refused) => Whereabouts::Here,
+            (vm, ..) => vm,
+        }
+    }
+}
 
 /// Where the VM is after an attempt that began or was seen at `vm` and failed with `error`, and the error to report.
 ///
@@ -45,5 +74,21 @@ mod tests {
         // Even if it says later that it does not have it: vCPUs ran.
         let refused = after(Whereabouts::There, false, Error::Refused { status: 1, reason: None });
         assert!(matches!(refused, (Whereabouts::There, Error::Incomplete { .. })));
+    }
+
+    #[test]
+    fn only_a_word_of_the_destination_moves_a_vm_that_is_in_doubt() {
+        use End::{Clean, Cut, Local, Refused, Reset, Stopped, Unreachable, Violation};
+        use Whereabouts::{Complete, Here, InDoubt, There};
+        for end in [Clean, Cut, Reset, Unreachable, Violation, Refused, Local, Stopped] {
+            for loaded in [false, true] {
+                for vm in [Here, There, Complete] {
+                    assert_eq!(vm.after(loaded, end), vm);
+                }
+            }
+            // Even a refusal: vCPUs ran.
+            assert_eq!(InDoubt.after(true, end), There);
+            assert_eq!(InDoubt.after(false, end), if end == Refused { Here } else { InDoubt });
+        }
     }
 }

@@ -92,7 +92,7 @@ impl RoundBarrier {
 
     /// Looks at which channels take part, or adds what main says about it.
     pub(crate) fn members<T>(&self, look: impl FnOnce(&mut Membership) -> T) -> T {
-        look(lock(&self.shared.state).rounds.members_mut())
+        look(&mut lock(&self.shared.state).rounds.members)
     }
 
     /// Whether the channel that says `id` and `told` could join.

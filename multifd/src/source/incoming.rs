@@ -1,9 +1,9 @@
 //! The bytes of the return path, as they come: messages, and what follows one outside of it.
 
 use multifd_proto::{
+    Step,
     extension::MAX_DESCRIPTION,
     return_path::{MAX_PAYLOAD, Message},
-    wire::Step,
 };
 
 use crate::{

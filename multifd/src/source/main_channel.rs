@@ -34,7 +34,13 @@ pub(super) struct MainChannel {
 
 impl MainChannel {
     pub(super) fn new(stream: Box<dyn SendHalf>, shared: &Arc<Shared>) -> MainChannel {
-        MainChannel { stream, shared: shared.clone(), encoder: MainEncoder::new(), sent: 0, vmdescription: Vec::new() }
+        MainChannel {
+            stream,
+            shared: shared.clone(),
+            encoder: MainEncoder::default(),
+            sent: 0,
+            vmdescription: Vec::new(),
+        }
     }
 
     /// What this stream is, and of which machine.
@@ -70,7 +76,7 @@ impl MainChannel {
     /// Hands memory over: the `list` of blocks, and a descriptor for each.
     pub(super) fn shared_memory(&mut self, list: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<(), Error> {
         let len = u32::try_from(list.len()).expect("a list has a limit");
-        let mut message = MainEncoder::new();
+        let mut message = MainEncoder::default();
         message.command(&Command::SharedMemory { len }).raw(list);
         let (at, bytes) = (self.place(), message.as_bytes());
         self.stream.write_with_descriptors(bytes, descriptors).map_err(Error::io(at))?;

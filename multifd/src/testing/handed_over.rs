@@ -14,14 +14,13 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Step,
     encoder::MainEncoder,
     mapped_ram::{self, BlockHeader},
-    postcopy::{package, received},
+    postcopy::{Package, received},
     ram::BlockEntry,
     return_path::Message,
     stream::{MAPPED_RAM, Section, SectionKind},
-    wire::Step,
 };
 use test_support::TempDir;
 
@@ -376,7 +375,7 @@ impl Asks {
                 let (_, pages) = BLOCKS.into_iter().find(|(name, _)| *name == block.as_str()).unwrap();
                 self.bitmap = 8 + received::len(pages as u64) as usize + 8;
             }
-            Message::Pong(package::PING) | Message::ResumeAck(_) => self.may_ask = true,
+            Message::Pong(Package::PING) | Message::ResumeAck(_) => self.may_ask = true,
             _ => {}
         }
         self.ready.extend(self.raw.drain(..used));
@@ -385,7 +384,7 @@ impl Asks {
 }
 
 fn write_checkpoint(dir: &TempDir) -> PathBuf {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let total = BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum();
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&[MAPPED_RAM]).ram_start(2, total);
     let mut file = encoder.as_bytes().to_vec();
@@ -412,7 +411,7 @@ fn write_checkpoint(dir: &TempDir) -> PathBuf {
         }
     }
     let cpu = Section { kind: SectionKind::Full, id: 7, name: "cpu".to_owned(), instance: 0, version: 1 };
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.eos().footer(2).ram_part(2, true).eos().footer(2).section(&cpu).raw(b"state of cpu 0").footer(7).eof();
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#,

@@ -8,7 +8,7 @@ use super::*;
 fn behind_listen() -> usize {
     let (before_run, _) = opening();
     let mut package = Vec::new();
-    let in_package = package::encode(&devices(), &mut package);
+    let in_package = Package::encode(&devices(), &mut package);
     before_run - in_package + 9 + 5
 }
 

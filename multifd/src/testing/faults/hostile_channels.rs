@@ -14,6 +14,11 @@ fn behind_first_sync(bad: impl AsRef<[u8]>) -> [Wire; 2] {
     [Wire::main(), Wire::channel(0).sync().then(bad)]
 }
 
+/// Flags of a packet, as they stand on the wire.
+const ZLIB: u32 = 0x02;
+const ZSTD: u32 = 0x04;
+const DEVICE_STATE: u32 = 0x40;
+
 /// Where that packet begins: behind the hello and a SYNC packet.
 const SECOND: usize = packet::HELLO_LEN + HEADER;
 
@@ -108,7 +113,7 @@ fn good_pages_before_a_bad_packet_are_in_place_and_nothing_else_is() {
 #[test]
 fn a_packet_with_device_state_is_refused_by_name() {
     let mut bad = vec![0; packet::DEVICE_STATE_LEN];
-    bad[..12].copy_from_slice(&pages_but(&[0], 8, packet::DEVICE_STATE)[..12]);
+    bad[..12].copy_from_slice(&pages_but(&[0], 8, DEVICE_STATE)[..12]);
     bad[12..16].copy_from_slice(b"vfio");
     bad[271] = 3;
     let message = "device-state packet for \"vfio\" instance 3: device state on channels is refused";
@@ -187,10 +192,10 @@ fn payloads_that_do_not_decompress_are_refused_and_cost_no_more_than_a_packet() 
         assert!(untouched(&received.ram), "{rule}");
         assert!(!received.calls.contains(&"start"));
     }
-    for (method, size) in [(packet::ZLIB, 0), (packet::ZSTD, 0), (packet::ZLIB, u32::MAX), (packet::ZSTD, 64 << 20)] {
+    for (method, size) in [(ZLIB, 0), (ZSTD, 0), (ZLIB, u32::MAX), (ZSTD, 64 << 20)] {
         let mut bad = pages_but(&[0], 8, method);
         bad[20..24].copy_from_slice(&u32::to_be_bytes(size));
-        let name = if method == packet::ZLIB { "zlib" } else { "zstd" };
+        let name = if method == ZLIB { "zlib" } else { "zstd" };
         let message = format!("{name} payload of {size} bytes for 1 pages of 0x1000 bytes");
         refused("compressed size", &behind_first_sync(bad), Options::default(), channel_at(0, SECOND), &message);
     }

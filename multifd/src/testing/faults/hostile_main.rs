@@ -25,7 +25,7 @@ fn check(rule: &str, good: &Wire, bad: impl AsRef<[u8]>, message: &str) -> Recei
 }
 
 fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encode(&mut encoder).as_bytes().to_vec()
 }
 
@@ -69,8 +69,8 @@ fn what_main_must_not_begin_with_is_refused() {
 
 #[test]
 fn a_configuration_that_does_not_fit_is_refused() {
-    let head = Wire::from_encoder(MainEncoder::new().header().configuration("multifd"));
-    let bare = Wire::from_encoder(MainEncoder::new().header());
+    let head = Wire::from_encoder(MainEncoder::default().header().configuration("multifd"));
+    let bare = Wire::from_encoder(MainEncoder::default().header());
     for (rule, good, bad, message) in [
         (
             "no configuration",
@@ -115,7 +115,7 @@ fn a_configuration_that_does_not_fit_is_refused() {
 /// A checkpoint of such a stream would have zeros in place of the guest's memory.
 #[test]
 fn memory_that_is_not_in_the_stream_is_said_to_be_elsewhere() {
-    let mut main = MainEncoder::new();
+    let mut main = MainEncoder::default();
     main.header().configuration("multifd").config_capabilities(&["x-ignore-shared"]);
     let received = receive(&[Wire::from_encoder(&main)], Options::default());
     let error = received.outcome.unwrap_err();
@@ -149,13 +149,14 @@ fn commands_of_postcopy_and_replication_are_refused_by_name() {
     ] {
         check(message, &good, command(number, payload), message);
     }
-    let early = Wire::from_encoder(MainEncoder::new().header().configuration("multifd"));
+    let early = Wire::from_encoder(MainEncoder::default().header().configuration("multifd"));
     check("ping", &early, command(2, &[0; 4]), "PING without an open return path");
 }
 
 #[test]
 fn a_block_list_that_breaks_a_rule_is_refused() {
-    let start = |total| Wire::from_encoder(MainEncoder::new().header().configuration("multifd").ram_start(1, total));
+    let start =
+        |total| Wire::from_encoder(MainEncoder::default().header().configuration("multifd").ram_start(1, total));
     let entry = |name: &str, len| {
         let mut bytes = Vec::new();
         BlockEntry::new(block(name), len).encode(&mut bytes);
@@ -177,7 +178,7 @@ fn a_block_list_that_breaks_a_rule_is_refused() {
 #[test]
 fn blocks_that_are_not_ours_are_refused_before_any_page() {
     let list = |blocks: &[(&str, u64)]| {
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         encoder.header().configuration("multifd").ram_start(1, blocks.iter().map(|(_, len)| len).sum());
         for (name, len) in blocks {
             encoder.block(&BlockEntry::new(block(name), *len));
@@ -206,7 +207,7 @@ fn blocks_that_are_not_ours_are_refused_before_any_page() {
 
 #[test]
 fn a_list_of_endless_blocks_is_refused() {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("multifd").ram_start(1, !0xfff);
     for index in 0..4096 {
         encoder.block(&BlockEntry::new(block(&format!("b{index}")), 0x1000));
@@ -305,7 +306,7 @@ fn dirty_bitmaps_are_refused_unless_there_are_none() {
 
 #[test]
 fn a_vmdescription_beyond_the_limit_is_refused_before_it_is_read() {
-    let mut end = MainEncoder::new();
+    let mut end = MainEncoder::default();
     end.ram_part(1, true).flush().eos().footer(1).eof();
     let good = Wire::main().then(end.as_bytes());
     let wires = [good.clone().then([6, 0xff, 0xff, 0xff, 0xff]), Wire::channel(0).sync().sync()];

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, io::Read, path::Path, sync::LazyLock, thread, time::Duration};
 
-use multifd_proto::{ProtocolError, packet::RamPacket, violation};
+use multifd_proto::{ProtocolError, Violation, packet::RamPacket};
 use test_support::{TempDir, time_limit};
 
 use super::script::{HEADER, PAGE, Wire, answers_on, main_end, main_start, pages};
@@ -59,7 +59,7 @@ impl Recording {
             let mut at = 64;
             while at < channel.len() {
                 channel[at + 24..at + 32].fill(0);
-                at += HEADER + RamPacket::decode(&channel[at..], PAGE).unwrap().payload_len();
+                at += HEADER + RamPacket::decode(&channel[at..], PAGE).unwrap().payload_len;
             }
         }
         self
@@ -75,8 +75,8 @@ impl Recording {
             let mut at = 64;
             while at < channel.len() {
                 let packet = RamPacket::decode(&channel[at..], PAGE).unwrap();
-                let end = at + HEADER + packet.payload_len();
-                if !packet.is_empty() && !packet.sync() {
+                let end = at + HEADER + packet.payload_len;
+                if !packet.is_empty() && !packet.sync {
                     channel.drain(at..end);
                     self.name += ", without a packet";
                     return Some(self);
@@ -237,7 +237,8 @@ fn a_source_whose_numbers_prove_nothing_needs_the_number_of_channels() {
         let error = take(&recording, &order, &path, Options::default()).unwrap_err();
         let Error::Protocol { source, .. } = &error else { panic!("{}: {error}", recording.name) };
         // Seen with any of the channels: the others may not have come by then.
-        let unproven = |joined| ProtocolError::Mismatch(violation::Mismatch::ChannelsUnproven { joined }) == *source;
+        let unproven =
+            |joined| ProtocolError::Mismatch(multifd_proto::Mismatch::ChannelsUnproven { joined }) == *source;
         assert!((1..=channels).any(unproven), "{}: {error}", recording.name);
         assert!(!path.exists());
         let required = Options { channels: Some(u8::try_from(channels).unwrap()), ..Options::default() };
@@ -264,7 +265,8 @@ fn a_source_that_says_its_channels_and_whose_numbers_do_not_add_up_is_refused() 
                 let Error::Protocol { source: ProtocolError::Violation(violation), .. } = &error else {
                     panic!("{}: {error}", recording.name)
                 };
-                let unbalanced = matches!(violation, violation::Violation::PacketNumbers { highest, expected, .. } if highest != expected);
+                let unbalanced =
+                    matches!(violation, Violation::PacketNumbers { highest, expected, .. } if highest != expected);
                 assert!(unbalanced, "{}: {error}", recording.name);
                 assert!(!path.exists());
             }

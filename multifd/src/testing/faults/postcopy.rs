@@ -3,7 +3,7 @@
 use multifd_proto::{
     command::{Command, PostcopyAdvice},
     encoder::MainEncoder,
-    postcopy::{DiscardRange, package},
+    postcopy::{DiscardRange, Package},
     return_path::Message,
     stream::{Section, SectionKind},
 };
@@ -16,13 +16,13 @@ pub(super) const LEN: u64 = PAGE as u64;
 const COMMAND: u8 = 8;
 
 pub(super) fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encode(&mut encoder).as_bytes().to_vec()
 }
 
 /// Main up to the first page, from a source that may switch.
 pub(super) fn announced(channels: bool) -> Wire {
-    let mut start = MainEncoder::new();
+    let mut start = MainEncoder::default();
     start.header().configuration("multifd").command(&Command::OpenReturnPath).command(&Command::Ping(1));
     let advice = PostcopyAdvice { page_size_summary: LEN, page_size: LEN };
     start.command(&Command::PostcopyAdvise(Some(advice)));
@@ -38,7 +38,7 @@ pub(super) fn announced(channels: bool) -> Wire {
 
 /// A section of ram with these pages, each filled with its byte; 0 is a page of zeros.
 pub(super) fn part(pages: &[(&str, u64, u8)], end: bool) -> Vec<u8> {
-    let mut out = MainEncoder::new();
+    let mut out = MainEncoder::default();
     out.ram_part(1, end);
     for &(name, page, fill) in pages {
         match fill {
@@ -63,7 +63,7 @@ fn cpu() -> Vec<u8> {
 /// PACKAGED with the state of one CPU, and PING 4.
 pub(super) fn packaged() -> Vec<u8> {
     let mut bytes = Vec::new();
-    package::encode(&cpu(), &mut bytes);
+    Package::encode(&cpu(), &mut bytes);
     [bytes, encoded(|out| out.command(&Command::Ping(4)))].concat()
 }
 

@@ -2,7 +2,7 @@
 
 use std::{thread, time::Duration};
 
-use multifd_proto::{command::Command, postcopy::received, return_path::Message, wire::Step};
+use multifd_proto::{Step, command::Command, mapped_ram::is_set, postcopy::received, return_path::Message};
 
 use super::{postcopy::*, script::*};
 use crate::{
@@ -108,7 +108,7 @@ fn bitmaps(main: &mut dyn Stream, blocks: &[(&str, usize)]) -> Option<Vec<Bitmap
 /// Which pages of [`DISCARDED`] are there.
 fn here(bitmaps: &[Bitmap]) -> Vec<(&'static str, u64, u8)> {
     let is_here = |(name, page, _): &(&'static str, u64, u8)| {
-        bitmaps.iter().any(|(block, bitmap)| block == name && received::contains(bitmap, *page))
+        bitmaps.iter().any(|(block, bitmap)| block == name && is_set(bitmap, *page as usize))
     };
     // Those that came in the rounds and were not discarded.
     for page in [0, 1, 5] {

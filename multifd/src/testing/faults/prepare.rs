@@ -203,7 +203,7 @@ fn the_report_has_the_time_of_the_start() {
 
 /// Main of a source of ours up to its description of `len` bytes.
 fn described(extensions: Extensions, len: u32) -> Wire {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
     encoder.command(&Command::OpenReturnPath).command(&Command::Describe { len });
     Wire::from_encoder(&encoder)

@@ -12,12 +12,12 @@ use std::{
 };
 
 use multifd_proto::{
+    Step,
     command::Command,
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},
     ram::BlockEntry,
     return_path::Message,
-    wire::Step,
 };
 use test_support::time_limit;
 
@@ -32,7 +32,7 @@ use crate::{
 
 /// Main of a source of ours with one channel, up to the end of the stream.
 fn main_of_ours() -> Wire {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let extensions = offered();
     encoder.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
     encoder.command(&Command::OpenReturnPath);
@@ -45,7 +45,7 @@ fn main_of_ours() -> Wire {
 }
 
 fn go() -> Vec<u8> {
-    MainEncoder::new().command(&Command::Go).as_bytes().to_vec()
+    MainEncoder::default().command(&Command::Go).as_bytes().to_vec()
 }
 
 /// What the destination says next on `main`.
@@ -187,11 +187,11 @@ fn a_cancel_ends_a_destination_that_cannot_say_anything() {
                 let mut vm = TestDestination::new(guarded_ram());
                 destination.run(&mut vm, Box::new(listener), &mut ()).unwrap_err()
             });
-            let mut pings = MainEncoder::new();
+            let mut pings = MainEncoder::default();
             for number in 0..10_000 {
                 pings.command(&Command::Ping(number));
             }
-            let mut encoder = MainEncoder::new();
+            let mut encoder = MainEncoder::default();
             encoder.header().configuration("multifd").command(&Command::OpenReturnPath);
             main.write_all(encoder.as_bytes()).unwrap();
             main.set_write_timeout(Some(Duration::from_millis(500))).unwrap();

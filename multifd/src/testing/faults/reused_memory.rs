@@ -136,7 +136,7 @@ fn memory_is_zeros_before_any_page_comes() {
         let destination = Destination::new(Default::default());
         let stop = destination.stop_handle();
         // The VM is made when its source has said what it is like.
-        let mut said = MainEncoder::new();
+        let mut said = MainEncoder::default();
         let extensions = Extensions::known();
         said.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
         said.command(&Command::OpenReturnPath).command(&Command::Describe { len: 0 });

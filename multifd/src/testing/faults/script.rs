@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use multifd_proto::{
-    BlockName, ChannelId,
+    BlockName, ChannelId, Step,
     encoder::MainEncoder,
     packet::{self, HELLO_LEN, Hello, PacketHeader, header_len},
     ram::BlockEntry,
     return_path::Message,
-    wire::Step,
 };
 
 use crate::{
@@ -91,7 +90,7 @@ pub(super) fn main_start() -> MainEncoder {
 
 /// The same for another machine type.
 pub(super) fn main_start_of(machine: &str) -> MainEncoder {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration(machine).command(&multifd_proto::command::Command::OpenReturnPath);
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum());
     for (name, pages) in BLOCKS {
@@ -102,7 +101,7 @@ pub(super) fn main_start_of(machine: &str) -> MainEncoder {
 
 /// The rest of a good main behind [`Wire::main`], in which a round has no pages on main.
 pub(super) fn main_end() -> MainEncoder {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.ram_part(1, true).flush().eos().footer(1).eof().vm_description(b"{}");
     encoder
 }

@@ -448,7 +448,7 @@ impl Connect for OneThenMemory {
 
 /// What a hostile source says on main before its descriptors: an offer of all `extensions`.
 fn offered(extensions: Extensions) -> MainEncoder {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
     encoder.command(&Command::OpenReturnPath);
     encoder
@@ -456,7 +456,7 @@ fn offered(extensions: Extensions) -> MainEncoder {
 
 /// SHARED_MEMORY with `list`.
 fn message(list: &[u8]) -> Vec<u8> {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.command(&Command::SharedMemory { len: list.len() as u32 }).raw(list);
     encoder.as_bytes().to_vec()
 }
@@ -600,7 +600,7 @@ fn a_page_of_memory_that_is_handed_over_is_refused() {
     let files = [memfd(LEN, SealFlags::SHRINK), memfd(64 * PAGE as u64, SealFlags::SHRINK)];
     let bytes = message(&list(&[("ram", 0, LEN), ("rom", 0, 64 * PAGE as u64)]));
     for zero in [true, false] {
-        let mut rest = MainEncoder::new();
+        let mut rest = MainEncoder::default();
         rest.ram_start(1, LEN + 64 * PAGE as u64);
         rest.block(&BlockEntry::new(block("ram"), LEN)).block(&BlockEntry::new(block("rom"), 64 * PAGE as u64));
         rest.flush().eos().footer(1).ram_part(1, false);

@@ -37,7 +37,7 @@ const RECEIVERS: [Receiver; 2] = [Receiver::Vm, Receiver::Checkpoint];
 
 /// A whole main up to the end of state, with return path.
 fn undescribed() -> Wire {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     let device =
         |id, name: &str| Section { kind: SectionKind::Full, id, name: name.to_owned(), instance: 0, version: 1 };
     encoder.ram_part(1, true).flush().eos().footer(1);
@@ -88,8 +88,8 @@ fn hear(receiver: Receiver, main: &Wire, patience: Duration, dir: &TempDir) -> H
         let mut bytes = [0; 8];
         let answer = match source.read_exact(&mut bytes) {
             Ok(()) => match Message::decode(&bytes).unwrap() {
-                multifd_proto::wire::Step::Item { item, .. } => Some(item),
-                multifd_proto::wire::Step::Need(_) => panic!("{bytes:?}"),
+                multifd_proto::Step::Item { item, .. } => Some(item),
+                multifd_proto::Step::Need(_) => panic!("{bytes:?}"),
             },
             Err(error) => {
                 assert!([ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind()), "{error}");
@@ -177,7 +177,7 @@ fn the_end_of_main_in_its_place_is_an_error() {
 fn bytes_behind_the_description_are_refused_by_a_checkpoint() {
     let described = |bytes: &[u8]| {
         let device = Section { kind: SectionKind::Full, id: 2, name: "cpu".to_owned(), instance: 0, version: 1 };
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         encoder.ram_part(1, true).flush().eos().footer(1).section(&device).raw(STATE).footer(2).eof();
         Wire::main().then(encoder.vm_description(DESCRIPTION).as_bytes()).then(bytes)
     };

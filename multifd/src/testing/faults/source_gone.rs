@@ -20,7 +20,7 @@ fn patient() -> Options {
 
 /// Main without return path up to the first sync point: its source closes it when it has said all.
 fn one_way() -> Wire {
-    let mut encoder = multifd_proto::encoder::MainEncoder::new();
+    let mut encoder = multifd_proto::encoder::MainEncoder::default();
     encoder.header().configuration("multifd");
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum());
     for (name, pages) in BLOCKS {

@@ -219,7 +219,7 @@ fn channels_of_an_earlier_attempt_do_not_join() {
 
 /// The whole main of a source with two channels that offers `token`, and no extensions.
 fn offering(token: Option<[u8; 16]>) -> Wire {
-    let mut head = MainEncoder::new();
+    let mut head = MainEncoder::default();
     head.header().configuration("multifd");
     let whole = Wire::main().then(main_end().as_bytes());
     let rest = whole.bytes.strip_prefix(head.as_bytes()).expect("main begins so");

@@ -14,7 +14,7 @@ fn answers(parts: usize, machine: &str, switchover_ack: SwitchoverAck) -> Vec<Me
 fn answers_to(parts: usize, machine: &str, switchover_ack: SwitchoverAck, channel: &Wire) -> Vec<Message> {
     let mut main = Wire::from_encoder(main_start_of(machine).flush().eos().footer(1));
     for _ in 0..parts {
-        let mut encoder = multifd_proto::encoder::MainEncoder::new();
+        let mut encoder = multifd_proto::encoder::MainEncoder::default();
         main = main.then(encoder.ram_part(1, false).eos().footer(1).as_bytes());
     }
     let wires = [main.then(main_end().as_bytes()), channel.clone()];

@@ -1,13 +1,14 @@
 //! What packet numbers prove about the number of channels: on every recorded stream of a real QEMU, and on made-up streams
 //! that number like QEMU 7.2 and like QEMU 10.0.
 
-#[allow(dead_code, reason = "the account of a recording is for the tests of the decoders")]
+#[allow(dead_code, missing_docs, reason = "the account of a recording is for the tests of the decoders")]
+#[path = "../../tests/common/mod.rs"]
 mod common;
 
+use crate::membership::{Evidence, Membership, Verdict};
+use crate::packet::{HELLO_LEN, Hello, RamPacket, header_len};
+use crate::rounds::Sync;
 use common::Capture;
-use multifd_proto::membership::{Evidence, Membership, Verdict};
-use multifd_proto::packet::{HELLO_LEN, Hello, RamPacket, header_len};
-use multifd_proto::rounds::Sync;
 use proptest::prelude::*;
 
 const PAGE: usize = 4096;
@@ -25,10 +26,10 @@ fn recorded(capture: &Capture) -> Vec<Syncs> {
             let (mut at, mut packets, mut syncs) = (HELLO_LEN, 0, Vec::new());
             while at < bytes.len() {
                 let packet = RamPacket::decode(&bytes[at..], PAGE).unwrap();
-                at += header_len(PAGE) + packet.payload_len();
+                at += header_len(PAGE) + packet.payload_len;
                 packets += u64::from(!packet.is_empty());
-                if packet.sync() {
-                    syncs.push(Sync { number: packet.packet_num(), packets: std::mem::take(&mut packets) });
+                if packet.sync {
+                    syncs.push(Sync { number: packet.packet_num, packets: std::mem::take(&mut packets) });
                 }
             }
             syncs

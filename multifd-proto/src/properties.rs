@@ -1,21 +1,19 @@
 //! Round trips of everything that can be encoded, decoders that survive any bytes, and fast code beside naive code.
 
-use multifd_proto::bodies::BodyScanner;
-use multifd_proto::command::Command;
-use multifd_proto::encoder::MainEncoder;
-use multifd_proto::mapped_ram::{BlockHeader, is_set, set};
-use multifd_proto::packet::{
+use crate::bodies::BodyScanner;
+use crate::command::Command;
+use crate::encoder::MainEncoder;
+use crate::mapped_ram::{BlockHeader, is_set, set};
+use crate::packet::{
     Compression, DeviceStatePacket, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, capacity, header_len,
 };
-use multifd_proto::postcopy::{
-    Beginning, DiscardRange, PreemptDecoder, PreemptItem, Request, Requests, discard, package, received,
-};
-use multifd_proto::ram::{BlockEntry, BlockLayout, RamWord};
-use multifd_proto::return_path::Message;
-use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind};
-use multifd_proto::vmdesc::{TailScanner, VmDescription, WholeScanner, cut, cut_by_shape, look_whole};
-use multifd_proto::wire::Step;
-use multifd_proto::{BlockName, ChannelId, xbzrle};
+use crate::postcopy::{Beginning, DiscardRange, Package, PreemptDecoder, PreemptItem, Request, Requests, received};
+use crate::ram::{BlockEntry, BlockLayout, RamWord};
+use crate::return_path::Message;
+use crate::stream::{Item, MainDecoder, Section, SectionKind};
+use crate::vmdesc::{TailScanner, VmDescription, WholeScanner, cut, cut_by_shape, look_whole};
+use crate::wire::Step;
+use crate::{BlockName, ChannelId, xbzrle};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -52,13 +50,13 @@ proptest! {
         let mut bytes = vec![0x55; header_len(PAGE)];
         header.encode_into(&mut bytes, PAGE);
         let packet = RamPacket::decode(&bytes, PAGE).unwrap();
-        prop_assert_eq!(packet.sync(), sync);
-        prop_assert_eq!(packet.compression(), compression);
-        prop_assert_eq!(packet.packet_num(), packet_num);
-        prop_assert_eq!(packet.payload_len(), payload_len as usize);
+        prop_assert_eq!(packet.sync, sync);
+        prop_assert_eq!(packet.compression, compression);
+        prop_assert_eq!(packet.packet_num, packet_num);
+        prop_assert_eq!(packet.payload_len, payload_len as usize);
         prop_assert_eq!(packet.block_name().unwrap_or(""), block);
-        prop_assert_eq!(packet.normal_offsets().collect::<Vec<_>>(), normal);
-        prop_assert_eq!(packet.zero_offsets().collect::<Vec<_>>(), zero);
+        prop_assert_eq!(packet.normal.clone().collect::<Vec<_>>(), normal);
+        prop_assert_eq!(packet.zero.clone().collect::<Vec<_>>(), zero);
     }
 
     #[test]
@@ -78,7 +76,7 @@ proptest! {
     fn pages_on_main_survive_the_wire(pages in vec((0..3usize, 0..16u64, 0..4u8), 0..50)) {
         let blocks: Vec<_> =
             ["a", "b", "c"].map(|name| BlockEntry::new(BlockName::new(name).unwrap(), 0x1_0000)).into();
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         encoder.header().configuration("pc-q35-9.0").ram_start(1, 0x3_0000);
         blocks.iter().for_each(|block| _ = encoder.block(block));
         encoder.eos().footer(1).ram_part(1, true);
@@ -126,7 +124,7 @@ proptest! {
         let block = BlockName::new(&block).unwrap();
         let ranges: Vec<_> = ranges.into_iter().map(|(start, len)| DiscardRange { start, len }).collect();
         let mut decoded = Vec::new();
-        for command in discard::commands(&block, &ranges) {
+        for command in DiscardRange::commands(&block, &ranges) {
             let mut bytes = Vec::new();
             command.encode(&mut bytes);
             let used = bytes.len();
@@ -149,15 +147,15 @@ proptest! {
 
     #[test]
     fn a_package_of_sections_is_cut_where_it_was_put_together(bodies in vec(vec(any::<u8>(), 0..50), 0..5)) {
-        let mut devices = MainEncoder::new();
+        let mut devices = MainEncoder::default();
         for (id, body) in (0..).zip(bodies) {
             let section = Section { kind: SectionKind::Full, id, name: "cpu".to_owned(), instance: id, version: 1 };
             devices.section(&section).raw(&body).footer(id);
         }
         let mut bytes = Vec::new();
-        let before_run = package::encode(devices.as_bytes(), &mut bytes);
+        let before_run = Package::encode(devices.as_bytes(), &mut bytes);
         prop_assert_eq!(&bytes[before_run..], b"\x08\0\x05\0\0");
-        let cut = package::Package::of(&bytes[9..]).unwrap();
+        let cut = Package::of(&bytes[9..]).unwrap();
         prop_assert_eq!(&bytes[9..][cut.devices], devices.as_bytes());
         prop_assert_eq!(cut.pings, [3]);
     }
@@ -165,7 +163,7 @@ proptest! {
     #[test]
     fn requests_survive_the_wire(asked in vec((0..3usize, 0..16u64, 1..16u64), 0..40)) {
         let blocks: Vec<_> = ["a", "b", "c"].map(|name| BlockEntry::new(BlockName::new(name).unwrap(), 0x2_0000)).into();
-        let (mut source, mut destination) = (Requests::new(), Requests::new());
+        let (mut source, mut destination) = (Requests::default(), Requests::default());
         for (block, page, pages) in asked {
             let request = Request { block, start: page * 4096, len: (pages * 4096) as u32 };
             let mut bytes = Vec::new();
@@ -179,7 +177,7 @@ proptest! {
     #[test]
     fn words_of_a_preempt_connection_survive_the_wire(pages in vec((0..3usize, 0..16u64, any::<bool>()), 0..50)) {
         let blocks: Vec<_> = ["a", "b", "c"].map(|name| BlockEntry::new(BlockName::new(name).unwrap(), 0x1_0000)).into();
-        let mut encoder = MainEncoder::new();
+        let mut encoder = MainEncoder::default();
         for (block, page, zero) in &pages {
             let name = &blocks[*block].name;
             match zero {
@@ -191,7 +189,7 @@ proptest! {
         if let Some(first) = encoder.as_bytes().first_chunk() {
             prop_assert_eq!(Beginning::of(*first), Beginning::Bare);
         }
-        let (mut decoder, mut rest, mut found) = (PreemptDecoder::new(), encoder.as_bytes(), Vec::new());
+        let (mut decoder, mut rest, mut found) = (PreemptDecoder::default(), encoder.as_bytes(), Vec::new());
         while !decoder.ended() {
             let Ok(Step::Item { item, used }) = decoder.step(rest, &blocks, PAGE) else { panic!("it is whole") };
             rest = &rest[used..];
@@ -215,14 +213,14 @@ proptest! {
         received::encode(pages, got.iter().copied(), &mut bytes);
         let Ok(Step::Item { item, used }) = received::decode(&bytes, pages) else { panic!("it is whole") };
         prop_assert_eq!(used, bytes.len());
-        prop_assert_eq!((0..pages).filter(|&page| received::contains(item, page)).collect::<Vec<_>>(), got);
+        prop_assert_eq!((0..pages).filter(|&page| is_set(item, page as usize)).collect::<Vec<_>>(), got);
     }
 
     #[test]
     fn postcopy_of_any_bytes_never_panics(bytes in vec(any::<u8>(), 0..600), pages in 0..5000u64) {
         let blocks = [BlockEntry::new(BlockName::new("a").unwrap(), 0x4000)];
-        let _ = package::Package::of(&bytes);
-        match PreemptDecoder::new().step(&bytes, &blocks, PAGE) {
+        let _ = Package::of(&bytes);
+        match PreemptDecoder::default().step(&bytes, &blocks, PAGE) {
             Ok(Step::Need(total)) => prop_assert!(total > bytes.len() && total <= bytes.len() + 256),
             Ok(Step::Item { used, .. }) => prop_assert!(used <= bytes.len()),
             Err(_) => (),
@@ -264,9 +262,9 @@ proptest! {
         let _ = DeviceStatePacket::decode(&bytes).map(|packet| packet.refusal());
         for page_size in [4096, 16384, 65536] {
             if let Ok(packet) = RamPacket::decode(&bytes, page_size) {
-                prop_assert!(packet.normal() + packet.zero() <= capacity(page_size));
-                prop_assert_eq!(packet.normal_offsets().len() + packet.zero_offsets().len(), packet.normal() + packet.zero());
-                prop_assert!(packet.payload_len() <= 1 << 20);
+                prop_assert!(packet.normal.len() + packet.zero.len() <= capacity(page_size));
+                prop_assert_eq!(packet.normal.len() + packet.zero.len(), packet.normal.len() + packet.zero.len());
+                prop_assert!(packet.payload_len <= 1 << 20);
                 let _ = (packet.block_name(), packet.check_pages(&BlockName::new("a").unwrap(), 0x1000, page_size));
             }
         }
@@ -439,7 +437,7 @@ proptest! {
                     && serde_json::from_slice::<serde_json::Value>(&buf[at + 6..]).is_ok()
             })
         };
-        let mut scanner = TailScanner::new();
+        let mut scanner = TailScanner::default();
         let (mut end, mut pieces) = (0, pieces.iter().cycle());
         while end < buf.len() {
             end = buf.len().min(end + pieces.next().unwrap());
@@ -458,7 +456,7 @@ proptest! {
         pieces in vec(1usize..9, 1..4),
     ) {
         let blob = [&b"\x04\0\0\0\x08\x01a\0\0\0\0\0\0\0\x01"[..], &parts.concat()].concat();
-        let mut scanner = WholeScanner::new();
+        let mut scanner = WholeScanner::default();
         let (mut end, mut pieces) = (0, pieces.iter().cycle());
         while end < blob.len() {
             end = blob.len().min(end + pieces.next().unwrap());
