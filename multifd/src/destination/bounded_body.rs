@@ -81,7 +81,7 @@ pub(crate) fn take_bounded(
     mut kept: Option<&mut Vec<u8>>,
 ) -> Result<(), Error> {
     if let Some(kept) = &mut kept {
-        kept.extend_from_slice(MainEncoder::new().section(section).as_bytes());
+        kept.extend_from_slice(MainEncoder::default().section(section).as_bytes());
     }
     let mut raw = main.body();
     let mut copied = Copied { inner: &mut raw, kept: kept.as_deref_mut(), is_full: false };
@@ -95,7 +95,7 @@ pub(crate) fn take_bounded(
         return Err(raw.into_failure().unwrap_or(Error::Io { at, source }));
     }
     if let Some(kept) = kept {
-        kept.extend_from_slice(MainEncoder::new().footer(section.id).as_bytes());
+        kept.extend_from_slice(MainEncoder::default().footer(section.id).as_bytes());
     }
     Ok(())
 }

@@ -263,7 +263,7 @@ impl<'a> ReceiveChannel<'a> {
         if packet.sync && packet.allocated == 0 {
             self.shared.newer_packets.store(true, Ordering::Relaxed);
         }
-        let (sync, payload_len) = (packet.sync.then(|| packet.packet_num), packet.payload_len);
+        let (sync, payload_len) = (packet.sync.then_some(packet.packet_num), packet.payload_len);
         if packet.is_empty() {
             return Ok((sync, payload_len));
         }

@@ -258,7 +258,7 @@ fn a_vm_that_reads_less_than_there_is_or_more_refuses_the_guest_which_runs_on() 
 
 /// Main of a source of ours up to the state of a device, which is `len` long.
 fn early(extensions: Extensions, len: BodyLength) -> MainEncoder {
-    let mut encoder = MainEncoder::new();
+    let mut encoder = MainEncoder::default();
     encoder.header().configuration("multifd").config_offer(&Offer { channels: 0, token: None, extensions });
     encoder.command(&Command::OpenReturnPath).command(&Command::SectionLength(len));
     let (kind, name) = (SectionKind::Full, "live".to_owned());
