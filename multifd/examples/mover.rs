@@ -153,7 +153,7 @@ fn touch(mib: usize, memory: &str, first_touch: &str, threads: u8) -> Outcome {
 
 #[cfg(not(feature = "__bench"))]
 fn touch(_mib: usize, _memory: &str, _first_touch: &str, _threads: u8) -> Outcome {
-    Err("built without the feature `bench`".into())
+    Err("built without the feature `__bench`".into())
 }
 
 fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {

@@ -3,6 +3,7 @@
 //! `multifd checkpoint` and `multifd restore` ask the QEMU instead of relying on how it was set up: a QEMU with another number
 //! of channels, another compression or another machine waits forever without a word.
 
+mod ending;
 mod interrupts;
 mod look;
 mod settings;
@@ -22,6 +23,7 @@ use multifd_qmp::{Client, Error, Status};
 use serde_json::{Value, json};
 
 pub use self::{
+    ending::REST_PARAMETERS,
     interrupts::Interrupts,
     look::Look,
     settings::{Changed, Wanted},

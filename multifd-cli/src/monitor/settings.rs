@@ -96,6 +96,16 @@ impl Changed {
         set_parameters(monitor, &parameters)
     }
 
+    /// Remembers how the parameters `names` are, which may be changed later, too.
+    pub fn keep(&mut self, look: &Look, names: &[&str]) {
+        for name in names {
+            let is_kept = self.parameters.iter().any(|(kept, _)| kept == name);
+            if let Some(value) = look.parameters.get(*name).filter(|_| !is_kept) {
+                self.parameters.push(((*name).to_owned(), value.clone()));
+            }
+        }
+    }
+
     /// Puts everything back as it was. It changes nothing to do that twice.
     ///
     /// # Errors

@@ -50,6 +50,7 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
     let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
     let look = monitor.look()?;
     check(&look, args)?;
+    monitor.wait_cleared_up(SHORT)?;
     let meeting = Meeting::at(args.monitor.listen.as_ref())?;
     let listener = meeting.uri.listener()?;
     if !meeting.is_private() {
@@ -62,12 +63,16 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
     let prepared = qemu_tls
         .prepare(&mut monitor, &mut wanted, tls, QemuIs::Source)
         .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
+    changed.keep(&look, monitor::REST_PARAMETERS);
     let mut outcome = match prepared {
         Ok(()) => Migration { args, interrupts: &interrupts, monitor: &mut monitor, look: &look, meeting: &meeting }
             .run(writer, listener),
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
+    if let Err(refusal) = monitor.wait_cleared_up(SHORT) {
+        outcome.worsen(Exit::Failed, &refusal.message);
+    }
     if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
         outcome.worsen(Exit::Failed, &refusal.message);
     }
@@ -286,6 +291,9 @@ impl Migration<'_> {
                 Ok((status, answer)) if status.is_final() => return Some((status, answer)),
                 Ok(_) if !is_told => {
                     is_told = true;
+                    if self.args.mode == CheckpointMode::Live {
+                        self.monitor.bring_to_rest();
+                    }
                     // A refusal shows in the state.
                     let _ = self.monitor.execute_once("migrate_cancel", json!({}));
                 }

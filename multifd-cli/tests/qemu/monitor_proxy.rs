@@ -199,3 +199,50 @@ impl HeldAnswers {
         self.state.1.notify_all();
     }
 }
+
+/// A monitor whose QEMU does not clear up its last migration, as far as `query-yank` tells.
+pub struct Uncleared {
+    pub path: PathBuf,
+    questions: Arc<AtomicUsize>,
+}
+
+impl Uncleared {
+    /// Listens at `path` for one client, and passes on to the monitor at `to`; the first `count` questions get a migration for
+    /// an answer.
+    pub fn of(path: &Path, to: &Path, count: usize) -> Uncleared {
+        let listener = UnixListener::bind(path).unwrap();
+        let server = UnixStream::connect(to).unwrap();
+        let questions = Arc::new(AtomicUsize::new(0));
+        let uncleared = Uncleared { path: path.to_owned(), questions: questions.clone() };
+        thread::spawn(move || {
+            let (client, _) = listener.accept().unwrap();
+            let (mut answers, mut to_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            let mut to_server = server.try_clone().unwrap();
+            let mut own = client.try_clone().unwrap();
+            thread::spawn(move || {
+                let _ = std::io::copy(&mut answers, &mut to_client);
+                let _ = to_client.shutdown(std::net::Shutdown::Both);
+            });
+            for line in BufReader::new(client).lines().map_while(Result::ok) {
+                let message: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let is_asked = message["execute"] == "query-yank";
+                let written = if is_asked && questions.fetch_add(1, Ordering::Relaxed) < count {
+                    let answer = serde_json::json!({ "return": [{ "type": "migration" }], "id": message["id"] });
+                    own.write_all(format!("{answer}\n").as_bytes())
+                } else {
+                    to_server.write_all(format!("{line}\n").as_bytes())
+                };
+                if written.is_err() {
+                    break;
+                }
+            }
+            let _ = server.shutdown(std::net::Shutdown::Both);
+        });
+        uncleared
+    }
+
+    /// How often it was asked.
+    pub fn questions(&self) -> usize {
+        self.questions.load(Ordering::Relaxed)
+    }
+}
