@@ -69,7 +69,7 @@ impl Monitor {
     /// Whether QEMU lists a migration among what can be yanked, which it does from the start of one until that is cleared up.
     fn holds_migration(&mut self) -> Result<bool, Refusal> {
         let answer = self.execute_if_known("query-yank", json!({}))?.unwrap_or_default();
-        Ok(answer.as_array().into_iter().flatten().any(|instance| instance["type"] == Value::from("migration")))
+        Ok(answer.as_array().into_iter().flatten().any(|instance| instance["type"] == "migration"))
     }
 }
 
