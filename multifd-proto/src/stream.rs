@@ -21,7 +21,7 @@
 //!          · PART ram { every page that was discarded } … · END ram { } · end of state
 //! ```
 //!
-//! The package is the payload of its command; [`crate::postcopy::package`] knows its parts.
+//! The package is the payload of its command; [`Package`](crate::postcopy::Package) knows its parts.
 //!
 //! Where the connection breaks after the package, the source goes on over a new one, which has no header
 //! ([`MainDecoder::resumed`]):
@@ -61,7 +61,8 @@ use crate::xbzrle;
 ///
 /// Show it bytes with [`step`](Self::step), drop what an item used, and take the item's
 /// [payload](Item::payload_len) from the connection before the next step. It never asks for more than a few hundred bytes and
-/// never allocates by a number of the peer beyond the limits documented as constants here and in [`crate::ram`].
+/// never allocates by a number of the peer beyond limits of its own: 4096 RAM blocks, 256 sections in parts at a time, a description of
+/// 16 MiB, a package of 1 GiB.
 #[derive(Clone, Debug)]
 pub struct MainDecoder {
     page_size: usize,
