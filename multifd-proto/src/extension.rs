@@ -32,12 +32,21 @@ pub enum Extension {
     /// SECTION_LENGTH from the source comes before each section of a device, which tells the destination where its body ends
     /// ([`crate::section_body`]), and sections of devices may come between two rounds: state that is sent while the guest runs.
     SectionLength,
+    /// The source repeats the token of the migration behind the end of the stream: 16 bytes that no device's state holds, since no
+    /// guest knows them. For a destination that does not understand device state, which has no length on the wire. Taken only
+    /// where the offer has a token, and together with [`TwoStepCommit`](Extension::TwoStepCommit).
+    EndToken,
 }
 
 impl Extension {
     /// Every extension that this version knows.
-    pub(crate) const ALL: [Extension; 4] =
-        [Extension::TwoStepCommit, Extension::Prepare, Extension::SharedMemory, Extension::SectionLength];
+    pub(crate) const ALL: [Extension; 5] = [
+        Extension::TwoStepCommit,
+        Extension::Prepare,
+        Extension::SharedMemory,
+        Extension::SectionLength,
+        Extension::EndToken,
+    ];
 
     /// Its number on the wire.
     pub(crate) const fn number(self) -> u16 {
@@ -46,6 +55,7 @@ impl Extension {
             Extension::Prepare => 2,
             Extension::SharedMemory => 3,
             Extension::SectionLength => 4,
+            Extension::EndToken => 5,
         }
     }
 }

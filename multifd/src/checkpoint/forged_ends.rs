@@ -26,7 +26,7 @@ use crate::{
 /// The state of a network card is `BEFORE`, bytes that the guest chose, and `AFTER`.
 const BEFORE: &[u8] = b"registers of the card";
 const AFTER: &[u8] = b"more registers";
-const TIMER: &[u8] = b"\0\0\0\x06\0\0\0\x02{}";
+pub(super) const TIMER: &[u8] = b"\0\0\0\x06\0\0\0\x02{}";
 const CPU: &[u8] = b"state of the cpu";
 
 fn section(id: u32, name: &str) -> Section {
@@ -34,20 +34,20 @@ fn section(id: u32, name: &str) -> Section {
 }
 
 /// A description of devices with these bodies.
-fn description(devices: &[(&str, usize)]) -> Vec<u8> {
+pub(super) fn description(devices: &[(&str, usize)]) -> Vec<u8> {
     let opaque = devices.iter().map(|&(name, len)| OpaqueSection { name, instance: 0, version: 1, len: len as u64 });
     VmDescription::opaque(4096, opaque).to_json()
 }
 
 /// End of state, and a description of these devices.
-fn end(devices: &[(&str, usize)]) -> Vec<u8> {
+pub(super) fn end(devices: &[(&str, usize)]) -> Vec<u8> {
     let mut out = MainEncoder::default();
     out.eof().vm_description(&description(devices)).as_bytes().to_vec()
 }
 
 /// The device state of a VM with what its guest `chose` in it, and the description. The first section is also returned
 /// alone: what comes before the bytes of the guest.
-fn state(chosen: &[u8]) -> (Vec<u8>, Vec<u8>) {
+pub(super) fn state(chosen: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let nic = [BEFORE, chosen, AFTER].concat();
     let mut out = MainEncoder::default();
     out.section(&section(2, "timer")).raw(TIMER).footer(2);
@@ -58,7 +58,7 @@ fn state(chosen: &[u8]) -> (Vec<u8>, Vec<u8>) {
 }
 
 /// What guests choose: each ends with the last byte of an end.
-fn forgeries() -> Vec<(&'static str, Vec<u8>)> {
+pub(super) fn forgeries() -> Vec<(&'static str, Vec<u8>)> {
     let footer = |id: u32| MainEncoder::default().footer(id).as_bytes().to_vec();
     let own = end(&[("timer", TIMER.len()), ("nic", BEFORE.len())]);
     let fake_cpu = MainEncoder::default().section(&section(4, "cpu")).raw(b"mine").footer(4).as_bytes().to_vec();
@@ -119,7 +119,13 @@ fn answer(main: &mut dyn Stream) -> Option<u8> {
 
 /// Everything that the guest had must be in the checkpoint.
 #[track_caller]
-fn assert_whole(case: &str, dir: &TempDir, received: Result<(), Error>, sections: &[u8], description: &[u8]) {
+pub(super) fn assert_whole(
+    case: &str,
+    dir: &TempDir,
+    received: Result<(), Error>,
+    sections: &[u8],
+    description: &[u8],
+) {
     received.unwrap_or_else(|error| panic!("{case}: {error}"));
     let checkpoint = Checkpoint::open(&dir.join("checkpoint")).unwrap();
     assert_eq!(checkpoint.sections().len(), sections.len(), "{case}");

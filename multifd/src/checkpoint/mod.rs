@@ -28,6 +28,8 @@ mod write;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod elsewhere;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod end_token;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod forged_ends;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod one_way_tests;

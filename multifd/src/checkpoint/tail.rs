@@ -14,6 +14,10 @@
 //!    stalled for longer than [`QUIET`] at a byte that the guest chose. Then what follows is put behind the rest, and 1.
 //!    holds for the whole ([`Tail::extend`]).
 //!
+//! A source of ours puts the token of the migration behind the end, which no guest knows
+//! ([`EndToken`](multifd_proto::extension::Extension::EndToken)). There 1. holds, and the token takes the place of 2.: nothing is waited
+//! for, and no stall is long enough to be taken for the end ([`Tail::up_to_token`]).
+//!
 //! Where the description is suppressed, the end of state is the last byte: behind the footer of the last of several sections
 //! that follow one another without a gap. The same rules hold, with this shape instead of 1. and [`QUIET_UNDESCRIBED`] in 2.
 //!
@@ -51,6 +55,9 @@ impl Tail {
     /// Takes all of `main`, of which the head of the first device's section was read, and before the pages the sections
     /// `early`.
     pub(crate) fn receive(first: &Section, early: &[u8], main: &mut MainReader) -> Result<Tail, Error> {
+        if let Some(token) = main.end_token() {
+            return Tail::up_to_token(first, early, main, &token);
+        }
         let mut search = Search::new(first, early);
         search.take(main)?;
         loop {
@@ -68,6 +75,45 @@ impl Tail {
                     }
                 }
             }
+        }
+    }
+
+    /// Takes all of `main` up to `token`, which the source sends behind the end and nothing after it.
+    fn up_to_token(first: &Section, early: &[u8], main: &mut MainReader, token: &[u8]) -> Result<Tail, Error> {
+        let mut bytes = MainEncoder::default().section(first).as_bytes().to_vec();
+        let mut looked = 0;
+        loop {
+            let received = main.unread().len();
+            if bytes.len() + received > MAX_DEVICE_STATE + token.len() {
+                return Err(CheckpointError::TooMuchDeviceState { limit: MAX_DEVICE_STATE }.into());
+            }
+            bytes.extend_from_slice(main.unread());
+            main.consume(received);
+            main.body_taken(received as u64);
+            // It may have begun to come before.
+            if let Some(found) = bytes[looked..].windows(token.len()).position(|window| window == token) {
+                let (end, behind) = (looked + found, looked + found + token.len());
+                if bytes.len() > behind {
+                    return Err(self::behind(&bytes, behind, main));
+                }
+                return Tail::whole(&bytes[..end], early, main);
+            }
+            looked = (bytes.len() + 1).saturating_sub(token.len());
+            if main.receive()? == 0 {
+                return Err(Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() });
+            }
+        }
+    }
+
+    /// What `bytes`, everything from the first section to the end of the stream, consists of.
+    fn whole(bytes: &[u8], early: &[u8], main: &MainReader) -> Result<Tail, Error> {
+        match vmdesc::find_end(bytes) {
+            Some(end) => match fits(early, bytes, &end) {
+                Ok(()) => Ok(Tail::new(bytes, &end)),
+                Err(source) => Err(CheckpointError::NotDescribed { source }.into()),
+            },
+            None => Tail::without_description(bytes)
+                .ok_or_else(|| Error::Io { at: main.place(), source: io::ErrorKind::UnexpectedEof.into() }),
         }
     }
 
@@ -313,8 +359,8 @@ pub(super) fn check_early_state(bytes: usize) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// How long the source must say nothing behind an end for it to count. Every migration with the return path waits this long
-/// at its end, with its guest paused. A source that has more to send does so at once, so all that can come between is the
+/// How long the source must say nothing behind an end for it to count. Every migration of a QEMU with the return path waits this
+/// long at its end, with its guest paused. A source that has more to send does so at once, so all that can come between is the
 /// network and the scheduler: this is more than the 200 ms after which Linux sends a lost segment again at the earliest. What
 /// stalls for longer, at a byte that the guest chose, is repaired by rule 3.
 pub(crate) const QUIET: Duration = Duration::from_millis(250);

@@ -47,6 +47,9 @@ impl Run {
             Item::Eof => return self.eof(is_postcopy),
             Item::VmDescription { len } => {
                 self.main().skip(len)?;
+                if !self.main().take_end_token()? {
+                    return Err(self.main().no_end_token());
+                }
                 return self.main().nothing_follows().map(|()| Next::End);
             }
             Item::Command(Command::PostcopyRamDiscard { block, ranges }) => self.discard(&block, &ranges, observer)?,
@@ -144,6 +147,11 @@ impl Run {
         if self.main().decoder().is_snapshot() {
             self.report.mode = Mode::Snapshot;
         }
+        if self.main().end_token().is_some() {
+            // Else a description comes first.
+            let ends = self.main().take_end_token()?;
+            return if ends { self.main().nothing_follows().map(|()| Next::End) } else { Ok(Next::Item) };
+        }
         Ok(if self.main().vmdescription_follows()? { Next::Item } else { Next::End })
     }
 
@@ -178,6 +186,8 @@ impl Run {
                 self.return_path = true;
                 if let Some(offer) = &self.offer {
                     self.extensions = self.agreed(offer, target);
+                    let token = offer.token.filter(|_| self.extensions.contains(Extension::EndToken));
+                    self.main().expect_end_token(token);
                     if self.extensions.contains(Extension::SharedMemory) {
                         self.main().expect_descriptors();
                     }
@@ -208,6 +218,12 @@ impl Run {
         // Without GO nothing tells when the memory is ours.
         if !target.takes_memory() || !carries || !extensions.contains(Extension::TwoStepCommit) {
             extensions = extensions.without(Extension::SharedMemory);
+        }
+        // A source that does not hear the answer does not send it.
+        let hears = self.main.as_ref().is_some_and(MainReader::is_heard);
+        let is_told = offer.token.is_some() && extensions.contains(Extension::TwoStepCommit);
+        if !(target.wants_end_token() && hears && is_told) {
+            extensions = extensions.without(Extension::EndToken);
         }
         extensions
     }

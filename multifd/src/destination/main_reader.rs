@@ -45,6 +45,8 @@ pub(crate) struct MainReader {
     far_end: FarEnd,
     /// What came beside the bytes, while that is expected.
     descriptors: Option<Vec<OwnedFd>>,
+    /// What comes behind the end of the stream, where both ends agreed on it.
+    end_token: Option<[u8; 16]>,
 }
 
 impl MainReader {
@@ -91,6 +93,7 @@ impl MainReader {
             position: 0,
             far_end: FarEnd::File,
             descriptors: None,
+            end_token: None,
         }
     }
 
@@ -164,6 +167,37 @@ impl MainReader {
             Some(0) | None => Ok(false),
             Some(_) => Ok(true),
         }
+    }
+
+    /// From now on `token` is expected behind the end of the stream.
+    pub(super) fn expect_end_token(&mut self, token: Option<[u8; 16]>) {
+        self.end_token = token;
+    }
+
+    /// What comes behind the end of the stream, where both ends agreed on it: no other bytes of main are the same.
+    pub(crate) fn end_token(&self) -> Option<[u8; 16]> {
+        self.end_token
+    }
+
+    /// Takes the token, if it comes next. Says whether it did, or whether none is expected.
+    ///
+    /// # Errors
+    /// Main ends before.
+    pub(super) fn take_end_token(&mut self) -> Result<bool, Error> {
+        let Some(token) = self.end_token else { return Ok(true) };
+        self.fill(token.len())?;
+        if !self.unread().starts_with(&token) {
+            return Ok(false);
+        }
+        self.consume(token.len());
+        self.body_taken(token.len() as u64);
+        Ok(true)
+    }
+
+    /// Something else came behind the end of the stream.
+    pub(super) fn no_end_token(&self) -> Error {
+        let (element, place) = ("something other than the token of the migration", "behind the end of the stream");
+        Error::protocol(self.place())(Violation::UnexpectedElement { element, place })
     }
 
     /// Whether the source keeps main open at the end of the stream and waits for our answer, even where it cannot hear it. A

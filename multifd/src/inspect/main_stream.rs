@@ -3,7 +3,7 @@
 use std::{
     io::{self, Read},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
@@ -35,11 +35,19 @@ pub(super) struct MainStream {
     finished: bool,
     /// The source offered the commit in which GO follows the end of the stream.
     go_follows: Arc<AtomicBool>,
+    /// What it offered to put there before.
+    end_token: Arc<OnceLock<[u8; 16]>>,
 }
 
 impl MainStream {
     pub(super) fn new(bytes: Box<dyn Read + Send>) -> MainStream {
-        MainStream { bytes: Some(bytes), reader: None, finished: false, go_follows: Arc::default() }
+        MainStream {
+            bytes: Some(bytes),
+            reader: None,
+            finished: false,
+            go_follows: Arc::default(),
+            end_token: Arc::default(),
+        }
     }
 
     /// Checks that this is main.
@@ -52,7 +60,8 @@ impl MainStream {
         if expected != found {
             return Err(Error::protocol(at)(DecodeError::BadMagic { expected, found }));
         }
-        let recording = Recording { bytes, held: Vec::new(), go_follows: self.go_follows.clone() };
+        let (go_follows, end_token) = (self.go_follows.clone(), self.end_token.clone());
+        let recording = Recording { bytes, held: Vec::new(), ended: false, go_follows, end_token };
         self.reader = Some(MainReader::of_recording(Box::new(recording), PAGE_SIZE));
         Ok(())
     }
@@ -70,6 +79,9 @@ impl MainStream {
         self.finished = matches!(item, Item::VmDescription { .. });
         if let Item::ConfigOffer(offer) = &item {
             self.go_follows.store(offer.extensions.contains(Extension::TwoStepCommit), Relaxed);
+            if let Some(token) = offer.token.filter(|_| offer.extensions.contains(Extension::EndToken)) {
+                let _ = self.end_token.set(token);
+            }
         }
         Ok(Some(item))
     }
@@ -138,12 +150,30 @@ impl MainStream {
     }
 }
 
-/// A recording as the receiving half of a connection. It ends with the end of the stream: a GO behind that is left out.
+/// A recording as the receiving half of a connection. It ends with the end of the stream: the token of the migration and a GO
+/// behind that are left out.
 struct Recording {
     bytes: Box<dyn Read + Send>,
-    /// The last bytes read: they may be GO.
+    /// The last bytes read: they may be the token, and GO.
     held: Vec<u8>,
+    /// There are no more.
+    ended: bool,
     go_follows: Arc<AtomicBool>,
+    end_token: Arc<OnceLock<[u8; 16]>>,
+}
+
+impl Recording {
+    /// Takes `go` and the token off the end, where the source may have sent them.
+    fn leave_out(&mut self, go: &[u8]) {
+        if self.go_follows.load(Relaxed) && self.held.ends_with(go) {
+            self.held.truncate(self.held.len() - go.len());
+        }
+        if let Some(token) = self.end_token.get()
+            && self.held.ends_with(token)
+        {
+            self.held.truncate(self.held.len() - token.len());
+        }
+    }
 }
 
 impl RecvHalf for Recording {
@@ -151,22 +181,19 @@ impl RecvHalf for Recording {
         let mut go = MainEncoder::default();
         go.command(&Command::Go);
         let go = go.as_bytes();
+        let keep = go.len() + TOKEN;
         let mut more = [0; 4096];
-        while self.held.len() <= go.len() {
+        while !self.ended && self.held.len() <= keep {
             match self.bytes.read(&mut more)? {
                 0 => {
-                    if self.go_follows.load(Relaxed) && self.held == go {
-                        self.held.clear();
-                    }
-                    let n = self.held.len().min(buf.len());
-                    buf[..n].copy_from_slice(&self.held[..n]);
-                    self.held.drain(..n);
-                    return Ok(n);
+                    self.ended = true;
+                    self.leave_out(go);
                 }
                 n => self.held.extend_from_slice(&more[..n]),
             }
         }
-        let n = (self.held.len() - go.len()).min(buf.len());
+        let keep = if self.ended { 0 } else { keep };
+        let n = (self.held.len() - keep).min(buf.len());
         buf[..n].copy_from_slice(&self.held[..n]);
         self.held.drain(..n);
         Ok(n)
@@ -180,3 +207,6 @@ impl RecvHalf for Recording {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
+
+/// The length of a token.
+const TOKEN: usize = 16;

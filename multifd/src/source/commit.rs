@@ -20,7 +20,8 @@ impl Run {
         }
         let _ = self.commit.on(SourceEvent::EndBegins);
         self.return_path().expect_answer();
-        let mut written = self.main().end();
+        let token = self.shared.options.format.token.filter(|_| self.extensions.contains(Extension::EndToken));
+        let mut written = self.main().end(token);
         if two_step && written.is_err() {
             return written;
         }

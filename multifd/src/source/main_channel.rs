@@ -185,12 +185,15 @@ impl MainChannel {
         self.write(bytes)
     }
 
-    /// Ends the stream.
-    pub(super) fn end(&mut self) -> Result<(), Error> {
+    /// Ends the stream, with `token` behind it where both ends agreed on that.
+    pub(super) fn end(&mut self, token: Option<[u8; 16]>) -> Result<(), Error> {
         self.shared.options.trace.step(|| Step::End);
         self.encoder.eof();
         if !self.vmdescription.is_empty() {
             self.encoder.vm_description(&self.vmdescription);
+        }
+        if let Some(token) = token {
+            self.encoder.raw(&token);
         }
         self.send()
     }

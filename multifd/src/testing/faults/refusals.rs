@@ -113,9 +113,9 @@ fn good_channel() -> Wire {
     Wire::raw(told_hello(0, 1).encode()).sync_number(0).sync_number(1)
 }
 
-/// No memory is handed over.
+/// No memory is handed over, and the state of devices ends by itself.
 fn offered() -> Extensions {
-    Extensions::known().without(Extension::SharedMemory)
+    Extensions::known().without(Extension::SharedMemory).without(Extension::EndToken)
 }
 
 fn accepted() -> Message {
