@@ -18,7 +18,7 @@ use common::{
     convert::{convert, converted, ended, failed, inspect},
     multifd,
 };
-use multifd_proto::libvirt::{SaveFormat, SaveHeader};
+use multifd::inspect::libvirt::{SaveFormat, SaveHeader};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use test_support::{TempDir, time_limit};

@@ -57,7 +57,6 @@ pub mod commit;
 pub mod encoder;
 pub mod extension;
 mod ids;
-pub mod libvirt;
 pub mod machine;
 pub mod mapped_ram;
 pub mod membership;

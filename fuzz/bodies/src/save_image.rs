@@ -1,6 +1,6 @@
 //! Headers of libvirt's save images.
 
-use multifd_proto::libvirt::{MAX_DATA, SaveFormat, SaveHeader};
+use multifd::inspect::libvirt::{MAX_DATA, SaveFormat, SaveHeader};
 
 /// What decodes is within bounds, is encoded to what decodes the same, and cuts its data inside of it.
 pub(crate) fn save_image(input: &[u8]) {

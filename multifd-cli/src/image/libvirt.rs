@@ -7,7 +7,7 @@ use std::{
 };
 
 use multifd::checkpoint::CheckpointError;
-use multifd_proto::libvirt::{MAX_DATA, SaveFormat, SaveHeader, SaveHeaderError, is_save_image};
+use multifd::inspect::libvirt::{MAX_DATA, SaveFormat, SaveHeader, SaveHeaderError, is_save_image};
 
 use super::Packing;
 

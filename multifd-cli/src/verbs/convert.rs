@@ -7,13 +7,13 @@ use std::{
     time::Instant,
 };
 
+use multifd::inspect::libvirt::SaveFormat;
 use multifd::{
     checkpoint::{Checkpoint, CheckpointError, Writer},
     error::Error,
     stop::StopHandle,
     transport::{Listen, fd::FdListener},
 };
-use multifd_proto::libvirt::SaveFormat;
 use serde_json::{Map, json};
 
 use crate::{

@@ -7,6 +7,7 @@
 mod account;
 mod channel;
 mod contents;
+pub mod libvirt;
 mod main_stream;
 mod postcopy;
 
