@@ -2,7 +2,10 @@
 //!
 //! The engine calls these from the thread that called `run`, one at a time, in the order in which they are listed.
 
-use std::io::Read;
+use std::{
+    hash::{Hash, Hasher},
+    io::Read,
+};
 
 pub use multifd_proto::extension::MAX_DESCRIPTION;
 
@@ -202,7 +205,9 @@ pub trait DestinationVm {
 }
 
 /// Which device a section of state belongs to, and how long it is as far as that is known.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+///
+/// Two are equal if name, instance and version are: how long a section is tells no device from another.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SectionId {
     /// The name that the source gave it, e.g. `cpu`.
@@ -224,6 +229,26 @@ impl SectionId {
     /// A section whose end the stream does not tell.
     pub fn new(name: &str, instance: u32, version: u32) -> SectionId {
         SectionId { name: name.to_owned(), instance, version, len: None, is_bounded: false }
+    }
+}
+
+impl SectionId {
+    fn of_device(&self) -> (&str, u32, u32) {
+        (&self.name, self.instance, self.version)
+    }
+}
+
+impl PartialEq for SectionId {
+    fn eq(&self, other: &SectionId) -> bool {
+        self.of_device() == other.of_device()
+    }
+}
+
+impl Eq for SectionId {}
+
+impl Hash for SectionId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.of_device().hash(state);
     }
 }
 
@@ -278,6 +303,18 @@ mod tests {
         count: std::cell::Cell<u32>,
         #[source]
         because: std::io::Error,
+    }
+
+    /// A VMM looks its devices up by them, with a source that tells lengths and with one that does not.
+    #[test]
+    fn a_section_is_known_by_its_device_and_not_by_its_length() {
+        let expected = SectionId::new("cpu", 1, 2);
+        let told = SectionId { len: Some(7), is_bounded: true, ..expected.clone() };
+        assert_eq!(told, expected);
+        assert!(std::collections::HashSet::from([expected.clone()]).contains(&told));
+        for other in [SectionId::new("cpu", 0, 2), SectionId::new("cpu", 1, 3), SectionId::new("gpu", 1, 2)] {
+            assert_ne!(other, expected);
+        }
     }
 
     #[test]
