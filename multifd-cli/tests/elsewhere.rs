@@ -37,7 +37,7 @@ fn stream_without_its_memory() -> Vec<u8> {
     encoder.ram_part(2, true).eos().footer(2);
     let cpu = Section { kind: SectionKind::Full, id: 7, name: "cpu".to_owned(), instance: 0, version: 1 };
     encoder.section(&cpu).raw(b"state").footer(7).eof();
-    encoder.into_bytes()
+    encoder.bytes
 }
 
 /// It is kept, and looked into; nothing takes it for a whole VM.

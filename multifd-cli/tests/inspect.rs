@@ -230,16 +230,16 @@ fn a_file_that_claims_more_memory_than_there_may_be_is_an_error() {
     let mut out = MainEncoder::default();
     out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, CLAIMED);
     let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), CLAIMED);
-    let header_end = (out.as_bytes().len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
+    let header_end = (out.bytes.len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
     let header = BlockHeader::place(header_end, CLAIMED, 4096);
     entry.mapped_ram = Some(header);
     out.block(&entry);
     let file = fs::File::create(&path).unwrap();
-    file.write_all_at(out.as_bytes(), 0).unwrap();
+    file.write_all_at(&out.bytes, 0).unwrap();
     // Not every file system has files that long.
     let mut end = MainEncoder::default();
     end.eos().footer(1).ram_part(1, true).eos().footer(1).eof();
-    if let Err(error) = file.write_all_at(end.as_bytes(), header.next_entry(CLAIMED)) {
+    if let Err(error) = file.write_all_at(&end.bytes, header.next_entry(CLAIMED)) {
         test_support::skip(&format!("no sparse file of 15 TiB here: {error}"));
         return;
     }

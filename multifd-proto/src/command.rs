@@ -23,7 +23,6 @@
 use crate::extension::MAX_DESCRIPTION;
 use crate::ids::BlockName;
 use crate::postcopy::{DiscardRange, discard::MAX_DISCARD_RANGES};
-use crate::section_body::BodyLength;
 use crate::shared_memory::MAX_SHARED_LIST;
 use crate::violation::{DecodeError, ProtocolError, Violation};
 use crate::wire::{Reader, Step, Stop, Writer, step};
@@ -89,6 +88,42 @@ pub struct PostcopyAdvice {
     pub page_size_summary: u64,
     /// The page size of the stream.
     pub page_size: u64,
+}
+
+/// What SECTION_LENGTH says of the body of the section that follows.
+///
+/// In QEMU's format only the reader of a body knows its length. Where the extension
+/// [`SectionLength`](crate::extension::Extension::SectionLength) was agreed on, the command says it; or, with all bits set, that
+/// the body comes in chunks, because the source does not know its length yet:
+///
+/// | bytes | field                                        |
+/// |------:|----------------------------------------------|
+/// |     4 | length of this chunk; 0 ends the body        |
+/// |     n | that many bytes of the state                 |
+///
+/// The footer of the section follows as it does without the extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyLength {
+    /// The body has so many bytes.
+    Bytes(u64),
+    /// The body comes in chunks.
+    Chunks,
+}
+
+impl BodyLength {
+    pub(crate) const fn to_wire(self) -> u64 {
+        match self {
+            BodyLength::Bytes(len) => len,
+            BodyLength::Chunks => u64::MAX,
+        }
+    }
+
+    pub(crate) const fn from_wire(len: u64) -> BodyLength {
+        match len {
+            u64::MAX => BodyLength::Chunks,
+            len => BodyLength::Bytes(len),
+        }
+    }
 }
 
 impl Command {
@@ -398,5 +433,12 @@ mod tests {
         assert_eq!(refused.len(), 3);
         assert!(refused.contains(&Violation::ColoRefused));
         assert!(refused.contains(&Violation::RecoveryRefused { command: "RECV_BITMAP" }));
+    }
+
+    #[test]
+    fn every_length_survives_the_wire() {
+        for len in [BodyLength::Bytes(0), BodyLength::Bytes(u64::MAX - 1), BodyLength::Chunks] {
+            assert_eq!(BodyLength::from_wire(len.to_wire()), len);
+        }
     }
 }

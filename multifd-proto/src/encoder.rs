@@ -15,27 +15,13 @@ use crate::xbzrle;
 /// Collects the bytes of main.
 #[derive(Debug, Default)]
 pub struct MainEncoder {
-    bytes: Vec<u8>,
+    /// What was written, which the caller may take, clear and add to.
+    pub bytes: Vec<u8>,
     /// The block of the previous page word, across sections.
     last: Option<BlockName>,
 }
 
 impl MainEncoder {
-    /// The bytes written since the last [`clear`](Self::clear).
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// The bytes written since the last [`clear`](Self::clear), without a copy.
-    pub fn into_bytes(self) -> Vec<u8> {
-        self.bytes
-    }
-
-    /// Forgets the bytes, which have been sent. What later bytes depend on is kept.
-    pub fn clear(&mut self) {
-        self.bytes.clear();
-    }
-
     /// Magic and version.
     pub fn header(&mut self) -> &mut Self {
         self.write(|out| out.u32(stream::MAGIC).u32(stream::VERSION))
@@ -154,13 +140,6 @@ impl MainEncoder {
         self.write(|out| out.bytes(bytes))
     }
 
-    /// Room for `len` bytes, such as the content of a page, which the caller fills.
-    pub fn room(&mut self, len: usize) -> &mut [u8] {
-        let before = self.bytes.len();
-        self.bytes.resize(before + len, 0);
-        &mut self.bytes[before..]
-    }
-
     /// The footer of the section with this id.
     pub fn footer(&mut self, section_id: u32) -> &mut Self {
         self.write(|out| out.u8(stream::FOOTER).u32(section_id))
@@ -209,10 +188,10 @@ mod tests {
         let (ram, rom) = (BlockName::new("pc.ram").unwrap(), BlockName::new("pc.rom").unwrap());
         let mut encoder = MainEncoder::default();
         encoder.zero_page(&ram, 0x1000).zero_page(&ram, 0x2000);
-        assert_eq!(encoder.as_bytes(), b"\0\0\0\0\0\0\x10\x02\x06pc.ram\0\0\0\0\0\0\0\x20\x22\0");
-        encoder.clear();
+        assert_eq!(encoder.bytes, b"\0\0\0\0\0\0\x10\x02\x06pc.ram\0\0\0\0\0\0\0\x20\x22\0");
+        encoder.bytes.clear();
         encoder.page(&ram, 0).page(&rom, 0);
-        assert_eq!(encoder.as_bytes(), b"\0\0\0\0\0\0\0\x28\0\0\0\0\0\0\0\x08\x06pc.rom");
+        assert_eq!(encoder.bytes, b"\0\0\0\0\0\0\0\x28\0\0\0\0\0\0\0\x08\x06pc.rom");
     }
 
     #[test]
@@ -226,6 +205,6 @@ mod tests {
             b"\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01",
         ]
         .concat();
-        assert_eq!(encoder.as_bytes(), expected);
+        assert_eq!(encoder.bytes, expected);
     }
 }

@@ -30,7 +30,7 @@ pub enum Extension {
     /// [`TwoStepCommit`](Extension::TwoStepCommit).
     SharedMemory,
     /// SECTION_LENGTH from the source comes before each section of a device, which tells the destination where its body ends
-    /// ([`crate::section_body`]), and sections of devices may come between two rounds: state that is sent while the guest runs.
+    /// ([`BodyLength`](crate::command::BodyLength)), and sections of devices may come between two rounds: state that is sent while the guest runs.
     SectionLength,
     /// The source repeats the token of the migration behind the end of the stream: 16 bytes that no device's state holds, since no
     /// guest knows them. For a destination that does not understand device state, which has no length on the wire. Taken only

@@ -65,7 +65,6 @@ pub mod postcopy;
 pub mod ram;
 pub mod return_path;
 pub mod rounds;
-pub mod section_body;
 pub mod shared_memory;
 pub mod stream;
 mod violation;

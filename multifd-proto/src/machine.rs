@@ -18,13 +18,6 @@ pub enum Dialect {
     PerSection,
 }
 
-impl Dialect {
-    /// The dialect of a versioned machine type such as `pc-i440fx-10.0`; nothing for an alias or a vendor's own version.
-    pub fn of_machine(machine: &str) -> Option<Self> {
-        version(machine).map(|version| if version >= (8, 1) { Self::PerRound } else { Self::PerSection })
-    }
-}
-
 impl fmt::Display for Dialect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -48,13 +41,6 @@ pub enum ZeroPages {
     None,
 }
 
-impl ZeroPages {
-    /// Where a source of this versioned machine type puts them; nothing for an alias or a vendor's own version.
-    pub fn of_machine(machine: &str) -> Option<Self> {
-        version(machine).map(|version| if version >= (9, 0) { Self::Multifd } else { Self::Legacy })
-    }
-}
-
 impl fmt::Display for ZeroPages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -65,15 +51,32 @@ impl fmt::Display for ZeroPages {
     }
 }
 
-/// Whether a source of this machine type announces the switchover with a command. Receivers before QEMU 10.0 refuse it.
-pub fn sends_switchover_start(machine: &str) -> Option<bool> {
-    version(machine).map(|version| version >= (10, 0))
+/// What a source of a machine type does, unless its user says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MachineDefaults {
+    /// How rounds end.
+    pub dialect: Dialect,
+    /// Where pages of zeros go.
+    pub zero_pages: ZeroPages,
+    /// Whether the source announces the switchover with a command. Receivers before QEMU 10.0 refuse it.
+    pub switchover_start: bool,
+    /// Whether the source ignores a SWITCHOVER_ACK that it does not wait for (8.1 to 11.0), or fails (11.1 and newer). Nothing
+    /// before 8.1, where the version of QEMU decides: before 8.1 the message is unknown.
+    pub takes_switchover_ack: Option<bool>,
 }
 
-/// Whether a source of this machine type ignores a SWITCHOVER_ACK that it does not wait for (8.1 to 11.0), or fails (11.1 and
-/// newer). Nothing for machine types before 8.1, where the version of QEMU decides: before 8.1 the message is unknown.
-pub fn takes_switchover_ack(machine: &str) -> Option<bool> {
-    version(machine).filter(|&version| version >= (8, 1)).map(|version| version < (11, 1))
+impl MachineDefaults {
+    /// The defaults of a versioned machine type such as `pc-i440fx-10.0`; nothing for an alias or a vendor's own version.
+    pub fn of(machine: &str) -> Option<MachineDefaults> {
+        let version = version(machine)?;
+        Some(MachineDefaults {
+            dialect: if version >= (8, 1) { Dialect::PerRound } else { Dialect::PerSection },
+            zero_pages: if version >= (9, 0) { ZeroPages::Multifd } else { ZeroPages::Legacy },
+            switchover_start: version >= (10, 0),
+            takes_switchover_ack: (version >= (8, 1)).then_some(version < (11, 1)),
+        })
+    }
 }
 
 /// The `X.Y` at the end of `pc-i440fx-X.Y`, `pc-q35-X.Y.Z`, `virt-X.Y`.
@@ -90,22 +93,30 @@ mod tests {
 
     #[test]
     fn the_machine_version_decides() {
-        let pc = |version| format!("pc-i440fx-{version}");
-        for version in ["2.12", "7.2", "8.0"] {
-            assert_eq!(Dialect::of_machine(&pc(version)), Some(Dialect::PerSection), "{version}");
+        for (machine, dialect, zero_pages, switchover_start) in [
+            ("pc-i440fx-2.12", Dialect::PerSection, ZeroPages::Legacy, false),
+            ("pc-q35-4.0.1", Dialect::PerSection, ZeroPages::Legacy, false),
+            ("pc-i440fx-7.2", Dialect::PerSection, ZeroPages::Legacy, false),
+            ("pc-i440fx-8.0", Dialect::PerSection, ZeroPages::Legacy, false),
+            ("pc-i440fx-8.1", Dialect::PerRound, ZeroPages::Legacy, false),
+            ("pc-q35-8.2", Dialect::PerRound, ZeroPages::Legacy, false),
+            ("pc-q35-9.0", Dialect::PerRound, ZeroPages::Multifd, false),
+            ("pc-q35-9.2", Dialect::PerRound, ZeroPages::Multifd, false),
+            ("pc-q35-10.0", Dialect::PerRound, ZeroPages::Multifd, true),
+            ("pc-i440fx-11.1", Dialect::PerRound, ZeroPages::Multifd, true),
+        ] {
+            let defaults = MachineDefaults::of(machine).unwrap();
+            let found = (defaults.dialect, defaults.zero_pages, defaults.switchover_start);
+            assert_eq!(found, (dialect, zero_pages, switchover_start), "{machine}");
         }
-        for version in ["8.1", "8.2", "9.0", "9.2", "10.0", "11.1"] {
-            assert_eq!(Dialect::of_machine(&pc(version)), Some(Dialect::PerRound), "{version}");
+        for (machine, takes_ack) in [
+            ("pc-q35-8.0", None),
+            ("pc-q35-8.1", Some(true)),
+            ("pc-q35-11.0", Some(true)),
+            ("pc-q35-11.1", Some(false)),
+        ] {
+            assert_eq!(MachineDefaults::of(machine).unwrap().takes_switchover_ack, takes_ack, "{machine}");
         }
-        assert_eq!(ZeroPages::of_machine("pc-q35-8.2"), Some(ZeroPages::Legacy));
-        assert_eq!(ZeroPages::of_machine("pc-q35-9.0"), Some(ZeroPages::Multifd));
-        assert_eq!(sends_switchover_start("pc-q35-9.2"), Some(false));
-        assert_eq!(sends_switchover_start("pc-q35-10.0"), Some(true));
-        assert_eq!(takes_switchover_ack("pc-q35-8.0"), None);
-        assert_eq!(takes_switchover_ack("pc-q35-8.1"), Some(true));
-        assert_eq!(takes_switchover_ack("pc-q35-11.0"), Some(true));
-        assert_eq!(takes_switchover_ack("pc-q35-11.1"), Some(false));
-        assert_eq!(Dialect::of_machine("pc-q35-4.0.1"), Some(Dialect::PerSection));
     }
 
     #[test]
@@ -113,8 +124,7 @@ mod tests {
         for machine in
             ["", "pc", "q35", "microvm", "pc-i440fx-", "pc-q35-rhel9.4.0", "pc-i440fx-10", "pc-q35-9.0-x", "x-9.0.y"]
         {
-            assert_eq!(Dialect::of_machine(machine), None, "{machine}");
-            assert_eq!(takes_switchover_ack(machine), None, "{machine}");
+            assert_eq!(MachineDefaults::of(machine), None, "{machine}");
         }
     }
 }

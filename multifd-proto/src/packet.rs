@@ -415,7 +415,8 @@ impl fmt::Display for Compression {
     }
 }
 
-/// A packet with a piece of an assigned device's state, which only some VFIO devices send. QEMU: `MultiFDPacketDeviceState_t`.
+/// The refusal of a packet with a piece of an assigned device's state, which only some VFIO devices send; `header` is
+/// [`DEVICE_STATE_LEN`] bytes long. QEMU: `MultiFDPacketDeviceState_t`.
 ///
 /// | offset | size | field                                  |
 /// |-------:|-----:|----------------------------------------|
@@ -423,35 +424,18 @@ impl fmt::Display for Compression {
 /// |     12 |  256 | section name, NUL-terminated           |
 /// |    268 |    4 | instance id                            |
 /// |    272 |    4 | payload length                         |
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceStatePacket<'a> {
-    /// The section the state belongs to, as the peer wrote it.
-    pub name: &'a [u8],
-    /// Which instance of it.
-    pub instance: u32,
-    /// How many bytes follow.
-    pub payload_len: u32,
-}
-
-impl<'a> DeviceStatePacket<'a> {
-    /// The header in `bytes`, which is [`DEVICE_STATE_LEN`] bytes long.
-    pub fn decode(bytes: &'a [u8]) -> Result<Self, DecodeError> {
-        let Some(bytes) = bytes.get(..DEVICE_STATE_LEN) else {
-            return Err(DecodeError::Truncated { needed: DEVICE_STATE_LEN - bytes.len() });
-        };
-        let prefix = Prefix::decode(bytes.first_chunk().expect("a header is longer than its prefix"))?;
-        if !prefix.device_state() {
-            return Err(DecodeError::BadPacketFlags { flags: prefix.flags });
-        }
-        let name = &bytes[12..267];
-        let name = &name[..name.iter().position(|byte| *byte == 0).unwrap_or(name.len())];
-        Ok(Self { name, instance: field(bytes, 268), payload_len: field(bytes, 272) })
+pub fn device_state_refusal(header: &[u8]) -> ProtocolError {
+    let Some(header) = header.get(..DEVICE_STATE_LEN) else {
+        return DecodeError::Truncated { needed: DEVICE_STATE_LEN - header.len() }.into();
+    };
+    match Prefix::decode(header.first_chunk().expect("a header is longer than its prefix")) {
+        Err(error) => return error.into(),
+        Ok(prefix) if !prefix.device_state() => return DecodeError::BadPacketFlags { flags: prefix.flags }.into(),
+        Ok(_) => (),
     }
-
-    /// The error that refuses this packet by the name of its section.
-    pub fn refusal(&self) -> Violation {
-        Violation::DeviceStatePacketRefused { name: escape(self.name), instance: self.instance }
-    }
+    let name = &header[12..267];
+    let name = &name[..name.iter().position(|byte| *byte == 0).unwrap_or(name.len())];
+    Violation::DeviceStatePacketRefused { name: escape(name), instance: field(header, 268) }.into()
 }
 
 /// Checks the two words that hello and packets begin with.
@@ -709,11 +693,10 @@ mod tests {
         bytes[12..16].copy_from_slice(b"vfio");
         put(&mut bytes, 268, 2);
         put(&mut bytes, 272, 100);
-        let packet = DeviceStatePacket::decode(&bytes).unwrap();
-        assert_eq!(packet, DeviceStatePacket { name: b"vfio", instance: 2, payload_len: 100 });
-        assert_eq!(packet.refusal(), Violation::DeviceStatePacketRefused { name: "vfio".into(), instance: 2 });
-        assert_eq!(DeviceStatePacket::decode(&bytes[..275]), Err(DecodeError::Truncated { needed: 1 }));
+        let refused = Violation::DeviceStatePacketRefused { name: "vfio".into(), instance: 2 };
+        assert_eq!(device_state_refusal(&bytes), refused.into());
+        assert_eq!(device_state_refusal(&bytes[..275]), DecodeError::Truncated { needed: 1 }.into());
         put(&mut bytes, 8, SYNC);
-        assert_eq!(DeviceStatePacket::decode(&bytes), Err(DecodeError::BadPacketFlags { flags: SYNC }));
+        assert_eq!(device_state_refusal(&bytes), DecodeError::BadPacketFlags { flags: SYNC }.into());
     }
 }

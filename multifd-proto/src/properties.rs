@@ -3,9 +3,9 @@
 use crate::bodies::BodyScanner;
 use crate::command::Command;
 use crate::encoder::MainEncoder;
-use crate::mapped_ram::{BlockHeader, is_set, set};
+use crate::mapped_ram::{BlockHeader, bitmap_len, is_set, set};
 use crate::packet::{
-    Compression, DeviceStatePacket, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, capacity, header_len,
+    Compression, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, capacity, device_state_refusal, header_len,
 };
 use crate::postcopy::{Beginning, DiscardRange, Package, PreemptDecoder, PreemptItem, Request, Requests, received};
 use crate::ram::{BlockEntry, BlockLayout, RamWord};
@@ -80,10 +80,10 @@ proptest! {
         encoder.header().configuration("pc-q35-9.0").ram_start(1, 0x3_0000);
         blocks.iter().for_each(|block| _ = encoder.block(block));
         encoder.eos().footer(1).ram_part(1, true);
-        let mut bytes = encoder.as_bytes().to_vec();
+        let mut bytes = encoder.bytes.clone();
         let mut expected = Vec::new();
         for (block, page, form) in pages {
-            encoder.clear();
+            encoder.bytes.clear();
             let (name, offset) = (&blocks[block].name, page * 0x1000);
             let item = match form {
                 0 => Item::ZeroPage { block, offset },
@@ -97,7 +97,7 @@ proptest! {
                 2 => encoder.xbzrle(name, offset, 7),
                 _ => encoder.compress_page(name, offset, 9),
             };
-            bytes.extend_from_slice(encoder.as_bytes());
+            bytes.extend_from_slice(&encoder.bytes);
             bytes.resize(bytes.len() + item.payload_len() as usize, 0xff);
             expected.push(item);
         }
@@ -153,10 +153,10 @@ proptest! {
             devices.section(&section).raw(&body).footer(id);
         }
         let mut bytes = Vec::new();
-        let before_run = Package::encode(devices.as_bytes(), &mut bytes);
+        let before_run = Package::encode(&devices.bytes, &mut bytes);
         prop_assert_eq!(&bytes[before_run..], b"\x08\0\x05\0\0");
         let cut = Package::of(&bytes[9..]).unwrap();
-        prop_assert_eq!(&bytes[9..][cut.devices], devices.as_bytes());
+        prop_assert_eq!(&bytes[9..][cut.devices], &devices.bytes);
         prop_assert_eq!(cut.pings, [3]);
     }
 
@@ -186,10 +186,10 @@ proptest! {
             };
         }
         encoder.eos();
-        if let Some(first) = encoder.as_bytes().first_chunk() {
+        if let Some(first) = encoder.bytes.first_chunk() {
             prop_assert_eq!(Beginning::of(*first), Beginning::Bare);
         }
-        let (mut decoder, mut rest, mut found) = (PreemptDecoder::default(), encoder.as_bytes(), Vec::new());
+        let (mut decoder, mut rest, mut found) = (PreemptDecoder::default(), encoder.bytes.as_slice(), Vec::new());
         while !decoder.ended() {
             let Ok(Step::Item { item, used }) = decoder.step(rest, &blocks, PAGE) else { panic!("it is whole") };
             rest = &rest[used..];
@@ -226,7 +226,7 @@ proptest! {
             Err(_) => (),
         }
         match received::decode(&bytes, pages) {
-            Ok(Step::Need(total)) => prop_assert!(total > bytes.len() && total as u64 <= received::len(pages) + 16),
+            Ok(Step::Need(total)) => prop_assert!(total > bytes.len() && total as u64 <= bitmap_len(pages, 1) + 16),
             Ok(Step::Item { used, .. }) => prop_assert!(used <= bytes.len()),
             Err(_) => (),
         }
@@ -259,7 +259,7 @@ proptest! {
         if let Some(hello) = bytes.first_chunk() {
             let _ = Hello::decode(hello);
         }
-        let _ = DeviceStatePacket::decode(&bytes).map(|packet| packet.refusal());
+        let _ = device_state_refusal(&bytes);
         for page_size in [4096, 16384, 65536] {
             if let Ok(packet) = RamPacket::decode(&bytes, page_size) {
                 prop_assert!(packet.normal.len() + packet.zero.len() <= capacity(page_size));

@@ -55,7 +55,7 @@ fn encode(pieces: &[Piece]) -> Vec<u8> {
             Piece::Description => out.vm_description(b"{}"),
         };
     }
-    out.as_bytes().to_vec()
+    out.bytes.clone()
 }
 
 /// Decodes all of `bytes`, whose devices have bodies of one byte, and returns the decoder.
@@ -119,7 +119,7 @@ fn the_end_of_state_without_end_of_ram_is_refused_where_it_cannot_be_a_snapshot(
 fn a_source_of_ours_sends_no_snapshot() {
     let mut bytes = encode(&[]);
     let offer = Offer { channels: 1, token: None, extensions: Extensions::known() };
-    bytes.extend_from_slice(MainEncoder::default().config_offer(&offer).as_bytes());
+    bytes.extend_from_slice(&MainEncoder::default().config_offer(&offer).bytes);
     let rest = encode(&[START, Piece::Part, Piece::Full, Piece::Eof]);
     bytes.extend_from_slice(&rest[encode(&[]).len()..]);
     let refused = Violation::UnexpectedElement { element: "EOF", place: "before the END section of ram" };

@@ -9,7 +9,7 @@ use std::io::Read;
 use common::{Capture, ExpectChannel, ExpectMain, sha256};
 use flate2::{Decompress, FlushDecompress};
 use multifd_proto::encoder::MainEncoder;
-use multifd_proto::machine::Dialect;
+use multifd_proto::machine::{Dialect, MachineDefaults};
 use multifd_proto::packet::{Compression, HELLO_LEN, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, header_len};
 use multifd_proto::ram::RamWord;
 use multifd_proto::stream::{Item, MainDecoder};
@@ -41,7 +41,7 @@ fn every_stream_decodes_to_what_is_expected_and_to_the_memory_of_the_source() {
         let mut ram = Ram::default();
         let mut channels: Vec<_> = (0..capture.channels).map(|id| Channel::new(&capture, id as u8)).collect();
         let expect = &capture.expect;
-        let dialect = Dialect::of_machine(&capture.machine).unwrap();
+        let dialect = MachineDefaults::of(&capture.machine).unwrap().dialect;
         decode_main(capture.main(), |decoder, at, item, payload| {
             account.count(at, item);
             ram.apply(decoder, item, payload);
@@ -178,11 +178,11 @@ fn main_encodes_back_to_the_recorded_bytes() {
                 Item::ConfigOffer(offer) => encoder.config_offer(offer),
             };
             assert_eq!(back.len() as u64, at);
-            back.extend_from_slice(encoder.as_bytes());
+            back.extend_from_slice(&encoder.bytes);
             if description.is_empty() {
                 back.extend_from_slice(payload);
             }
-            encoder.clear();
+            encoder.bytes.clear();
             end = back.len();
         });
         assert_eq!(end, main.len(), "{}", capture.name);

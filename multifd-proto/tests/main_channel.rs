@@ -1,12 +1,11 @@
 //! The order and the rules of main: a stream with every element, cut off everywhere, and each rule broken once.
 
-use multifd_proto::command::{Command, PostcopyAdvice};
+use multifd_proto::command::{BodyLength, Command, PostcopyAdvice};
 use multifd_proto::encoder::MainEncoder;
 use multifd_proto::extension::{Extension, Extensions, Offer};
 use multifd_proto::machine::Dialect;
 use multifd_proto::mapped_ram::BlockHeader;
 use multifd_proto::ram::BlockEntry;
-use multifd_proto::section_body::BodyLength;
 use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind, StreamError};
 use multifd_proto::{BlockName, Step};
 use multifd_proto::{DecodeError, Mismatch, ProtocolError, Violation};
@@ -31,7 +30,7 @@ fn section(kind: SectionKind, id: u32, name: &str) -> Section {
 fn bytes(write: impl FnOnce(&mut MainEncoder)) -> Vec<u8> {
     let mut encoder = MainEncoder::default();
     write(&mut encoder);
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// Header and configuration.
@@ -125,7 +124,7 @@ fn everything() -> (Vec<u8>, Vec<Item>) {
     let more = bytes(|out| {
         // The same encoder state as above: the last block was pc.rom.
         out.page(&name("pc.rom"), 0);
-        out.clear();
+        out.bytes.clear();
         out.xbzrle(&name("pc.rom"), 0x1000, 3);
     });
     let rest = bytes(|out| {

@@ -35,7 +35,7 @@ fn encode(pieces: &[Piece]) -> (Vec<u8>, Vec<usize>) {
     let advice = PostcopyAdvice { page_size_summary: PAGE as u64, page_size: PAGE as u64 };
     out.command(&Command::PostcopyAdvise(Some(advice)));
     out.ram_start(RAM, PAGE as u64).block(&BlockEntry::new(block.clone(), PAGE as u64)).flush().eos().footer(RAM);
-    let mut ends = vec![out.as_bytes().len()];
+    let mut ends = vec![out.bytes.len()];
     for piece in pieces {
         match piece {
             Piece::Full => {
@@ -60,9 +60,9 @@ fn encode(pieces: &[Piece]) -> (Vec<u8>, Vec<usize>) {
             Piece::Eof => out.eof(),
             Piece::Description => out.vm_description(b"{}"),
         };
-        ends.push(out.as_bytes().len());
+        ends.push(out.bytes.len());
     }
-    (out.as_bytes().to_vec(), ends)
+    (out.bytes.clone(), ends)
 }
 
 /// How many of `pieces` are taken, and the decoder then.
@@ -139,7 +139,7 @@ fn resumed(wire: &MainEncoder) -> (usize, String, MainDecoder) {
             let mut decoder = decode(&pieces[..len]).1.resumed();
             let (mut items, mut at) = (0, 0);
             loop {
-                match decoder.step(&wire.as_bytes()[at..]) {
+                match decoder.step(&wire.bytes[at..]) {
                     Ok(Step::Item { item, used }) => (items, at) = (items + 1, at + used + item.payload_len() as usize),
                     Ok(Step::Need(_)) => return (items, String::new(), decoder),
                     Err(error) => return (items, error.to_string(), decoder),
@@ -167,7 +167,7 @@ fn a_source_that_goes_on_asks_what_has_come_before_it_sends_the_rest() {
     let (items, said, decoder) = resumed(&whole);
     assert_eq!((items, said.as_str()), (10, ""));
     assert!(decoder.is_postcopy() && !decoder.is_recovering() && decoder.ram_ended() && decoder.finished());
-    assert_eq!(decoder.position(), whole.as_bytes().len() as u64);
+    assert_eq!(decoder.position(), whole.bytes.len() as u64);
 
     let refused = |build: &dyn Fn(&mut MainEncoder), message: &str| {
         let mut wire = MainEncoder::default();

@@ -101,11 +101,11 @@ fn checkpoint(path: &Path, mib: u64) -> Outcome<Checkpoint> {
         BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut head);
         head
     };
-    let begin = encoder.as_bytes().len() as u64 + head(BlockHeader::place(0, bytes, PAGE as u64)).len() as u64;
+    let begin = encoder.bytes.len() as u64 + head(BlockHeader::place(0, bytes, PAGE as u64)).len() as u64;
     let header = BlockHeader::place(begin, bytes, PAGE as u64);
     encoder.raw(&head(header));
     let mut file = File::create(path)?;
-    file.write_all(encoder.as_bytes())?;
+    file.write_all(&encoder.bytes)?;
     file.seek(std::io::SeekFrom::Start(header.bitmap_offset))?;
     file.write_all(&vec![0xff; (bytes / PAGE as u64 / 8) as usize])?;
     file.seek(std::io::SeekFrom::Start(header.pages_offset))?;
@@ -118,7 +118,7 @@ fn checkpoint(path: &Path, mib: u64) -> Outcome<Checkpoint> {
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,
     );
-    file.write_all(encoder.as_bytes())?;
+    file.write_all(&encoder.bytes)?;
     drop(file);
     Ok(Checkpoint::open(path)?)
 }

@@ -92,6 +92,7 @@ pub mod postcopy;
 pub mod progress;
 mod pulse;
 mod round;
+mod section_body;
 pub mod sections;
 pub mod source;
 pub mod stop;

@@ -4,14 +4,13 @@ use std::io::{self, Read, Write};
 
 use multifd_proto::{
     BlockName,
-    command::Command,
+    command::{BodyLength, Command},
     encoder::MainEncoder,
-    section_body::{BodyLength, chunk_head},
     stream::{Section, SectionKind},
     vmdesc::{OpaqueSection, VmDescription},
 };
 
-use crate::vm::VmError;
+use crate::{section_body::chunk_head, vm::VmError};
 
 /// Takes the device state of a VM, one section after the other, in the order in which it is to be loaded. Passed to
 /// [`SourceVm::save`](crate::vm::SourceVm::save).
@@ -150,7 +149,7 @@ impl<'a> Sections<'a> {
             len: *len,
         });
         let description = VmDescription::opaque(page_size as u64, described).to_json();
-        Ok((self.encoder.into_bytes(), description))
+        Ok((self.encoder.bytes, description))
     }
 
     fn begin(&mut self, name: &str, instance: u32, version: u32, len: BodyLength) -> io::Result<()> {
@@ -196,10 +195,10 @@ impl<'a> Sections<'a> {
     /// Sends what was added, if it is at least `least` bytes.
     fn send_from(&mut self, least: usize) -> io::Result<()> {
         if let Some(send) = &mut self.send
-            && self.encoder.as_bytes().len() >= least
+            && self.encoder.bytes.len() >= least
         {
-            send(self.encoder.as_bytes())?;
-            self.encoder.clear();
+            send(&self.encoder.bytes)?;
+            self.encoder.bytes.clear();
         }
         Ok(())
     }

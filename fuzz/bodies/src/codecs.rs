@@ -3,7 +3,7 @@
 use multifd_proto::{
     BlockName, Step,
     encoder::MainEncoder,
-    packet::{self, Compression, DeviceStatePacket, Hello, PacketHeader, Prefix, RamPacket},
+    packet::{self, Compression, Hello, PacketHeader, Prefix, RamPacket},
     return_path::Message,
     shared_memory,
     stream::{Item, MainDecoder},
@@ -19,10 +19,7 @@ pub(crate) fn packet(input: &[u8]) {
     {
         assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
     }
-    if let Ok(packet) = DeviceStatePacket::decode(input) {
-        assert!(packet.name.len() < 256);
-        packet.refusal().to_string();
-    }
+    packet::device_state_refusal(input).to_string();
     let Some(prefix) = input.first_chunk() else { return };
     let prefix = Prefix::decode(prefix);
     let ram = RamPacket::decode(input, page_size);
@@ -160,7 +157,7 @@ fn encode(items: &[(Item, &[u8])]) -> Vec<u8> {
         };
         encoder.raw(payload);
     }
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// Messages one after the other. And the whole as a list of memory that is handed over.

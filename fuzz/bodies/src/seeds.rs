@@ -4,7 +4,7 @@ use std::{collections::HashMap, path::Path, sync::LazyLock};
 
 use multifd_proto::{
     BlockName, ChannelId,
-    command::{Command, PostcopyAdvice},
+    command::{BodyLength, Command, PostcopyAdvice},
     encoder::MainEncoder,
     extension::{Extensions, Offer},
     mapped_ram::BlockHeader,
@@ -12,7 +12,6 @@ use multifd_proto::{
     postcopy::{DiscardRange, Package},
     ram::BlockEntry,
     return_path::Message,
-    section_body::BodyLength,
     stream::{MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
     vmdesc,
 };
@@ -67,7 +66,7 @@ fn huge_pages() -> Vec<u8> {
     for (block, len, page_size) in [("pc.ram", 8 << 20, Some(1 << 21)), ("pc.bios", 1 << 18, None)] {
         encoder.block(&BlockEntry { page_size, ..BlockEntry::new(name(block), len) });
     }
-    [encoder.as_bytes(), b"\x06pc.rom\0\0"].concat()
+    [encoder.bytes.as_slice(), b"\x06pc.rom\0\0"].concat()
 }
 
 /// One of each message.
@@ -115,7 +114,7 @@ pub(crate) fn vmdescs() -> Vec<Vec<u8>> {
     let small = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
     let mut encoder = MainEncoder::default();
     encoder.section(&section("cpu")).raw(&[7; 14]).footer(2);
-    seeds.push(both(small, encoder.as_bytes()));
+    seeds.push(both(small, &encoder.bytes));
     seeds
 }
 
@@ -131,7 +130,7 @@ fn file(elsewhere: bool) -> Vec<u8> {
     let mut encoder = MainEncoder::default();
     let capabilities: &[&str] = if elsewhere { &[X_IGNORE_SHARED, MAPPED_RAM] } else { &[MAPPED_RAM] };
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(capabilities).ram_start(1, 5 * 4096);
-    file.extend_from_slice(encoder.as_bytes());
+    file.extend_from_slice(&encoder.bytes);
     for (block, pages) in [("pc.ram", 3u64), ("pc.bios", 2)] {
         let entry = |bitmap_offset, pages_offset| BlockEntry {
             gpa: elsewhere.then_some(0),
@@ -158,7 +157,7 @@ fn file(elsewhere: bool) -> Vec<u8> {
     encoder.section(&section("cpu")).raw(&[7; 14]).footer(2).eof();
     let json = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#;
     encoder.vm_description(json);
-    file.extend_from_slice(encoder.as_bytes());
+    file.extend_from_slice(&encoder.bytes);
     file
 }
 
@@ -266,7 +265,7 @@ fn snapshot() -> Vec<u8> {
     encoder.ram_part(1, false);
     words(&mut encoder, &all_pages());
     encoder.eos().footer(1).section(&section("cpu")).raw(&[14; 14]).footer(2).eof().vm_description(b"{}");
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// Main of a migration that switches to postcopy before its first page; all but the last `on_preempt` pages come on main.
@@ -283,12 +282,12 @@ fn switched(on_preempt: usize) -> Vec<u8> {
     let mut devices = MainEncoder::default();
     devices.section(&section("cpu")).raw(&[14; 14]).footer(2);
     let mut packaged = Vec::new();
-    Package::encode(devices.as_bytes(), &mut packaged);
+    Package::encode(&devices.bytes, &mut packaged);
     encoder.command(&Command::Ping(2)).raw(&packaged).command(&Command::Ping(4)).ram_part(1, false);
     let pages = all_pages();
     words(&mut encoder, &pages[..pages.len() - on_preempt]);
     encoder.eos().footer(1).ram_part(1, true).eos().footer(1).eof();
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// The preempt connection of the same.
@@ -297,7 +296,7 @@ fn preempt(pages: usize) -> Vec<u8> {
     let all = all_pages();
     words(&mut encoder, &all[all.len() - pages..]);
     encoder.eos();
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// The same as recordings, with the contents and without.
@@ -366,14 +365,14 @@ fn main(per_round: bool, words: Words, offers: Option<u8>) -> Vec<u8> {
         encoder.command(&Command::SectionLength(BodyLength::Bytes(14)));
     }
     encoder.section(&section("cpu")).raw(&[14; 14]).footer(2).eof().vm_description(b"{}");
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// What main says when the destination is ready.
 fn go() -> Vec<u8> {
     let mut encoder = MainEncoder::default();
     encoder.command(&Command::Go);
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// Channel `id` of `channels` of the same migration. All take turns, so their packets have the numbers that prove that all

@@ -8,7 +8,7 @@ use multifd::{
     source::{self, Limits},
 };
 use multifd_proto::{
-    machine::{self, Dialect},
+    machine::{self, Dialect, MachineDefaults},
     packet,
 };
 
@@ -83,9 +83,10 @@ pub struct TransferArgs {
 impl TransferArgs {
     /// What a source of machine type `machine` is told.
     pub fn source_options(&self, machine: &str) -> source::Options {
-        let dialect = self.sync.map(Dialect::from).or_else(|| Dialect::of_machine(machine));
+        let defaults = MachineDefaults::of(machine);
+        let dialect = self.sync.map(Dialect::from).or(defaults.map(|defaults| defaults.dialect));
         let zero_pages = self.zero_pages.map(machine::ZeroPages::from);
-        let zero_pages = zero_pages.or_else(|| machine::ZeroPages::of_machine(machine));
+        let zero_pages = zero_pages.or(defaults.map(|defaults| defaults.zero_pages));
         let mut options = source::Options::default();
         let (format, qemu) = (&mut options.format, &mut options.qemu);
         qemu.machine = machine.to_owned();

@@ -10,7 +10,7 @@ use multifd::{
     error::Error,
     source::{self, Source},
 };
-use multifd_proto::machine::{Dialect, ZeroPages};
+use multifd_proto::machine::{MachineDefaults, ZeroPages};
 
 use super::postcopy;
 use crate::{
@@ -108,7 +108,7 @@ const NO_PLACES: &str = "read front to back, and a postcopy (--postcopy, serve) 
 pub(super) fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Option<source::Options> {
     let machine = checkpoint.machine();
     let ours = machine.starts_with("multifd");
-    if args.transfer.sync.is_none() && Dialect::of_machine(machine).is_none() && !ours {
+    if args.transfer.sync.is_none() && MachineDefaults::of(machine).is_none() && !ours {
         return None;
     }
     let mut options = args.transfer.source_options(machine);

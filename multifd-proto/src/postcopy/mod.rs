@@ -72,7 +72,7 @@ mod tests {
     use crate::ids::BlockName;
 
     fn beginning(encoder: &MainEncoder) -> Beginning {
-        Beginning::of(*encoder.as_bytes().first_chunk().unwrap())
+        Beginning::of(*encoder.bytes.first_chunk().unwrap())
     }
 
     #[test]

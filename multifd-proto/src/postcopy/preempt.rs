@@ -124,12 +124,12 @@ mod tests {
         let mut decoder = PreemptDecoder::default();
         for (block, offset, zero) in [(0, 0x1000, false), (0, 0x3000, true), (1, 0, true), (1, 0x2000, false)] {
             let name = &blocks[block].name;
-            encoder.clear();
+            encoder.bytes.clear();
             match zero {
                 true => encoder.zero_page(name, offset),
                 false => encoder.page(name, offset),
             };
-            let bytes = encoder.as_bytes();
+            let bytes = &encoder.bytes;
             for len in 0..bytes.len() {
                 let step = decoder.step(&bytes[..len], &blocks, 4096).unwrap();
                 assert!(matches!(step, Step::Need(total) if len < total && total <= bytes.len()));

@@ -8,13 +8,9 @@
 //!
 //! They follow the message RECV_BITMAP, outside of it. [`is_set`](crate::mapped_ram::is_set) reads them. Bits past the last page mean nothing.
 
+use crate::mapped_ram::bitmap_len;
 use crate::violation::{DecodeError, ProtocolError};
 use crate::wire::{Step, Writer, step};
-
-/// How many bytes the bitmap of a block with `pages` pages has.
-pub const fn len(pages: u64) -> u64 {
-    pages.div_ceil(64) * 8
-}
 
 /// The bitmap at the start of `input`, for a block with `pages` pages.
 ///
@@ -25,7 +21,7 @@ pub const fn len(pages: u64) -> u64 {
 /// [`DecodeError::BadReceivedBitmap`]: another length, or another end.
 pub fn decode(input: &[u8], pages: u64) -> Result<Step<&[u8]>, ProtocolError> {
     step(input, |reader| {
-        let (expected, found) = (len(pages), reader.u64()?);
+        let (expected, found) = (bitmap_len(pages, 1), reader.u64()?);
         let bad = |what, expected, found| DecodeError::BadReceivedBitmap { what, expected, found };
         let Some(bytes) = usize::try_from(expected).ok().filter(|_| found == expected) else {
             return Err(bad("length", expected, found).into());
@@ -43,7 +39,7 @@ pub fn decode(input: &[u8], pages: u64) -> Result<Step<&[u8]>, ProtocolError> {
 /// # Panics
 /// If one of them is not a page of the block, or the bitmap does not fit the address space.
 pub fn encode(pages: u64, received: impl IntoIterator<Item = u64>, out: &mut Vec<u8>) {
-    let bytes = len(pages);
+    let bytes = bitmap_len(pages, 1);
     Writer::new(out).u64(bytes);
     let begin = out.len();
     out.resize(begin + usize::try_from(bytes).expect("the bitmap fits the address space"), 0);
@@ -62,7 +58,7 @@ mod tests {
 
     #[test]
     fn a_bitmap_is_rounded_up_to_eight_bytes() {
-        assert_eq!([0, 1, 64, 65, 0x8000].map(len), [0, 8, 8, 16, 0x1000]);
+        assert_eq!([0, 1, 64, 65, 0x8000].map(|pages| bitmap_len(pages, 1)), [0, 8, 8, 16, 0x1000]);
         let mut bytes = Vec::new();
         encode(3, [0, 2], &mut bytes);
         assert_eq!(bytes, b"\0\0\0\0\0\0\0\x08\x05\0\0\0\0\0\0\0\x01\x23\x45\x67\x89\xab\xcd\xef");

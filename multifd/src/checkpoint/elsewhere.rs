@@ -66,7 +66,7 @@ fn stream(capabilities: &[&str], named: impl Fn(&str) -> bool) -> Vec<u8> {
     }
     encoder.eos().footer(2).ram_part(2, true).eos().footer(2);
     devices(&mut encoder);
-    encoder.into_bytes()
+    encoder.bytes
 }
 
 /// Takes `stream` into the file `to`.
@@ -119,7 +119,7 @@ fn the_devices_are_kept_and_the_memory_is_said_to_be_elsewhere() {
     assert_eq!(vga, [content(0), content(1), content(2)].concat());
     let mut expected = MainEncoder::default();
     devices(&mut expected);
-    assert_eq!(checkpoint.sections(), expected.as_bytes().strip_suffix(&[0]).unwrap());
+    assert_eq!(checkpoint.sections(), expected.bytes.strip_suffix(&[0]).unwrap());
 }
 
 /// The memory would be zeros to a guest that runs on them.

@@ -50,7 +50,7 @@ fn beginning(token: Option<[u8; 16]>) -> [Vec<u8>; 2] {
     let mut ram = MainEncoder::default();
     ram.ram_start(1, 4096).block(&BlockEntry::new(name(), 4096)).eos().footer(1);
     ram.ram_part(1, true).page(&name(), 0).raw(&[1; 4096]).eos().footer(1);
-    [head.as_bytes().to_vec(), ram.as_bytes().to_vec()]
+    [head.bytes.clone(), ram.bytes.clone()]
 }
 
 /// Receives a stream that goes on with `parts` behind the pages, each with a pause before it, from a source that then waits for READY,
@@ -72,7 +72,7 @@ fn receive(parts: Vec<(Duration, Vec<u8>)>, waits: bool) -> (TempDir, Result<(),
             }
             if waits {
                 expect(&mut *main, &Message::Ready)?;
-                main.write(MainEncoder::default().command(&Command::Go).as_bytes(), &[])?;
+                main.write(&MainEncoder::default().command(&Command::Go).bytes, &[])?;
                 expect(&mut *main, &Message::Shut(0))?;
             }
             Ok(())
@@ -96,7 +96,7 @@ fn expect(main: &mut dyn Stream, message: &Message) -> io::Result<()> {
 }
 
 fn described(sections: &[u8], description: &[u8]) -> Vec<u8> {
-    [sections, MainEncoder::default().eof().vm_description(description).as_bytes()].concat()
+    [sections, MainEncoder::default().eof().vm_description(description).bytes.as_slice()].concat()
 }
 
 /// Those that fit were taken for the end where the stream stalled there, and what came instead of GO ended the migration.
@@ -155,7 +155,7 @@ fn what_is_no_whole_state_up_to_the_token_is_refused() {
 #[test]
 fn the_token_ends_a_stream_without_devices_too() {
     let empty = description(&[]);
-    let plain = || MainEncoder::default().eof().as_bytes().to_vec();
+    let plain = || MainEncoder::default().eof().bytes.clone();
     for (case, stream, is_good) in [
         ("described", described(b"", &empty), true),
         ("not described", plain(), true),

@@ -42,7 +42,7 @@ pub(super) fn description(devices: &[(&str, usize)]) -> Vec<u8> {
 /// End of state, and a description of these devices.
 pub(super) fn end(devices: &[(&str, usize)]) -> Vec<u8> {
     let mut out = MainEncoder::default();
-    out.eof().vm_description(&description(devices)).as_bytes().to_vec()
+    out.eof().vm_description(&description(devices)).bytes.clone()
 }
 
 /// The device state of a VM with what its guest `chose` in it, and the description. The first section is also returned
@@ -54,14 +54,14 @@ pub(super) fn state(chosen: &[u8]) -> (Vec<u8>, Vec<u8>) {
     out.section(&section(3, "nic")).raw(&nic).footer(3);
     out.section(&section(4, "cpu")).raw(CPU).footer(4);
     let description = description(&[("timer", TIMER.len()), ("nic", nic.len()), ("cpu", CPU.len())]);
-    (out.as_bytes().to_vec(), description)
+    (out.bytes.clone(), description)
 }
 
 /// What guests choose: each ends with the last byte of an end.
 pub(super) fn forgeries() -> Vec<(&'static str, Vec<u8>)> {
-    let footer = |id: u32| MainEncoder::default().footer(id).as_bytes().to_vec();
+    let footer = |id: u32| MainEncoder::default().footer(id).bytes.clone();
     let own = end(&[("timer", TIMER.len()), ("nic", BEFORE.len())]);
-    let fake_cpu = MainEncoder::default().section(&section(4, "cpu")).raw(b"mine").footer(4).as_bytes().to_vec();
+    let fake_cpu = MainEncoder::default().section(&section(4, "cpu")).raw(b"mine").footer(4).bytes.clone();
     vec![
         ("JSON", [&b"\0\x06\0\0\0\x02"[..], b"{}"].concat()),
         ("a description without the card", [footer(3), end(&[("timer", TIMER.len())])].concat()),
@@ -83,7 +83,7 @@ fn beginning(early: &[u8]) -> Vec<u8> {
     out.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 4096)).eos().footer(1);
     // A page with content, as only a source without channels has it on main.
     out.raw(early).ram_part(1, true).page(&BlockName::new("ram").unwrap(), 0).raw(&[1; 4096]).eos().footer(1);
-    out.as_bytes().to_vec()
+    out.bytes.clone()
 }
 
 /// Receives a stream of `parts`, each with a pause before it, from a source that then waits for the answer and closes main.
@@ -140,9 +140,12 @@ fn an_end_inside_a_device_is_none_wherever_the_stream_is_cut_and_however_long_it
     thread::scope(|scope| {
         for (name, chosen) in forgeries() {
             let (sections, description) = state(&chosen);
-            let stream =
-                [&beginning(b"")[..], &sections, MainEncoder::default().eof().vm_description(&description).as_bytes()]
-                    .concat();
+            let stream = [
+                &beginning(b"")[..],
+                &sections,
+                MainEncoder::default().eof().vm_description(&description).bytes.as_slice(),
+            ]
+            .concat();
             let forged = beginning(b"").len()
                 + sections.windows(chosen.len()).position(|part| part == chosen).unwrap()
                 + chosen.len();
@@ -169,8 +172,8 @@ fn an_end_inside_a_device_is_none_when_bytes_come_one_by_one() {
         for (name, chosen) in forgeries() {
             scope.spawn(move || {
                 let (sections, description) = state(&chosen);
-                let tail =
-                    [&sections[..], MainEncoder::default().eof().vm_description(&description).as_bytes()].concat();
+                let tail = [&sections[..], MainEncoder::default().eof().vm_description(&description).bytes.as_slice()]
+                    .concat();
                 let mut parts = vec![(Duration::ZERO, beginning(b""))];
                 parts.extend(tail.iter().map(|byte| (Duration::from_micros(200), vec![*byte])));
                 let (dir, received) = receive(parts);
@@ -183,7 +186,7 @@ fn an_end_inside_a_device_is_none_when_bytes_come_one_by_one() {
 /// Without a description, the footer of the section under way and an end of state are enough for a shape.
 #[test]
 fn a_footer_inside_a_device_ends_no_state_that_is_not_described() {
-    let chosen = [MainEncoder::default().footer(3).as_bytes(), b"\0"].concat();
+    let chosen = [MainEncoder::default().footer(3).bytes.as_slice(), b"\0"].concat();
     let (sections, _) = state(&chosen);
     let stream = [&beginning(b"")[..], &sections, b"\0"].concat();
     let cut = beginning(b"").len() + sections.windows(6).position(|part| part == chosen).unwrap() + 6;
@@ -218,9 +221,8 @@ fn a_description_that_does_not_fit_is_refused() {
 fn an_early_section_that_ends_itself_is_never_accepted_as_the_whole() {
     let mut rest = MainEncoder::default();
     rest.footer(7).ram_part(1, true).eos().footer(1).section(&section(4, "cpu")).raw(b"mine").footer(4);
-    let forged = [rest.as_bytes(), &end(&[("early", 5), ("cpu", 4)])].concat();
-    let early =
-        |body: &[u8]| MainEncoder::default().section(&section(7, "early")).raw(body).footer(7).as_bytes().to_vec();
+    let forged = [rest.bytes.as_slice(), &end(&[("early", 5), ("cpu", 4)])].concat();
+    let early = |body: &[u8]| MainEncoder::default().section(&section(7, "early")).raw(body).footer(7).bytes.clone();
     let (sections, _) = state(b"");
     for (body, is_good) in [(&b"state"[..], true), (&[b"state", &forged[..], b"more"].concat(), false)] {
         let beginning = beginning(&early(body));
@@ -250,7 +252,8 @@ fn an_early_section_that_ends_itself_is_never_accepted_as_the_whole() {
 fn bytes_after_the_confirmation_that_make_no_whole_are_reported() {
     let (sections, description) = state(b"");
     let stream =
-        [&beginning(b"")[..], &sections, MainEncoder::default().eof().vm_description(&description).as_bytes()].concat();
+        [&beginning(b"")[..], &sections, MainEncoder::default().eof().vm_description(&description).bytes.as_slice()]
+            .concat();
     let parts = vec![(Duration::ZERO, stream), (QUIET + Duration::from_millis(500), b"more".to_vec())];
     let (dir, received) = receive(parts);
     let error = received.unwrap_err();

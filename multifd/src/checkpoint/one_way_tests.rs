@@ -161,7 +161,7 @@ fn the_only_connection_that_is_no_migration_ends_the_wait_for_one() {
             encoder.header().configuration("pc-q35-10.0").ram_start(1, 1 << 20);
             let name = multifd_proto::BlockName::new("ram").unwrap();
             encoder.block(&multifd_proto::ram::BlockEntry::new(name, 1 << 20)).flush().eos().footer(1);
-            encoder.as_bytes().to_vec()
+            encoder.bytes.clone()
         };
         for (bytes, what) in [
             (vec![], "ends before it has said what it is"),

@@ -369,7 +369,7 @@ impl FileReader<'_> {
                     decoder.body_taken(body.len() as u64);
                     let mut out = MainEncoder::default();
                     out.section(&section).raw(&body).footer(section.id);
-                    stream.beside_ram.push(&section, out.as_bytes(), ram_section.is_some());
+                    stream.beside_ram.push(&section, &out.bytes, ram_section.is_some());
                 }
                 // A VM without devices.
                 Item::Eof if self.at + self.buf.len() as u64 == self.len && self.buf.is_empty() => return Ok(stream),

@@ -83,7 +83,7 @@ fn snapshot(pages: &[(&str, u64)]) -> Vec<u8> {
     part(&mut out, false, first);
     part(&mut out, false, second);
     devices(&mut out);
-    out.as_bytes().to_vec()
+    out.bytes.clone()
 }
 
 /// Takes `stream`, whose source closes main behind it, into a checkpoint.
@@ -118,7 +118,7 @@ fn a_snapshot_becomes_a_checkpoint_without_an_end_of_ram() {
     devices(&mut expected);
     let mut found = MainEncoder::default();
     found.raw(checkpoint.sections()).eof().vm_description(checkpoint.vmdescription());
-    assert_eq!(found.as_bytes(), expected.as_bytes());
+    assert_eq!(&found.bytes, &expected.bytes);
 }
 
 /// The source waits for no answer, so the end of main is the end of the stream: none of its beginnings is one.
@@ -182,12 +182,12 @@ fn state_between_two_parts_is_early_state_and_no_snapshot() {
         }
         device(&mut out, 5, "cpu", CPU);
         out.eof().vm_description(&description(&[("early", 12), ("cpu", CPU.len())]));
-        let (dir, received) = receive(out.as_bytes());
+        let (dir, received) = receive(&out.bytes);
         assert_eq!(received.unwrap().mode, Mode::Live);
         let checkpoint = Checkpoint::open(&dir.join("checkpoint")).unwrap();
         let mut early = MainEncoder::default();
         device(&mut early, 9, "early", b"needed early");
-        assert_eq!(checkpoint.beside_ram().early(), early.as_bytes());
+        assert_eq!(checkpoint.beside_ram().early(), &early.bytes);
     }
 }
 
@@ -198,7 +198,7 @@ fn devices_that_are_not_those_described_are_refused() {
     device(&mut out, 4, "timer", TIMER);
     device(&mut out, 5, "cpu", CPU);
     out.eof().vm_description(&description(&[("timer", TIMER.len()), ("cpu", CPU.len() + 1)]));
-    let error = receive(out.as_bytes()).1.unwrap_err();
+    let error = receive(&out.bytes).1.unwrap_err();
     assert!(matches!(error, Error::Checkpoint(CheckpointError::NotDescribed { .. })), "{error}");
 }
 
@@ -208,7 +208,7 @@ fn a_source_that_waits_for_an_answer_must_send_the_end_of_ram() {
     let mut out = beginning(true);
     part(&mut out, false, &all_pages());
     devices(&mut out);
-    let error = receive(out.as_bytes()).1.unwrap_err();
+    let error = receive(&out.bytes).1.unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error}");
 }
 
@@ -224,7 +224,7 @@ fn a_vm_is_not_started_from_a_snapshot() {
         // This VM has no state.
         device(&mut out, 5, "none", b"");
         out.eof().vm_description(b"{}");
-        connector.connect().unwrap().write(out.as_bytes(), &[]).unwrap();
+        connector.connect().unwrap().write(&out.bytes, &[]).unwrap();
         let error = Destination::new(Options::default()).run(&mut vm, Box::new(listener), &mut ()).unwrap_err();
         assert!(matches!(error, Error::Mismatch(Mismatch::SnapshotRunsOn)), "{error}");
         assert!(!vm.calls().contains(&"start"), "{:?}", vm.calls());

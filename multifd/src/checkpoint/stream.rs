@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd_proto::{
-    command::Command, encoder::MainEncoder, machine::sends_switchover_start, ram::BlockEntry, stream::X_IGNORE_SHARED,
+    command::Command, encoder::MainEncoder, machine::MachineDefaults, ram::BlockEntry, stream::X_IGNORE_SHARED,
 };
 
 use super::{Checkpoint, PAGE_SIZE, pending::PendingFile};
@@ -110,7 +110,7 @@ impl Checkpoint {
     /// Everything after the last page.
     fn end(&self, encoder: &mut MainEncoder) {
         let section = self.ram_section();
-        if sends_switchover_start(self.machine()) == Some(true) {
+        if MachineDefaults::of(self.machine()).is_some_and(|defaults| defaults.switchover_start) {
             encoder.command(&Command::SwitchoverStart);
         }
         encoder.ram_part(section, true).eos().footer(section).raw(self.sections()).eof();
@@ -143,8 +143,8 @@ impl<W: Write> Write for UntilStopped<'_, W> {
 }
 
 fn flush(encoder: &mut MainEncoder, out: &mut dyn Write) -> io::Result<()> {
-    out.write_all(encoder.as_bytes())?;
-    encoder.clear();
+    out.write_all(&encoder.bytes)?;
+    encoder.bytes.clear();
     Ok(())
 }
 

@@ -80,7 +80,7 @@ impl Tail {
 
     /// Takes all of `main` up to `token`, which the source sends behind the end and nothing after it.
     fn up_to_token(first: &Section, early: &[u8], main: &mut MainReader, token: &[u8]) -> Result<Tail, Error> {
-        let mut bytes = MainEncoder::default().section(first).as_bytes().to_vec();
+        let mut bytes = MainEncoder::default().section(first).bytes.clone();
         let mut looked = 0;
         loop {
             let received = main.unread().len();
@@ -123,7 +123,7 @@ impl Tail {
     /// # Errors
     /// Neither of the two: main ended in the middle, or the sections are not those described. The connection's.
     pub(crate) fn ahead(first: &Section, early: &[u8], main: &mut MainReader) -> Result<Option<Tail>, Error> {
-        let mut bytes = MainEncoder::default().section(first).as_bytes().to_vec();
+        let mut bytes = MainEncoder::default().section(first).bytes.clone();
         // More than that are pages.
         while bytes.len() + main.unread().len() <= MAX_DEVICE_STATE {
             if main.receive()? > 0 {
@@ -191,7 +191,7 @@ impl Tail {
         if !self.vmdescription.is_empty() {
             encoder.vm_description(&self.vmdescription);
         }
-        encoder.as_bytes().to_vec()
+        encoder.bytes.clone()
     }
 
     fn new(bytes: &[u8], end: &TailEnd) -> Tail {
@@ -229,7 +229,7 @@ enum Ahead {
 
 impl Search<'_> {
     fn new<'a>(first: &Section, early: &'a [u8]) -> Search<'a> {
-        let bytes = MainEncoder::default().section(first).as_bytes().to_vec();
+        let bytes = MainEncoder::default().section(first).bytes.clone();
         let (ends, whole) = (TailScanner::default(), WholeScanner::default());
         Search { early, bytes, ends, whole, ahead: Ahead::Nothing, passed: None }
     }
@@ -314,7 +314,7 @@ fn behind(bytes: &[u8], end: usize, main: &MainReader) -> Error {
 /// Whether a PART or END section of `ram` may follow a section in `bytes`.
 fn ram_goes_on(bytes: &[u8], main: &MainReader) -> bool {
     let Some(ram) = main.decoder().ram_section() else { return true };
-    let [part, end] = [false, true].map(|end| MainEncoder::default().ram_part(ram, end).as_bytes().to_vec());
+    let [part, end] = [false, true].map(|end| MainEncoder::default().ram_part(ram, end).bytes.clone());
     // A footer, with an id of four bytes.
     let footers = bytes.windows(5 + part.len()).filter(|window| window[0] == FOOTER);
     footers.map(|window| &window[5..]).any(|next| next == part || next == end)
@@ -334,7 +334,7 @@ pub(crate) fn section_beside_ram(section: &Section, main: &mut MainReader, befor
     let at = main.place();
     let mut scanner = BodyScanner::new(section, main.decoder().ram_section()).map_err(Error::protocol(at))?;
     let mut encoder = MainEncoder::default();
-    let head = encoder.section(section).as_bytes().len();
+    let head = encoder.section(section).bytes.len();
     let len = loop {
         let found = scanner.scan(main.unread()).map_err(Error::protocol(at))?;
         check_early_state(before + head + found.unwrap_or(main.unread().len()))?;
@@ -348,7 +348,7 @@ pub(crate) fn section_beside_ram(section: &Section, main: &mut MainReader, befor
     encoder.raw(&main.unread()[..len]).footer(section.id);
     main.consume(len);
     main.body_taken(len as u64);
-    Ok(encoder.as_bytes().to_vec())
+    Ok(encoder.bytes.clone())
 }
 
 /// Refuses early sections of `bytes` in all.

@@ -297,12 +297,10 @@ fn receive_parts(parts: Vec<Vec<u8>>) -> (TempDir, Result<destination::Report, E
 #[test]
 fn early_sections_without_end_are_refused_at_a_limit_that_they_share() {
     let part = vec![0x5a; 1 << 20];
-    let mut one = vec![begun(&mut MainEncoder::default()).section(&full(2, "early")).as_bytes().to_vec()];
+    let mut one = vec![begun(&mut MainEncoder::default()).section(&full(2, "early")).bytes.clone()];
     one.resize(100, part.clone());
-    let mut many = vec![begun(&mut MainEncoder::default()).as_bytes().to_vec()];
-    many.extend(
-        (0..100).map(|_| MainEncoder::default().section(&full(2, "early")).raw(&part).footer(2).as_bytes().to_vec()),
-    );
+    let mut many = vec![begun(&mut MainEncoder::default()).bytes.clone()];
+    many.extend((0..100).map(|_| MainEncoder::default().section(&full(2, "early")).raw(&part).footer(2).bytes.clone()));
     for parts in [one, many] {
         let (dir, received) = receive_parts(parts);
         let error = received.unwrap_err();
@@ -320,15 +318,15 @@ fn a_file_with_an_early_section_without_end_is_refused_at_the_limit() {
     let mut out = MainEncoder::default();
     out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, 4096);
     let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), 4096);
-    let header_end = (out.as_bytes().len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
+    let header_end = (out.bytes.len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
     let header = BlockHeader::place(header_end, 4096, 4096);
     entry.mapped_ram = Some(header);
     out.block(&entry);
     let file = fs::File::create(&path).unwrap();
-    file.write_all_at(out.as_bytes(), 0).unwrap();
+    file.write_all_at(&out.bytes, 0).unwrap();
     let mut out = MainEncoder::default();
     out.eos().footer(1).section(&full(2, "early"));
-    file.write_all_at(out.as_bytes(), header.next_entry(4096)).unwrap();
+    file.write_all_at(&out.bytes, header.next_entry(4096)).unwrap();
     file.set_len(1 << 40).unwrap();
     let error = test_support::time_limit(Duration::from_secs(60), move || Checkpoint::open(&path).err().unwrap());
     assert!(matches!(error, CheckpointError::TooMuchEarlyState { .. }), "{error}");
@@ -388,7 +386,7 @@ fn an_audit_of_more_memory_than_it_has_room_for_is_refused() {
     let dir = TempDir::new().unwrap();
     let (listener, connector) = memory::listener(1 << 16);
     let mut main = connector.connect().unwrap();
-    main.write(out.as_bytes(), &[]).unwrap();
+    main.write(&out.bytes, &[]).unwrap();
     let mut writer = Writer::create(&dir.join("checkpoint"), false).unwrap();
     let options = destination::Options { audit: true, ..Default::default() };
     let error = writer.receive(Destination::new(options), Box::new(listener), &mut ()).unwrap_err();
@@ -424,7 +422,7 @@ fn sections_beside_ram_keep_their_places() {
     let section = |kind, id, name: &str| Section { kind, ..full(id, name) };
     let encoded = |section: &Section, body: &[u8]| {
         let mut out = MainEncoder::default();
-        out.section(section).raw(body).footer(section.id).as_bytes().to_vec()
+        out.section(section).raw(body).footer(section.id).bytes.clone()
     };
     let part = |kind, body: &[u8]| encoded(&section(kind, 4, "dirty-bitmap"), body);
     let before = encoded(&full(2, "before"), b"needed before the RAM blocks");
@@ -454,8 +452,8 @@ fn sections_beside_ram_keep_their_places() {
         len,
     });
     main.vm_description(&VmDescription::opaque(4096, described).to_json());
-    for pieces in [main.as_bytes().len(), 1] {
-        let parts = main.as_bytes().chunks(pieces).map(<[u8]>::to_vec).collect();
+    for pieces in [main.bytes.len(), 1] {
+        let parts = main.bytes.chunks(pieces).map(<[u8]>::to_vec).collect();
         let (dir, received) = receive_parts(parts);
         received.unwrap();
         let checkpoint = Checkpoint::open(&dir.join("checkpoint")).unwrap();
@@ -469,7 +467,7 @@ fn sections_beside_ram_keep_their_places() {
 #[test]
 fn a_section_in_parts_of_unknown_length_is_refused_by_name() {
     let block = Section { kind: SectionKind::Start, ..full(4, "block") };
-    let parts = vec![begun(&mut MainEncoder::default()).section(&block).as_bytes().to_vec()];
+    let parts = vec![begun(&mut MainEncoder::default()).section(&block).bytes.clone()];
     let (dir, received) = receive_parts(parts);
     let error = received.unwrap_err();
     assert!(error.is_peers_fault());

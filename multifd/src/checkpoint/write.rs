@@ -12,12 +12,11 @@ use std::{
 
 use multifd_proto::{
     BlockName,
-    command::Command,
+    command::{BodyLength, Command},
     encoder::MainEncoder,
-    machine::sends_switchover_start,
+    machine::MachineDefaults,
     mapped_ram::BlockHeader,
     ram::BlockEntry,
-    section_body::BodyLength,
     stream::{MAPPED_RAM, Section, X_IGNORE_SHARED},
     vmdesc::{self, OpaqueSection, VmDescription},
 };
@@ -185,20 +184,20 @@ impl Writer {
                 out.block(&entry);
                 continue;
             }
-            let bitmap_offset = at + out.as_bytes().len() as u64 + entry_len(&entry);
+            let bitmap_offset = at + out.bytes.len() as u64 + entry_len(&entry);
             entry.mapped_ram = Some(BlockHeader { bitmap_offset, ..placed });
             out.block(&entry);
-            write(out.as_bytes(), at)?;
-            out.clear();
+            write(&out.bytes, at)?;
+            out.bytes.clear();
             ram.pages.write_bitmap(index, bitmap_offset).map_err(self.file.error("writing to it"))?;
             at = placed.next_entry(entry.used_len);
         }
         out.eos().footer(ram.section).raw(self.beside_ram.behind_ram_start()).raw(self.beside_ram.in_parts());
-        if sends_switchover_start(&ram.machine) == Some(true) {
+        if MachineDefaults::of(&ram.machine).is_some_and(|defaults| defaults.switchover_start) {
             out.command(&Command::SwitchoverStart);
         }
         out.ram_part(ram.section, true).eos().footer(ram.section).raw(&self.tail.to_bytes());
-        write(out.as_bytes(), at)
+        write(&out.bytes, at)
     }
 }
 
@@ -245,7 +244,7 @@ impl Target for Writer {
         // Channels may tell the VM's uuid after this: there is room for it in front of the first block's pages.
         let lists_addresses = head.blocks.iter().any(|entry| entry.gpa.is_some());
         let begin = self.beginning(&head.machine, Some([0; 16]), head.ram_section, bytes, lists_addresses);
-        let mut at = begin.as_bytes().len() as u64;
+        let mut at = begin.bytes.len() as u64;
         let mut blocks = Vec::new();
         for entry in &head.blocks {
             let mut entry = BlockEntry { gpa: entry.gpa, ..BlockEntry::new(entry.name.clone(), entry.used_len) };

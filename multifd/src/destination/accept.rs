@@ -304,7 +304,7 @@ mod tests {
             let mut main = crate::transport::Connect::connect(&connector).unwrap();
             let mut begins = MainEncoder::default();
             begins.header().configuration("multifd").command(&Command::OpenReturnPath);
-            main.write(begins.as_bytes(), &[]).unwrap();
+            main.write(&begins.bytes, &[]).unwrap();
             main.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
             let told = Arc::new(AtomicBool::new(false));
             let listener = OneThenNone { inner: then, taken: false, main, told: told.clone() };

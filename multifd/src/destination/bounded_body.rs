@@ -2,16 +2,13 @@
 
 use std::io::{self, Read};
 
-use multifd_proto::{
-    encoder::MainEncoder,
-    section_body::{BodyCursor, BodyLength, BodyPart, CHUNK_HEAD},
-    stream::Section,
-};
+use multifd_proto::{command::BodyLength, encoder::MainEncoder, stream::Section};
 
 use super::MainReader;
 use crate::{
     checkpoint::{CheckpointError, MAX_DEVICE_STATE},
     error::Error,
+    section_body::{BodyCursor, BodyPart, CHUNK_HEAD},
 };
 
 /// Gives the bytes of `inner` up to the end of the body, and not one more.
@@ -81,7 +78,7 @@ pub(crate) fn take_bounded(
     mut kept: Option<&mut Vec<u8>>,
 ) -> Result<(), Error> {
     if let Some(kept) = &mut kept {
-        kept.extend_from_slice(MainEncoder::default().section(section).as_bytes());
+        kept.extend_from_slice(&MainEncoder::default().section(section).bytes);
     }
     let mut raw = main.body();
     let mut copied = Copied { inner: &mut raw, kept: kept.as_deref_mut(), is_full: false };
@@ -95,7 +92,7 @@ pub(crate) fn take_bounded(
         return Err(raw.into_failure().unwrap_or(Error::Io { at, source }));
     }
     if let Some(kept) = kept {
-        kept.extend_from_slice(MainEncoder::default().footer(section.id).as_bytes());
+        kept.extend_from_slice(&MainEncoder::default().footer(section.id).bytes);
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::io;
 use multifd_proto::{
     BlockName, ChannelId, Mismatch, ProtocolError, Violation,
     channel_end::{End, Meaning, Reached, meaning},
-    packet::{self, Compression, DeviceStatePacket, Hello, PREFIX_LEN, Prefix, RamPacket},
+    packet::{self, Compression, Hello, PREFIX_LEN, Prefix, RamPacket},
     rounds::{Party, Sync},
 };
 
@@ -216,8 +216,7 @@ impl<'a> ReceiveChannel<'a> {
             self.stream.read_exact(&mut self.header[filled..header_len]).map_err(Error::io(at))?;
         }
         if prefix.device_state() {
-            let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(place))?;
-            return Err(Error::protocol(place)(packet.refusal()));
+            return Err(Error::protocol(place)(packet::device_state_refusal(&self.header[..header_len])));
         }
         Ok(Some(header_len))
     }

@@ -2,12 +2,11 @@
 
 use multifd_proto::{
     Violation,
-    command::Command,
+    command::{BodyLength, Command},
     extension::{Extension, Extensions, Offer},
     machine::Dialect,
     ram::BlockEntry,
     return_path::Message,
-    section_body::BodyLength,
     stream::{Item, MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
 };
 

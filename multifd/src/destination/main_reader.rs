@@ -343,12 +343,12 @@ impl MainReader {
         let mut go = MainEncoder::default();
         go.command(&Command::Go);
         let place = self.place();
-        self.fill(go.as_bytes().len())?;
-        if self.unread() != go.as_bytes() {
+        self.fill(go.bytes.len())?;
+        if self.unread() != &go.bytes {
             let (element, at) = ("something other than GO", "after READY");
             return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
         }
-        self.consume(go.as_bytes().len());
+        self.consume(go.bytes.len());
         Ok(())
     }
 

@@ -37,7 +37,7 @@ mod target;
 use std::time::Duration;
 
 pub use multifd_proto::{BlockName, extension::Extensions, machine::Dialect, packet::Compression};
-use multifd_proto::{extension::Offer, section_body::BodyLength};
+use multifd_proto::{command::BodyLength, extension::Offer};
 
 #[cfg(feature = "__bench")]
 pub(crate) use self::first_touch::Filler;

@@ -18,7 +18,7 @@
 //! - beside another section in parts: its pending bytes keep a source from switching over, and it does not send them before;
 //! - if the SYNC packets are those of QEMU 7.2, which does not know the message.
 
-use multifd_proto::machine::takes_switchover_ack;
+use multifd_proto::machine::MachineDefaults;
 
 use super::SwitchoverAck;
 
@@ -43,7 +43,7 @@ impl AckTiming {
     /// Whether to send it now that a source of this machine type has opened the return path.
     pub(super) fn due_at_once(&mut self, machine: &str) -> bool {
         let due = match self.option {
-            SwitchoverAck::Auto => takes_switchover_ack(machine) == Some(true),
+            SwitchoverAck::Auto => takes_ack(machine) == Some(true),
             SwitchoverAck::Never => false,
             SwitchoverAck::Always => true,
         };
@@ -62,11 +62,16 @@ impl AckTiming {
         self.idle_parts = if pages == self.pages { self.idle_parts + 1 } else { 0 };
         self.pages = pages;
         let waits = self.idle_parts >= IDLE_PARTS && newer_packets && !self.more_than_ram;
-        let may_be_due = self.option == SwitchoverAck::Auto && takes_switchover_ack(machine).is_none();
+        let may_be_due = self.option == SwitchoverAck::Auto && takes_ack(machine).is_none();
         let due = waits && may_be_due && !self.sent;
         self.sent |= due;
         due
     }
+}
+
+/// What the machine type says of a source that does not wait for the message, if anything.
+fn takes_ack(machine: &str) -> Option<bool> {
+    MachineDefaults::of(machine)?.takes_switchover_ack
 }
 
 /// So many PART sections without a page are a source that waits. One that waits has a thousand of them in less than a

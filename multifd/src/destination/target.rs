@@ -5,8 +5,8 @@ use std::io::{self, Read};
 use multifd_proto::{
     BlockName, Step,
     bodies::{DIRTY_BITMAP, NO_BITMAPS},
+    command::BodyLength,
     ram::BlockEntry,
-    section_body::BodyLength,
     stream::{Item, MainDecoder, Section},
 };
 

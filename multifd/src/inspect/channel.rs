@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Read};
 
 use multifd_proto::{
     BlockName, ChannelId, Mismatch, Violation,
-    packet::{self, Compression, DeviceStatePacket, HELLO_LEN, Hello, PREFIX_LEN, Prefix, RamPacket},
+    packet::{self, Compression, HELLO_LEN, Hello, PREFIX_LEN, Prefix, RamPacket},
 };
 
 use super::{ChannelAccount, PAGE_SIZE, account::Pages};
@@ -118,8 +118,7 @@ impl Channel {
         let header_len = prefix.header_len(PAGE_SIZE);
         self.bytes.read_exact(&mut self.header[PREFIX_LEN..header_len]).map_err(Error::io(at))?;
         if prefix.device_state() {
-            let packet = DeviceStatePacket::decode(&self.header[..header_len]).map_err(Error::protocol(at))?;
-            return Err(Error::protocol(at)(packet.refusal()));
+            return Err(Error::protocol(at)(packet::device_state_refusal(&self.header[..header_len])));
         }
         let header = std::mem::take(&mut self.header);
         let packet = RamPacket::decode(&header[..header_len], PAGE_SIZE).map_err(Error::protocol(at));

@@ -10,10 +10,9 @@ use std::{
 
 use multifd_proto::{
     DecodeError,
-    command::Command,
+    command::{BodyLength, Command},
     encoder::MainEncoder,
     extension::Extension,
-    section_body::BodyLength,
     stream::{self, Item, MainDecoder, Section},
 };
 
@@ -180,7 +179,7 @@ impl RecvHalf for Recording {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let mut go = MainEncoder::default();
         go.command(&Command::Go);
-        let go = go.as_bytes();
+        let go = &go.bytes;
         let keep = go.len() + TOKEN;
         let mut more = [0; 4096];
         while !self.ended && self.held.len() <= keep {

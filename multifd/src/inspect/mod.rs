@@ -14,7 +14,7 @@ mod postcopy;
 use std::{io::Read, path::Path};
 
 use self::{account::Pages, channel::Channel, main_stream::MainStream};
-pub use multifd_proto::command::Command;
+pub use multifd_proto::command::{BodyLength, Command};
 
 pub use self::{
     account::{Account, ChannelAccount, MainAccount, RoundAccount},
@@ -30,7 +30,6 @@ use multifd_proto::{
     ChannelId, Mismatch, Violation,
     machine::Dialect,
     packet::Hello,
-    section_body::BodyLength,
     stream::{Item, Section, SectionKind},
     xbzrle,
 };

@@ -2,7 +2,7 @@
 
 use std::{io, ops::Range};
 
-use multifd_proto::postcopy::received;
+use multifd_proto::mapped_ram::bitmap_len;
 
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -87,7 +87,7 @@ impl Claims {
     /// Claims exactly those of `pages`, the pages of a block, that the destination's bitmap says it has received. No other
     /// thread claims pages meanwhile.
     pub(super) fn set_received(&self, pages: Range<u64>, bitmap: &[u8]) {
-        debug_assert_eq!(bitmap.len() as u64, received::len(pages.end - pages.start));
+        debug_assert_eq!(bitmap.len() as u64, bitmap_len(pages.end - pages.start, 1));
         let words = self.words[(pages.start / 64) as usize..].iter();
         for (word, bytes) in words.zip(bitmap.chunks_exact(8)) {
             word.store(u64::from_le_bytes(bytes.try_into().expect("chunks of 8")), Relaxed);
@@ -153,7 +153,7 @@ mod tests {
         let mut bytes = Vec::new();
         for block in layout.blocks() {
             bytes.clear();
-            received::encode(block.pages(), [0, 2], &mut bytes);
+            multifd_proto::postcopy::received::encode(block.pages(), [0, 2], &mut bytes);
             claims.set_received(block.page_range(), &bytes[8..bytes.len() - 8]);
         }
         let claimed: Vec<u64> = (0..layout.bits()).filter(|&page| claims.contains(page)).collect();

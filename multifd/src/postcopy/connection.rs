@@ -45,7 +45,7 @@ impl PageConnection {
 
     /// Sends what the encoder has.
     pub(super) fn send(&mut self) -> Result<(), Error> {
-        let bytes = self.encoder.as_bytes();
+        let bytes = &self.encoder.bytes;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -59,7 +59,7 @@ impl PageConnection {
         self.attempt.pulse.add(bytes.len());
         job.figures.add_bytes(self.connection == Connection::Preempt, bytes.len() as u64);
         job.progress.add_main_bytes(bytes.len() as u64);
-        self.encoder.clear();
+        self.encoder.bytes.clear();
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use multifd_proto::{
     command::{Command, PostcopyAdvice},
-    machine::sends_switchover_start,
+    machine::MachineDefaults,
     postcopy::{DiscardRange, Package},
     ram::BlockEntry,
 };
@@ -155,7 +155,7 @@ impl Link<'_> {
     fn discard_and_package(&mut self, opening: &Opening) -> Vec<u8> {
         let job = self.job().clone();
         let encoder = self.main().encoder();
-        if sends_switchover_start(&opening.machine) == Some(true) {
+        if MachineDefaults::of(&opening.machine).is_some_and(|defaults| defaults.switchover_start) {
             encoder.command(&Command::SwitchoverStart);
         }
         for block in job.pages.layout().blocks() {

@@ -54,7 +54,7 @@ fn devices() -> Vec<u8> {
     let section = Section { kind: SectionKind::Full, id: 7, name: "cpu".to_owned(), instance: 0, version: 1 };
     let mut encoder = MainEncoder::default();
     encoder.section(&section).raw(b"registers").footer(7);
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 /// What page `page` of block `block` holds.
@@ -67,7 +67,7 @@ fn checkpoint(dir: &TempDir) -> PathBuf {
     let mut encoder = MainEncoder::default();
     let total: u64 = blocks().iter().map(|block| block.used_len).sum();
     encoder.header().configuration(MACHINE).config_capabilities(&[MAPPED_RAM]).ram_start(2, total);
-    let mut file = encoder.as_bytes().to_vec();
+    let mut file = encoder.bytes.clone();
     for (index, (entry, pages)) in blocks().into_iter().zip([RAM.1, BIOS.1]).enumerate() {
         let head = |header| {
             let mut bytes = Vec::new();
@@ -92,7 +92,7 @@ fn checkpoint(dir: &TempDir) -> PathBuf {
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,
     );
-    file.extend_from_slice(encoder.as_bytes());
+    file.extend_from_slice(&encoder.bytes);
     let path = dir.join("checkpoint");
     fs::write(&path, file).unwrap();
     path
@@ -128,7 +128,7 @@ fn opening() -> (usize, Vec<u8>) {
         encoder.command(&Command::PostcopyRamDiscard { block: block.name, ranges });
     }
     encoder.command(&Command::Ping(2));
-    let mut bytes = encoder.as_bytes().to_vec();
+    let mut bytes = encoder.bytes.clone();
     let before_run = bytes.len() + Package::encode(&devices(), &mut Vec::new());
     Package::encode(&devices(), &mut bytes);
     bytes.extend_from_slice(b"\x08\0\x02\0\x04\0\0\0\x04");
@@ -377,7 +377,7 @@ fn pages_that_are_listed_come_first() {
                     let ranges = ranges.collect();
                     let mut encoder = MainEncoder::default();
                     encoder.command(&Command::PostcopyRamDiscard { block: name(block), ranges });
-                    encoder.as_bytes().to_vec()
+                    encoder.bytes.clone()
                 };
                 main.expect(&command("pc.ram", &[(0, 2), (3, 62), (66, 134)]));
                 main.expect(&command("pc.bios", &[(0, 1), (2, 1)]));
@@ -595,7 +595,7 @@ fn a_file_that_is_written_to_is_not_handed_over() {
 fn recovery() -> Vec<u8> {
     let mut encoder = MainEncoder::default();
     blocks().into_iter().for_each(|block| _ = encoder.command(&Command::RecvBitmap { block: block.name }));
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 fn say_received(main: &mut Incoming, block: &str, pages: u64, received: &[u64]) {
@@ -821,11 +821,11 @@ fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
         BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut head);
         head
     };
-    let begin = encoder.as_bytes().len() + head(BlockHeader::place(0, bytes, PAGE as u64)).len();
+    let begin = encoder.bytes.len() + head(BlockHeader::place(0, bytes, PAGE as u64)).len();
     let header = BlockHeader::place(begin as u64, bytes, PAGE as u64);
     encoder.raw(&head(header));
     let path = dir.join("sparse");
-    fs::write(&path, encoder.as_bytes()).unwrap();
+    fs::write(&path, &encoder.bytes).unwrap();
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&[1], header.bitmap_offset).unwrap();
     file.write_all_at(&content(0, 0), header.pages_offset).unwrap();
@@ -834,7 +834,7 @@ fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":9}]}]}"#,
     );
-    file.write_all_at(encoder.as_bytes(), header.pages_offset + bytes).unwrap();
+    file.write_all_at(&encoder.bytes, header.pages_offset + bytes).unwrap();
     path
 }
 

@@ -7,7 +7,7 @@ use multifd_proto::{
     BlockName,
     command::Command,
     encoder::MainEncoder,
-    machine::{Dialect, sends_switchover_start},
+    machine::{Dialect, MachineDefaults},
     ram::BlockEntry,
     stream::X_IGNORE_SHARED,
 };
@@ -78,7 +78,7 @@ impl MainChannel {
         let len = u32::try_from(list.len()).expect("a list has a limit");
         let mut message = MainEncoder::default();
         message.command(&Command::SharedMemory { len }).raw(list);
-        let (at, bytes) = (self.place(), message.as_bytes());
+        let (at, bytes) = (self.place(), &message.bytes);
         self.stream.write_with_descriptors(bytes, descriptors).map_err(Error::io(at))?;
         self.count(bytes.len());
         Ok(())
@@ -123,7 +123,7 @@ impl MainChannel {
 
     /// Says that the guest is paused, to destinations that know the command.
     pub(super) fn switchover_start(&mut self) -> Result<(), Error> {
-        if sends_switchover_start(&self.shared.options.qemu.machine) == Some(true) {
+        if MachineDefaults::of(&self.shared.options.qemu.machine).is_some_and(|defaults| defaults.switchover_start) {
             self.encoder.command(&Command::SwitchoverStart);
         }
         self.send()
@@ -137,7 +137,7 @@ impl MainChannel {
             let mut next = zeros.next(pages.start);
             while let Some(page) = next.filter(|page| pages.contains(page)) {
                 self.encoder.zero_page(block.name(), block.offset_of(page));
-                if self.encoder.as_bytes().len() >= BUFFER {
+                if self.encoder.bytes.len() >= BUFFER {
                     self.send()?;
                 }
                 next = zeros.next(page + 1);
@@ -153,9 +153,12 @@ impl MainChannel {
             self.encoder.zero_page(block, offset);
         }
         for (&offset, content) in batch.pages.iter().zip(contents) {
-            content.read(self.encoder.page(block, offset).room(content.len()));
+            let bytes = &mut self.encoder.page(block, offset).bytes;
+            let begin = bytes.len();
+            bytes.resize(begin + content.len(), 0);
+            content.read(&mut bytes[begin..]);
         }
-        self.shared.live.limiter.take(self.encoder.as_bytes().len() as u64);
+        self.shared.live.limiter.take(self.encoder.bytes.len() as u64);
         self.send()
     }
 
@@ -220,9 +223,9 @@ impl MainChannel {
 
     fn send(&mut self) -> Result<(), Error> {
         let encoder = std::mem::take(&mut self.encoder);
-        let written = self.write(encoder.as_bytes());
+        let written = self.write(&encoder.bytes);
         self.encoder = encoder;
-        self.encoder.clear();
+        self.encoder.bytes.clear();
         written
     }
 

@@ -16,8 +16,8 @@ use std::{
 use multifd_proto::{
     BlockName, Step,
     encoder::MainEncoder,
-    mapped_ram::{self, BlockHeader},
-    postcopy::{Package, received},
+    mapped_ram::{self, BlockHeader, bitmap_len},
+    postcopy::Package,
     ram::BlockEntry,
     return_path::Message,
     stream::{MAPPED_RAM, Section, SectionKind},
@@ -373,7 +373,7 @@ impl Asks {
         match &item {
             Message::RecvBitmap { block } => {
                 let (_, pages) = BLOCKS.into_iter().find(|(name, _)| *name == block.as_str()).unwrap();
-                self.bitmap = 8 + received::len(pages as u64) as usize + 8;
+                self.bitmap = 8 + bitmap_len(pages as u64, 1) as usize + 8;
             }
             Message::Pong(Package::PING) | Message::ResumeAck(_) => self.may_ask = true,
             _ => {}
@@ -387,7 +387,7 @@ fn write_checkpoint(dir: &TempDir) -> PathBuf {
     let mut encoder = MainEncoder::default();
     let total = BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum();
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&[MAPPED_RAM]).ram_start(2, total);
-    let mut file = encoder.as_bytes().to_vec();
+    let mut file = encoder.bytes.clone();
     for (index, (name, pages)) in BLOCKS.into_iter().enumerate() {
         let bytes = (pages * PAGE) as u64;
         let entry = BlockEntry::new(BlockName::new(name).unwrap(), bytes);
@@ -416,7 +416,7 @@ fn write_checkpoint(dir: &TempDir) -> PathBuf {
     encoder.vm_description(
         br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"version":1,"fields":[{"name":"data","type":"buffer","size":14}]}]}"#,
     );
-    file.extend_from_slice(encoder.as_bytes());
+    file.extend_from_slice(&encoder.bytes);
     let path = dir.join("checkpoint");
     fs::write(&path, file).unwrap();
     path

@@ -6,10 +6,9 @@ use std::{
 };
 
 use multifd_proto::{
-    command::Command,
+    command::{BodyLength, Command},
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},
-    section_body::{BodyLength, chunk_head},
     stream::{Section, SectionKind},
 };
 use test_support::time_limit;
@@ -22,6 +21,7 @@ use crate::{
     destination::{self, Destination},
     error::Error,
     ram::Ram,
+    section_body::chunk_head,
     sections::{LIVE_ROOM, Sections},
     source::{self, Peer, Source},
     transport::Connect,
@@ -286,7 +286,7 @@ fn hears(bytes: &[u8], extensions: Extensions) -> (Error, usize) {
 fn state_that_is_cut_off_anywhere_is_not_taken_for_a_whole_one() {
     let chunks = [&chunk_head(3)[..], b"sta", &chunk_head(2), b"te", &chunk_head(0)].concat();
     for (len, body) in [(BodyLength::Bytes(5), b"state".to_vec()), (BodyLength::Chunks, chunks)] {
-        let head = early(Extensions::known(), len).as_bytes().to_vec();
+        let head = early(Extensions::known(), len).bytes.clone();
         let whole = [&head[..], &body].concat();
         for cut in head.len() - 10..whole.len() {
             let (error, loaded) = hears(&whole[..cut], Extensions::known());
@@ -313,7 +313,7 @@ fn a_length_that_was_not_agreed_on_or_belongs_to_no_section_is_refused() {
         (lone, known(), "EOF between SECTION_LENGTH and its section"),
         (twice, known(), "COMMAND between SECTION_LENGTH and its section"),
     ] {
-        let (error, _) = hears(bytes.as_bytes(), extensions);
+        let (error, _) = hears(&bytes.bytes, extensions);
         assert!(error.to_string().contains(message), "{error}, expected {message}");
     }
 }

@@ -1171,7 +1171,7 @@ impl<S: SendHalf + ?Sized> WatchingStream<S> {
 impl<S: SendHalf + ?Sized> SendHalf for WatchingStream<S> {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
         self.watched.operation();
-        if pages.is_empty() && header == MainEncoder::default().command(&Command::Go).as_bytes() {
+        if pages.is_empty() && header == MainEncoder::default().command(&Command::Go).bytes {
             return self.go(header);
         }
         self.inner.write(header, pages)

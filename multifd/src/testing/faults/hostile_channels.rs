@@ -146,7 +146,7 @@ fn an_end_inside_a_packet_is_an_error_and_between_two_it_is_missed_by_main() {
         }
     }
     // Between two packets a channel may end, but not before its SYNC when main waits for that.
-    let wires = [Wire::main().then(main_end().as_bytes()), good.ends()];
+    let wires = [Wire::main().then(&main_end().bytes), good.ends()];
     let missing = "channel 0 ended without the SYNC packet of round 1";
     let error = receive(&wires, Options::default()).outcome.unwrap_err();
     assert!(error.to_string().ends_with(missing), "{error}");
@@ -211,7 +211,7 @@ fn another_compression_than_required_is_refused() {
 #[test]
 fn a_channel_that_goes_on_without_its_sync_holds_the_round_until_it_ends() {
     // Main has announced round 1 and channel 1 has ended it, but channel 0 brings page after page.
-    let main = Wire::main().then(main_end().as_bytes());
+    let main = Wire::main().then(&main_end().bytes);
     let without_sync = Wire::channel(0).sync().then(pages(&[0x1000])).then(pages(&[0x2000])).ends();
     let ahead = Wire::channel(1).sync().sync().then(pages(&[0x1000]));
     let received = receive(&[main, without_sync, ahead], Options::default());

@@ -26,7 +26,7 @@ fn check(rule: &str, good: &Wire, bad: impl AsRef<[u8]>, message: &str) -> Recei
 
 fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
     let mut encoder = MainEncoder::default();
-    encode(&mut encoder).as_bytes().to_vec()
+    encode(&mut encoder).bytes.clone()
 }
 
 fn command(number: u16, payload: &[u8]) -> Vec<u8> {
@@ -42,7 +42,7 @@ fn a_vm_without_devices_starts_with_zeros_where_no_page_was_sent() {
         let stale = ram.blocks()[0].range(5 * PAGE as u64, PAGE).unwrap();
         stale.write(&[0x77; PAGE]);
         let (listener, connector) = memory::listener(1 << 20);
-        let wires = [Wire::main().then(main_end().as_bytes()), Wire::channel(0).sync().sync()];
+        let wires = [Wire::main().then(&main_end().bytes), Wire::channel(0).sync().sync()];
         let streams: Vec<_> = wires
             .iter()
             .map(|wire| {
@@ -292,7 +292,7 @@ fn elements_in_the_wrong_place_are_refused() {
 fn dirty_bitmaps_are_refused_unless_there_are_none() {
     let start = Section { kind: SectionKind::Start, id: 5, name: "dirty-bitmap".to_owned(), instance: 0, version: 1 };
     for (body, refused) in [(&b"\x01"[..], false), (b"\x1c\x02d0\x02bm\0\x01\0\0\x01\x01", true)] {
-        let main = Wire::main().then(encoded(|e| e.section(&start).raw(body).footer(5))).then(main_end().as_bytes());
+        let main = Wire::main().then(encoded(|e| e.section(&start).raw(body).footer(5))).then(&main_end().bytes);
         let received = receive(&[main, Wire::channel(0).sync().sync()], Options::default());
         match received.outcome {
             Ok(_) => assert!(!refused),
@@ -308,7 +308,7 @@ fn dirty_bitmaps_are_refused_unless_there_are_none() {
 fn a_vmdescription_beyond_the_limit_is_refused_before_it_is_read() {
     let mut end = MainEncoder::default();
     end.ram_part(1, true).flush().eos().footer(1).eof();
-    let good = Wire::main().then(end.as_bytes());
+    let good = Wire::main().then(&end.bytes);
     let wires = [good.clone().then([6, 0xff, 0xff, 0xff, 0xff]), Wire::channel(0).sync().sync()];
     let message = "vmdescription of 4294967295 bytes exceeds 16777216";
     refused("vmdescription", &wires, Options::default(), main_at(good.len()), message);
@@ -316,7 +316,7 @@ fn a_vmdescription_beyond_the_limit_is_refused_before_it_is_read() {
 
 #[test]
 fn bytes_behind_the_end_of_the_stream_are_refused() {
-    let good = Wire::main().then(main_end().as_bytes());
+    let good = Wire::main().then(&main_end().bytes);
     for more in [&b"x"[..], b"\0", b"QEVM"] {
         let wires = [good.clone().then(more), Wire::channel(0).sync().sync()];
         let message = "more bytes after the end of the stream";

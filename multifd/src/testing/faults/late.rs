@@ -325,7 +325,7 @@ fn a_stream_of_zeros_is_complete_when_every_page_was_named() {
 /// The receiver hung, or had pages put into the memory of a VM that was running.
 #[test]
 fn what_a_channel_sends_after_the_last_sync_point_is_refused_or_ignored() {
-    let main = || Wire::main().then(main_end().as_bytes());
+    let main = || Wire::main().then(&main_end().bytes);
     let channel = || Wire::channel(0).sync().then(pages(&[0x1000])).sync();
     for (more, message) in [
         (Wire::default().sync(), "channel 0 has one SYNC packet more than main has sync points"),

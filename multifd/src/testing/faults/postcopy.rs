@@ -17,7 +17,7 @@ const COMMAND: u8 = 8;
 
 pub(super) fn encoded(encode: impl FnOnce(&mut MainEncoder) -> &mut MainEncoder) -> Vec<u8> {
     let mut encoder = MainEncoder::default();
-    encode(&mut encoder).as_bytes().to_vec()
+    encode(&mut encoder).bytes.clone()
 }
 
 /// Main up to the first page, from a source that may switch.
@@ -46,7 +46,7 @@ pub(super) fn part(pages: &[(&str, u64, u8)], end: bool) -> Vec<u8> {
             fill => out.page(&block(name), page * LEN).raw(&[fill; PAGE]),
         };
     }
-    out.eos().footer(1).as_bytes().to_vec()
+    out.eos().footer(1).bytes.clone()
 }
 
 /// RAM_DISCARD of these pages.

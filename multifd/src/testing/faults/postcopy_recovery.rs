@@ -2,7 +2,13 @@
 
 use std::{thread, time::Duration};
 
-use multifd_proto::{Step, command::Command, mapped_ram::is_set, postcopy::received, return_path::Message};
+use multifd_proto::{
+    Step,
+    command::Command,
+    mapped_ram::{bitmap_len, is_set},
+    postcopy::received,
+    return_path::Message,
+};
 
 use super::{postcopy::*, script::*};
 use crate::{
@@ -97,7 +103,7 @@ fn bitmaps(main: &mut dyn Stream, blocks: &[(&str, usize)]) -> Option<Vec<Bitmap
         .map(|(name, pages)| {
             let message = answers_until(main, |_| true).pop()?;
             assert_eq!(message, Message::RecvBitmap { block: block(name) });
-            let mut bytes = vec![0; 8 + received::len(*pages as u64) as usize + 8];
+            let mut bytes = vec![0; 8 + bitmap_len(*pages as u64, 1) as usize + 8];
             main.read_exact(&mut bytes).ok()?;
             let Ok(Step::Item { item, .. }) = received::decode(&bytes, *pages as u64) else { panic!("{bytes:?}") };
             Some(((*name).to_owned(), item.to_vec()))

@@ -41,11 +41,11 @@ fn main_of_ours() -> Wire {
         encoder.block(&BlockEntry::new(block(name), (pages * PAGE) as u64));
     }
     encoder.flush().eos().footer(1);
-    Wire::from_encoder(&encoder).then(main_end().as_bytes())
+    Wire::from_encoder(&encoder).then(&main_end().bytes)
 }
 
 fn go() -> Vec<u8> {
-    MainEncoder::default().command(&Command::Go).as_bytes().to_vec()
+    MainEncoder::default().command(&Command::Go).bytes.clone()
 }
 
 /// What the destination says next on `main`.
@@ -193,10 +193,10 @@ fn a_cancel_ends_a_destination_that_cannot_say_anything() {
             }
             let mut encoder = MainEncoder::default();
             encoder.header().configuration("multifd").command(&Command::OpenReturnPath);
-            main.write_all(encoder.as_bytes()).unwrap();
+            main.write_all(&encoder.bytes).unwrap();
             main.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
             // Until its answers fill everything in between, and it reads no more.
-            while main.write_all(pings.as_bytes()).is_ok() {}
+            while main.write_all(&pings.bytes).is_ok() {}
             assert!(progress.snapshot().phase.is_some());
             stop.cancel();
             assert!(matches!(receiver.join().unwrap(), Error::Cancelled));

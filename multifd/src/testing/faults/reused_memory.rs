@@ -141,7 +141,7 @@ fn memory_is_zeros_before_any_page_comes() {
         said.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
         said.command(&Command::OpenReturnPath).command(&Command::Describe { len: 0 });
         let mut main = connector.connect().unwrap();
-        main.write(said.as_bytes(), &[]).unwrap();
+        main.write(&said.bytes, &[]).unwrap();
         let error = time_limit(Duration::from_secs(60), || {
             std::thread::scope(|scope| {
                 let waiting = scope.spawn(|| destination.run(&mut to, Box::new(listener), &mut ()));

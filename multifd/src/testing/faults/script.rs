@@ -50,7 +50,7 @@ impl Wire {
     }
 
     pub(super) fn from_encoder(encoder: &MainEncoder) -> Wire {
-        Wire::raw(encoder.as_bytes())
+        Wire::raw(encoder.bytes.as_slice())
     }
 
     pub(super) fn then(mut self, bytes: impl AsRef<[u8]>) -> Wire {

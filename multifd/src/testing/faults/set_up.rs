@@ -80,7 +80,7 @@ fn a_flush_without_any_channel_ends_the_set_up() {
     let path = directory.join("s");
     let listener = unix::listen(&path).unwrap();
     let mut main = UnixStream::connect(&path).unwrap();
-    say(&mut main, &Wire::main().then(main_end().as_bytes()));
+    say(&mut main, &Wire::main().then(&main_end().bytes));
     let (error, _) = gives_up(Box::new(listener), one_second(None));
     assert_eq!(error.to_string(), "no channel came within 1 s");
 }

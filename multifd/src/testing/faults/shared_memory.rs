@@ -458,7 +458,7 @@ fn offered(extensions: Extensions) -> MainEncoder {
 fn message(list: &[u8]) -> Vec<u8> {
     let mut encoder = MainEncoder::default();
     encoder.command(&Command::SharedMemory { len: list.len() as u32 }).raw(list);
-    encoder.as_bytes().to_vec()
+    encoder.bytes.clone()
 }
 
 fn list(blocks: &[(&str, u64, u64)]) -> Vec<u8> {
@@ -479,7 +479,7 @@ fn hears(begin: &MainEncoder, bytes: &[u8], descriptors: &[BorrowedFd<'_>], rest
             let to = &mut to;
             let running = scope.spawn(move || Destination::new(options).run(to, Box::new(listener), &mut ()));
             let mut main = UnixConnector::new(&path).connect().unwrap();
-            main.write(begin.as_bytes(), &[]).unwrap();
+            main.write(&begin.bytes, &[]).unwrap();
             // Until it has answered; from then on it takes descriptors.
             let _ = main.read(&mut [0; 512]);
             // It may have given up before.
@@ -609,7 +609,7 @@ fn a_page_of_memory_that_is_handed_over_is_refused() {
             false => rest.page(&block("ram"), 0x3000).raw(&[9; PAGE]),
         };
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        let (error, heir) = hears(&offered(Extensions::known()), &bytes, &files, rest.as_bytes());
+        let (error, heir) = hears(&offered(Extensions::known()), &bytes, &files, &rest.bytes);
         assert!(error.to_string().contains(r#"a page of RAM block "ram", whose memory is handed over"#), "{error}");
         assert_eq!(heir.calls, ["take_memory", "prepare", "abandon"]);
         assert!(heir.ram().page(3).unwrap().is_zero());

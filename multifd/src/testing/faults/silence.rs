@@ -42,7 +42,7 @@ fn undescribed() -> Wire {
         |id, name: &str| Section { kind: SectionKind::Full, id, name: name.to_owned(), instance: 0, version: 1 };
     encoder.ram_part(1, true).flush().eos().footer(1);
     encoder.section(&device(2, "timer")).footer(2).section(&device(3, "cpu")).raw(STATE).footer(3).eof();
-    Wire::main().then(encoder.as_bytes())
+    Wire::main().then(&encoder.bytes)
 }
 
 /// What came of a main that stays open for as long as nobody answers, but for at most `patience`.
@@ -179,7 +179,7 @@ fn bytes_behind_the_description_are_refused_by_a_checkpoint() {
         let device = Section { kind: SectionKind::Full, id: 2, name: "cpu".to_owned(), instance: 0, version: 1 };
         let mut encoder = MainEncoder::default();
         encoder.ram_part(1, true).flush().eos().footer(1).section(&device).raw(STATE).footer(2).eof();
-        Wire::main().then(encoder.vm_description(DESCRIPTION).as_bytes()).then(bytes)
+        Wire::main().then(encoder.vm_description(DESCRIPTION).bytes.as_slice()).then(bytes)
     };
     let end = described(b"").len();
     for more in [&b"x"[..], b"\0", b"\x7e\0\0\0\x02\0"] {

@@ -37,9 +37,9 @@ fn the_end_of_main_while_channels_are_missing_ends_the_migration() {
         (vec![Wire::main().ends(), told()], "1 of 2 channels came"),
         (vec![told(), Wire::main().ends()], "1 of 2 channels came"),
         (vec![Wire::main().ends()], "no channel came"),
-        (vec![Wire::main().then(main_end().as_bytes()).cut_by(1)], "no channel came"),
+        (vec![Wire::main().then(&main_end().bytes).cut_by(1)], "no channel came"),
         (vec![one_way().ends(), told()], "1 of 2 channels came"),
-        (vec![one_way().then(main_end().as_bytes()).cut_by(30)], "no channel came"),
+        (vec![one_way().then(&main_end().bytes).cut_by(30)], "no channel came"),
     ] {
         let offset = wires.iter().find(|wire| wire.ends).unwrap().len();
         let received = receive_untold(&wires, patient());
@@ -94,7 +94,7 @@ fn a_reset_of_main_while_channels_are_missing_ends_the_migration() {
 
 #[test]
 fn the_end_of_main_while_a_channel_is_silent_ends_the_migration() {
-    let wires = [Wire::main().then(main_end().as_bytes()).cut_by(1), Wire::channel(0).sync()];
+    let wires = [Wire::main().then(&main_end().bytes).cut_by(1), Wire::channel(0).sync()];
     let error = receive(&wires, patient()).outcome.unwrap_err();
     assert_eq!(error.to_string(), format!("{}: the connection ended in the middle", main_at(wires[0].len())));
 }
@@ -105,7 +105,7 @@ fn a_source_without_return_path_may_be_done_before_its_channels_come() {
     time_limit(Duration::from_secs(60), || {
         let (listener, connector) = memory::listener(1 << 20);
         let say = |wire: Wire| connector.connect().unwrap().write(&wire.bytes, &[]).unwrap();
-        say(one_way().then(main_end().as_bytes()));
+        say(one_way().then(&main_end().bytes));
         let destination = Destination::new(Options { channels: Some(1), ..patient() });
         std::thread::scope(|scope| {
             let receiver = scope.spawn(|| {

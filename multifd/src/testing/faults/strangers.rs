@@ -54,7 +54,7 @@ fn strangers() -> Vec<(&'static str, Wire)> {
 /// A whole migration with two channels, of a source that says so.
 fn migration() -> [Wire; 3] {
     let channel = |id| channel_of_two(told_hello(id, 2), 0x1000 * (1 + u64::from(id)));
-    [Wire::main().then(main_end().as_bytes()), channel(0), channel(1)]
+    [Wire::main().then(&main_end().bytes), channel(0), channel(1)]
 }
 
 /// One of two channels of a source that says so, each of which sends one page.
@@ -191,7 +191,7 @@ fn a_token_excludes_who_does_not_have_it() {
     let none = Wire::channel(1).sync().then(pages(&[0x6000]));
     // Main of a second source, of one that makes no offer, and of one that falls silent in the middle.
     let other_main = offering(Some([0xa4; 16]));
-    let no_offer = Wire::main().then(main_end().as_bytes());
+    let no_offer = Wire::main().then(&main_end().bytes);
     let half = Wire::raw(&b"QEVM\0\0\0\x03\x07"[..]).ends();
     let wires = [half, other_main, no_offer, wrong, none, offering(Some(token)), channel(0, token), channel(1, token)];
     let received = receive_untold(&wires, Options { token: Some(token), ..Options::default() });
@@ -221,8 +221,8 @@ fn channels_of_an_earlier_attempt_do_not_join() {
 fn offering(token: Option<[u8; 16]>) -> Wire {
     let mut head = MainEncoder::default();
     head.header().configuration("multifd");
-    let whole = Wire::main().then(main_end().as_bytes());
-    let rest = whole.bytes.strip_prefix(head.as_bytes()).expect("main begins so");
+    let whole = Wire::main().then(&main_end().bytes);
+    let rest = whole.bytes.strip_prefix(head.bytes.as_slice()).expect("main begins so");
     head.config_offer(&Offer { channels: 2, token, extensions: Extensions::default() });
     Wire::from_encoder(&head).then(rest)
 }

@@ -15,9 +15,9 @@ fn answers_to(parts: usize, machine: &str, switchover_ack: SwitchoverAck, channe
     let mut main = Wire::from_encoder(main_start_of(machine).flush().eos().footer(1));
     for _ in 0..parts {
         let mut encoder = multifd_proto::encoder::MainEncoder::default();
-        main = main.then(encoder.ram_part(1, false).eos().footer(1).as_bytes());
+        main = main.then(encoder.ram_part(1, false).eos().footer(1).bytes.as_slice());
     }
-    let wires = [main.then(main_end().as_bytes()), channel.clone()];
+    let wires = [main.then(&main_end().bytes), channel.clone()];
     let received = receive(&wires, Options { switchover_ack, ..Options::default() });
     received.outcome.unwrap();
     received.answers
