@@ -4,7 +4,7 @@
 //! Nothing travels back. The channel ends by being closed between two packets.
 //!
 //! A receiver reads [`PREFIX_LEN`] bytes, asks [`Prefix::header_len`] for the size of the whole header, reads the rest and
-//! decodes it with [`RamPacket::decode`] (or [`DeviceStatePacket::decode`], to refuse it by name). A sender fills a
+//! decodes it with [`RamPacket::decode`] (or [`device_state_refusal`], to refuse it by name). A sender fills a
 //! [`PacketHeader`] and encodes it into a buffer that it reuses. Nothing here allocates.
 //!
 //! RAM packet header, big-endian, 320 bytes plus 8 for each page that fits in a packet (1344 bytes with 4 KiB pages):
@@ -315,7 +315,7 @@ impl Prefix {
         if self.device_state() { DEVICE_STATE_LEN } else { header_len(page_size) }
     }
 
-    /// Whether the packet carries device state instead of pages: a [`DeviceStatePacket`].
+    /// Whether the packet carries device state instead of pages, see [`device_state_refusal`].
     pub const fn device_state(&self) -> bool {
         self.flags & DEVICE_STATE != 0
     }

@@ -55,7 +55,7 @@ pub enum Message {
     /// Postcopy recovery goes on.
     ResumeAck(u32),
     /// The destination's devices are ready for the switchover. A source before QEMU 8.1, or with a machine type of 11.1 or
-    /// newer that does not wait for it, fails when it gets this; see [`crate::machine::takes_switchover_ack`].
+    /// newer that does not wait for it, fails when it gets this; see [`crate::machine::MachineDefaults`].
     SwitchoverAck,
     /// The extensions of the source's offer that the destination takes.
     Accepted(Extensions),

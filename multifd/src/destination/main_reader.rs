@@ -344,7 +344,7 @@ impl MainReader {
         go.command(&Command::Go);
         let place = self.place();
         self.fill(go.bytes.len())?;
-        if self.unread() != &go.bytes {
+        if self.unread() != go.bytes {
             let (element, at) = ("something other than GO", "after READY");
             return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
         }
