@@ -2,6 +2,7 @@
 
 mod common;
 
+use multifd_proto::Codec;
 use std::{
     fs,
     io::{Read, Write},
@@ -149,8 +150,8 @@ fn a_file_that_changed_after_the_sender_died_is_refused_and_the_note_stays() {
         set_modified(&vm.file, modified + Duration::from_millis(1));
         vm.refused("--recover", "was written to since");
         // A page more or less, at the same time and with the same length.
-        let header =
-            multifd_proto::mapped_ram::BlockHeader { page_size: 4096, bitmap_offset: 0, pages_offset: 0 }.encode();
+        let mut header = Vec::new();
+        multifd_proto::mapped_ram::BlockHeader::elsewhere(4096).encode(&mut header);
         let at = original.windows(12).position(|window| window == &header[..12]).unwrap();
         let bitmap = u64::from_be_bytes(original[at + 12..][..8].try_into().unwrap()) as usize;
         let mut changed = original.clone();

@@ -13,7 +13,7 @@ use std::{
 };
 
 use common::{Guest, LIMIT, number};
-use multifd_proto::{return_path::Message, vmdesc::TailScanner};
+use multifd_proto::{Codec, return_path::Message, vmdesc::TailScanner};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::json;
 use test_support::{TempDir, skip, time_limit};

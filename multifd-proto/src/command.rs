@@ -20,12 +20,14 @@
 //!
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
+use std::fmt;
+
 use crate::extension::MAX_DESCRIPTION;
 use crate::ids::BlockName;
 use crate::postcopy::{DiscardRange, discard::MAX_DISCARD_RANGES};
 use crate::shared_memory::MAX_SHARED_LIST;
 use crate::violation::{DecodeError, ProtocolError, Violation};
-use crate::wire::{Reader, Step, Stop, Writer, step};
+use crate::wire::{Codec, Reader, Step, Stop, Writer, step};
 
 /// One command. QEMU: `MIG_CMD_*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,9 +128,16 @@ impl BodyLength {
     }
 }
 
-impl Command {
+/// The command's name.
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Codec for Command {
     /// The command at the start of `input`, behind its element type byte.
-    pub fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError> {
+    fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError> {
         step(input, Self::read)
     }
 
@@ -136,7 +145,7 @@ impl Command {
     ///
     /// # Panics
     /// For a RAM_DISCARD with more than [`MAX_DISCARD_RANGES`] ranges.
-    pub fn encode(&self, out: &mut Vec<u8>) {
+    fn encode(&self, out: &mut Vec<u8>) {
         let mut payload = Vec::new();
         let mut writer = Writer::new(&mut payload);
         match self {
@@ -167,9 +176,11 @@ impl Command {
         }
         Writer::new(out).u16(self.number()).u16(payload.len() as u16).bytes(&payload);
     }
+}
 
+impl Command {
     /// The command's name.
-    pub const fn name(&self) -> &'static str {
+    pub(crate) const fn name(&self) -> &'static str {
         name(self.number())
     }
 

@@ -9,6 +9,7 @@ use crate::extension::{self, Offer};
 use crate::ids::BlockName;
 use crate::ram::{BlockEntry, RamWord};
 use crate::stream::{self, RAM, RAM_VERSION, Section, SectionKind};
+use crate::wire::Codec;
 use crate::wire::Writer;
 use crate::xbzrle;
 

@@ -74,7 +74,7 @@ pub mod xbzrle;
 
 pub use ids::{BlockName, ChannelId};
 pub use violation::{DecodeError, Mismatch, ProtocolError, Violation};
-pub use wire::Step;
+pub use wire::{Codec, Step};
 
 #[cfg(test)]
 mod properties;

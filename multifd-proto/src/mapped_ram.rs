@@ -22,8 +22,8 @@
 //! |     20 |    8 | pages offset  |
 
 use crate::ids::BlockName;
-use crate::violation::{DecodeError, Violation};
-use crate::wire::{Reader, Short, Writer};
+use crate::violation::{DecodeError, ProtocolError, Violation};
+use crate::wire::{Codec, Reader, Step, Stop, Writer, step};
 
 /// Where one block's bitmap and pages lie. QEMU: `MappedRamHeader`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,30 +57,19 @@ impl BlockHeader {
         self.bitmap_offset == 0 && self.pages_offset == 0
     }
 
-    /// The header in `bytes`. Whether its offsets make sense is for [`check`](Self::check) to say.
-    pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
-        let mut reader = Reader::new(bytes);
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let version = reader.u32()?;
         if version != VERSION {
-            return Err(DecodeError::BadVersion { what: "mapped-ram", expected: VERSION, found: version });
+            return Err(DecodeError::BadVersion { what: "mapped-ram", expected: VERSION, found: version }.into());
         }
-        let mut field = || -> Result<u64, Short> { reader.u64() };
-        Ok(Self { page_size: field()?, bitmap_offset: field()?, pages_offset: field()? })
-    }
-
-    /// The header as it stands in the file.
-    pub fn encode(&self) -> [u8; Self::LEN] {
-        let mut bytes = Vec::with_capacity(Self::LEN);
-        let mut writer = Writer::new(&mut bytes);
-        writer.u32(VERSION).u64(self.page_size).u64(self.bitmap_offset).u64(self.pages_offset);
-        bytes.try_into().expect("4 + 3 × 8 bytes were written")
+        Ok(Self { page_size: reader.u64()?, bitmap_offset: reader.u64()?, pages_offset: reader.u64()? })
     }
 
     /// Refuses a header that does not fit a block of `len` bytes in a file of `file_len` bytes.
     ///
     /// `header_end` is where this header ends. The bitmap must lie directly behind it and the pages somewhere behind the
     /// bitmap, whole and page aligned; since the next entry starts behind the pages, blocks that pass cannot overlap.
-    pub fn check(
+    pub(crate) fn check(
         &self,
         block: &BlockName,
         len: u64,
@@ -127,6 +116,17 @@ impl BlockHeader {
     #[cfg(test)]
     pub(crate) const fn page_at(&self, offset: u64) -> u64 {
         self.pages_offset.saturating_add(offset)
+    }
+}
+
+impl Codec for BlockHeader {
+    /// The header at the start of `input`. Whether its offsets make sense depends on its block.
+    fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError> {
+        step(input, Self::read)
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        Writer::new(out).u32(VERSION).u64(self.page_size).u64(self.bitmap_offset).u64(self.pages_offset);
     }
 }
 
@@ -186,13 +186,14 @@ mod tests {
     #[test]
     fn header_survives_the_file() {
         let header = BlockHeader { page_size: PAGE, bitmap_offset: 0x1122, pages_offset: 0x33_4455_6677 };
-        let bytes = header.encode();
+        let mut bytes = Vec::new();
+        header.encode(&mut bytes);
         assert_eq!(bytes[..12], *b"\0\0\0\x01\0\0\0\0\0\0\x10\0");
-        assert_eq!(BlockHeader::decode(&bytes), Ok(header));
+        assert_eq!(BlockHeader::decode(&bytes), Ok(Step::Item { item: header, used: BlockHeader::LEN }));
         let mut newer = bytes;
         newer[3] = 2;
         let refused = DecodeError::BadVersion { what: "mapped-ram", expected: 1, found: 2 };
-        assert_eq!(BlockHeader::decode(&newer), Err(refused));
+        assert_eq!(BlockHeader::decode(&newer), Err(refused.into()));
     }
 
     #[test]

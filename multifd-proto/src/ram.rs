@@ -19,11 +19,13 @@
 use crate::ids::BlockName;
 use crate::mapped_ram::BlockHeader;
 use crate::violation::{DecodeError, ProtocolError, Violation};
-use crate::wire::{Reader, Step, Stop, Writer, step};
+use crate::wire::{Codec, Reader, Stop, Writer};
+#[cfg(test)]
+use crate::wire::{Step, step};
 
 /// One word of the `ram` section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RamWord {
+pub(crate) enum RamWord {
     /// A page of zeros.
     Zero {
         /// The page's offset inside its block.
@@ -65,7 +67,7 @@ pub enum RamWord {
 
 impl RamWord {
     /// The word in `word`, whose flags lie below `page_size`.
-    pub fn decode(word: u64, page_size: usize) -> Result<Self, ProtocolError> {
+    pub(crate) fn decode(word: u64, page_size: usize) -> Result<Self, ProtocolError> {
         let mask = page_size as u64 - 1;
         let (offset, flags) = (word & !mask, word & mask);
         let cont = flags & CONTINUE != 0;
@@ -83,7 +85,7 @@ impl RamWord {
     }
 
     /// The word as it stands on the wire.
-    pub const fn encode(self) -> u64 {
+    pub(crate) const fn encode(self) -> u64 {
         const fn page(offset: u64, flag: u64, cont: bool) -> u64 {
             offset | flag | if cont { CONTINUE } else { 0 }
         }
@@ -124,7 +126,8 @@ impl BlockEntry {
     ///
     /// With [`BlockLayout::backing_page_size`] bytes behind the entry are looked at, so more may be asked for; a block list
     /// is always followed by at least one word.
-    pub fn decode(input: &[u8], layout: BlockLayout, page_size: usize) -> Result<Step<Self>, ProtocolError> {
+    #[cfg(test)]
+    pub(crate) fn decode(input: &[u8], layout: BlockLayout, page_size: usize) -> Result<Step<Self>, ProtocolError> {
         step(input, |reader| Self::read(reader, layout, page_size))
     }
 
@@ -136,19 +139,19 @@ impl BlockEntry {
         }
         let backing = if layout.backing_page_size { backing_page_size(reader)? } else { None };
         let gpa = if layout.gpa { Some(reader.u64()?) } else { None };
-        let mapped_ram = if layout.mapped_ram { Some(BlockHeader::decode(&reader.array()?)?) } else { None };
+        let mapped_ram = if layout.mapped_ram { Some(BlockHeader::read(reader)?) } else { None };
         Ok(Self { name, used_len, page_size: backing, gpa, mapped_ram })
     }
 
     /// Appends the entry; which optional fields it has must fit the stream's [`BlockLayout`].
-    pub fn encode(&self, out: &mut Vec<u8>) {
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let mut writer = Writer::new(out);
         writer.pstr(self.name.as_str().as_bytes()).u64(self.used_len);
         for field in [self.page_size, self.gpa].into_iter().flatten() {
             writer.u64(field);
         }
         if let Some(header) = &self.mapped_ram {
-            writer.bytes(&header.encode());
+            header.encode(out);
         }
     }
 

@@ -19,10 +19,12 @@
 //! runs the guest again. The last four messages (types in hexadecimal) are ours: a destination sends them only to a source
 //! that has made an [offer](crate::extension), which a QEMU never does.
 
+use std::fmt;
+
 use crate::extension::{Extensions, MAX_DESCRIPTION};
 use crate::ids::BlockName;
 use crate::violation::{DecodeError, ProtocolError, Violation};
-use crate::wire::{Reader, Step, Stop, Writer, step};
+use crate::wire::{Codec, Reader, Step, Stop, Writer, step};
 
 /// One message. QEMU: `MIG_RP_MSG_*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,14 +72,21 @@ pub enum Message {
     },
 }
 
-impl Message {
+/// The message's name on the wire.
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(name(self.kind()))
+    }
+}
+
+impl Codec for Message {
     /// The message at the start of `input`, or how many bytes are needed.
-    pub fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError> {
+    fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError> {
         step(input, Self::read)
     }
 
     /// Appends the message.
-    pub fn encode(&self, out: &mut Vec<u8>) {
+    fn encode(&self, out: &mut Vec<u8>) {
         let mut payload = Vec::new();
         let mut writer = Writer::new(&mut payload);
         match self {
@@ -96,12 +105,9 @@ impl Message {
         };
         Writer::new(out).u16(self.kind()).u16(payload.len() as u16).bytes(&payload);
     }
+}
 
-    /// The message's name on the wire.
-    pub const fn name(&self) -> &'static str {
-        name(self.kind())
-    }
-
+impl Message {
     fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let kind = reader.u16()?;
         if kind == TLS_ALERT {

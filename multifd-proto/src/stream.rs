@@ -290,13 +290,6 @@ impl MainDecoder {
         plain && self.ram.phase == RamPhase::Started && self.ram.parts && !self.configuration.layout.mapped_ram
     }
 
-    /// Whether the end of state came without the END section of `ram`: a background snapshot. The source's guest runs on.
-    ///
-    /// Whether all pages came is for the caller to know: nothing in such a stream says that they have.
-    pub fn is_snapshot(&self) -> bool {
-        self.state_ended() && self.ram.phase == RamPhase::Started
-    }
-
     /// Whether the source has begun to discard pages: it switches to postcopy, and what came on channels is over.
     pub fn switches_to_postcopy(&self) -> bool {
         self.postcopy != Postcopy::Before
@@ -328,6 +321,9 @@ impl MainDecoder {
     }
 
     /// Whether the end of state was read; at most the vmdescription follows.
+    ///
+    /// If [RAM has not ended](Self::ram_ended), it is a background snapshot: the source's guest runs on. Whether all pages came is for
+    /// the caller to know then, because nothing in such a stream says that they have.
     pub fn state_ended(&self) -> bool {
         matches!(self.state, State::Tail | State::Finished | State::Gone)
     }
@@ -1059,7 +1055,7 @@ fn element_name(byte: u8) -> Result<&'static str, DecodeError> {
 /// `QEVM`, the first four bytes of main.
 pub const MAGIC: u32 = 0x5145_564d;
 /// The version of the stream; version 2 is obsolete.
-pub const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 3;
 /// The name of the section that transfers RAM.
 pub(crate) const RAM: &str = "ram";
 /// The version of that section.

@@ -153,6 +153,18 @@ impl<T> Step<T> {
     }
 }
 
+/// What is a number of bytes on the wire, whose end they tell.
+pub trait Codec: Sized {
+    /// The value at the start of `input`, or how many bytes are needed.
+    ///
+    /// # Errors
+    /// The bytes break a rule of the format, or exceed a limit.
+    fn decode(input: &[u8]) -> Result<Step<Self>, ProtocolError>;
+
+    /// Appends the value.
+    fn encode(&self, out: &mut Vec<u8>);
+}
+
 /// Why a decoder that reads straight down had to stop.
 #[derive(Debug)]
 pub(crate) enum Stop {

@@ -11,10 +11,9 @@ use flate2::{Decompress, FlushDecompress};
 use multifd_proto::encoder::MainEncoder;
 use multifd_proto::machine::{Dialect, MachineDefaults};
 use multifd_proto::packet::{Compression, HELLO_LEN, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, header_len};
-use multifd_proto::ram::RamWord;
 use multifd_proto::stream::{Item, MainDecoder};
 use multifd_proto::vmdesc::{TailScanner, VmDescription, cut, find_end};
-use multifd_proto::{BlockName, Step, xbzrle};
+use multifd_proto::{BlockName, Codec, Step, xbzrle};
 
 const PAGE: usize = 4096;
 
@@ -321,43 +320,52 @@ impl Account {
             Item::Command(command) => {
                 let mut bytes = Vec::new();
                 command.encode(&mut bytes);
-                self.commands.push((command.name().to_owned(), hex(&bytes[4..]), at));
+                self.commands.push((command.to_string(), hex(&bytes[4..]), at));
             }
-            Item::RamStart { total, .. } => self.word(RamWord::MemSize { total: *total }),
+            Item::RamStart { .. } => self.word(MEM_SIZE),
             Item::RamPart { end } => self.main.parts += usize::from(!end),
             Item::ZeroPage { block, .. } => {
                 self.main.zero += 1;
-                self.page_word(*block, |cont| RamWord::Zero { offset: 0, cont });
+                self.page_word(*block, ZERO);
             }
             Item::Page { block, .. } => {
                 self.main.page += 1;
-                self.page_word(*block, |cont| RamWord::Page { offset: 0, cont });
+                self.page_word(*block, PAGE_FLAG);
             }
             Item::Xbzrle { block, .. } => {
                 self.main.xbzrle += 1;
-                self.page_word(*block, |cont| RamWord::Xbzrle { offset: 0, cont });
+                self.page_word(*block, XBZRLE);
             }
             Item::Flush => {
                 self.main.flush += 1;
-                self.word(RamWord::Flush);
+                self.word(FLUSH);
             }
             Item::Eos => {
                 self.main.eos += 1;
-                self.word(RamWord::Eos);
+                self.word(EOS);
             }
             _ => (),
         }
     }
 
-    fn page_word(&mut self, block: usize, word: impl FnOnce(bool) -> RamWord) {
-        self.word(word(self.last == Some(block)));
+    fn page_word(&mut self, block: usize, flag: u64) {
+        self.word(if self.last == Some(block) { flag | CONTINUE } else { flag });
         self.last = Some(block);
     }
 
-    fn word(&mut self, word: RamWord) {
-        self.flags.insert(word.encode() & 0xfff);
+    fn word(&mut self, flags: u64) {
+        self.flags.insert(flags);
     }
 }
+
+/// The flags of RAM words.
+const ZERO: u64 = 0x002;
+const MEM_SIZE: u64 = 0x004;
+const PAGE_FLAG: u64 = 0x008;
+const EOS: u64 = 0x010;
+const CONTINUE: u64 = 0x020;
+const XBZRLE: u64 = 0x040;
+const FLUSH: u64 = 0x200;
 
 /// The destination's memory, zeroed at first.
 #[derive(Default)]

@@ -7,7 +7,7 @@ use multifd_proto::machine::Dialect;
 use multifd_proto::mapped_ram::BlockHeader;
 use multifd_proto::ram::BlockEntry;
 use multifd_proto::stream::{Item, MainDecoder, Section, SectionKind, StreamError};
-use multifd_proto::{BlockName, Step};
+use multifd_proto::{BlockName, Codec, Step};
 use multifd_proto::{DecodeError, Mismatch, ProtocolError, Violation};
 
 const PAGE: usize = 4096;
@@ -668,7 +668,7 @@ fn mapped_ram_headers_that_point_outside_the_file_are_refused() {
 #[test]
 fn a_block_of_a_mapped_ram_file_whose_memory_is_elsewhere_has_no_place_in_it() {
     let header = *b"\0\0\0\x01\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    assert_eq!(BlockHeader::decode(&header), Ok(BlockHeader::elsewhere(4096)));
+    assert_eq!(BlockHeader::decode(&header), Ok(Step::Item { item: BlockHeader::elsewhere(4096), used: header.len() }));
     let listed = |capabilities: &[&str], pages_offset| {
         let with_address = capabilities.len() > 1;
         let entry = |block, len, header| BlockEntry {

@@ -3,13 +3,13 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use multifd_proto::Step;
 use multifd_proto::command::Command;
 use multifd_proto::postcopy::{Package, PreemptDecoder, PreemptItem, Requests};
 use multifd_proto::ram::BlockEntry;
 use multifd_proto::return_path::Message;
 use multifd_proto::stream::{Item, MainDecoder};
 use multifd_proto::vmdesc::cut_by_shape;
+use multifd_proto::{Codec, Step};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 

@@ -8,6 +8,7 @@
 //! before the request is written until the last byte of the page was read, and what the source reports, from the arrival of the request
 //! until the page was written to the socket. Times are in microseconds. Both ends share this machine's CPUs.
 
+use multifd_proto::Codec;
 use std::{
     fs::{self, File},
     io::{Seek, Write},
@@ -97,9 +98,8 @@ fn checkpoint(path: &Path, mib: u64) -> Outcome<Checkpoint> {
     let mut encoder = MainEncoder::default();
     encoder.header().configuration("pc-i440fx-10.0").config_capabilities(&[MAPPED_RAM]).ram_start(2, bytes);
     let head = |header| {
-        let mut head = Vec::new();
-        BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut head);
-        head
+        let entry = BlockEntry { mapped_ram: Some(header), ..entry.clone() };
+        MainEncoder::default().block(&entry).bytes.clone()
     };
     let begin = encoder.bytes.len() as u64 + head(BlockHeader::place(0, bytes, PAGE as u64)).len() as u64;
     let header = BlockHeader::place(begin, bytes, PAGE as u64);

@@ -1,7 +1,7 @@
 //! The codecs of `multifd-proto`, and the decompressors.
 
 use multifd_proto::{
-    BlockName, Step,
+    BlockName, Codec, Step,
     encoder::MainEncoder,
     packet::{self, Compression, Hello, PacketHeader, Prefix, RamPacket},
     return_path::Message,

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, path::Path, sync::LazyLock};
 
 use multifd_proto::{
-    BlockName, ChannelId,
+    BlockName, ChannelId, Codec,
     command::{BodyLength, Command, PostcopyAdvice},
     encoder::MainEncoder,
     extension::{Extensions, Offer},
@@ -121,7 +121,9 @@ pub(crate) fn vmdescs() -> Vec<Vec<u8>> {
 /// Mapped-ram files with two blocks of a few pages, closer together than QEMU puts them, and a header.
 pub(crate) fn files() -> Vec<Vec<u8>> {
     let header = BlockHeader { page_size: 4096, bitmap_offset: 100, pages_offset: 1 << 20 };
-    vec![file(false), file(true), header.encode().to_vec()]
+    let mut bytes = Vec::new();
+    header.encode(&mut bytes);
+    vec![file(false), file(true), bytes]
 }
 
 /// A checkpoint; the memory of its first block may be `elsewhere`.
@@ -137,16 +139,15 @@ fn file(elsewhere: bool) -> Vec<u8> {
             mapped_ram: Some(BlockHeader { page_size: 4096, bitmap_offset, pages_offset }),
             ..BlockEntry::new(name(block), pages * 4096)
         };
-        let mut bytes = Vec::new();
-        entry(0, 0).encode(&mut bytes);
+        let listed = |entry: &BlockEntry| MainEncoder::default().block(entry).bytes.clone();
+        let bytes = listed(&entry(0, 0));
         if elsewhere && block == "pc.ram" {
             file.extend_from_slice(&bytes);
             continue;
         }
         let bitmap_offset = file.len() + bytes.len();
         let pages_offset = (bitmap_offset + 8).next_multiple_of(4096);
-        bytes.clear();
-        entry(bitmap_offset as u64, pages_offset as u64).encode(&mut bytes);
+        let bytes = listed(&entry(bitmap_offset as u64, pages_offset as u64));
         file.extend_from_slice(&bytes);
         file.extend_from_slice(&[0b101, 0, 0, 0, 0, 0, 0, 0]);
         file.resize(pages_offset, 0);

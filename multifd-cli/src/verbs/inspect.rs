@@ -456,8 +456,8 @@ fn zero_pages(account: &Account) -> Option<ZeroPages> {
 
 fn command_text(command: &Command) -> String {
     match command {
-        Command::Ping(value) => format!("{} {value}", command.name()),
-        command => command.name().to_owned(),
+        Command::Ping(value) => format!("{command} {value}"),
+        command => command.to_string(),
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) const MAX_DISCARD_RANGES: usize = (u16::MAX as usize - 258) / 16;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::Step;
+    use crate::wire::{Codec, Step};
 
     #[test]
     fn a_range_is_whole_pages_inside_its_block() {

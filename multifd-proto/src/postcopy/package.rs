@@ -8,6 +8,7 @@ use std::ops::Range;
 use crate::command::Command;
 use crate::stream;
 use crate::violation::DecodeError;
+use crate::wire::Codec;
 use crate::wire::Step;
 
 /// Where the parts of a package are.

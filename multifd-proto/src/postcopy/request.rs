@@ -72,7 +72,8 @@ impl Requests {
     ///
     /// # Panics
     /// If there is no such block.
-    pub fn ask(&mut self, request: Request, blocks: &[BlockEntry]) -> Message {
+    #[cfg(test)]
+    pub(crate) fn ask(&mut self, request: Request, blocks: &[BlockEntry]) -> Message {
         let Request { block, start, len } = request;
         if self.last.replace(block) == Some(block) {
             return Message::ReqPages { start, len };

@@ -3,7 +3,7 @@
 use std::{fs, io::Read, path::Path};
 
 use multifd_proto::{
-    BlockName, Step,
+    BlockName, Codec, Step,
     encoder::MainEncoder,
     mapped_ram::BlockHeader,
     ram::BlockEntry,
@@ -233,7 +233,8 @@ fn a_file_that_lies_about_where_its_memory_is_is_refused() {
     let dir = TempDir::new().unwrap();
     let checkpoint = devices_alone(&dir);
     let good = fs::read(checkpoint.path()).unwrap();
-    let header = BlockHeader::elsewhere(PAGE).encode();
+    let mut header = Vec::new();
+    BlockHeader::elsewhere(PAGE).encode(&mut header);
     let at = good.windows(header.len()).position(|window| window == header).unwrap();
     let opened = |bytes: &[u8]| {
         let path = dir.join("lies");

@@ -8,7 +8,7 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Codec,
     command::Command,
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},

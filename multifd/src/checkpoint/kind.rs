@@ -2,7 +2,7 @@
 
 use std::{fs::Metadata, os::unix::fs::FileTypeExt};
 
-use multifd_proto::{packet, stream};
+use multifd_proto::{encoder::MainEncoder, packet};
 
 /// Bytes at the beginning of a file that are looked at: libvirt's description of a VM is shorter.
 pub(super) const LOOKED_AT: usize = 1 << 20;
@@ -55,8 +55,7 @@ fn libvirt(beginning: &[u8]) -> String {
 }
 
 fn position_of_stream(bytes: &[u8]) -> Option<usize> {
-    let mut begin = stream::MAGIC.to_be_bytes().to_vec();
-    begin.extend_from_slice(&stream::VERSION.to_be_bytes());
+    let begin = MainEncoder::default().header().bytes.clone();
     bytes.windows(begin.len()).position(|window| window == begin)
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, Step, Violation,
+    BlockName, Codec, Step, Violation,
     command::Command,
     postcopy::{Beginning, received},
     return_path::Message,

@@ -143,7 +143,8 @@ impl Run {
         if is_postcopy {
             return self.main().nothing_follows().map(|()| Next::End);
         }
-        if self.main().decoder().is_snapshot() {
+        let decoder = self.main().decoder();
+        if decoder.state_ended() && !decoder.ram_ended() {
             self.report.mode = Mode::Snapshot;
         }
         if self.main().end_token().is_some() {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use multifd_proto::{
-    Step, Violation,
+    Codec, Step, Violation,
     command::Command,
     encoder::MainEncoder,
     return_path::Message,

@@ -133,7 +133,8 @@ impl RecordedReader {
         self.account.complete = true;
         self.finish_postcopy()?;
         let Some(pages) = &mut self.pages else { return Ok(()) };
-        if self.account.snapshot || self.main.decoder().is_snapshot() {
+        let decoder = self.main.decoder();
+        if self.account.snapshot || decoder.state_ended() && !decoder.ram_ended() {
             self.account.snapshot = true;
             pages.verify_each_once()?;
         }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use multifd_proto::{
-    BlockName, ProtocolError, Step, Violation,
+    BlockName, Codec, ProtocolError, Step, Violation,
     postcopy::{Request, Requests, received},
     return_path::Message,
 };
@@ -97,7 +97,7 @@ impl ReturnPath<'_> {
             Message::ResumeAck(1) => inbox.update(|mail| mail.is_resumed = true),
             Message::ResumeAck(_) => return Err(unexpected(at, "RESUME_ACK", "with another value than 1")),
             Message::Prepared { .. } => return Err(unexpected(at, "PREPARED", "without DESCRIBE")),
-            other => tracing::debug!(message = other.name(), "return path"),
+            other => tracing::debug!(message = %other, "return path"),
         }
         Ok(false)
     }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, DecodeError, ProtocolError, Step, Violation,
+    BlockName, Codec, DecodeError, ProtocolError, Step, Violation,
     command::{Command, PostcopyAdvice},
     encoder::MainEncoder,
     mapped_ram::BlockHeader,
@@ -70,9 +70,8 @@ fn checkpoint(dir: &TempDir) -> PathBuf {
     let mut file = encoder.bytes.clone();
     for (index, (entry, pages)) in blocks().into_iter().zip([RAM.1, BIOS.1]).enumerate() {
         let head = |header| {
-            let mut bytes = Vec::new();
-            BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut bytes);
-            bytes
+            let entry = BlockEntry { mapped_ram: Some(header), ..entry.clone() };
+            MainEncoder::default().block(&entry).bytes.clone()
         };
         let len = head(BlockHeader::place(0, entry.used_len, PAGE as u64)).len() as u64;
         let header = BlockHeader::place(file.len() as u64 + len, entry.used_len, PAGE as u64);
@@ -817,9 +816,8 @@ fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
     let mut encoder = MainEncoder::default();
     encoder.header().configuration(MACHINE).config_capabilities(&[MAPPED_RAM]).ram_start(2, bytes);
     let head = |header| {
-        let mut head = Vec::new();
-        BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut head);
-        head
+        let entry = BlockEntry { mapped_ram: Some(header), ..entry.clone() };
+        MainEncoder::default().block(&entry).bytes.clone()
     };
     let begin = encoder.bytes.len() + head(BlockHeader::place(0, bytes, PAGE as u64)).len();
     let header = BlockHeader::place(begin as u64, bytes, PAGE as u64);

@@ -1,7 +1,7 @@
 //! The bytes of the return path, as they come: messages, and what follows one outside of it.
 
 use multifd_proto::{
-    Step,
+    Codec, Step,
     extension::MAX_DESCRIPTION,
     return_path::{MAX_PAYLOAD, Message},
 };

@@ -202,7 +202,7 @@ impl Mailbox {
                 }
                 Message::Ready => self.ready(place)?,
                 Message::Pong(_) => self.answers(),
-                other => tracing::debug!(message = other.name(), "return path"),
+                other => tracing::debug!(message = %other, "return path"),
             }
         }
     }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, Step,
+    BlockName, Codec, Step,
     encoder::MainEncoder,
     mapped_ram::{self, BlockHeader, bitmap_len},
     postcopy::Package,
@@ -392,9 +392,8 @@ fn write_checkpoint(dir: &TempDir) -> PathBuf {
         let bytes = (pages * PAGE) as u64;
         let entry = BlockEntry::new(BlockName::new(name).unwrap(), bytes);
         let head = |header| {
-            let mut out = Vec::new();
-            BlockEntry { mapped_ram: Some(header), ..entry.clone() }.encode(&mut out);
-            out
+            let entry = BlockEntry { mapped_ram: Some(header), ..entry.clone() };
+            MainEncoder::default().block(&entry).bytes.clone()
         };
         let len = head(BlockHeader::place(0, bytes, PAGE as u64)).len() as u64;
         let header = BlockHeader::place(file.len() as u64 + len, bytes, PAGE as u64);

@@ -1,7 +1,7 @@
 //! Whole migrations between two threads: what arrives, and what is left behind when something fails.
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Codec,
     machine::{Dialect, ZeroPages},
     packet::Compression,
     return_path::Message,

@@ -157,11 +157,7 @@ fn commands_of_postcopy_and_replication_are_refused_by_name() {
 fn a_block_list_that_breaks_a_rule_is_refused() {
     let start =
         |total| Wire::from_encoder(MainEncoder::default().header().configuration("multifd").ram_start(1, total));
-    let entry = |name: &str, len| {
-        let mut bytes = Vec::new();
-        BlockEntry::new(block(name), len).encode(&mut bytes);
-        bytes
-    };
+    let entry = |name: &str, len| encoded(|e| e.block(&BlockEntry::new(block(name), len)));
     check("too long", &start(0x8000), entry("ram", 0x9000), "block list announces 0x8000 bytes and lists 0x9000");
     check(
         "sum beyond 2^64",
@@ -212,8 +208,7 @@ fn a_list_of_endless_blocks_is_refused() {
     for index in 0..4096 {
         encoder.block(&BlockEntry::new(block(&format!("b{index}")), 0x1000));
     }
-    let mut bad = Vec::new();
-    BlockEntry::new(block("one more"), 0x1000).encode(&mut bad);
+    let bad = encoded(|e| e.block(&BlockEntry::new(block("one more"), 0x1000)));
     check("too many blocks", &Wire::from_encoder(&encoder), bad, "more than 4096 RAM blocks");
 }
 

@@ -15,6 +15,7 @@ use std::{
 };
 
 use multifd_proto::{
+    Codec,
     machine::{Dialect, ZeroPages},
     return_path::Message,
 };

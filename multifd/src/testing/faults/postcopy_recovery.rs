@@ -3,7 +3,7 @@
 use std::{thread, time::Duration};
 
 use multifd_proto::{
-    Step,
+    Codec, Step,
     command::Command,
     mapped_ram::{bitmap_len, is_set},
     postcopy::received,

@@ -1,6 +1,7 @@
 //! The source describes its VM and the destination makes one like it: what both are told, and what ends the migration there.
 
 use multifd_proto::{
+    Codec,
     command::Command,
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},

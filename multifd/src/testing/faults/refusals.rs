@@ -12,7 +12,7 @@ use std::{
 };
 
 use multifd_proto::{
-    Step,
+    Codec, Step,
     command::Command,
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use multifd_proto::{
-    BlockName, ChannelId, Step,
+    BlockName, ChannelId, Codec, Step,
     encoder::MainEncoder,
     packet::{self, HELLO_LEN, Hello, PacketHeader, header_len},
     ram::BlockEntry,

@@ -11,6 +11,7 @@ use std::{
 };
 
 use multifd_proto::{
+    Codec,
     command::Command,
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},

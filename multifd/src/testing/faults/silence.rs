@@ -9,6 +9,7 @@ use std::{
 };
 
 use multifd_proto::{
+    Codec,
     encoder::MainEncoder,
     return_path::Message,
     stream::{Section, SectionKind},
