@@ -12,7 +12,7 @@
 //!
 //! A background snapshot has no END of `ram`: the devices follow the last PART. A FULL section before END is therefore state that
 //! is needed early only if another PART or the END of `ram` follows it; where the end of state follows instead, it was part of
-//! the devices' state ([`MainDecoder::may_be_snapshot`], [`MainDecoder::is_snapshot`]).
+//! the devices' state ([`MainDecoder::may_be_snapshot`], [`MainDecoder::state_ended`]).
 //!
 //! A source that announced postcopy may switch to it after any PART, instead of ending `ram`:
 //!
