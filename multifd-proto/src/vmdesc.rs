@@ -120,7 +120,8 @@ impl VmDescription {
     }
 
     /// The sections in the order of the stream, with the length of their bodies where it can be known.
-    pub fn device_sections(&self) -> impl Iterator<Item = (&Device, Option<u64>)> {
+    #[cfg(test)]
+    fn device_sections(&self) -> impl Iterator<Item = (&Device, Option<u64>)> {
         self.devices.iter().map(|device| (device, device.body_len()))
     }
 }
@@ -337,9 +338,9 @@ pub fn cut_all(
     Ok((cut_devices(early, &description.devices[..first])?, sections))
 }
 
-/// Whether `blob` looks like whole device sections, one behind the other, as far as that can be told without a description:
-/// behind each head, the first footer with its id that has another head behind it, or the end.
-pub fn look_whole(blob: &[u8]) -> bool {
+/// The rule of [`WholeScanner`], as it reads.
+#[cfg(test)]
+pub(crate) fn look_whole(blob: &[u8]) -> bool {
     match head(blob) {
         _ if blob.is_empty() => true,
         Head::Is { id, len } => ends_whole(&blob[len..], id),
@@ -347,7 +348,7 @@ pub fn look_whole(blob: &[u8]) -> bool {
     }
 }
 
-/// Cuts `blob` into sections by the rule of [`look_whole`]; nothing where it does not look whole.
+/// Cuts `blob` into sections by the rule of [`WholeScanner`]; nothing where it does not look whole.
 ///
 /// This is for states that no description comes with. Bytes inside of a body can look like its end and another section: then there are
 /// more sections than devices, and together they are still all of the bytes.
@@ -393,7 +394,9 @@ fn ends_whole(mut rest: &[u8], mut id: u32) -> bool {
     }
 }
 
-/// [`look_whole`] for a buffer that grows while it is received: no byte is looked at twice, but for some hundred at the end.
+/// Whether a buffer that may grow looks like whole device sections, one behind the other, as far as that can be told without a
+/// description: behind each head, the first footer with its id that has another head behind it, or the end. No byte is looked at
+/// twice, but for some hundred at the end.
 #[derive(Debug, Clone, Default)]
 pub struct WholeScanner {
     /// Where the section under way begins.
@@ -651,7 +654,8 @@ pub struct TailEnd {
 }
 
 /// Where main ends, if `buf` ends with the end of main.
-pub fn find_end(buf: &[u8]) -> Option<TailEnd> {
+#[cfg(test)]
+pub(crate) fn find_end(buf: &[u8]) -> Option<TailEnd> {
     TailScanner::default().scan(buf)
 }
 

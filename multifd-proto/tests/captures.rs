@@ -12,7 +12,7 @@ use multifd_proto::encoder::MainEncoder;
 use multifd_proto::machine::{Dialect, MachineDefaults};
 use multifd_proto::packet::{Compression, HELLO_LEN, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, header_len};
 use multifd_proto::stream::{Item, MainDecoder};
-use multifd_proto::vmdesc::{TailScanner, VmDescription, cut, find_end};
+use multifd_proto::vmdesc::{TailScanner, VmDescription, cut};
 use multifd_proto::{BlockName, Codec, Step, xbzrle};
 
 const PAGE: usize = 4096;
@@ -240,7 +240,7 @@ fn packet_headers_encode_back_to_the_recorded_bytes() {
 
 /// Device state and vmdescription of a complete main.
 fn tail(main: &[u8]) -> (&[u8], &[u8]) {
-    let end = find_end(main).expect("the recording is complete");
+    let end = TailScanner::default().scan(main).expect("the recording is complete");
     let mut decoder = MainDecoder::new(PAGE);
     let mut at = 0;
     // Up to the first section head behind RAM; whose bytes belong to the blob.

@@ -13,7 +13,7 @@ use multifd_proto::{
     ram::BlockEntry,
     return_path::Message,
     stream::{MAPPED_RAM, Section, SectionKind, X_IGNORE_SHARED},
-    vmdesc,
+    vmdesc::TailScanner,
 };
 
 use crate::destination::{BLOCKS, LATER};
@@ -104,7 +104,7 @@ pub(crate) fn vmdescs() -> Vec<Vec<u8>> {
     for (_, bytes) in recorded().filter(|(name, _)| name.ends_with("/main.bin")) {
         // Behind the pages of main, where there are any.
         let bytes = &bytes[bytes.len().saturating_sub(200_000)..];
-        let Some(end) = vmdesc::find_end(bytes) else { continue };
+        let Some(end) = TailScanner::default().scan(bytes) else { continue };
         let json = &bytes[end.json.clone()];
         if json.len() < 1 << 16 {
             seeds.push(both(json, &bytes[end.eof_at.saturating_sub(3000)..end.eof_at]));

@@ -107,7 +107,7 @@ impl Tail {
 
     /// What `bytes`, everything from the first section to the end of the stream, consists of.
     fn whole(bytes: &[u8], early: &[u8], main: &MainReader) -> Result<Tail, Error> {
-        match vmdesc::find_end(bytes) {
+        match TailScanner::default().scan(bytes) {
             Some(end) => match fits(early, bytes, &end) {
                 Ok(()) => Ok(Tail::new(bytes, &end)),
                 Err(source) => Err(CheckpointError::NotDescribed { source }.into()),
@@ -176,7 +176,7 @@ impl Tail {
     pub(super) fn extend(&self, early: &[u8], more: &[u8]) -> Result<Tail, Error> {
         let mut bytes = self.to_bytes();
         bytes.extend_from_slice(more);
-        let whole = match vmdesc::find_end(&bytes) {
+        let whole = match TailScanner::default().scan(&bytes) {
             Some(end) if fits(early, &bytes, &end).is_ok() => Some(Tail::new(&bytes, &end)),
             Some(_) => None,
             None => Tail::without_description(&bytes),
@@ -200,7 +200,7 @@ impl Tail {
 
     fn without_description(bytes: &[u8]) -> Option<Tail> {
         let sections = bytes.strip_suffix(&[EOF])?;
-        vmdesc::look_whole(sections).then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() })
+        WholeScanner::default().scan(sections).then(|| Tail { sections: sections.to_vec(), vmdescription: Vec::new() })
     }
 }
 

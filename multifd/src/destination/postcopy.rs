@@ -11,7 +11,7 @@ use multifd_proto::{
     postcopy::{DiscardRange, Package, ReachedAfterSwitch as Reached},
     ram::BlockEntry,
     return_path::Message,
-    vmdesc,
+    vmdesc::WholeScanner,
 };
 
 use super::{
@@ -342,7 +342,7 @@ impl Run {
         let bytes = self.main().payload(len as usize)?;
         let package = Package::of(bytes).map_err(Error::protocol(place))?;
         let (devices, pings) = (bytes[package.devices].to_vec(), package.pings);
-        if devices.is_empty() || !vmdesc::look_whole(&devices) {
+        if devices.is_empty() || !WholeScanner::default().scan(&devices) {
             let what = "its devices are not whole sections";
             return Err(Error::protocol(place)(DecodeError::BadPackage { len: len as usize, what }));
         }

@@ -6,7 +6,7 @@ use multifd_proto::{
     BlockName, DecodeError, Step, Violation,
     postcopy::{DiscardRange, Package, PreemptDecoder, PreemptItem},
     ram::BlockEntry,
-    vmdesc,
+    vmdesc::WholeScanner,
 };
 
 use super::{PAGE_SIZE, RecordedReader, account::Pages};
@@ -51,7 +51,7 @@ impl RecordedReader {
         let bytes = self.main.payload(len as usize)?;
         let Package { devices, pings } = Package::of(&bytes).map_err(Error::protocol(place))?;
         let sections = bytes[devices].to_vec();
-        if sections.is_empty() || !vmdesc::look_whole(&sections) {
+        if sections.is_empty() || !WholeScanner::default().scan(&sections) {
             let what = "its devices are not whole sections";
             return Err(Error::protocol(place)(DecodeError::BadPackage { len: len as usize, what }));
         }
