@@ -321,7 +321,7 @@ impl Prefix {
     }
 
     /// Whether the packet ends the round on its channel.
-    const fn sync(&self) -> bool {
+    pub const fn sync(&self) -> bool {
         self.flags & SYNC != 0
     }
 

@@ -806,7 +806,7 @@ impl<S: SendHalf + ?Sized> SendHalf for LegacyStream<S> {
             // Main, or a hello.
             return self.inner.write(header, pages);
         };
-        if let (true, Some((held, _))) = (prefix.flags.sync(), &mut self.held) {
+        if let (true, Some((held, _))) = (prefix.sync(), &mut self.held) {
             // The flags are the third word of a packet.
             for (held, sync) in held[8..12].iter_mut().zip(&header[8..12]) {
                 *held |= sync;
@@ -816,7 +816,7 @@ impl<S: SendHalf + ?Sized> SendHalf for LegacyStream<S> {
             return self.send_held();
         }
         self.send_held()?;
-        if prefix.flags.sync() {
+        if prefix.sync() {
             return self.inner.write(header, pages);
         }
         let mut payload = Vec::new();
