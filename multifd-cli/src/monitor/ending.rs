@@ -20,9 +20,14 @@ impl Monitor {
     /// Has the migration rest: its thread sleeps until it may send again, and its channels have sent what they had. It takes
     /// some tenths of a second, and [`REST_LIMIT`] at most.
     ///
-    /// [`REST_PARAMETERS`] stay changed. A QEMU that refuses or does not rest is cancelled where it is.
+    /// It has to have sent all memory once. [`REST_PARAMETERS`] stay changed. A QEMU that refuses or does not rest is cancelled where it is.
     pub fn bring_to_rest(&mut self) {
         let begun = Instant::now();
+        // In its first round a migration is better cancelled at once: one that was slowed down there stayed in `cancelling`.
+        let goes_round = |answer: &Value| answer["ram"]["dirty-sync-count"].as_u64() >= Some(2);
+        if !matches!(self.migration(), Ok((Status::Active, answer)) if goes_round(&answer)) {
+            return;
+        }
         // The downtime, or it might take what is left for little enough to switch over.
         let rest = json!({ "max-bandwidth": REST_RATE, "downtime-limit": 0 });
         if self.execute("migrate-set-parameters", rest).is_err() {
