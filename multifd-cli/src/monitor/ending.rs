@@ -1,9 +1,8 @@
 //! How the migration of a QEMU is ended without harm to the QEMU.
 //!
-//! A QEMU 7.2 or 10.0 that is cancelled while its migration thread waits for a channel may keep that thread waiting for good:
-//! the state says `failed`, or stays `cancelling`, and the guest runs on. No command ends the thread, and another `migrate` is
-//! refused or ends the QEMU. So a migration is brought to rest before it is cancelled, and what QEMU has not cleared up is
-//! looked for before the next one. All of it was found by experiment; `docs/qemu.md` has the figures.
+//! A QEMU 7.2 or 10.0 that is cancelled while its migration thread waits for a channel may keep that thread waiting forever. No
+//! command ends it, and another `migrate` is refused or ends the QEMU. So a migration is brought to rest before it is cancelled,
+//! and what QEMU has not cleared up is looked for before the next one. `docs/qemu.md` has the experiments.
 
 use std::{
     thread,
@@ -18,24 +17,42 @@ use crate::exit::Exit;
 
 impl Monitor {
     /// Has the migration rest: its thread sleeps until it may send again, and its channels have sent what they had. It takes
-    /// some tenths of a second, and [`REST_LIMIT`] at most.
+    /// some tenths of a second; a QEMU that does not rest is given up after [`REST_LIMIT`], and is cancelled where it is.
     ///
-    /// It has to have sent all memory once. [`REST_PARAMETERS`] stay changed. A QEMU that refuses or does not rest is cancelled where it is.
+    /// [`REST_PARAMETERS`] stay changed.
     pub fn bring_to_rest(&mut self) {
-        let begun = Instant::now();
-        // In its first round a migration is better cancelled at once: one that was slowed down there stayed in `cancelling`.
-        let goes_round = |answer: &Value| answer["ram"]["dirty-sync-count"].as_u64() >= Some(2);
-        if !matches!(self.migration(), Ok((Status::Active, answer)) if goes_round(&answer)) {
-            return;
+        let deadline = Instant::now() + REST_LIMIT;
+        if self.wait_first_page(deadline) && self.slow_down() {
+            self.wait_between_packets(deadline);
         }
-        // The downtime, or it might take what is left for little enough to switch over.
+    }
+
+    /// Waits until the set-up is over, in which the thread waits for one channel after the other. Returns whether there is a
+    /// migration that goes on.
+    fn wait_first_page(&mut self, deadline: Instant) -> bool {
+        while Instant::now() < deadline {
+            let Ok((status, answer)) = self.migration() else { return false };
+            let sent = |pages: &str| answer["ram"][pages].as_u64().unwrap_or_default();
+            match status {
+                Status::Active if sent("normal") + sent("duplicate") > 0 => return true,
+                Status::Active | Status::Setup => thread::sleep(POLL_INTERVAL),
+                _ => return false,
+            }
+        }
+        false
+    }
+
+    fn slow_down(&mut self) -> bool {
+        // The downtime, too, or it might take what is left for little enough to switch over.
         let rest = json!({ "max-bandwidth": REST_RATE, "downtime-limit": 0 });
-        if self.execute("migrate-set-parameters", rest).is_err() {
-            return;
-        }
+        self.execute("migrate-set-parameters", rest).is_ok()
+    }
+
+    fn wait_between_packets(&mut self, deadline: Instant) {
+        let begun = Instant::now();
         let mut sent = Value::Null;
         let mut changed = Instant::now();
-        while begun.elapsed() < REST_LIMIT {
+        while Instant::now() < deadline {
             let Ok((Status::Active, answer)) = self.migration() else { return };
             if answer["ram"]["transferred"] != sent {
                 sent = answer["ram"]["transferred"].clone();
@@ -47,7 +64,7 @@ impl Monitor {
             if knows_its_rate && rested >= A_PACKET && (rested < 2 * A_PACKET || rested > 2 * RATE_WINDOW) {
                 return;
             }
-            thread::sleep(A_PACKET / 6);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -61,9 +78,9 @@ impl Monitor {
             if Instant::now() >= deadline {
                 return Err(Refusal::new(
                     Exit::Failed,
-                    "QEMU's last migration is over, but its thread does not end (QEMU 7.2 and 10.0 may do so where a connection is \
-                     cut). The guest runs on. Do not migrate or checkpoint this QEMU again, it may end; restart the guest in \
-                     another QEMU when that suits",
+                    "QEMU's last migration is over, but its thread does not end, as may happen to a QEMU 7.2 or 10.0 whose \
+                     connection breaks. The guest runs on. Another migration may end this QEMU: shut the guest down and start it \
+                     again when that suits",
                 ));
             }
             thread::sleep(POLL_INTERVAL);
@@ -87,4 +104,4 @@ const RATE_WINDOW: Duration = Duration::from_millis(100);
 /// In which a packet has left for good.
 const A_PACKET: Duration = Duration::from_millis(30);
 /// After that a migration counts as one that does not rest.
-const REST_LIMIT: Duration = Duration::from_secs(2);
+const REST_LIMIT: Duration = Duration::from_secs(5);

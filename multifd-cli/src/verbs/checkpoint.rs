@@ -70,8 +70,11 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
-    if let Err(refusal) = monitor.wait_cleared_up(SHORT) {
-        outcome.worsen(Exit::Failed, &refusal.message);
+    match monitor.wait_cleared_up(SHORT) {
+        // That is said where the settings are put back.
+        Err(refusal) if refusal.lost => {}
+        Err(refusal) => outcome.worsen(Exit::Failed, &refusal.message),
+        Ok(()) => {}
     }
     if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
         outcome.worsen(Exit::Failed, &refusal.message);

@@ -432,9 +432,6 @@ fn an_interrupted_checkpoint_leaves_no_file_and_the_guest_runs_on() {
                     assert_eq!((state.as_str(), file.exists()), ("running", false), "{}", ended.log);
                 }
             }
-            if is_stuck(&mut source, &ended.log) {
-                return;
-            }
             assert_eq!(settings(source.qmp()), before);
         }
         assert_runs_on(&mut source);
@@ -456,11 +453,7 @@ fn a_checkpoint_that_is_interrupted_before_the_answer_to_migrate_ends_the_migrat
         running.signal(Signal::INT);
         proxy.wait_lines(2, LIMIT);
         proxy.release();
-        let ended = running.end();
-        ended.failed(3, "cancelled");
-        if is_stuck(&mut source, &ended.log) {
-            return;
-        }
+        running.end().failed(3, "cancelled");
         assert_cancelled(&mut source);
         assert_eq!(settings(source.qmp()), before);
         assert_runs_on(&mut source);
@@ -587,19 +580,6 @@ fn a_checkpoint_that_cannot_be_completed_leaves_the_guest_running() {
         checkpoint(&qmp, &file, &["--force", "--resume"]).done();
         assert_runs_on(&mut source);
     });
-}
-
-/// Whether `qemu` stays in `cancelling`, as a QEMU 7.2 or 10.0 does that was cancelled in a bad moment of its first round: its guest runs
-/// on, and the command has said that the QEMU is not to be migrated again.
-fn is_stuck(qemu: &mut Qemu, log: &str) -> bool {
-    let answer = qemu.qmp().query_migrate().unwrap();
-    if answer["status"] != "cancelling" {
-        return false;
-    }
-    assert!(log.contains("its thread does not end") && log.contains("could not be put back"), "{answer}; {log}");
-    assert_eq!(qemu.qmp().run_state().unwrap(), "running", "{answer}");
-    eprintln!("a QEMU that stays in cancelling: {answer}");
-    true
 }
 
 /// The last migration of `qemu` was cancelled, and another one can begin.
