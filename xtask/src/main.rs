@@ -1,6 +1,7 @@
 //! Developer tasks, one verb per file: `cargo xtask VERB`.
 
 mod bench;
+mod coverage;
 mod dist;
 #[cfg(test)]
 mod documents;
@@ -27,6 +28,7 @@ const VERBS: &[Verb] = &[
     ("dist", "a static binary, man pages, completions, and a .deb of them, below target/dist", dist::run),
     ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
     ("mutants", "changes the code of the guarantee, place by place: which changes no unit test notices", mutants::run),
+    ("coverage", "which regions of the libraries their own tests run, and a list of those they do not", coverage::run),
     ("json", "writes docs/json.md, the page about the reports, from the types that are printed", json::run),
     ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),
 ];
@@ -37,7 +39,7 @@ fn main() -> ExitCode {
     let Some((_, _, run)) = VERBS.iter().find(|(name, _, _)| Some(*name) == verb) else {
         eprintln!("usage: cargo xtask VERB\n");
         for (name, help, _) in VERBS {
-            eprintln!("    {name:<8} {help}");
+            eprintln!("    {name:<9} {help}");
         }
         return ExitCode::from(2);
     };
