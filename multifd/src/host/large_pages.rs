@@ -101,6 +101,23 @@ impl LargePages {
     }
 }
 
+/// Whether the host whose files are below `root` gives private memory pages of 2 MiB where it was asked to, by MADV_HUGEPAGE.
+/// What cannot be read gives none.
+pub(crate) fn huge_on_advice(root: &Path) -> bool {
+    let directory = root.join("sys/kernel/mm/transparent_hugepage");
+    let size = fs::read_to_string(directory.join("hpage_pmd_size")).unwrap_or_default();
+    // Other processors have others, up to 512 MiB.
+    if size.trim() != "2097152" {
+        return false;
+    }
+    let setting = |path: &str| read(&directory.join(path)).ok().flatten();
+    match setting("hugepages-2048kB/enabled") {
+        // Kernels without pages of other sizes have one setting for all.
+        None | Some(Setting::Inherit) => setting("enabled") == Some(Setting::Advised),
+        own => own == Some(Setting::Advised),
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Setting {
     Always,
@@ -183,6 +200,25 @@ mod tests {
         let why = LargePages::below(dir.path(), FreshKind::Private).unwrap_err();
         assert_eq!(why, NoLargePages::Missing);
         assert_eq!(LargePages::below(&dir.join("no"), FreshKind::Shared).unwrap_err(), why);
+    }
+
+    #[test]
+    fn huge_pages_are_given_on_advice_where_the_host_says_so_and_they_are_2_mib() {
+        let size = ("hpage_pmd_size", "2097152");
+        let (all, own) = ("enabled", "hugepages-2048kB/enabled");
+        for (settings, expected) in [
+            (&[size, (all, "always [madvise] never")][..], true),
+            (&[size, (all, "always [madvise] never"), (own, "always [inherit] madvise never")], true),
+            (&[size, (all, "always madvise [never]"), (own, "always inherit [madvise] never")], true),
+            (&[size, (all, "always [madvise] never"), (own, "always inherit madvise [never]")], false),
+            (&[size, (all, "always madvise [never]")], false),
+            (&[size, (all, "[always] madvise never")], false),
+            (&[("hpage_pmd_size", "536870912"), (all, "always [madvise] never")], false),
+            (&[(all, "always [madvise] never")], false),
+            (&[size], false),
+        ] {
+            assert_eq!(huge_on_advice(host(settings).path()), expected, "{settings:?}");
+        }
     }
 
     #[test]

@@ -438,6 +438,11 @@ impl<'a> GuestRange<'a> {
         self.len == 0
     }
 
+    /// The block that the range lies in.
+    pub(crate) fn block(&self) -> &'a RamBlock {
+        self.block
+    }
+
     /// Address of the first byte, for the kernel. Reading or writing through it races with the guest: use the copies
     /// below, or a system call.
     pub fn as_ptr(&self) -> *mut u8 {

@@ -119,7 +119,7 @@ fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Tou
          process touched and freed a quarter more memory than the destination needs, for all alike, so the destination's \
          memory is known to the host but fresh to the process (except “present”, which was touched before). Variants took \
          turns; the first turn is not counted. Memory files are 4 KiB pages on both sides. Anonymous memory is what each \
-         side takes by default: QEMU asks for huge pages, the engine does not. “Huge pages” is the engine's \
+         side takes by default: QEMU asks for huge pages, the engine where they cost less. “Huge pages” is the engine's \
          `FirstTouch::Huge`. Plain sockets move the same bytes without a protocol into present memory. A cell is the \
          median with least and most."
     ));
@@ -262,7 +262,7 @@ pub fn backing(bench: &Bench) -> Result<Findings, String> {
         "{mib} MiB of random pages into fresh anonymous memory, 4 channels over TCP, as above, but for what was done before \
          each run: another process touched and freed a quarter more memory than the destination needs with huge pages, not \
          small ones. A host that takes free memory back has those it gave last at hand, so here huge pages are as cheap as \
-         they get, and above they are not. QEMU asks for them by default; the engine does not, as a sparse guest would grow. Taken \
+         they get, and above they are not. QEMU asks for them by default; the engine where they cost less, and not for more than a quarter more than the content. Taken \
          turns; CPU is of both processes."
     ));
     let cell = |name: &str| &cells[named(&names, name)];

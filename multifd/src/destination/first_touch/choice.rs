@@ -2,8 +2,9 @@
 //!
 //! Runs of pages are either read into private memory and put in place by the kernel (`UFFDIO_COPY`), or read into place, where one
 //! page fault brings many pages at once if the host has them to give. Which is cheaper differs by a factor of ten between
-//! hosts, and on one host from one minute to the next. So what each run costs is measured, the first of each [`PERIOD`] slices
-//! goes the way that is not the usual one, and the usual one is the one that cost less in its latest [`MEMORY`] bytes.
+//! hosts, and on one host from one minute to the next. So what each run costs is measured, one of [`PERIOD`] slices
+//! goes the way that is not the usual one, and the usual one is the one that cost less in its latest [`MEMORY`] bytes. Where the other
+//! way cost far more, the next look at it comes twice as late, as looking is not free.
 
 use std::time::Duration;
 
@@ -40,6 +41,10 @@ impl Way {
 pub(super) struct Choice {
     /// Slices for which a way was chosen.
     slices: AtomicU64,
+    /// How many there have to be before the other way is looked at again, less the first look's.
+    next_look: AtomicU64,
+    /// How many slices lay between the last two looks; 0 before the second.
+    period: AtomicU64,
     /// The usual way.
     way: AtomicU8,
     /// By way.
@@ -76,15 +81,22 @@ impl Choice {
     /// The way of another slice.
     pub(super) fn next(&self) -> Way {
         let usual = self.way();
-        match self.slices.fetch_add(1, Relaxed) % PERIOD {
-            // The usual one is the first to be known.
-            1 => {
-                let other = usual.other();
-                lock(&self.costs)[other as usize] = Cost::default();
-                other
-            }
-            _ => usual,
+        let slice = self.slices.fetch_add(1, Relaxed);
+        // The usual one is the first to be known. Each slice has its number to itself, so one thread is here at a time.
+        if slice != FIRST_LOOK + self.next_look.load(Relaxed) {
+            return usual;
         }
+        let other = usual.other();
+        let mut costs = lock(&self.costs);
+        let far_more = match (costs[usual as usize].of_a_gb(), costs[other as usize].of_a_gb()) {
+            (Some(usual), Some(other)) => other > usual * FAR_MORE,
+            _ => false,
+        };
+        let period = if far_more { (2 * self.period.load(Relaxed)).clamp(PERIOD, LONGEST_PERIOD) } else { PERIOD };
+        self.period.store(period, Relaxed);
+        self.next_look.fetch_add(period, Relaxed);
+        costs[other as usize] = Cost::default();
+        other
     }
 
     /// The way of slices that are no trial.
@@ -102,7 +114,7 @@ impl Choice {
         self.bytes[way as usize].fetch_add(bytes, Relaxed);
     }
 
-    fn measured(&self, way: Way, bytes: u64, took: Duration) {
+    pub(super) fn measured(&self, way: Way, bytes: u64, took: Duration) {
         let mut costs = lock(&self.costs);
         costs[way as usize].add(bytes, u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
         let usual = self.way();
@@ -138,8 +150,14 @@ impl Trial<'_> {
     }
 }
 
+/// The first slice that goes the other way.
+const FIRST_LOOK: u64 = 1;
 /// Slices from one look at the other way to the next: 256 MiB.
 const PERIOD: u64 = 64;
+/// The same where the other way is never worth it: 4 GiB.
+const LONGEST_PERIOD: u64 = 16 * PERIOD;
+/// The other way is looked at more and more rarely while it costs this many times as much.
+const FAR_MORE: f64 = 1.5;
 /// Bytes of which it is known what they cost; those before count for less.
 const MEMORY: u64 = 16 << 20;
 /// Bytes that have to go a way before it is known what it costs.
@@ -173,6 +191,20 @@ mod tests {
         assert_eq!(ways[PERIOD as usize + 1], Way::Copy);
         assert_eq!(ways.iter().filter(|way| **way == Way::Copy).count(), 2);
         assert_eq!(choice.bytes(Way::Copy), 8 << 20);
+    }
+
+    #[test]
+    fn a_way_that_costs_far_more_is_looked_at_more_and_more_rarely_but_always_again() {
+        let choice = Choice::default();
+        let looks = |ways: &[Way], usual| -> Vec<u64> {
+            (0..).zip(ways).filter(|(_, way)| **way != usual).map(|(slice, _)| slice).collect()
+        };
+        let ways = fill(&choice, 64 * PERIOD, 300_000, 2_000_000);
+        let expected = [0, 1, 3, 7, 15, 31, 47, 63].map(|periods| periods * PERIOD + FIRST_LOOK);
+        assert_eq!(looks(&ways, Way::Copy), expected);
+        // Once it does no longer, it is looked at as often as at first, from the second look on.
+        let ways = fill(&choice, 64 * PERIOD, 300_000, 280_000);
+        assert_eq!(looks(&ways, Way::Copy)[..3], [15, 31, 32].map(|periods| periods * PERIOD + FIRST_LOOK));
     }
 
     /// The host may have no large pages left from one moment to the next: each fault then brings a small one, or waits.

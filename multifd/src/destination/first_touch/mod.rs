@@ -23,9 +23,11 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FirstTouch {
     /// [`Copy`](FirstTouch::Copy) where the kernel permits it and the memory has small pages, else
-    /// [`Direct`](FirstTouch::Direct). Where the host gives pages of 64 to 512 KiB, runs of pages that fill some are read into
-    /// those instead if that costs less CPU time, which is tried for each block, and again every 256 MiB. A sparse guest does not
-    /// grow by that, unless the host gives large pages to all memory, unasked: then to four times its content at most.
+    /// [`Direct`](FirstTouch::Direct). Where the host gives pages of 64 to 512 KiB, or private memory such of 2 MiB where they
+    /// are asked for (`madvise`), long runs of pages are read into those instead if that costs less CPU time, which is tried for each
+    /// block, and again every 256 MiB or, where it costs far more, up to 4 GiB. A sparse guest does not grow by the smaller ones, and
+    /// by those of 2 MiB for a quarter of its content and 16 MiB for each block at most; where the host gives large pages to all memory,
+    /// unasked, to four times its content at most.
     #[default]
     Auto,
     /// Read from the socket into place. Best where the memory is present already or has huge pages.

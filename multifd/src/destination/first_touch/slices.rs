@@ -12,16 +12,16 @@
 //! Where the host gives large pages (see [`LargePages`]), each slice goes one of two ways, as `choice` says: it is registered, or runs
 //! are read into place, which the kernel was asked before to back with large pages.
 
-use std::{collections::VecDeque, io, ops::Range};
+use std::{collections::VecDeque, io, ops::Range, path::Path};
 
 use multifd_proto::BlockName;
 
 use super::{
-    advised::Advised,
+    advised::{Advised, Asked},
     choice::{Choice, Trial, Way},
 };
 use crate::{
-    host::{FreshKind, LargePages},
+    host::{FreshKind, LargePages, large_pages::huge_on_advice},
     ram::{Backing, GuestRange, Ram, RamBlock},
     sync::{
         Mutex,
@@ -57,8 +57,44 @@ struct Block {
 
 /// Large pages, which a block may get.
 struct Large {
-    pages: LargePages,
+    offer: Offer,
     advised: Advised,
+}
+
+/// What a host gives to fresh memory.
+#[derive(Clone, Copy, Debug)]
+enum Offer {
+    /// Pages of 64 to 512 KiB.
+    Large(LargePages),
+    /// Pages of 2 MiB alone, where they are asked for.
+    Huge,
+}
+
+impl Offer {
+    /// What this host gives, or why it gives nothing.
+    fn of_host(kind: FreshKind) -> Result<Offer, String> {
+        match LargePages::of_host(kind) {
+            Ok(pages) => Ok(Offer::Large(pages)),
+            Err(_) if kind == FreshKind::Private && huge_on_advice(Path::new("/")) => Ok(Offer::Huge),
+            Err(why) => Err(why.to_string()),
+        }
+    }
+
+    fn is_advised(&self) -> bool {
+        match self {
+            Offer::Large(pages) => pages.advised,
+            Offer::Huge => true,
+        }
+    }
+
+    /// The shortest run that is read into place. A large page that comes unasked may hold more than what is filled:
+    /// [`MOST_INFLATED`] times as much.
+    fn least_run(&self) -> usize {
+        match self {
+            Offer::Large(pages) => LEAST_RUN.max(pages.largest_unasked / MOST_INFLATED),
+            Offer::Huge => LEAST_RUN,
+        }
+    }
 }
 
 struct Slice {
@@ -107,14 +143,14 @@ impl Slices {
     /// # Errors
     /// As [`new`](Self::new).
     pub(super) fn or_large_pages(ram: &Ram) -> io::Result<Slices> {
-        Slices::of(ram, SLICE, MOST_OPEN, |kind| LargePages::of_host(kind).map_err(|why| why.to_string()))
+        Slices::of(ram, SLICE, MOST_OPEN, Offer::of_host)
     }
 
     fn of(
         ram: &Ram,
         bytes: u64,
         most_open: usize,
-        host: impl Fn(FreshKind) -> Result<LargePages, String>,
+        host: impl Fn(FreshKind) -> Result<Offer, String>,
     ) -> io::Result<Slices> {
         let uffd = Userfaultfd::open().map_err(|(_, error)| error)?;
         let block = |block: &RamBlock| {
@@ -141,15 +177,15 @@ impl Slices {
             return Way::InPlace;
         }
         let block = &self.blocks[parts[0].block];
-        // A large page that comes unasked may hold more than what is filled: [`MOST_INFLATED`] times as much.
-        let long = |large: &Large| range.len() >= LEAST_RUN.max(large.pages.largest_unasked / MOST_INFLATED);
-        if !block.large.as_ref().is_ok_and(long) {
+        let Ok(large) = &block.large else { return Way::Copy };
+        if range.len() < large.offer.least_run() {
             return Way::Copy;
         }
         let chosen = &self.slice(parts[0]).way;
         match chosen.load(Relaxed) {
             0 => {
-                let way = block.choice.next();
+                let affords = large.advised.affords(block.choice.bytes(Way::InPlace));
+                let way = if affords { block.choice.next() } else { Way::Copy };
                 // Of threads that are here at the same time, the first one chooses.
                 match chosen.compare_exchange(0, way as u8 + 1, Relaxed, Relaxed) {
                     Ok(_) => way,
@@ -171,9 +207,9 @@ impl Slices {
         let block = self.block_of(range);
         block.choice.went(Way::InPlace, range.len() as u64);
         if let Ok(large) = &block.large
-            && large.pages.advised
+            && large.offer.is_advised()
         {
-            large.advised.ask(range);
+            large.advised.ask(range, block.choice.bytes(Way::InPlace));
         }
     }
 
@@ -360,7 +396,7 @@ impl Drop for Slices {
 }
 
 /// The large pages that `block` may get.
-fn large(block: &RamBlock, host: impl Fn(FreshKind) -> Result<LargePages, String>) -> Result<Large, String> {
+fn large(block: &RamBlock, host: impl Fn(FreshKind) -> Result<Offer, String>) -> Result<Large, String> {
     let memory = match block.backing() {
         Backing::Anonymous => FreshKind::Private,
         Backing::MemoryFile(file) => {
@@ -378,9 +414,11 @@ fn large(block: &RamBlock, host: impl Fn(FreshKind) -> Result<LargePages, String
         }
         _ => return Err("it was not said what it is made of".to_owned()),
     };
-    let pages = host(memory)?;
-    let advised = Advised::new(block.address(), block.bytes() as u64).map_err(|error| error.to_string())?;
-    Ok(Large { pages, advised })
+    let offer = host(memory)?;
+    let asked = if matches!(offer, Offer::Huge) { Asked::Huge } else { Asked::Large };
+    let addresses = block.address()..block.address() + block.bytes() as u64;
+    let advised = Advised::new(asked, addresses).map_err(|error| error.to_string())?;
+    Ok(Large { offer, advised })
 }
 
 impl Block {
@@ -578,7 +616,7 @@ mod tests {
     /// Memory of 12 slices, on a host that gives large pages.
     fn with_large_pages(largest_unasked: usize) -> Option<(Ram, Slices)> {
         let ram = ram(&[("ram", 12 * 256)]);
-        let host = |_| Ok(LargePages { advised: largest_unasked == 0, largest_unasked });
+        let host = |_| Ok(Offer::Large(LargePages { advised: largest_unasked == 0, largest_unasked }));
         let slices =
             Slices::of(&ram, 1 << 20, 3, host).map_err(|error| skip(&format!("no userfaultfd: {error}"))).ok()?;
         Some((ram, slices))
@@ -608,6 +646,32 @@ mod tests {
             account.copy_cost > account.in_place_cost && account.reason.starts_with("read into large pages"),
             "{account:?}"
         );
+    }
+
+    /// 60 runs of 64 KiB, 2 MiB apart, and then all.
+    #[test]
+    fn a_sparse_guest_goes_the_way_that_does_not_make_it_grow() {
+        let ram = ram(&[("ram", 64 * 256)]);
+        let made = Slices::of(&ram, 2 << 20, 3, |_| Ok(Offer::Huge));
+        let Ok(slices) = made.map_err(|error| skip(&format!("no userfaultfd: {error}"))) else { return };
+        let run = |first: u64, pages: usize| ram.blocks()[0].range(first * 4096, pages * PAGE).unwrap();
+        assert_eq!(slices.way(run(0, 15)), Way::Copy, "too short to be worth it");
+        let mut ways = Vec::new();
+        for slice in 0..28 {
+            let run = run(slice * 512, 16);
+            let way = slices.way(run);
+            ways.push(way);
+            // Large pages cost nothing here.
+            let cost = std::time::Duration::from_millis(u64::from(way == Way::Copy));
+            slices.blocks[0].choice.measured(way, 4 << 20, cost);
+            if way == Way::InPlace {
+                slices.prepare(run);
+            }
+        }
+        assert_eq!(ways[..3], [Way::Copy, Way::InPlace, Way::InPlace]);
+        assert_eq!(ways[20..], [Way::Copy; 8], "16 MiB were asked for, and a few runs were filled");
+        slices.prepare(run(0, 16 * 256));
+        assert_eq!(slices.way(run(30 * 512, 16)), Way::InPlace, "16 MiB were filled");
     }
 
     /// A host that gives large pages to all made a guest that uses one page in many as large as its memory.
