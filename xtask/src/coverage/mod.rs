@@ -33,7 +33,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
             for package in LIBRARIES {
                 measure.args(["--package", package]);
             }
-            measure.args(["--all-features", "--lib", "--tests", "--no-fail-fast", "--ignore-run-fail"]);
+            measure.args(["--all-features", "--lib", "--tests", "--no-fail-fast"]);
             measure.args(["--json", "--output-path"]).arg(&report);
             steps.run("tests", || step::command(&mut measure, LIMIT));
         }
