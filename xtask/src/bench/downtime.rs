@@ -1,12 +1,14 @@
 //! How long a guest stands still, idle and writing, and how fast it may write; beside QEMU with the same link and limit.
 
-use std::process::Command;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use qemu_peer::{BootGuest, Memory};
+use qemu_peer::Memory;
 use serde_json::{Value, json};
 
+use super::demo::demo;
 use super::mover::number;
+use super::pace::{Pace, written_once};
 use super::samples::Samples;
 use super::{Bench, Findings, qemu};
 
@@ -51,14 +53,14 @@ impl Stood {
 
 /// The section of the idle guest.
 pub fn idle(bench: &Bench) -> Result<Findings, String> {
-    let kinds = ["kvm", "process"];
-    let mut stood: [Stood; 3] = Default::default();
+    let mut stood: BTreeMap<&str, Stood> = BTreeMap::new();
     let mut skipped = Vec::new();
     for repetition in 0..if bench.quick { 2 } else { 8 } {
-        for (index, kind) in kinds.iter().enumerate() {
+        for (name, kind) in [(KVM_GUEST, "kvm"), (PROCESS_GUEST, "process")] {
             let guest = format!("--guest={kind}");
-            match demo(bench, &[&guest, "--memory=512MiB", "--working-set=64MiB", "--write-rate=0MB/s"]) {
-                Ok(report) if repetition > 0 => stood[index].add_demo(&report),
+            match demo(bench, &[&guest, "--memory=512MiB", "--working-set=64MiB", "--write-rate=0MB/s", "--channels=4"])
+            {
+                Ok(report) if repetition > 0 => stood.entry(name).or_default().add_demo(&report),
                 Ok(_) => {}
                 Err(error) if repetition == 0 => skipped.push(format!("Guest `{kind}`: not measured, {error}.")),
                 Err(_) => {}
@@ -69,7 +71,7 @@ pub fn idle(bench: &Bench) -> Result<Findings, String> {
         std::thread::sleep(Duration::from_secs(3));
         let moved = source.migrate("tcp", qemu::Parameters::default(), LIMIT, || Ok(()))?;
         if repetition > 0 {
-            stood[2].add_qemu(&moved.ok_or("QEMU takes too long")?, 0.0);
+            stood.entry(QEMU_GUEST).or_default().add_qemu(&moved.ok_or("QEMU takes too long")?, 0.0);
         }
     }
     let mut findings = Findings::default();
@@ -80,7 +82,8 @@ pub fn idle(bench: &Bench) -> Result<Findings, String> {
          ms, parts as the engine's report names them.",
     );
     let mut rows: Vec<Vec<String>> = Vec::new();
-    for (name, stood) in ["multifd, KVM guest", "multifd, process guest", "QEMU 10.0"].into_iter().zip(&stood) {
+    for name in [KVM_GUEST, PROCESS_GUEST, QEMU_GUEST] {
+        let stood = stood.entry(name).or_default();
         let parts = stood.parts.iter().map(|part| part.show(2));
         let head = [name.to_owned(), stood.downtime.show(2)];
         rows.push(head.into_iter().chain(parts).collect());
@@ -88,14 +91,15 @@ pub fn idle(bench: &Bench) -> Result<Findings, String> {
     }
     findings.table(&["", "downtime", "pause", "drain", "last round", "devices", "confirm"], &rows);
     skipped.iter().for_each(|reason| findings.say(reason));
-    let explained: f64 = stood[0].parts.iter().map(Samples::median).filter(|part| part.is_finite()).sum();
+    let kvm = &stood[KVM_GUEST];
+    let explained: f64 = kvm.parts.iter().map(Samples::median).filter(|part| part.is_finite()).sum();
     if explained > 0.0 {
         findings.say(&format!(
             "The medians of the parts of the KVM guest add up to {explained:.2} ms of {:.2} ms. The goal is 5 ms.",
-            stood[0].downtime.median()
+            kvm.downtime.median()
         ));
     }
-    findings.raw = stood.iter().map(Stood::json).collect();
+    findings.raw = stood.iter().map(|(name, stood)| json!({ "guest": name, "stood": stood.json() })).collect();
     Ok(findings)
 }
 
@@ -114,17 +118,19 @@ pub fn writing(bench: &Bench) -> Result<Findings, String> {
     let mut raw = Vec::new();
     let shares: &[f64] = if bench.quick { &[0.1] } else { &[0.1, 0.5, 0.8] };
     for &share in shares {
-        let mut stood: [Stood; 2] = Default::default();
+        let mut stood: BTreeMap<&str, Stood> = BTreeMap::new();
         for _ in 0..bench.repetitions(3) {
             let report = writing_demo(bench, share)?;
-            stood[0].add_demo(&report);
-            stood[0].rate.push(share * LINK / 1e6);
-            match pace.migrate(bench, share)? {
-                (rate, Some(moved)) => stood[1].add_qemu(&moved, rate),
+            let ours = stood.entry("multifd").or_default();
+            ours.add_demo(&report);
+            ours.rate.push(share * LINK / 1e6);
+            match migrate(bench, &pace, share)? {
+                (rate, Some(moved)) => stood.entry("QEMU").or_default().add_qemu(&moved, rate),
                 (rate, None) => eprintln!("QEMU at {:.0} MB/s: not finished within {LIMIT:?}", rate / 1e6),
             }
         }
-        for (name, stood) in ["multifd", "QEMU"].into_iter().zip(&stood) {
+        for name in ["multifd", "QEMU"] {
+            let stood = stood.entry(name).or_default();
             eprintln!("{share}: {name}: {} ms", stood.downtime.show(1));
             let parts: Vec<String> = stood.parts.iter().map(|part| format!("{:.1}", part.median())).collect();
             rows.push(vec![
@@ -170,7 +176,7 @@ pub fn convergence(bench: &Bench) -> Result<Findings, String> {
     for &share in shares {
         let ours = writing_demo(bench, share).ok();
         let ours = ours.map(|report| (number(&report, "total-time") / 1e3, number(&report, "downtime")));
-        let (rate, theirs) = pace.migrate(bench, share)?;
+        let (rate, theirs) = migrate(bench, &pace, share)?;
         let theirs = theirs.map(|moved| (moved.seconds(), moved.downtime_ms()));
         eprintln!("{share}: {}; QEMU at {:.0} MB/s: {}", show(ours), rate / 1e6, show(theirs));
         rows.push(vec![
@@ -191,63 +197,26 @@ fn writing_demo(bench: &Bench, share: f64) -> Result<Value, String> {
     let rate = format!("--write-rate={:.0}B/s", share * LINK);
     let link = format!("--max-bandwidth={LINK:.0}B/s");
     let limit = format!("--max-time={}s", LIMIT.as_secs());
-    let guest = ["--memory=512MiB", "--working-set=64MiB", "--filled=0", &rate, "--after=2s"];
+    let guest = ["--channels=4", "--memory=512MiB", "--working-set=64MiB", "--filled=0", &rate, "--after=2s"];
     demo(
         bench,
         &[&guest[..], &[&link, &limit, "--downtime-limit=100ms", "--max-rounds=10000", "--no-throttle"]].concat(),
     )
 }
 
-/// `multifd demo` with these options; its report.
-fn demo(bench: &Bench, options: &[&str]) -> Result<Value, String> {
-    let program = bench.programs.join("multifd");
-    let common = ["demo", "--json", "--progress=never", "--channels=4", "--transport=tcp", "--no-verify"];
-    let output = Command::new(&program).args(common).args(options).output();
-    let output = output.map_err(|error| format!("{}: {error}", program.display()))?;
-    let report: Value = serde_json::from_slice(&output.stdout)
-        .map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_owned())?;
-    if output.status.success() { Ok(report) } else { Err(report["error"].as_str().unwrap_or("failed").to_owned()) }
-}
-
-/// How long QEMU's guest takes for a page, in seconds: a part that is always the same, and one for each count.
-struct Pace {
-    page: f64,
-    count: f64,
-}
-
-impl Pace {
-    fn measure(bench: &Bench) -> Result<Pace, String> {
-        let [few, many] = [5_000u32, 100_000].map(|delay| -> Result<f64, String> {
-            let (source, guest) = start(bench, delay)?;
-            Ok(4096.0 / source.write_rate(guest, Duration::from_secs(2))?)
-        });
-        let (few, many) = (few?, many?);
-        let count = (many - few) / 95_000.0;
-        eprintln!("QEMU's guest: {few:.3e} s a page counting to 5,000, {many:.3e} s counting to 100,000");
-        Ok(Pace { page: few - 5_000.0 * count, count })
-    }
-
-    fn delay(&self, rate: f64) -> u32 {
-        (((4096.0 / rate) - self.page) / self.count).max(0.0) as u32
-    }
-
-    /// Migrates a guest that writes at about `share` of the link; its measured rate, and `None` where it takes too long.
-    fn migrate(&self, bench: &Bench, share: f64) -> Result<(f64, Option<qemu::Moved>), String> {
-        let (mut source, guest) = start(bench, self.delay(share * LINK))?;
-        let rate = source.write_rate(guest, Duration::from_secs(1))?;
-        let parameters = qemu::Parameters { max_bandwidth: LINK as u64, downtime_limit: 100, ..Default::default() };
-        Ok((rate, source.migrate("tcp", parameters, LIMIT, || Ok(()))?))
-    }
-}
-
-/// A QEMU whose guest has written its memory at least once.
-fn start(bench: &Bench, delay: u32) -> Result<(qemu::Source, BootGuest), String> {
-    let guest = BootGuest::new(1 << 20..65 << 20).slowed(delay);
+/// Migrates QEMU's guest that writes at about `share` of the link; its measured rate, and `None` where it takes too long.
+fn migrate(bench: &Bench, pace: &Pace, share: f64) -> Result<(f64, Option<qemu::Moved>), String> {
+    let guest = pace.guest(64, share * LINK);
     let mut source = qemu::Source::running(bench, 512, Memory::Anonymous, Some(guest))?;
-    source.qemu().wait_passes(1, Duration::from_secs(120)).map_err(|error| error.to_string())?;
-    Ok((source, guest))
+    written_once(&mut source)?;
+    let rate = source.write_rate(guest, Duration::from_secs(1))?;
+    let parameters = qemu::Parameters { max_bandwidth: LINK as u64, downtime_limit: 100, ..Default::default() };
+    Ok((rate, source.migrate("tcp", parameters, LIMIT, || Ok(()))?))
 }
 
 /// Bytes per second of bandwidth.
 const LINK: f64 = 100e6;
 const LIMIT: Duration = Duration::from_secs(30);
+const KVM_GUEST: &str = "multifd, KVM guest";
+const PROCESS_GUEST: &str = "multifd, process guest";
+const QEMU_GUEST: &str = "QEMU 10.0";
