@@ -1,18 +1,21 @@
 //! Moves static memory between two processes through the engine, to measure it without a guest.
 //!
 //! ```text
-//! mover send MIB MEMORY CONTENT [USED]         MEMORY: anonymous, memory-file
-//! mover receive URI MIB MEMORY FIRST_TOUCH [audit|tls=DIR]   MEMORY: also present (anonymous, touched before)
-//! mover receive-raw URI MIB CHANNELS           the same bytes over plain sockets: the limit
+//! mover send MIB MEMORY CONTENT [USED [BLOCKS]]   MEMORY: anonymous, memory-file, huge-pages
+//! mover receive URI MIB MEMORY FIRST_TOUCH [audit|tls=DIR|blocks=BLOCKS]   MEMORY: also one touched before:
+//!                                              present (anonymous), present-file, present-huge
+//! mover receive-raw URI MIB CHANNELS MEMORY    the same bytes over plain sockets: the limit
 //! mover checkpoint URI FILE DIRECT             into a checkpoint; DIRECT: auto, on, off
 //! mover restore FILE URI CHANNELS              from a checkpoint
 //! mover touch MIB MEMORY FIRST_TOUCH THREADS   content from the same few pages into fresh memory, without a connection
 //! mover warm MIB                               touches and frees memory
 //! ```
 //! CONTENT is a file that the memory is filled with, over and over, or `random`; USED says how many MiB of it, spread
-//! over all of it in pieces of 2 MiB. `send` prints `ready`, then migrates once for each line `URI CHANNELS [OPTION…]` on
+//! over all of it in pieces of 2 MiB; BLOCKS how many RAM blocks it is, 1 unless said, all of them filled where there are more.
+//! `send` prints `ready`, then migrates once for each line `URI CHANNELS [OPTION…]` on
 //! its standard input; options are `per-section`, `zlib`, `zstd`, `auto` (zstd while it pays), `max-bandwidth=RATE` in bytes
-//! per second, `zero-copy`, `tls=DIR`, and `raw` towards `receive-raw`. Each migration prints one JSON line: seconds, CPU seconds and peak
+//! per second, `zero-copy`, `rounds=ROUNDS` (as many before the pause, each after the first with the same 16 MiB), `tls=DIR`, and
+//! `raw` towards `receive-raw`. Each migration prints one JSON line: seconds, CPU seconds and peak
 //! resident size of the process, and what it moved.
 
 use std::{
@@ -41,13 +44,18 @@ fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["send", mib, memory, content] => send(mib.parse()?, memory, content, mib.parse()?),
-        ["send", mib, memory, content, used] => send(mib.parse()?, memory, content, used.parse()?),
+        ["send", mib, memory, content] => send(mib.parse()?, memory, content, mib.parse()?, 1),
+        ["send", mib, memory, content, used] => send(mib.parse()?, memory, content, used.parse()?, 1),
+        ["send", mib, memory, content, used, blocks] => {
+            send(mib.parse()?, memory, content, used.parse()?, blocks.parse()?)
+        }
         ["receive", uri, mib, memory, first_touch] => receive(&uri.parse()?, mib.parse()?, memory, first_touch, ""),
         ["receive", uri, mib, memory, first_touch, option] => {
             receive(&uri.parse()?, mib.parse()?, memory, first_touch, option)
         }
-        ["receive-raw", uri, mib, channels] => receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?),
+        ["receive-raw", uri, mib, channels, memory] => {
+            receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?, memory)
+        }
         ["checkpoint", uri, file, direct] => checkpoint(&uri.parse()?, file.as_ref(), direct),
         ["restore", file, uri, channels] => restore(file.as_ref(), &uri.parse()?, channels.parse()?),
         ["touch", mib, memory, first_touch, threads] => touch(mib.parse()?, memory, first_touch, threads.parse()?),
@@ -61,9 +69,10 @@ fn main() -> Outcome {
 
 fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, option: &str) -> Outcome {
     let first_touch = strategy(first_touch)?;
-    let ram = match memory {
-        "present" => present(mib)?,
-        other => allocate(mib, other)?,
+    let blocks = option.strip_prefix(BLOCKS).map_or(Ok(1), str::parse)?;
+    let ram = match PRESENT.iter().any(|(name, _)| *name == memory) {
+        true => present(mib, memory, blocks)?,
+        false => allocate(mib, memory, blocks)?,
     };
     let listener = uri.listener()?;
     let at = listener.uri().clone();
@@ -73,7 +82,7 @@ fn receive(uri: &Uri, mib: usize, memory: &str, first_touch: &str, option: &str)
     }
     say(&format!("listening on {at}"));
     let cpu = cpu_seconds();
-    let mut vm = Static { ram };
+    let mut vm = Static { ram, writes: 0 };
     let mut options = destination::Options::default();
     options.first_touch = first_touch;
     options.audit = option == "audit";
@@ -132,7 +141,7 @@ fn strategy(first_touch: &str) -> Outcome<FirstTouch> {
 /// What the first touch costs by itself: the content is in the processor's caches before.
 #[cfg(feature = "__bench")]
 fn touch(mib: usize, memory: &str, first_touch: &str, threads: u8) -> Outcome {
-    let ram = allocate(mib, memory)?;
+    let ram = allocate(mib, memory, 1)?;
     let (cpu, begun) = (cpu_seconds(), Instant::now());
     let content = std::sync::Arc::new(multifd::testing::bench::FirstContent::new(strategy(first_touch)?, &ram));
     let workers = (0..threads).map(|thread| {
@@ -156,8 +165,8 @@ fn touch(_mib: usize, _memory: &str, _first_touch: &str, _threads: u8) -> Outcom
     Err("built without the feature `__bench`".into())
 }
 
-fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
-    let ram = allocate(mib, memory)?;
+fn send(mib: usize, memory: &str, content: &str, used: usize, blocks: usize) -> Outcome {
+    let ram = allocate(mib, memory, blocks)?;
     let content = match content {
         "random" => random(64 << 20),
         path => std::fs::read(path)?,
@@ -172,7 +181,7 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
         let channels = words.next().ok_or("the number of channels is missing")?.parse()?;
         let mut options = source::Options::default();
         options.plan.channels = channels;
-        let (mut raw, mut tls) = (false, None);
+        let (mut raw, mut tls, mut writes) = (false, None, 0);
         for word in words {
             match word {
                 "per-section" => options.qemu.dialect = Dialect::PerSection,
@@ -182,6 +191,12 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
                 "zero-copy" => options.plan.zero_copy = true,
                 "raw" => raw = true,
                 other if other.starts_with(TLS) => tls = other.strip_prefix(TLS),
+                other if other.starts_with(ROUNDS) => {
+                    writes = other[ROUNDS.len()..].parse::<u32>()?.saturating_sub(1);
+                    let limits = &mut options.parameters.limits;
+                    // Less than any round takes that has something to send.
+                    (limits.downtime, limits.rounds, limits.throttle) = (Duration::from_millis(1), None, false);
+                }
                 other if other.starts_with(BANDWIDTH) => {
                     options.parameters.max_bandwidth = Some(other[BANDWIDTH.len()..].parse()?);
                 }
@@ -192,7 +207,7 @@ fn send(mib: usize, memory: &str, content: &str, used: usize) -> Outcome {
         if let Some(dir) = tls {
             connector = tls_connector(connector, dir)?;
         }
-        if raw { send_raw(&ram, &*connector, channels)? } else { migrate(&ram, &*connector, options)? }
+        if raw { send_raw(&ram, &*connector, channels)? } else { migrate(&ram, &*connector, options, writes)? }
     }
     Ok(())
 }
@@ -221,9 +236,9 @@ fn tls_listener(_listener: Box<dyn Listen>, _dir: &str) -> Outcome<Box<dyn Liste
     Err("built without TLS".into())
 }
 
-fn migrate(ram: &Ram, to: &dyn Connect, options: source::Options) -> Outcome {
+fn migrate(ram: &Ram, to: &dyn Connect, options: source::Options, writes: u32) -> Outcome {
     let cpu = cpu_seconds();
-    let mut vm = Static { ram: ram.clone() };
+    let mut vm = Static { ram: ram.clone(), writes };
     let report = Source::new(options).run(&mut vm, to, &mut ())?;
     let (seconds, cpu) = (report.total.as_secs_f64(), cpu_seconds() - cpu);
     for channel in &report.auto_compression {
@@ -233,11 +248,12 @@ fn migrate(ram: &Ram, to: &dyn Connect, options: source::Options) -> Outcome {
     let wire: u64 = report.main_bytes + report.channel_bytes.iter().sum::<u64>();
     say(&format!(
         "{{\"seconds\":{seconds:.5},\"cpu-seconds\":{cpu:.3},\"peak-mib\":{},\"normal\":{},\"zero\":{},\"skipped\":{},\
-         \"wire-bytes\":{wire},\"setup-ms\":{:.3},\"downtime-ms\":{:.3}}}",
+         \"wire-bytes\":{wire},\"rounds\":{},\"setup-ms\":{:.3},\"downtime-ms\":{:.3}}}",
         peak_mib(),
         report.normal,
         report.zero,
         report.skipped,
+        report.rounds_total,
         report.setup.as_secs_f64() * 1e3,
         report.downtime.total.as_secs_f64() * 1e3
     ));
@@ -268,8 +284,8 @@ fn send_raw(ram: &Ram, to: &dyn Connect, channels: u8) -> Outcome {
 }
 
 /// Receives what [`send_raw`] sends into memory that is present.
-fn receive_raw(uri: &Uri, mib: usize, channels: u8) -> Outcome {
-    let ram = present(mib)?;
+fn receive_raw(uri: &Uri, mib: usize, channels: u8, memory: &str) -> Outcome {
+    let ram = present(mib, memory, 1)?;
     let mut listener = uri.listener()?;
     say(&format!("listening on {}", listener.uri()));
     let cpu = cpu_seconds();
@@ -299,25 +315,56 @@ fn join(threads: Vec<thread::JoinHandle<Outcome>>) -> Outcome {
     threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
 }
 
-fn allocate(mib: usize, memory: &str) -> Outcome<Ram> {
-    let name = BlockName::new("ram")?;
-    let block = match memory {
-        "anonymous" => RamBlock::anonymous(name, mib << 20)?,
-        "memory-file" => RamBlock::memory_file(name, mib << 20)?,
-        other => return Err(format!("memory {other}").into()),
+/// As many blocks of the same size, which is a multiple of a page.
+fn allocate(mib: usize, memory: &str, blocks: usize) -> Outcome<Ram> {
+    let bytes = (mib << 20) / blocks / 4096 * 4096;
+    let block = |index: usize| -> Outcome<RamBlock> {
+        let name = BlockName::new(&if blocks == 1 { "ram".to_owned() } else { format!("ram{index}") })?;
+        Ok(match memory {
+            "anonymous" | "huge-pages" => RamBlock::anonymous(name, bytes)?,
+            "memory-file" => RamBlock::memory_file(name, bytes)?,
+            other => return Err(format!("memory {other}").into()),
+        })
     };
-    Ok(Ram::new(4096, vec![block])?)
+    let ram = Ram::new(4096, (0..blocks).map(block).collect::<Outcome<_>>()?)?;
+    if memory == "huge-pages" { huge_pages(ram) } else { Ok(ram) }
 }
 
-fn present(mib: usize) -> Outcome<Ram> {
-    let ram = allocate(mib, "anonymous")?;
+/// Memory of this kind, with all of its pages touched.
+fn present(mib: usize, kind: &str, blocks: usize) -> Outcome<Ram> {
+    let memory = PRESENT.iter().find_map(|(name, memory)| (*name == kind).then_some(*memory));
+    let ram = allocate(mib, memory.ok_or_else(|| format!("memory {kind}"))?, blocks)?;
     fill(&ram, &[1; PIECE], mib);
     Ok(ram)
 }
 
+/// Has the kernel give `ram` huge pages, as far as it has them.
+#[cfg(feature = "__bench")]
+fn huge_pages(ram: Ram) -> Outcome<Ram> {
+    let content = multifd::testing::bench::FirstContent::new(FirstTouch::Huge, &ram);
+    let from = vec![1; RAW_PIECE];
+    for offset in share(&ram, 0, 1) {
+        content.fill(ram.blocks()[0].range(offset, RAW_PIECE).ok_or("out of bounds")?, &from, 4096)?;
+    }
+    Ok(ram)
+}
+
+#[cfg(not(feature = "__bench"))]
+fn huge_pages(_ram: Ram) -> Outcome<Ram> {
+    Err("built without the feature `__bench`".into())
+}
+
 /// Fills `used` MiB of `ram` with `content`, a multiple of a piece long, in pieces spread evenly over all of it.
 fn fill(ram: &Ram, content: &[u8], used: usize) {
-    let block = &ram.blocks()[0];
+    let [block] = ram.blocks() else {
+        for block in ram.blocks() {
+            for offset in (0..block.bytes()).step_by(PIECE) {
+                let bytes = PIECE.min(block.bytes() - offset);
+                block.range(offset as u64, bytes).expect("a piece of the block").write(&content[..bytes]);
+            }
+        }
+        return;
+    };
     let (all, used) = (block.bytes() / PIECE, (used << 20) / PIECE);
     for (piece, content) in (0..used).zip(content.chunks_exact(PIECE).cycle()) {
         let offset = (piece * all / used * PIECE) as u64;
@@ -343,9 +390,11 @@ fn say(line: &str) {
     let _ = std::io::stdout().flush();
 }
 
-/// Memory that nobody writes.
+/// Memory that nobody writes, whatever the log says.
 struct Static {
     ram: Ram,
+    /// How often the log is still going to say that the same pages were written.
+    writes: u32,
 }
 
 impl SourceVm for Static {
@@ -383,7 +432,11 @@ impl DirtyLog for Static {
         Ok(())
     }
 
-    fn drain(&mut self, _into: &mut DirtyBitmap) -> std::io::Result<()> {
+    fn drain(&mut self, into: &mut DirtyBitmap) -> std::io::Result<()> {
+        if let Some(left) = self.writes.checked_sub(1) {
+            self.writes = left;
+            into.set_range(0..WRITTEN);
+        }
         Ok(())
     }
 
@@ -420,7 +473,14 @@ fn peak_mib() -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
+/// Kinds of memory that is touched before, and what they are without that.
+const PRESENT: &[(&str, &str)] =
+    &[("present", "anonymous"), ("present-file", "memory-file"), ("present-huge", "huge-pages")];
 const TLS: &str = "tls=";
+const BLOCKS: &str = "blocks=";
+const ROUNDS: &str = "rounds=";
+/// Pages of a round after the first.
+const WRITTEN: u64 = 4096;
 const BANDWIDTH: &str = "max-bandwidth=";
 /// What is filled at a time: a huge page, so that huge pages do not make a sparse source larger.
 const PIECE: usize = 2 << 20;

@@ -71,7 +71,7 @@ pub fn inside(bench: &Bench, rate: &str) -> Result<(), String> {
     let content = content(bench, "random", random)?;
     let no_warming = || Ok(());
     let mut source = Source::start(bench, *mib, "anonymous", &content, *mib)?;
-    let raw = source.move_to(LISTEN, 4, "", Destination::Raw, no_warming)?;
+    let raw = source.move_to(LISTEN, 4, "", Destination::Raw { memory: "present" }, no_warming)?;
     let engine = Destination::Engine { memory: "anonymous", first_touch: "auto" };
     let ours = source.move_to(LISTEN, 4, "", engine, no_warming)?;
     drop(source);

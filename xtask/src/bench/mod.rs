@@ -6,6 +6,7 @@
 //! `target/bench-quick`, and the page in `docs` stays as it is. With `--once` sizes are full and measurements are not
 //! repeated, but for throughput and rounds.
 
+mod beside;
 mod checkpoint;
 mod demo;
 mod downtime;
@@ -46,6 +47,14 @@ struct Bench {
 }
 
 impl Bench {
+    /// QEMU 11.1, which not every machine can have. A process in a namespace of its own has no network to install it by.
+    ///
+    /// # Errors
+    /// The reason, in a sentence for the page.
+    fn newer_qemu(&self) -> Result<Installed, String> {
+        Installed::find(Version::V11_1).map_err(|error| format!("QEMU 11.1 is not measured: {error}."))
+    }
+
     /// How often a measurement is repeated that deserves `many`.
     fn repetitions(&self, many: usize) -> usize {
         if self.quick || self.once { 1 } else { many }
@@ -58,6 +67,8 @@ type Section = (&'static str, &'static str, fn(&Bench) -> Result<Findings, Strin
 /// In the order in which they stand on the page.
 const SECTIONS: &[Section] = &[
     ("throughput", "Throughput into fresh memory", throughput::run),
+    ("versions", "QEMU 11.1 beside 10.0", beside::versions),
+    ("present", "Memory that is present", beside::present),
     ("backing", "Anonymous memory with huge pages at hand", throughput::backing),
     ("rounds", "The end of a round", rounds::run),
     ("dialects", "A sync point per round, or per section", rounds::dialects),

@@ -52,6 +52,7 @@ pub struct Source {
     input: ChildStdin,
     program: PathBuf,
     mib: u32,
+    blocks: u32,
 }
 
 /// What receives.
@@ -59,7 +60,7 @@ pub struct Source {
 pub enum Destination<'a> {
     /// The engine, into this memory, with this strategy for the first touch.
     Engine {
-        /// `anonymous`, `memory-file` or `present`.
+        /// `anonymous`, `memory-file`, `present`, `present-file` or `present-huge`.
         memory: &'a str,
         /// `auto`, `direct`, `huge`, …
         first_touch: &'a str,
@@ -73,8 +74,11 @@ pub enum Destination<'a> {
         /// Whether pages go past the page cache.
         direct: &'a str,
     },
-    /// Plain sockets, into memory that is present.
-    Raw,
+    /// Plain sockets, into this memory, which is present.
+    Raw {
+        /// `present`, `present-file` or `present-huge`.
+        memory: &'a str,
+    },
 }
 
 /// One migration, as both sides saw it.
@@ -101,15 +105,28 @@ impl Moved {
 impl Source {
     /// Fills `used` of `mib` MiB of `memory` with `content`.
     pub fn start(bench: &Bench, mib: u32, memory: &str, content: &Path, used: u32) -> Result<Source, String> {
+        Source::start_blocks(bench, mib, memory, content, used, 1)
+    }
+
+    /// The same in `blocks` RAM blocks, all of them filled where there are more than one.
+    pub fn start_blocks(
+        bench: &Bench,
+        mib: u32,
+        memory: &str,
+        content: &Path,
+        used: u32,
+        blocks: u32,
+    ) -> Result<Source, String> {
         let program = program(bench);
-        let (size, used) = (mib.to_string(), used.to_string());
-        let mut mover = Mover::start(&program, &["send", &size, memory, &content.display().to_string(), &used])?;
+        let [size, used, count] = [mib, used, blocks].map(|number| number.to_string());
+        let content = content.display().to_string();
+        let mut mover = Mover::start(&program, &["send", &size, memory, &content, &used, &count])?;
         match mover.line()?.as_str() {
             "ready" => {}
             other => return Err(format!("the mover said `{other}`")),
         }
         let input = mover.child.stdin.take().expect("piped");
-        Ok(Source { mover, input, program, mib })
+        Ok(Source { mover, input, program, mib, blocks })
     }
 
     /// Moves all memory to a new destination that listens at `uri`; `warm` runs when both sides are prepared.
@@ -130,11 +147,14 @@ impl Source {
             Destination::Checkpoint { file, .. } => file.display().to_string(),
             _ => String::new(),
         };
+        let blocks = format!("blocks={}", self.blocks);
         let (arguments, option) = match destination {
-            Destination::Engine { memory, first_touch } => (vec!["receive", uri, &mib, memory, first_touch], ""),
+            Destination::Engine { memory, first_touch } => {
+                (vec!["receive", uri, &mib, memory, first_touch, &blocks], "")
+            }
             Destination::Tls(_) => (vec!["receive", uri, &mib, "anonymous", "auto", &tls], &*tls),
             Destination::Checkpoint { direct, .. } => (vec!["checkpoint", uri, &file, direct], ""),
-            Destination::Raw => (vec!["receive-raw", uri, &mib, &count], "raw"),
+            Destination::Raw { memory } => (vec!["receive-raw", uri, &mib, &count, memory], "raw"),
         };
         let mut receiver = Mover::start(&self.program, &arguments)?;
         let said = receiver.line()?;

@@ -80,14 +80,14 @@ fn readme(root: &Path, directory: &Path) -> Result<(), String> {
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
     let Ok(table) = fs::read_to_string(directory.join("summary.md")) else { return Ok(()) };
     // Where these sections were measured.
-    let [rows, sparse] = ["summary-rows.md", "summary-sparse.md"]
+    let [rows, present, sparse] = ["summary-rows.md", "summary-present.md", "summary-sparse.md"]
         .map(|name| fs::read_to_string(directory.join(name)).unwrap_or_default());
     let Some((before, rest)) = text.split_once(BEGIN) else { return Ok(()) };
     let Some((_, after)) = rest.split_once(END) else { return Ok(()) };
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').nth(2).and_then(|load| load.parse::<f64>().ok()).unwrap_or(0.0);
     let busy = if load > 4.0 { "\n\nThe machine was busy with other work meanwhile; look at the spread." } else { "" };
-    let text = format!("{before}{BEGIN}\n\n{}\n{rows}\n{}{busy}\n\n{END}{after}", table.trim(), sparse.trim());
+    let text = format!("{before}{BEGIN}\n\n{}\n{rows}{present}\n{}{busy}\n\n{END}{after}", table.trim(), sparse.trim());
     fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
@@ -124,7 +124,7 @@ fn introduction() -> String {
         chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
         chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         load.split(' ').take(3).collect::<Vec<_>>().join(" "),
-        "QEMU 10.0 of Debian 12's backports",
+        "QEMU 10.0 of Debian 12's backports; QEMU 11.1 of Debian 13's where it is named",
     )
 }
 
@@ -134,7 +134,7 @@ fn notes(root: &Path) -> String {
 }
 
 /// The sections that the table in `README.md` is made of.
-const IN_README: &[&str] = &["throughput", "backing", "sparse"];
+const IN_README: &[&str] = &["throughput", "present", "backing", "sparse"];
 const BEGIN: &str = "<!-- written by cargo xtask bench -->";
 const END: &str = "<!-- end -->";
 

@@ -67,7 +67,7 @@ impl Sources {
             "multifd, anonymous" => (&mut self.anonymous, engine("anonymous", "auto")),
             "multifd, huge pages" => (&mut self.anonymous, engine("anonymous", "huge")),
             "multifd, present" => (&mut self.anonymous, engine("present", "direct")),
-            _ => (&mut self.anonymous, Destination::Raw),
+            _ => (&mut self.anonymous, Destination::Raw { memory: "present" }),
         };
         let moved = source.move_to(&listen(bench, transport), channels, "", destination, warm)?;
         Ok((moved.seconds(), moved.cpu_seconds()))
