@@ -9,6 +9,7 @@
 mod beside;
 mod checkpoint;
 mod demo;
+mod distance;
 mod downtime;
 mod faults;
 mod findings;
@@ -24,6 +25,7 @@ mod samples;
 mod sparse;
 mod throughput;
 mod tls;
+mod wire;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -81,6 +83,8 @@ const SECTIONS: &[Section] = &[
     ("tls", "TLS", tls::run),
     ("faults", "Pages that a guest waits for", faults::run),
     ("link", "A shaped link", link::run),
+    ("distance", "Far apart, idle", distance::idle),
+    ("distance-writing", "Far apart, writing", distance::writing),
     ("inner", "Inner parts", inner::run),
 ];
 
@@ -92,7 +96,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
         arguments.iter().map(String::as_str).filter(|argument| !argument.starts_with("--")).collect();
     let is_section = |name: &&str| SECTIONS.iter().any(|(known, ..)| known == name);
     // What a section runs again in a namespace of its own.
-    let inside = names.first().is_some_and(|name| [link::INSIDE].contains(name));
+    let inside = names.first().is_some_and(|name| [link::INSIDE, distance::INSIDE].contains(name));
     let page_only = names == ["page"];
     if !inside && !page_only && !names.iter().all(is_section) {
         let known: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
@@ -117,6 +121,9 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     let bench = Bench { quick, once, programs: target.join("release"), directory: directory.clone(), qemu };
     match names[..] {
         [link::INSIDE, rate] => return link::inside(&bench, rate).map(|()| ExitCode::SUCCESS),
+        [distance::INSIDE, round_trip, rate, guest] => {
+            return distance::inside(&bench, round_trip, rate, guest).map(|()| ExitCode::SUCCESS);
+        }
         _ => {}
     }
 
