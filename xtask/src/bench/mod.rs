@@ -13,6 +13,7 @@ mod distance;
 mod downtime;
 mod faults;
 mod findings;
+mod growth;
 mod inner;
 mod link;
 mod mover;
@@ -85,6 +86,7 @@ const SECTIONS: &[Section] = &[
     ("link", "A shaped link", link::run),
     ("distance", "Far apart, idle", distance::idle),
     ("distance-writing", "Far apart, writing", distance::writing),
+    ("growth", "What grows with what", growth::run),
     ("inner", "Inner parts", inner::run),
 ];
 
