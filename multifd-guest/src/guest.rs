@@ -58,6 +58,8 @@ pub struct GuestConfig {
     pub dirty_log: DirtyLogChoice,
     /// Sends a digest of every page at the switchover, to be compared on the destination.
     pub verify: bool,
+    /// Watches an incoming guest for a second, for [`Guest::view`]; meanwhile one that writes fast has a small part of its speed.
+    pub watch: bool,
 }
 
 impl Default for GuestConfig {
@@ -75,6 +77,7 @@ impl Default for GuestConfig {
             backing: Backing::Anonymous,
             dirty_log: DirtyLogChoice::Auto,
             verify: true,
+            watch: true,
         }
     }
 }
@@ -98,6 +101,7 @@ pub struct Guest {
     memory: Memory,
     pattern: Pattern,
     verify: bool,
+    watch: bool,
     kind_reason: String,
     /// Sections that still have to come before an incoming guest can start.
     missing: Vec<SectionId>,
@@ -154,6 +158,7 @@ impl Guest {
             memory,
             pattern,
             verify: config.verify,
+            watch: config.watch,
             kind_reason,
             missing: Vec::new(),
             verified: None,
@@ -299,8 +304,8 @@ impl Guest {
         self.verify_time
     }
 
-    /// What the guest saw of its migration to here. `None` as long as it has not written a page on each CPU, and where the
-    /// source has not told when it stopped.
+    /// What the guest saw of its migration to here. `None` as long as it has not written a page on each CPU, where the source has
+    /// not told when it stopped, and where it is not watched ([`GuestConfig::watch`]).
     pub fn view(&self) -> Option<GuestView> {
         let (stopped, digests) = self.stopped_there?;
         let seen = self.cpus.reins().map(|reins| reins.view(View::seen));
@@ -494,7 +499,7 @@ impl DestinationVm for Guest {
         if let Some(missing) = self.missing.first() {
             return Err(GuestError::MissingSection { id: missing.clone() }.into());
         }
-        self.cpus.reins().for_each(Reins::arrive);
+        self.cpus.reins().for_each(if self.watch { Reins::arrive } else { Reins::run });
         Ok(())
     }
 }

@@ -26,6 +26,7 @@ mod samples;
 mod sparse;
 mod throughput;
 mod tls;
+mod view;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -78,6 +79,7 @@ const SECTIONS: &[Section] = &[
     ("idle", "Downtime of an idle guest", downtime::idle),
     ("downtime", "Downtime of a guest that writes", downtime::writing),
     ("convergence", "How fast a guest may write", downtime::convergence),
+    ("view", "What the guest sees of it", view::run),
     ("sparse", "Memory that was never touched", sparse::run),
     ("checkpoint", "A checkpoint on disk", checkpoint::run),
     ("compression", "Compression", throughput::compression),
