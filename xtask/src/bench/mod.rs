@@ -21,6 +21,7 @@ mod pace;
 mod page;
 mod plot;
 mod qemu;
+mod resumed;
 mod rounds;
 mod samples;
 mod sparse;
@@ -85,6 +86,7 @@ const SECTIONS: &[Section] = &[
     ("compression", "Compression", throughput::compression),
     ("tls", "TLS", tls::run),
     ("faults", "Pages that a guest waits for", faults::run),
+    ("resumed", "Back at its speed after an instant restore", resumed::run),
     ("link", "A shaped link", link::run),
     ("distance", "Far apart, idle", distance::idle),
     ("distance-writing", "Far apart, writing", distance::writing),
@@ -100,7 +102,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
         arguments.iter().map(String::as_str).filter(|argument| !argument.starts_with("--")).collect();
     let is_section = |name: &&str| SECTIONS.iter().any(|(known, ..)| known == name);
     // What a section runs again in a namespace of its own.
-    let inside = names.first().is_some_and(|name| [link::INSIDE, distance::INSIDE].contains(name));
+    let inside = names.first().is_some_and(|name| [link::INSIDE, distance::INSIDE, resumed::INSIDE].contains(name));
     let page_only = names == ["page"];
     if !inside && !page_only && !names.iter().all(is_section) {
         let known: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
@@ -128,6 +130,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
         [distance::INSIDE, round_trip, rate, guest] => {
             return distance::inside(&bench, round_trip, rate, guest).map(|()| ExitCode::SUCCESS);
         }
+        [resumed::INSIDE] => return resumed::inside(&bench).map(|()| ExitCode::SUCCESS),
         _ => {}
     }
 
