@@ -14,7 +14,7 @@ use super::{Bench, Findings, qemu};
 
 /// Who moves memory in one variant.
 enum Side {
-    Qemu(qemu::Source),
+    Qemu(Box<qemu::Source>),
     /// Of the engine, or of plain sockets.
     Mover(mover::Source, Destination<'static>),
 }
@@ -104,7 +104,7 @@ pub fn versions(bench: &Bench) -> Result<Findings, String> {
     ] {
         let Ok(qemu) = qemu else { continue };
         for (name, memory) in names.into_iter().zip([Memory::SharedFile, Memory::Anonymous]) {
-            turns.add(name, Side::Qemu(qemu::Source::stopped_of(qemu, mib, memory, &content, mib)?));
+            turns.add(name, Side::Qemu(Box::new(qemu::Source::stopped_of(qemu, mib, memory, &content, mib)?)));
         }
     }
     for (name, memory) in [("multifd, memory file", "memory-file"), ("multifd, anonymous", "anonymous")] {
@@ -142,7 +142,7 @@ pub fn present(bench: &Bench) -> Result<Findings, String> {
         for (name, memory) in names.into_iter().zip([Memory::Anonymous, Memory::SharedFile]) {
             let source = qemu::Source::stopped_present(qemu, mib, memory, &content)?;
             huge.push(format!("{name} {:.0} %", source.huge_share() * 100.0));
-            turns.add(name, Side::Qemu(source));
+            turns.add(name, Side::Qemu(Box::new(source)));
         }
     }
     for (name, memory, present, engine) in [

@@ -117,12 +117,12 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
 
 fn describe(measured: &[(Axis, Vec<(u32, Figures)>)]) -> Findings {
     let mut findings = Findings::default();
-    findings.say(&format!(
+    findings.say(
         "The engine alone, random pages that nobody writes, over TCP on this host, 4 channels unless they are what grows; one thing grows at a time, and its values took \
          turns. The exponent is the slope of a straight line through the logarithms of the medians: 1 grows in proportion, 0 not at all. It is \
          given over all values, and for the last step alone, where what is always the same counts least. Memory goes as far as fits into this host twice. CPU is of both processes, in steps of 10 ms. Rounds are made by a \
-         log that reports the same pages as often as is asked for (`mover`, option `rounds`)."
-    ));
+         log that reports the same pages as often as is asked for (`mover`, option `rounds`).",
+    );
     let (mut rows, mut slopes, mut raw) = (Vec::new(), Vec::new(), Vec::new());
     for (axis, figures) in measured {
         for (value, figures) in figures {

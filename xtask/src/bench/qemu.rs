@@ -187,7 +187,8 @@ impl Source {
         let text = fs::read_to_string(path).unwrap_or_default();
         let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
         let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0);
-        kib / 1024.0 / f64::from(self.mib)
+        // QEMU has a little more of its own.
+        (kib / 1024.0 / f64::from(self.mib)).min(1.0)
     }
 
     pub fn qemu(&mut self) -> &mut Qemu {

@@ -70,7 +70,7 @@ impl Watched {
             samples.median()
         };
         let before = per_20_ms(self.began - SECOND, self.began);
-        if !(before > 0.0) {
+        if before.is_nan() || before <= 0.0 {
             return Err("the guest wrote nothing before".to_owned());
         }
         let starts = std::iter::once(self.began).chain(self.rounds.iter().copied());
