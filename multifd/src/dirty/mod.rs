@@ -17,6 +17,7 @@ pub(crate) mod mappings;
 pub mod merged;
 pub mod uffd_wp;
 pub mod untouched;
+pub mod vhost;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 

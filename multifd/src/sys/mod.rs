@@ -17,6 +17,7 @@ pub(crate) mod mapping;
 pub(crate) mod pagemap;
 pub(crate) mod protection;
 pub(crate) mod residency;
+pub(crate) mod shared_words;
 #[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) mod signals;
 pub(crate) mod uffd;

@@ -5,3 +5,4 @@ mod kvm_guest;
 mod memory;
 mod uffd;
 mod untouched;
+mod vhost;

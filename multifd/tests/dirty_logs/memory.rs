@@ -31,7 +31,7 @@ pub fn map(backing: Backing, blocks: &[(&str, usize)]) -> (Ram, Vec<File>) {
 
 /// The same with pages of another size; the numbers of pages are in that size.
 pub fn map_with_pages(backing: Backing, page_size: usize, blocks: &[(&str, usize)]) -> (Ram, Vec<File>) {
-    let mut files = Vec::new();
+    let (mut files, mut guest_address) = (Vec::new(), FIRST_GUEST_ADDRESS);
     let blocks = blocks.iter().map(|&(name, pages)| {
         let len = pages * page_size;
         let mapping = match backing {
@@ -46,6 +46,8 @@ pub fn map_with_pages(backing: Backing, page_size: usize, blocks: &[(&str, usize
         let base = mapping.base;
         // SAFETY: the mapping is that long, is unmapped only when the owner is dropped, and is used through this block.
         let block = unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, len, Box::new(mapping)) }.fresh();
+        let block = block.at(guest_address);
+        guest_address += len.next_multiple_of(4096) as u64 + HOLE;
         match (backing, files.last()) {
             (Backing::Anonymous, _) => block.backed_by(ram::Backing::Anonymous),
             (Backing::Memfd, Some(file)) => {
@@ -57,6 +59,10 @@ pub fn map_with_pages(backing: Backing, page_size: usize, blocks: &[(&str, usize
     let ram = Ram::new(page_size, blocks.collect()).unwrap();
     (ram, files)
 }
+
+/// Where the guest has the first block, for logs that speak its addresses; and what lies between two blocks.
+const FIRST_GUEST_ADDRESS: u64 = 5 << 12;
+const HOLE: u64 = 3 << 12;
 
 /// The second half of a memfd of `2 * pages` pages.
 pub fn second_half(pages: usize) -> Ram {
