@@ -58,6 +58,24 @@ pub trait SourceVm {
         Ok(untouched(self.ram(), into)?)
     }
 
+    /// Adds the pages that must not be read in the round that is about to begin: memory that is unplugged, as that of virtio-mem, or
+    /// that nobody may read (`PROT_NONE`). [`Ram::pages_at`] turns guest addresses into pages. By default there are none.
+    ///
+    /// Such a page is neither read nor sent, whatever the log says of it. At the destination it is zero, and takes no memory unless
+    /// an earlier round has sent it. One that is not added any more is in use again: it is sent as a dirty page, so the log need not
+    /// report what was written to it meanwhile.
+    ///
+    /// Called once before each round, also before the last one, when the VM is paused. What is not added has to stay readable until the
+    /// next call, or until `run` has returned: a VMM that unplugs memory meanwhile discards its contents, if it likes, and protects
+    /// it in the next call.
+    ///
+    /// # Errors
+    /// The migration ends; the VM runs on.
+    fn excluded(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        let _ = into;
+        Ok(())
+    }
+
     /// Slows the vCPUs down, because the guest writes faster than the link sends; 0 is full speed, 99 nearly stopped.
     fn throttle(&mut self, percent: u8) -> Throttled {
         let _ = percent;

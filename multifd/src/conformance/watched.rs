@@ -79,6 +79,10 @@ impl<S: SourceVm> SourceVm for WatchedSource<S> {
         self.vm.untouched(into)
     }
 
+    fn excluded(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        self.vm.excluded(into)
+    }
+
     fn throttle(&mut self, percent: u8) -> Throttled {
         self.vm.throttle(percent)
     }

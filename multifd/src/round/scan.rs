@@ -75,6 +75,14 @@ impl PageScan {
         lock(&self.shared.state).zeros = zeros;
     }
 
+    /// The same of `zeros`, too.
+    pub(crate) fn add_zeros(&self, zeros: &DirtyBitmap) {
+        match &mut lock(&self.shared.state).zeros {
+            Some(known) => known.merge(zeros),
+            none => *none = Some(zeros.clone()),
+        }
+    }
+
     /// Opens a section: lets `pages` more pages be handed out (batches are not cut short, so it may be some more).
     pub(crate) fn allow(&self, pages: u64) {
         lock(&self.shared.state).allowed = pages;

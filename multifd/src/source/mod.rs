@@ -12,6 +12,7 @@ mod commit;
 mod connections;
 mod convergence;
 mod ending;
+mod excluded;
 mod handle;
 mod incoming;
 mod live_state;
@@ -55,6 +56,7 @@ use self::{
     backlog::Backlog,
     channel::SendChannel,
     convergence::{Convergence, Decision},
+    excluded::Excluded,
     live_state::LiveState,
     main_channel::MainChannel,
     openings::Openings,
@@ -145,6 +147,7 @@ struct Run {
     extensions: Extensions,
     /// Memory that is not sent.
     handed_over: Option<HandedOver>,
+    excluded: Excluded,
     /// Who has the VM.
     commit: SourceCommit,
     watchdog: Watchdog,
@@ -210,6 +213,7 @@ impl Run {
             watchdog: Watchdog::start(&*options.threads, &stop)?,
             extensions: Extensions::default(),
             handed_over,
+            excluded: None,
             commit: SourceCommit::one_step(),
             rounds: 0,
             shared: Arc::new(Shared {

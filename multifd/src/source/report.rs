@@ -33,6 +33,8 @@ pub struct Report {
     pub zero: u64,
     /// Pages not sent because they were never touched.
     pub skipped: u64,
+    /// Pages that were not read because the VM [excluded](crate::vm::SourceVm::excluded) them, at the end.
+    pub excluded: u64,
     /// Bytes of device state that were sent while the guest ran.
     pub live_state: u64,
     /// Bytes of memory that was handed over.
@@ -117,6 +119,7 @@ impl Report {
             normal: 0,
             zero: 0,
             skipped: 0,
+            excluded: 0,
             live_state: 0,
             handed_over: 0,
             ram_bytes: layout.bytes(),

@@ -50,6 +50,7 @@ impl Run {
 
     /// Sends all pages of `dirty` while the guest runs, then puts those written meanwhile into it.
     pub(super) fn round(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        self.exclude(dirty, vm)?;
         let mut stats = self.open_round(dirty, true);
         let begun = self.now();
         self.begin_peeking();
@@ -93,6 +94,7 @@ impl Run {
         }
         self.report.dirty_outside += outside;
         self.leave_out_handed_over(dirty);
+        self.leave_out_excluded(dirty);
         Ok(())
     }
 

@@ -41,6 +41,7 @@ impl Run {
     ) -> Result<(), Error> {
         let drain_begun = self.now();
         self.drain(dirty, vm)?;
+        self.exclude(dirty, vm)?;
         let begun = self.now();
         self.report.downtime.drain = begun - drain_begun;
         // The limit protects other traffic from a long migration; the pause is short and the guest waits.

@@ -26,6 +26,8 @@ mod convergence;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod distance;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod excluded;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod far;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod faults;

@@ -48,6 +48,12 @@ pub(crate) type Calls = Arc<Mutex<Vec<&'static str>>>;
 /// Sends state while the guest runs, and says how much is to come.
 pub(crate) type AtLive = Box<dyn FnMut(&mut Sections) -> Result<u64, VmError> + Send>;
 
+/// Adds sections behind the others.
+pub(crate) type AtSave = Box<dyn FnMut(&mut Sections) -> Result<(), VmError> + Send>;
+
+/// Says which pages must not be read.
+pub(crate) type AtExcluded = Box<dyn FnMut(&mut DirtyBitmap) -> Result<(), VmError> + Send>;
+
 /// Writes, and changes what the log says.
 pub(crate) type AtPeek = Box<dyn FnMut(&Writer, &mut DirtyBitmap) -> io::Result<()> + Send>;
 
@@ -64,6 +70,10 @@ pub(crate) struct TestSource {
     pub(crate) at_peek: Option<AtPeek>,
     /// Run where state can be sent early. It has none where there is none.
     pub(crate) at_live: Option<AtLive>,
+    /// Run before each round, where there is one.
+    pub(crate) at_excluded: Option<AtExcluded>,
+    /// Run in `save`, where there is one.
+    pub(crate) at_save: Option<AtSave>,
     /// What `save` was told of the rounds before.
     pub(crate) live_rounds: Option<u64>,
     pub(crate) untouched: Vec<u64>,
@@ -91,6 +101,8 @@ impl TestSource {
             at_drain: Box::new(|_| {}),
             at_peek: None,
             at_live: None,
+            at_excluded: None,
+            at_save: None,
             live_rounds: None,
             untouched: Vec::new(),
             untouched_fails: false,
@@ -150,6 +162,10 @@ impl SourceVm for TestSource {
             into.set(page);
         }
         Ok(())
+    }
+
+    fn excluded(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        self.at_excluded.as_mut().map_or(Ok(()), |at_excluded| at_excluded(into))
     }
 
     fn throttle(&mut self, _percent: u8) -> Throttled {
