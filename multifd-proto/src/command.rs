@@ -17,6 +17,7 @@
 //! | 0x4d02 | DESCRIBE             | 32-bit length of the VM's description behind the command |
 //! | 0x4d03 | SHARED_MEMORY        | 32-bit length of the list behind the command             |
 //! | 0x4d04 | SECTION_LENGTH       | 64-bit length of the body of the section that follows    |
+//! | 0x4d05 | SECTION_PACKETS      | the same, of a body that travels on the channels         |
 //!
 //! Each is a 16-bit number, a 16-bit payload length and the payload. An unknown number ends the migration, here as in QEMU.
 
@@ -79,7 +80,8 @@ pub enum Command {
         /// How many bytes, at most [`MAX_SHARED_LIST`].
         len: u32,
     },
-    /// How long the body of the FULL section is that follows at once. Only between two ends of this implementation.
+    /// How long the body of the FULL section is that follows at once, and where it is: SECTION_LENGTH, or SECTION_PACKETS for
+    /// [`BodyLength::Packets`]. Only between two ends of this implementation.
     SectionLength(BodyLength),
 }
 
@@ -92,7 +94,7 @@ pub struct PostcopyAdvice {
     pub page_size: u64,
 }
 
-/// What SECTION_LENGTH says of the body of the section that follows.
+/// What SECTION_LENGTH or SECTION_PACKETS says of the body of the section that follows.
 ///
 /// In QEMU's format only the reader of a body knows its length. Where the extension
 /// [`SectionLength`](crate::extension::Extension::SectionLength) was agreed on, the command says it; or, with all bits set, that
@@ -104,19 +106,26 @@ pub struct PostcopyAdvice {
 /// |     n | that many bytes of the state                 |
 ///
 /// The footer of the section follows as it does without the extension.
+///
+/// SECTION_PACKETS, of the extension [`StatePackets`](crate::extension::Extension::StatePackets), says the length of the state, with all
+/// bits set where it is not known yet. The body on main has the heads of chunks as above, without their bytes: each chunk is the
+/// state of one [device-state packet](crate::device_state) on one of the channels, in the order of their numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BodyLength {
     /// The body has so many bytes.
     Bytes(u64),
     /// The body comes in chunks.
     Chunks,
+    /// The body comes in chunks, the bytes of which are in packets of the channels. All of it has so many bytes, where the source
+    /// knows that.
+    Packets(Option<u64>),
 }
 
 impl BodyLength {
     pub(crate) const fn to_wire(self) -> u64 {
         match self {
-            BodyLength::Bytes(len) => len,
-            BodyLength::Chunks => u64::MAX,
+            BodyLength::Bytes(len) | BodyLength::Packets(Some(len)) => len,
+            BodyLength::Chunks | BodyLength::Packets(None) => u64::MAX,
         }
     }
 
@@ -124,6 +133,13 @@ impl BodyLength {
         match len {
             u64::MAX => BodyLength::Chunks,
             len => BodyLength::Bytes(len),
+        }
+    }
+
+    pub(crate) const fn packets_from_wire(len: u64) -> BodyLength {
+        match len {
+            u64::MAX => BodyLength::Packets(None),
+            len => BodyLength::Packets(Some(len)),
         }
     }
 }
@@ -195,7 +211,7 @@ impl Command {
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let number = reader.u16()?;
-        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !(GO..=SECTION_LENGTH).contains(&number) {
+        if !(OPEN_RETURN_PATH..=SWITCHOVER_START).contains(&number) && !(GO..=SECTION_PACKETS).contains(&number) {
             return Err(DecodeError::UnknownCommand { number }.into());
         }
         let command = name(number);
@@ -203,7 +219,7 @@ impl Command {
         // Checked before the payload is asked for: a wrong length must not make the receiver wait for more bytes.
         let possible = match number {
             PING | PACKAGED | DESCRIBE | SHARED_MEMORY => len == 4,
-            SECTION_LENGTH => len == 8,
+            SECTION_LENGTH | SECTION_PACKETS => len == 8,
             POSTCOPY_ADVISE => len == 0 || len == 16,
             POSTCOPY_RAM_DISCARD => len >= 3,
             RECV_BITMAP => (2..=256).contains(&len),
@@ -254,6 +270,7 @@ impl Command {
             SWITCHOVER_START => Self::SwitchoverStart,
             GO => Self::Go,
             SECTION_LENGTH => Self::SectionLength(BodyLength::from_wire(payload.u64()?)),
+            SECTION_PACKETS => Self::SectionLength(BodyLength::packets_from_wire(payload.u64()?)),
             DESCRIBE => match payload.u32()? {
                 len if len > MAX_DESCRIPTION => return Err(too_long(len).into()),
                 len => Self::Describe { len },
@@ -285,6 +302,7 @@ impl Command {
             Self::Go => GO,
             Self::Describe { .. } => DESCRIBE,
             Self::SharedMemory { .. } => SHARED_MEMORY,
+            Self::SectionLength(BodyLength::Packets(_)) => SECTION_PACKETS,
             Self::SectionLength(_) => SECTION_LENGTH,
         }
     }
@@ -310,6 +328,7 @@ const fn name(number: u16) -> &'static str {
         DESCRIBE => "DESCRIBE",
         SHARED_MEMORY => "SHARED_MEMORY",
         SECTION_LENGTH => "SECTION_LENGTH",
+        SECTION_PACKETS => "SECTION_PACKETS",
         _ => "SWITCHOVER_START",
     }
 }
@@ -330,6 +349,7 @@ const GO: u16 = 0x4d01;
 const DESCRIBE: u16 = 0x4d02;
 const SHARED_MEMORY: u16 = 0x4d03;
 const SECTION_LENGTH: u16 = 0x4d04;
+const SECTION_PACKETS: u16 = 0x4d05;
 
 #[cfg(test)]
 mod tests {
@@ -341,7 +361,7 @@ mod tests {
         out
     }
 
-    fn every_command() -> [Command; 17] {
+    fn every_command() -> [Command; 19] {
         let block = BlockName::new("pc.ram").unwrap();
         [
             Command::OpenReturnPath,
@@ -364,6 +384,8 @@ mod tests {
             Command::SharedMemory { len: MAX_SHARED_LIST },
             Command::SectionLength(BodyLength::Bytes(1 << 40)),
             Command::SectionLength(BodyLength::Chunks),
+            Command::SectionLength(BodyLength::Packets(Some(1 << 40))),
+            Command::SectionLength(BodyLength::Packets(None)),
         ]
     }
 
@@ -414,6 +436,7 @@ mod tests {
             (b"\x4d\x02\0\x08", "DESCRIBE", 8),
             (b"\x4d\x03\0\x02", "SHARED_MEMORY", 2),
             (b"\x4d\x04\0\x04", "SECTION_LENGTH", 4),
+            (b"\x4d\x05\0\x04", "SECTION_PACKETS", 4),
         ] {
             assert_eq!(Command::decode(bytes), Err(DecodeError::BadCommandLength { command, len }.into()));
         }

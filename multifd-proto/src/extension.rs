@@ -36,16 +36,21 @@ pub enum Extension {
     /// guest knows them. For a destination that does not understand device state, which has no length on the wire. Taken only
     /// where the offer has a token, and together with [`TwoStepCommit`](Extension::TwoStepCommit).
     EndToken,
+    /// SECTION_PACKETS from the source says that the body of a section is not on main: it comes in
+    /// [device-state packets](crate::device_state) over all channels, once the last round is over. Taken only together with
+    /// [`SectionLength`](Extension::SectionLength), and where there are channels.
+    StatePackets,
 }
 
 impl Extension {
     /// Every extension that this version knows.
-    pub(crate) const ALL: [Extension; 5] = [
+    pub(crate) const ALL: [Extension; 6] = [
         Extension::TwoStepCommit,
         Extension::Prepare,
         Extension::SharedMemory,
         Extension::SectionLength,
         Extension::EndToken,
+        Extension::StatePackets,
     ];
 
     /// Its number on the wire.
@@ -56,6 +61,7 @@ impl Extension {
             Extension::SharedMemory => 3,
             Extension::SectionLength => 4,
             Extension::EndToken => 5,
+            Extension::StatePackets => 6,
         }
     }
 }

@@ -54,6 +54,7 @@ pub mod bodies;
 pub mod channel_end;
 pub mod command;
 pub mod commit;
+pub mod device_state;
 pub mod encoder;
 pub mod extension;
 mod ids;

@@ -4,7 +4,7 @@
 //! Nothing travels back. The channel ends by being closed between two packets.
 //!
 //! A receiver reads [`PREFIX_LEN`] bytes, asks [`Prefix::header_len`] for the size of the whole header, reads the rest and
-//! decodes it with [`RamPacket::decode`] (or [`device_state_refusal`], to refuse it by name). A sender fills a
+//! decodes it with [`RamPacket::decode`]; one with [device state](Prefix::device_state) is for [`crate::device_state`]. A sender fills a
 //! [`PacketHeader`] and encodes it into a buffer that it reuses. Nothing here allocates.
 //!
 //! RAM packet header, big-endian, 320 bytes plus 8 for each page that fits in a packet (1344 bytes with 4 KiB pages):
@@ -25,7 +25,7 @@
 
 use std::{fmt, num::NonZeroU8};
 
-use crate::ids::{BlockName, ChannelId, escape, name_text};
+use crate::ids::{BlockName, ChannelId, name_text};
 use crate::ram::check_page;
 use crate::violation::{DecodeError, Mismatch, ProtocolError, Violation};
 
@@ -315,9 +315,14 @@ impl Prefix {
         if self.device_state() { DEVICE_STATE_LEN } else { header_len(page_size) }
     }
 
-    /// Whether the packet carries device state instead of pages, see [`device_state_refusal`].
+    /// Whether the packet carries device state instead of pages, see [`crate::device_state`].
     pub const fn device_state(&self) -> bool {
         self.flags & DEVICE_STATE != 0
+    }
+
+    /// The flags as they are.
+    pub(crate) const fn flags(&self) -> u32 {
+        self.flags
     }
 
     /// Whether the packet ends the round on its channel.
@@ -413,29 +418,6 @@ impl fmt::Display for Compression {
             Self::Zstd => "zstd",
         })
     }
-}
-
-/// The refusal of a packet with a piece of an assigned device's state, which only some VFIO devices send; `header` is
-/// [`DEVICE_STATE_LEN`] bytes long. QEMU: `MultiFDPacketDeviceState_t`.
-///
-/// | offset | size | field                                  |
-/// |-------:|-----:|----------------------------------------|
-/// |      0 |   12 | magic, version, flags (`40` alone)     |
-/// |     12 |  256 | section name, NUL-terminated           |
-/// |    268 |    4 | instance id                            |
-/// |    272 |    4 | payload length                         |
-pub fn device_state_refusal(header: &[u8]) -> ProtocolError {
-    let Some(header) = header.get(..DEVICE_STATE_LEN) else {
-        return DecodeError::Truncated { needed: DEVICE_STATE_LEN - header.len() }.into();
-    };
-    match Prefix::decode(header.first_chunk().expect("a header is longer than its prefix")) {
-        Err(error) => return error.into(),
-        Ok(prefix) if !prefix.device_state() => return DecodeError::BadPacketFlags { flags: prefix.flags }.into(),
-        Ok(_) => (),
-    }
-    let name = &header[12..267];
-    let name = &name[..name.iter().position(|byte| *byte == 0).unwrap_or(name.len())];
-    Violation::DeviceStatePacketRefused { name: escape(name), instance: field(header, 268) }.into()
 }
 
 /// Checks the two words that hello and packets begin with.
@@ -682,21 +664,5 @@ mod tests {
             decoded.check_pages(&block, 0x8000, PAGE),
             Err(Violation::UnalignedPage { block, offset: 0x1008, page_size: 4096 })
         );
-    }
-
-    #[test]
-    fn device_state_packet_is_recognised_and_refused_by_name() {
-        let mut bytes = vec![0; DEVICE_STATE_LEN];
-        put(&mut bytes, 0, MAGIC);
-        put(&mut bytes, 4, VERSION);
-        put(&mut bytes, 8, DEVICE_STATE);
-        bytes[12..16].copy_from_slice(b"vfio");
-        put(&mut bytes, 268, 2);
-        put(&mut bytes, 272, 100);
-        let refused = Violation::DeviceStatePacketRefused { name: "vfio".into(), instance: 2 };
-        assert_eq!(device_state_refusal(&bytes), refused.into());
-        assert_eq!(device_state_refusal(&bytes[..275]), DecodeError::Truncated { needed: 1 }.into());
-        put(&mut bytes, 8, SYNC);
-        assert_eq!(device_state_refusal(&bytes), DecodeError::BadPacketFlags { flags: SYNC }.into());
     }
 }

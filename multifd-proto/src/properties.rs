@@ -2,11 +2,10 @@
 
 use crate::bodies::BodyScanner;
 use crate::command::Command;
+use crate::device_state::{MAX_STATE, StatePacket, device_state_refusal};
 use crate::encoder::MainEncoder;
 use crate::mapped_ram::{BlockHeader, bitmap_len, is_set, set};
-use crate::packet::{
-    Compression, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, capacity, device_state_refusal, header_len,
-};
+use crate::packet::{Compression, Hello, PREFIX_LEN, PacketHeader, Prefix, RamPacket, capacity, header_len};
 use crate::postcopy::{Beginning, DiscardRange, Package, PreemptDecoder, PreemptItem, Request, Requests, received};
 use crate::ram::{BlockEntry, BlockLayout, RamWord};
 use crate::return_path::Message;
@@ -263,6 +262,9 @@ proptest! {
             let _ = Hello::decode(hello);
         }
         let _ = device_state_refusal(&bytes);
+        if let Ok(packet) = StatePacket::decode(&bytes) {
+            prop_assert!((1..=MAX_STATE).contains(&packet.len));
+        }
         for page_size in [4096, 16384, 65536] {
             if let Ok(packet) = RamPacket::decode(&bytes, page_size) {
                 prop_assert!(packet.normal.len() + packet.zero.len() <= capacity(page_size));

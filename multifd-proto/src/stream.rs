@@ -48,7 +48,7 @@
 
 use std::collections::HashMap;
 
-use crate::command::{Command, PostcopyAdvice};
+use crate::command::{BodyLength, Command, PostcopyAdvice};
 use crate::extension::{self, Extension, Offer};
 use crate::ids::{BlockName, escape, name_text};
 use crate::machine::Dialect;
@@ -338,7 +338,8 @@ impl MainDecoder {
         self.is_offered(Extension::TwoStepCommit)
     }
 
-    fn is_offered(&self, extension: Extension) -> bool {
+    /// Whether the source has offered `extension`.
+    pub fn is_offered(&self, extension: Extension) -> bool {
         self.configuration.offer.as_ref().is_some_and(|offer| offer.extensions.contains(extension))
     }
 
@@ -601,8 +602,8 @@ impl MainDecoder {
                 self.check_shared_memory()?;
                 Ok(Item::Command(command))
             }
-            Command::SectionLength(_) => {
-                self.check_section_length()?;
+            Command::SectionLength(len) => {
+                self.check_section_length(*len)?;
                 Ok(Item::Command(command))
             }
             Command::PostcopyListen | Command::PostcopyRun => Err(unexpected(command.name(), "outside of a package")),
@@ -654,14 +655,20 @@ impl MainDecoder {
         Err(unexpected("SHARED_MEMORY", place))
     }
 
-    /// Checks where SECTION_LENGTH comes: before a section of a device, from a source that knows that it is understood.
-    fn check_section_length(&self) -> Result<(), Stop> {
+    /// Checks where SECTION_LENGTH and SECTION_PACKETS come: before a section of a device, from a source that knows that it is
+    /// understood. Channels carry no device state before the last round is over.
+    fn check_section_length(&self, len: BodyLength) -> Result<(), Stop> {
+        let (extension, early) = match len {
+            BodyLength::Packets(_) => (Extension::StatePackets, self.ram.phase != RamPhase::Ended),
+            BodyLength::Bytes(_) | BodyLength::Chunks => (Extension::SectionLength, false),
+        };
         let place = match self {
-            _ if !self.is_offered(Extension::SectionLength) => "from a source that has not offered it",
+            _ if !self.is_offered(extension) => "from a source that has not offered it",
             _ if self.switches_to_postcopy() => "after the switch to postcopy",
+            _ if early => "before the END section of ram",
             _ => return Ok(()),
         };
-        Err(unexpected("SECTION_LENGTH", place))
+        Err(unexpected(Command::SectionLength(len).name(), place))
     }
 
     /// Checks a command of the switch to postcopy.

@@ -323,6 +323,54 @@ pub enum Violation {
         /// The instance of the section.
         instance: u32,
     },
+    /// A device-state packet without state, or with more than one may have.
+    #[error("device-state packet with {size} bytes, expected 9 to {limit}")]
+    StatePacketSize {
+        /// The length that the packet says.
+        size: u32,
+        /// The most that is taken.
+        limit: u32,
+    },
+    /// A number that another device-state packet has had.
+    #[error("device-state packet {number} came before")]
+    StatePacketTwice {
+        /// The number.
+        number: u64,
+    },
+    /// A device-state packet in the place of another.
+    #[error("device-state packet {number} has {len} bytes of {name:?} instance {instance}, and main says {said}")]
+    StatePacketMismatch {
+        /// The number.
+        number: u64,
+        /// How much state it has.
+        len: u32,
+        /// The section it belongs to, as it says.
+        name: String,
+        /// The instance of that section.
+        instance: u32,
+        /// What belongs in its place.
+        said: String,
+    },
+    /// A device-state packet that no channel can bring any more.
+    #[error("device-state packet {number} does not come, all channels are further on")]
+    StatePacketMissing {
+        /// The number.
+        number: u64,
+    },
+    /// A device-state packet that belongs to no section.
+    #[error("device-state packet {number} is not a part of any section")]
+    StatePacketLeft {
+        /// The number.
+        number: u64,
+    },
+    /// The state of a device is shorter or longer than was said before it.
+    #[error("the state has {found} bytes, and {said} were announced")]
+    StateLength {
+        /// As it was announced.
+        said: u64,
+        /// As far as it came.
+        found: u64,
+    },
     /// The peer continues a postcopy migration that was interrupted.
     #[error("{command}: an interrupted postcopy migration cannot be continued here, take it from its beginning")]
     RecoveryRefused {

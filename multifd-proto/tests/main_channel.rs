@@ -459,6 +459,10 @@ fn a_length_comes_directly_before_the_section_of_a_device_and_only_where_it_was_
         }
     };
     let known = Extensions::known;
+    let packets = bytes(|out| _ = out.command(&Command::SectionLength(BodyLength::Packets(Some(5)))));
+    let unoffered = unexpected("SECTION_PACKETS", "from a source that has not offered it");
+    assert_eq!(refusal(offered(known().without(Extension::StatePackets)), &packets), unoffered);
+    assert_eq!(refusal(offered(known()), &packets), unexpected("SECTION_PACKETS", "before the END section of ram"));
     let length = bytes(|out| _ = out.command(&Command::SectionLength(BodyLength::Chunks)));
     let unoffered = unexpected("SECTION_LENGTH", "from a source that has not offered it");
     assert_eq!(refusal(begin, &length), unoffered);

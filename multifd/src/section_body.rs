@@ -9,6 +9,8 @@ pub(crate) struct BodyCursor {
     left: u64,
     /// No chunk follows what is left.
     last: bool,
+    /// The bytes of chunks are on channels: only their heads come here.
+    elsewhere: bool,
 }
 
 /// What comes next of a body.
@@ -26,16 +28,17 @@ impl BodyCursor {
     /// At the first byte of a body of this length.
     pub(crate) const fn new(len: BodyLength) -> BodyCursor {
         match len {
-            BodyLength::Bytes(left) => BodyCursor { left, last: true },
-            BodyLength::Chunks => BodyCursor { left: 0, last: false },
+            BodyLength::Bytes(left) => BodyCursor { left, last: true, elsewhere: false },
+            BodyLength::Chunks => BodyCursor { left: 0, last: false, elsewhere: false },
+            BodyLength::Packets(_) => BodyCursor { left: 0, last: false, elsewhere: true },
         }
     }
 
     /// What comes next.
     pub(crate) const fn next(&self) -> BodyPart {
         match self {
-            BodyCursor { left: 0, last: true } => BodyPart::End,
-            BodyCursor { left: 0, last: false } => BodyPart::ChunkHead,
+            BodyCursor { left: 0, last: true, .. } => BodyPart::End,
+            BodyCursor { left: 0, last: false, .. } => BodyPart::ChunkHead,
             BodyCursor { left, .. } => BodyPart::State(*left),
         }
     }
@@ -51,8 +54,9 @@ impl BodyCursor {
                 place: "inside of another or after the last",
             });
         }
-        self.left = u64::from(u32::from_be_bytes(head));
-        self.last = self.left == 0;
+        let len = u64::from(u32::from_be_bytes(head));
+        self.left = if self.elsewhere { 0 } else { len };
+        self.last = len == 0;
         Ok(())
     }
 
@@ -103,5 +107,16 @@ mod tests {
         cursor.chunk(chunk_head(0)).unwrap();
         assert_eq!(cursor.next(), BodyPart::End);
         assert!(cursor.chunk(chunk_head(1)).is_err(), "nothing follows the end");
+    }
+
+    #[test]
+    fn of_chunks_that_are_on_channels_only_the_heads_come() {
+        let mut cursor = BodyCursor::new(BodyLength::Packets(Some(5)));
+        for len in [3, 2] {
+            cursor.chunk(chunk_head(len)).unwrap();
+            assert_eq!(cursor.next(), BodyPart::ChunkHead);
+        }
+        cursor.chunk(chunk_head(0)).unwrap();
+        assert_eq!(cursor.next(), BodyPart::End);
     }
 }

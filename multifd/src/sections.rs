@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use multifd_proto::{
     BlockName,
     command::{BodyLength, Command},
+    device_state::{HEAD_LEN, MAX_STATE},
     encoder::MainEncoder,
     stream::{Section, SectionKind},
     vmdesc::{OpaqueSection, VmDescription},
@@ -16,12 +17,15 @@ use crate::{section_body::chunk_head, vm::VmError};
 /// [`SourceVm::save`](crate::vm::SourceVm::save).
 ///
 /// What is added is sent in pieces of some 64 KiB, and not kept, unless the VM
-/// [writes memory](crate::vm::SourceVm::save_writes_memory) while it is asked: then all of it waits for the last pages.
+/// [writes memory](crate::vm::SourceVm::save_writes_memory) while it is asked: then all of it waits for the last pages. Between two ends
+/// of this version a section of more than 1 MiB that `save` adds travels over all channels.
 pub struct Sections<'a> {
     /// Not sent yet.
     encoder: MainEncoder,
     /// Sends what it is given; `None` where all is kept.
     send: Option<Piecewise<'a>>,
+    /// Takes large sections to the channels; `None` where everything stays on main.
+    packets: Option<&'a mut dyn StatePackets>,
     /// Id of the next section.
     next_id: u32,
     /// Name, instance, version and body length of each section.
@@ -45,6 +49,18 @@ pub(crate) struct Terms {
     pub(crate) live_rounds: u64,
 }
 
+/// Sends state in packets on the channels.
+pub(crate) trait StatePackets {
+    /// A buffer with [`HEAD_LEN`] bytes in it, behind which at most [`PACKET_STATE`] bytes of state go.
+    fn buffer(&mut self) -> io::Result<Vec<u8>>;
+
+    /// Sends the state in `packet`, a part of the section `name` and `instance`, after all that were sent before.
+    fn send(&mut self, name: &str, instance: u32, packet: Vec<u8>);
+
+    /// `buffer` is not needed.
+    fn give_back(&mut self, buffer: Vec<u8>);
+}
+
 /// Sends one piece after the other.
 type Piecewise<'a> = &'a mut dyn FnMut(&[u8]) -> io::Result<()>;
 
@@ -52,7 +68,17 @@ impl<'a> Sections<'a> {
     /// Keeps everything.
     pub(crate) fn kept(terms: Terms) -> Sections<'a> {
         let (encoder, next_id, devices) = (MainEncoder::default(), RAM_SECTION + 1, Vec::new());
-        Sections { encoder, send: None, next_id, devices, replayed: None, open: false, terms, room: u64::MAX }
+        Sections {
+            encoder,
+            send: None,
+            packets: None,
+            next_id,
+            devices,
+            replayed: None,
+            open: false,
+            terms,
+            room: u64::MAX,
+        }
     }
 
     /// Passes on what it gets to `send`, in pieces.
@@ -63,6 +89,11 @@ impl<'a> Sections<'a> {
     /// Takes at most `room` bytes of state.
     pub(crate) fn with_room(self, room: u64) -> Sections<'a> {
         Sections { room, ..self }
+    }
+
+    /// Sends large sections by `packets`.
+    pub(crate) fn with_packets(self, packets: &'a mut dyn StatePackets) -> Sections<'a> {
+        Sections { packets: Some(packets), ..self }
     }
 
     /// How often [`SourceVm::save_live`](crate::vm::SourceVm::save_live) has been called in this migration before this call. 0:
@@ -82,6 +113,11 @@ impl<'a> Sections<'a> {
     /// # Errors
     /// A name that is empty or longer than 255 bytes; the connection's.
     pub fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
+        if self.packets.is_some() && body.len() > PACKET_STATE {
+            let mut out = self.packeted(name, instance, version, Some(body.len() as u64))?;
+            out.write_all(body)?;
+            return out.finish();
+        }
         self.begin(name, instance, version, BodyLength::Bytes(body.len() as u64))?;
         self.state(body)?;
         self.end(name, instance, version, body.len() as u64)
@@ -93,6 +129,12 @@ impl<'a> Sections<'a> {
     /// # Errors
     /// As [`section`](Self::section).
     pub fn framed(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
+        if self.packets.is_some() && body.len() + 8 > PACKET_STATE {
+            let mut out = self.packeted(name, instance, version, Some(body.len() as u64 + 8))?;
+            out.write_all(&(body.len() as u64).to_be_bytes())?;
+            out.write_all(body)?;
+            return out.finish();
+        }
         self.begin(name, instance, version, BodyLength::Bytes(body.len() as u64 + 8))?;
         self.state(&(body.len() as u64).to_be_bytes())?;
         self.state(body)?;
@@ -110,6 +152,11 @@ impl<'a> Sections<'a> {
         version: u32,
         write: &mut dyn FnMut(&mut dyn Write) -> Result<(), VmError>,
     ) -> Result<(), VmError> {
+        if self.packets.is_some() {
+            let mut out = self.packeted(name, instance, version, None)?;
+            write(&mut out)?;
+            return Ok(out.finish()?);
+        }
         self.begin(name, instance, version, BodyLength::Chunks)?;
         let mut body = Body { chunk: Vec::new(), len: 0, sections: self };
         write(&mut body)?;
@@ -152,9 +199,21 @@ impl<'a> Sections<'a> {
         Ok((self.encoder.bytes, description))
     }
 
+    /// Begins a section whose state is sent in packets, if it is more than one has room for.
+    fn packeted<'s, 'n>(
+        &'s mut self,
+        name: &'n str,
+        instance: u32,
+        version: u32,
+        len: Option<u64>,
+    ) -> io::Result<Packeted<'s, 'a, 'n>> {
+        check_name(name)?;
+        self.open = true;
+        Ok(Packeted { sections: self, name, instance, version, len, packet: Vec::new(), sent: 0 })
+    }
+
     fn begin(&mut self, name: &str, instance: u32, version: u32, len: BodyLength) -> io::Result<()> {
-        // Section names follow the rules of block names.
-        BlockName::new(name).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        check_name(name)?;
         self.open = true;
         if self.terms.says_lengths {
             self.encoder.command(&Command::SectionLength(len));
@@ -166,12 +225,17 @@ impl<'a> Sections<'a> {
 
     /// Adds `bytes` of state to the open section, as far as there is room for them.
     fn state(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let Some(room) = self.room.checked_sub(bytes.len() as u64) else {
+        self.take_room(bytes.len())?;
+        self.body(bytes)
+    }
+
+    fn take_room(&mut self, len: usize) -> io::Result<()> {
+        let Some(room) = self.room.checked_sub(len as u64) else {
             let text = "more state than there is room for in one round";
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
         };
         self.room = room;
-        self.body(bytes)
+        Ok(())
     }
 
     /// Adds `bytes` to the body of the open section. Long ones are not copied where they can be sent.
@@ -204,7 +268,86 @@ impl<'a> Sections<'a> {
     }
 }
 
-/// The body of a section that is being written.
+/// The body of a section that goes over the channels, unless it fits into one packet: then it goes over main, and its length is known.
+struct Packeted<'s, 'a, 'n> {
+    sections: &'s mut Sections<'a>,
+    name: &'n str,
+    instance: u32,
+    version: u32,
+    /// Bytes of state, where they are known.
+    len: Option<u64>,
+    /// The packet that is being filled; empty where there is none.
+    packet: Vec<u8>,
+    /// Packets so far. With the first, the section begins on main.
+    sent: u64,
+}
+
+impl Packeted<'_, '_, '_> {
+    fn packets(&mut self) -> &mut dyn StatePackets {
+        &mut **self.sections.packets.as_mut().expect("only then it is made")
+    }
+
+    /// Sends the packet, and says on main that it comes.
+    fn send_packet(&mut self) -> io::Result<()> {
+        if self.sent == 0 {
+            self.sections.begin(self.name, self.instance, self.version, BodyLength::Packets(self.len))?;
+        }
+        let packet = std::mem::take(&mut self.packet);
+        let head = chunk_head(u32::try_from(packet.len() - HEAD_LEN).expect("a packet has at most PACKET_STATE bytes"));
+        let (name, instance) = (self.name, self.instance);
+        self.packets().send(name, instance, packet);
+        self.sent += 1;
+        self.sections.body(&head)?;
+        // At once: the destination has room for so many packets only that main has not spoken of.
+        self.sections.send_from(1)
+    }
+
+    /// Ends the body.
+    fn finish(mut self) -> io::Result<()> {
+        let Packeted { name, instance, version, .. } = self;
+        if self.sent > 0 {
+            if !self.packet.is_empty() {
+                self.send_packet()?;
+            }
+            self.sections.body(&chunk_head(0))?;
+            let on_main = (self.sent + 1) * chunk_head(0).len() as u64;
+            return self.sections.end(name, instance, version, on_main);
+        }
+        let packet = std::mem::take(&mut self.packet);
+        let state = packet.get(HEAD_LEN..).unwrap_or_default();
+        self.sections.begin(name, instance, version, BodyLength::Bytes(state.len() as u64))?;
+        self.sections.body(state)?;
+        self.sections.end(name, instance, version, state.len() as u64)?;
+        if !packet.is_empty() {
+            self.packets().give_back(packet);
+        }
+        Ok(())
+    }
+}
+
+impl Write for Packeted<'_, '_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        if self.packet.len() == HEAD_LEN + PACKET_STATE {
+            self.send_packet()?;
+        }
+        if self.packet.is_empty() {
+            self.packet = self.packets().buffer()?;
+        }
+        let n = bytes.len().min(HEAD_LEN + PACKET_STATE - self.packet.len());
+        self.sections.take_room(n)?;
+        self.packet.extend_from_slice(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The body of a section that is being written to main.
 struct Body<'s, 'a> {
     sections: &'s mut Sections<'a>,
     /// What was written and is too short for a chunk of its own. Empty where there are no chunks.
@@ -268,6 +411,11 @@ impl Write for Body<'_, '_> {
     }
 }
 
+/// Section names follow the rules of block names.
+fn check_name(name: &str) -> io::Result<()> {
+    BlockName::new(name).map(drop).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+}
+
 /// Reads what [`Sections::framed`] wrote, of at most `limit` bytes.
 ///
 /// # Errors
@@ -293,6 +441,8 @@ pub fn read_framed(input: &mut dyn Read, limit: u64) -> io::Result<Vec<u8>> {
 pub const LIVE_ROOM: u64 = 256 << 20;
 /// The id of the `ram` section in streams that we write.
 pub(crate) const RAM_SECTION: u32 = 1;
+/// The most state in one packet on a channel. Under model checkers, which have no patience for a megabyte, a few bytes.
+pub(crate) const PACKET_STATE: usize = if cfg!(any(loom, shuttle)) { 8 } else { MAX_STATE as usize };
 /// Bytes that are collected before they are sent.
 const PIECE: usize = 64 << 10;
 /// The most bytes that are sent at once: progress and the limit of silence see each.
@@ -336,6 +486,85 @@ mod tests {
             bytes.extend_from_slice(&rest);
             assert!((bytes, description) == kept);
         }
+    }
+
+    /// Keeps packets.
+    #[derive(Default)]
+    struct Kept(Vec<(String, u32, Vec<u8>)>);
+
+    impl StatePackets for Kept {
+        fn buffer(&mut self) -> io::Result<Vec<u8>> {
+            Ok(vec![0; HEAD_LEN])
+        }
+
+        fn send(&mut self, name: &str, instance: u32, packet: Vec<u8>) {
+            self.0.push((name.to_owned(), instance, packet[HEAD_LEN..].to_vec()));
+        }
+
+        fn give_back(&mut self, _buffer: Vec<u8>) {}
+    }
+
+    /// Everything after a SECTION_LENGTH or SECTION_PACKETS of `len`, up to the footer of the section `id`.
+    fn section_of(len: BodyLength, id: u32, name: &str, body: &[u8]) -> Vec<u8> {
+        let mut encoder = MainEncoder::default();
+        let head = Section { kind: SectionKind::Full, id, name: name.to_owned(), instance: 4, version: 2 };
+        encoder.command(&Command::SectionLength(len)).section(&head).raw(body).footer(id);
+        encoder.bytes
+    }
+
+    #[test]
+    fn only_sections_that_are_longer_than_a_packet_travel_in_packets_whole_and_in_order() {
+        let long: Vec<u8> = (0..2 * PACKET_STATE + 7).map(|at| (at / 5) as u8).collect();
+        let short = &long[..PACKET_STATE];
+        let (mut main, mut kept) = (Vec::new(), Kept::default());
+        let mut send = |piece: &[u8]| {
+            main.extend_from_slice(piece);
+            Ok(())
+        };
+        let terms = Terms { says_lengths: true, ..Terms::default() };
+        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept);
+        out.section("known", 4, 2, &long).unwrap();
+        out.section("short", 4, 2, short).unwrap();
+        out.section_from("written", 4, 2, &mut |out| Ok(long.chunks(999).try_for_each(|part| out.write_all(part))?))
+            .unwrap();
+        out.section_from("fits", 4, 2, &mut |out| Ok(out.write_all(short)?)).unwrap();
+        out.section_from("none", 4, 2, &mut |_| Ok(())).unwrap();
+        out.framed("framed", 4, 2, short).unwrap();
+        let (rest, _) = out.into_parts(4096).unwrap();
+        main.extend_from_slice(&rest);
+
+        let heads = |lens: &[usize]| lens.iter().flat_map(|&len| chunk_head(len as u32)).collect::<Vec<u8>>();
+        let three = heads(&[PACKET_STATE, PACKET_STATE, 7, 0]);
+        let (len, whole) = (Some(long.len() as u64), BodyLength::Bytes(PACKET_STATE as u64));
+        let expected = [
+            section_of(BodyLength::Packets(len), 2, "known", &three),
+            section_of(whole, 3, "short", short),
+            section_of(BodyLength::Packets(None), 4, "written", &three),
+            section_of(whole, 5, "fits", short),
+            section_of(BodyLength::Bytes(0), 6, "none", b""),
+            section_of(BodyLength::Packets(Some(PACKET_STATE as u64 + 8)), 7, "framed", &heads(&[PACKET_STATE, 8, 0])),
+        ];
+        assert!(main == expected.concat());
+        let of = |name: &str| {
+            let parts = kept.0.iter().filter(|(section, instance, _)| section == name && *instance == 4);
+            parts.flat_map(|(_, _, state)| state.clone()).collect::<Vec<u8>>()
+        };
+        assert!(kept.0.len() == 8 && of("known") == long && of("written") == long);
+        assert!(of("framed") == [&(short.len() as u64).to_be_bytes()[..], short].concat());
+    }
+
+    #[test]
+    fn a_section_in_packets_that_was_not_written_to_its_end_makes_no_stream() {
+        let mut kept = Kept::default();
+        let mut send = |_: &[u8]| Ok(());
+        let terms = Terms { says_lengths: true, ..Terms::default() };
+        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept);
+        let fails = |out: &mut dyn Write| -> Result<(), VmError> {
+            out.write_all(b"half")?;
+            Err("the device is busy".into())
+        };
+        assert!(out.section_from("cpu", 0, 1, &mut { fails }).is_err());
+        assert!(out.into_parts(4096).is_err());
     }
 
     #[test]

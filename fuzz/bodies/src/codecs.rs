@@ -2,6 +2,7 @@
 
 use multifd_proto::{
     BlockName, Codec, Step,
+    device_state::{HEAD_LEN, MAX_STATE, StatePacket, device_state_refusal},
     encoder::MainEncoder,
     packet::{self, Compression, Hello, PacketHeader, Prefix, RamPacket},
     return_path::Message,
@@ -19,7 +20,13 @@ pub(crate) fn packet(input: &[u8]) {
     {
         assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
     }
-    packet::device_state_refusal(input).to_string();
+    device_state_refusal(input).to_string();
+    if let Ok(state) = StatePacket::decode(input) {
+        assert!((1..=MAX_STATE).contains(&state.len));
+        let mut head = vec![0xaa; HEAD_LEN];
+        state.encode_into(&mut head);
+        assert_eq!(StatePacket::decode(&head), Ok(state));
+    }
     let Some(prefix) = input.first_chunk() else { return };
     let prefix = Prefix::decode(prefix);
     let ram = RamPacket::decode(input, page_size);

@@ -37,7 +37,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a checkpoint takes of all that a source offers.
 fn taken() -> Extensions {
-    Extensions::known().without(Extension::Prepare).without(Extension::SharedMemory).without(Extension::SectionLength)
+    let taken = Extensions::known().without(Extension::Prepare).without(Extension::SharedMemory);
+    taken.without(Extension::SectionLength).without(Extension::StatePackets)
 }
 
 /// Main up to the first device, in two parts: the destination answers between them.

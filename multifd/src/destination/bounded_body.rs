@@ -122,8 +122,8 @@ impl Read for Copied<'_> {
 /// The length, where the source knows it.
 pub(super) const fn known(len: BodyLength) -> Option<u64> {
     match len {
-        BodyLength::Bytes(len) => Some(len),
-        BodyLength::Chunks => None,
+        BodyLength::Bytes(len) | BodyLength::Packets(Some(len)) => Some(len),
+        BodyLength::Chunks | BodyLength::Packets(None) => None,
     }
 }
 

@@ -8,6 +8,7 @@ use std::io;
 use multifd_proto::{
     BlockName, ChannelId, Mismatch, ProtocolError, Violation,
     channel_end::{End, Meaning, Reached, meaning},
+    device_state::{self, StatePacket},
     packet::{self, Compression, Hello, PREFIX_LEN, Prefix, RamPacket},
     rounds::{Party, Sync},
 };
@@ -40,6 +41,10 @@ pub(super) struct ReceiveChannel<'a> {
     shared: Arc<Shared>,
     /// The header of the current packet.
     header: Box<[u8]>,
+    /// Bytes that were read into `header`: more than its length only where the packet has device state.
+    filled: usize,
+    /// Bytes at the beginning of `header` that belong to the next packet.
+    ahead: usize,
     scratch: Scratch,
     payload: Vec<u8>,
     /// Whether a packet with content has come.
@@ -79,7 +84,9 @@ impl<'a> ReceiveChannel<'a> {
             hello,
             number,
             stream,
-            header: vec![0; packet::header_len(shared.page_size).max(packet::DEVICE_STATE_LEN)].into(),
+            header: vec![0; packet::header_len(shared.page_size).max(device_state::HEAD_LEN)].into(),
+            filled: 0,
+            ahead: 0,
             shared,
             scratch: Scratch::default(),
             payload: Vec::new(),
@@ -135,6 +142,7 @@ impl<'a> ReceiveChannel<'a> {
                 if let Err(error) = ended {
                     tracing::debug!(channel = %self.id, %error, "a channel ends that has brought all");
                 }
+                self.shared.state.channel_ended(self.place());
                 self.shared.barrier.leave(self.id, self.place())
             }
         }
@@ -167,6 +175,10 @@ impl<'a> ReceiveChannel<'a> {
         self.shared.judge(&self.hello, &peer)?;
         let header_len = header?;
         let page_size = self.shared.page_size;
+        if self.is_device_state() {
+            let (element, at) = ("device-state packet", "before its first SYNC");
+            return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }).into());
+        }
         let packet = RamPacket::decode(&self.header[..header_len], page_size).map_err(Error::protocol(place))?;
         if !packet.is_empty() {
             return Err(Error::protocol(place)(Violation::PageBeforeFirstSync).into());
@@ -186,6 +198,7 @@ impl<'a> ReceiveChannel<'a> {
         }
         self.shared.options.trace.step(|| Step::Arrive(Party::Channel(self.id)));
         self.shared.welcome(&self.hello);
+        self.shared.state.channel_joined();
         self.shared.progress.add_channel_bytes(self.id, self.received);
         self.rounds = 1;
         Ok(true)
@@ -199,7 +212,8 @@ impl<'a> ReceiveChannel<'a> {
     fn header(&mut self) -> Result<Option<usize>, Error> {
         let place = self.place();
         let len = packet::header_len(self.shared.page_size);
-        let mut filled = 0;
+        let mut filled = std::mem::take(&mut self.ahead);
+        self.within |= filled > 0;
         while filled < PREFIX_LEN {
             match self.stream.read(&mut self.header[filled..len]).map_err(Error::io(place))? {
                 0 if filled == 0 => return Ok(None),
@@ -215,10 +229,14 @@ impl<'a> ReceiveChannel<'a> {
             let at = self.place_at(filled);
             self.stream.read_exact(&mut self.header[filled..header_len]).map_err(Error::io(at))?;
         }
-        if prefix.device_state() {
-            return Err(Error::protocol(place)(packet::device_state_refusal(&self.header[..header_len])));
-        }
+        self.filled = filled.max(header_len);
         Ok(Some(header_len))
+    }
+
+    /// Whether the header is one of device state.
+    fn is_device_state(&self) -> bool {
+        let prefix = Prefix::decode(self.header.first_chunk().expect("longer than a prefix"));
+        prefix.is_ok_and(|prefix| prefix.device_state())
     }
 
     /// Takes one packet; `false` at the end of the channel.
@@ -226,6 +244,9 @@ impl<'a> ReceiveChannel<'a> {
         let place = self.place();
         let Some(header_len) = self.header()? else { return Ok(false) };
         self.pass()?;
+        if self.is_device_state() {
+            return self.state(place).map(|()| true);
+        }
         let (sync, payload_len) = self.pages(place)?;
         let total = (header_len + payload_len) as u64;
         self.received += total;
@@ -242,6 +263,44 @@ impl<'a> ReceiveChannel<'a> {
             self.rounds += 1;
         }
         Ok(true)
+    }
+
+    /// Takes the device-state packet whose header is at `place`: its state is kept until main comes to its section. All pages are in
+    /// place by then.
+    fn state(&mut self, place: Place) -> Result<(), Error> {
+        let window = self.shared.state.clone();
+        if !window.is_agreed() {
+            return Err(Error::protocol(place)(device_state::device_state_refusal(&self.header)));
+        }
+        if !self.shared.rounds_are_over() {
+            let (element, at) = ("device-state packet", "before the last round is over");
+            return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
+        }
+        if self.filled < device_state::HEAD_LEN {
+            let at = self.place_at(self.filled);
+            self.stream.read_exact(&mut self.header[self.filled..device_state::HEAD_LEN]).map_err(Error::io(at))?;
+            self.filled = device_state::HEAD_LEN;
+        }
+        let StatePacket { name, instance, number, len } =
+            StatePacket::decode(&self.header[..device_state::HEAD_LEN]).map_err(Error::protocol(place))?;
+        let (name, len) = (name.to_owned(), len as usize);
+        let mut room = window.room(number, place)?;
+        let bytes = room.bytes(len);
+        let behind = &self.header[device_state::HEAD_LEN..self.filled];
+        let here = behind.len().min(len);
+        bytes[..here].copy_from_slice(&behind[..here]);
+        self.ahead = behind.len() - here;
+        self.header.copy_within(device_state::HEAD_LEN + here..self.filled, 0);
+        let at = self.place_at(device_state::HEAD_LEN + here);
+        self.stream.read_exact(&mut bytes[here..]).map_err(Error::io(at))?;
+        self.shared.options.trace.step(|| Step::State(Party::Channel(self.id)));
+        window.put(room, len, name, instance, place);
+        let total = device_state::HEAD_LEN + len;
+        self.received += total as u64;
+        self.within = false;
+        self.shared.pulse.add(total);
+        self.shared.progress.add_channel_bytes(self.id, total as u64);
+        Ok(())
     }
 
     /// Waits until the round of the last SYNC is over: only then anything of the next one may be applied.

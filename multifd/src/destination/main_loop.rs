@@ -143,6 +143,8 @@ impl Run {
         if is_postcopy {
             return self.main().nothing_follows().map(|()| Next::End);
         }
+        let place = self.main().place();
+        self.shared.state.finish(place)?;
         let decoder = self.main().decoder();
         if decoder.state_ended() && !decoder.ram_ended() {
             self.report.mode = Mode::Snapshot;
@@ -191,6 +193,11 @@ impl Run {
                     if self.extensions.contains(Extension::SharedMemory) {
                         self.main().expect_descriptors();
                     }
+                    if self.extensions.contains(Extension::StatePackets) {
+                        let state = self.shared.state.clone();
+                        state.agree();
+                        self.main().expect_state(&state);
+                    }
                     let accepted = Message::Accepted(self.extensions.clone());
                     self.main().reply(&accepted)?;
                 }
@@ -224,6 +231,9 @@ impl Run {
         let is_told = offer.token.is_some() && extensions.contains(Extension::TwoStepCommit);
         if !(target.wants_end_token() && hears && is_told) {
             extensions = extensions.without(Extension::EndToken);
+        }
+        if !extensions.contains(Extension::SectionLength) || offer.channels == 0 {
+            extensions = extensions.without(Extension::StatePackets);
         }
         extensions
     }
@@ -274,8 +284,12 @@ impl Run {
     /// The source says how long the section is that follows.
     fn section_length(&mut self, len: BodyLength) -> Result<(), Error> {
         let place = self.main().place();
-        if !self.extensions.contains(Extension::SectionLength) {
-            let (element, at) = ("SECTION_LENGTH", "without being agreed on");
+        let (extension, element) = match len {
+            BodyLength::Packets(_) => (Extension::StatePackets, "SECTION_PACKETS"),
+            BodyLength::Bytes(_) | BodyLength::Chunks => (Extension::SectionLength, "SECTION_LENGTH"),
+        };
+        if !self.extensions.contains(extension) {
+            let at = "without being agreed on";
             return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
         }
         self.section_length = Some(len);

@@ -15,7 +15,7 @@ use multifd_proto::{
     stream::{self, Item, MainDecoder, StreamError},
 };
 
-use super::{greeting::is_timeout, shared::MainConnection};
+use super::{greeting::is_timeout, shared::MainConnection, state_window::StateWindow};
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     progress::Progress,
@@ -47,6 +47,8 @@ pub(crate) struct MainReader {
     descriptors: Option<Vec<OwnedFd>>,
     /// What comes behind the end of the stream, where both ends agreed on it.
     end_token: Option<[u8; 16]>,
+    /// State of its sections that comes on channels.
+    state: StateWindow,
 }
 
 impl MainReader {
@@ -94,6 +96,7 @@ impl MainReader {
             far_end: FarEnd::File,
             descriptors: None,
             end_token: None,
+            state: StateWindow::default(),
         }
     }
 
@@ -172,6 +175,16 @@ impl MainReader {
     /// From now on `token` is expected behind the end of the stream.
     pub(super) fn expect_end_token(&mut self, token: Option<[u8; 16]>) {
         self.end_token = token;
+    }
+
+    /// The bodies of sections may be in `state`.
+    pub(super) fn expect_state(&mut self, state: &StateWindow) {
+        self.state = state.clone();
+    }
+
+    /// Where the bodies of sections come that are not on main.
+    pub(super) fn state_window(&self) -> StateWindow {
+        self.state.clone()
     }
 
     /// What comes behind the end of the stream, where both ends agreed on it: no other bytes of main are the same.

@@ -22,6 +22,7 @@ mod main_watch;
 mod members;
 mod named;
 mod options;
+mod packeted_body;
 mod postcopy;
 mod preempt;
 mod prepare;
@@ -31,6 +32,7 @@ mod rounds;
 mod shared;
 mod shared_memory;
 mod sink;
+mod state_window;
 mod switchover_ack;
 mod target;
 
@@ -41,6 +43,8 @@ use multifd_proto::{command::BodyLength, extension::Offer};
 
 #[cfg(feature = "__bench")]
 pub(crate) use self::first_touch::Filler;
+#[cfg(all(test, not(any(loom, shuttle))))]
+pub(crate) use self::state_window::WINDOW as STATE_WINDOW;
 use self::{
     accept::Acceptor, named::NamedPages, recovery::Recoveries, shared::Shared, switchover_ack::AckTiming,
     target::VmTarget,

@@ -13,6 +13,7 @@ use super::{
     Options, PageSink,
     connections::Connections,
     postcopy::{Switch, SwitchStopper},
+    state_window::StateWindow,
 };
 use crate::{
     compress::Windows,
@@ -56,6 +57,8 @@ pub(super) struct Shared {
     pub(super) channel_pages: AtomicU64,
     /// A SYNC packet has come that QEMU 7.2 does not send.
     pub(super) newer_packets: AtomicBool,
+    /// Device state that comes on channels.
+    pub(super) state: StateWindow,
     /// The switch to postcopy.
     pub(super) switch: Arc<Switch>,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
@@ -123,9 +126,11 @@ impl Shared {
             seen: Mutex::default(),
             channel_pages: AtomicU64::new(0),
             newer_packets: AtomicBool::new(false),
+            state: StateWindow::default(),
             connections,
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
+        shared.stop.register(shared.state.stopper());
         #[cfg(any(test, feature = "__broken-variants"))]
         shared.stop.register(Box::new(shared.loose.clone()));
         shared.stop.register(Box::new(MainSlotStopper(shared.clone())));
@@ -166,6 +171,15 @@ impl Shared {
             return passed.map(|()| None);
         }
         self.barrier.sync(id, sync, place).map(Some)
+    }
+
+    /// Whether the last round is over.
+    pub(super) fn rounds_are_over(&self) -> bool {
+        #[cfg(any(test, feature = "__broken-variants"))]
+        if self.loose.is_active() {
+            return true;
+        }
+        self.barrier.rounds_are_over()
     }
 
     /// A channel has brought the first pages of a round.

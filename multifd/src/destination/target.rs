@@ -14,6 +14,7 @@ use super::{
     FirstTouch, MainReader, PageSink,
     bounded_body::{BoundedBody, known},
     clean::CleanMemory,
+    packeted_body::PacketedBody,
     sink::MemorySink,
 };
 use crate::{
@@ -253,11 +254,20 @@ impl Target for VmTarget<'_> {
         main: &mut MainReader,
     ) -> Result<Body, Error> {
         let mut id = SectionId::new(&section.name, section.instance, section.version);
+        let window = main.state_window();
         let mut body = main.body();
+        (id.len, id.is_bounded) = (len.and_then(known), len.is_some());
         let loaded = match len {
             None => self.vm.load(&id, &mut body as &mut dyn Read),
+            Some(BodyLength::Packets(said)) => {
+                let mut packeted = PacketedBody::new(&mut body, &window, section, said);
+                let loaded = self.vm.load(&id, &mut packeted as &mut dyn Read).and_then(|()| Ok(packeted.finish()?));
+                match packeted.into_failure() {
+                    Some(failure) => return Err(failure),
+                    None => loaded,
+                }
+            }
             Some(len) => {
-                (id.len, id.is_bounded) = (known(len), true);
                 let mut bounded = BoundedBody::new(&mut body, len);
                 self.vm.load(&id, &mut bounded as &mut dyn Read).and_then(|()| Ok(bounded.finish()?))
             }

@@ -4,6 +4,7 @@ use std::io::{self, BufReader, Read};
 
 use multifd_proto::{
     BlockName, ChannelId, Mismatch, Violation,
+    device_state::{self, StatePacket, device_state_refusal},
     packet::{self, Compression, HELLO_LEN, Hello, PREFIX_LEN, Prefix, RamPacket},
 };
 
@@ -23,6 +24,8 @@ pub(super) struct Channel {
     pages: Vec<u8>,
     decompressor: Option<Decompressor>,
     windows: Arc<Windows>,
+    /// The rounds are over, and both ends know packets of device state.
+    may_have_state: bool,
 }
 
 /// What a packet was.
@@ -61,11 +64,12 @@ impl Channel {
                 payload: 0,
                 compression: None,
             },
-            header: vec![0; packet::header_len(PAGE_SIZE).max(packet::DEVICE_STATE_LEN)],
+            header: vec![0; packet::header_len(PAGE_SIZE).max(device_state::HEAD_LEN)],
             payload: Vec::new(),
             pages: Vec::new(),
             decompressor: None,
             windows: windows.clone(),
+            may_have_state: false,
         })
     }
 
@@ -91,8 +95,9 @@ impl Channel {
         }
     }
 
-    /// Main has ended: nothing but packets of no effect may follow.
-    pub(super) fn read_rest(&mut self, pages: &mut Pages) -> Result<(), Error> {
+    /// Main has ended: nothing but device state may follow, if it `may_have_state`, and packets of no effect.
+    pub(super) fn read_rest(&mut self, pages: &mut Pages, may_have_state: bool) -> Result<(), Error> {
+        self.may_have_state = may_have_state;
         loop {
             let at = self.place();
             let element = match self.packet(pages)? {
@@ -118,13 +123,28 @@ impl Channel {
         let header_len = prefix.header_len(PAGE_SIZE);
         self.bytes.read_exact(&mut self.header[PREFIX_LEN..header_len]).map_err(Error::io(at))?;
         if prefix.device_state() {
-            return Err(Error::protocol(at)(packet::device_state_refusal(&self.header[..header_len])));
+            return self.device_state(at);
         }
         let header = std::mem::take(&mut self.header);
         let packet = RamPacket::decode(&header[..header_len], PAGE_SIZE).map_err(Error::protocol(at));
         let kind = packet.and_then(|packet| self.ram_packet(&packet, at, header_len, pages));
         self.header = header;
         kind
+    }
+
+    /// Passes over a packet of device state, of which the header was read.
+    fn device_state(&mut self, at: Place) -> Result<Packet, Error> {
+        if !self.may_have_state {
+            return Err(Error::protocol(at)(device_state_refusal(&self.header)));
+        }
+        let rest = &mut self.header[packet::DEVICE_STATE_LEN..device_state::HEAD_LEN];
+        self.bytes.read_exact(rest).map_err(Error::io(at))?;
+        let packet = StatePacket::decode(&self.header[..device_state::HEAD_LEN]).map_err(Error::protocol(at))?;
+        self.payload.resize(packet.len as usize, 0);
+        self.bytes.read_exact(&mut self.payload).map_err(Error::io(at))?;
+        self.account.packets += 1;
+        self.account.bytes += (device_state::HEAD_LEN + self.payload.len()) as u64;
+        Ok(Packet::Empty)
     }
 
     fn ram_packet(

@@ -28,6 +28,7 @@ use crate::{
 };
 use multifd_proto::{
     ChannelId, Mismatch, Violation,
+    extension::Extension,
     machine::Dialect,
     packet::Hello,
     stream::{Item, Section, SectionKind},
@@ -138,8 +139,9 @@ impl RecordedReader {
             self.account.snapshot = true;
             pages.verify_each_once()?;
         }
+        let may_have_state = decoder.is_offered(Extension::StatePackets);
         for channel in &mut self.channels {
-            channel.read_rest(pages)?;
+            channel.read_rest(pages, may_have_state)?;
         }
         Ok(())
     }

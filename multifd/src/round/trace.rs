@@ -32,6 +32,8 @@ pub(crate) enum Step {
     Apply(Party, Vec<u64>),
     /// A connection has read its SYNC, or main what ends a round.
     Arrive(Party),
+    /// The destination takes a packet of device state from a channel.
+    State(Party),
     /// The destination starts the guest.
     Start,
     /// One of the hand-over law, which is none of the rounds'.

@@ -175,7 +175,7 @@ impl SendChannel {
             shared.barrier.meet(Party::Channel(self.id), self.place())?;
             // Pairs with the store before main arrives; the barrier orders the two.
             if shared.finished.load(Ordering::Acquire) {
-                return Ok(());
+                return self.device_state(&shared);
             }
             while shared.scan.next(&mut batch) {
                 self.trace(Step::Take, &batch.pages, &batch.zeros, batch.block);
@@ -184,6 +184,18 @@ impl SendChannel {
             self.sync()?;
             shared.progress.channel_ends_round();
         }
+    }
+
+    /// Sends device state until there is no more.
+    fn device_state(&mut self, shared: &Shared) -> Result<(), Error> {
+        while let Some(packet) = shared.state.next()? {
+            let place = self.place();
+            shared.live.limiter.take(packet.len() as u64);
+            self.stream().write(&packet, &[]).map_err(Error::io(place))?;
+            self.count(packet.len() as u64);
+            shared.state.give_back(packet);
+        }
+        Ok(())
     }
 
     /// Sends `batch`: pages with content as payload, zero pages by name only.

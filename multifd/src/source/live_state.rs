@@ -39,7 +39,7 @@ impl Run {
             return Ok(());
         }
         let asked = "send its state while it runs";
-        let ((left, room), (rest, _)) = self.send_sections(asked, LIVE_ROOM, |out| {
+        let ((left, room), (rest, _)) = self.send_sections(asked, LIVE_ROOM, false, |out| {
             let left = vm.save_live(out)?;
             if out.is_replay() {
                 return Err("state of another source is not sent while the guest runs".into());
@@ -61,6 +61,11 @@ impl Run {
     pub(super) fn terms(&self) -> Terms {
         let says_lengths = self.extensions.contains(Extension::SectionLength);
         Terms { says_lengths, live_rounds: self.live_state.rounds }
+    }
+
+    /// Whether large state travels on the channels.
+    pub(super) fn sends_state_packets(&self) -> bool {
+        self.extensions.contains(Extension::StatePackets)
     }
 
     /// Bytes of device state that a pause would have to wait for, as the VM says. Before anything was sent there is no speed to judge

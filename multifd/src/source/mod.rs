@@ -29,6 +29,7 @@ mod rounds;
 mod sections;
 mod shared;
 mod shared_memory;
+mod state_queue;
 mod steering;
 mod switchover;
 
@@ -68,6 +69,7 @@ use self::{
     sections::FIRST_SECTION_PAGES,
     shared::Shared,
     shared_memory::HandedOver,
+    state_queue::StateQueue,
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
@@ -199,6 +201,8 @@ impl Run {
         let openings = Openings::default();
         stop.register(openings.stopper());
         stop.register(live.steering.stopper());
+        let state = StateQueue::new(options.plan.channels);
+        stop.register(state.stopper());
         let pages = ram.layout().pages() - handed_over.as_ref().map_or(0, HandedOver::count);
         progress.set_pages_total(pages);
         let legacy_zeros = (options.qemu.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
@@ -232,6 +236,7 @@ impl Run {
                 zero_copy,
                 copies_because: Mutex::default(),
                 finished: AtomicBool::new(false),
+                state,
             }),
             main: None,
             channels: Vec::new(),

@@ -72,10 +72,13 @@ impl Options {
     pub(super) fn offer(&self) -> Option<Offer> {
         match self.peer {
             Peer::Multifd => {
-                let extensions = match self.plan.hand_over {
-                    true => Extensions::known(),
-                    false => Extensions::known().without(Extension::SharedMemory),
-                };
+                let mut extensions = Extensions::known();
+                if !self.plan.hand_over {
+                    extensions = extensions.without(Extension::SharedMemory);
+                }
+                if self.is_main_alone() {
+                    extensions = extensions.without(Extension::StatePackets);
+                }
                 Some(Offer { channels: self.plan.channels, token: self.format.token, extensions })
             }
             Peer::Qemu => None,

@@ -1,6 +1,6 @@
 //! What all threads of one source share.
 
-use super::{Live, Options, backlog::Backlog, openings::Openings};
+use super::{Live, Options, backlog::Backlog, openings::Openings, state_queue::StateQueue};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     progress::Progress,
@@ -36,4 +36,6 @@ pub(super) struct Shared {
     pub(super) copies_because: Mutex<Option<String>>,
     /// No section follows; read by channels after the barrier has opened, which orders it.
     pub(super) finished: AtomicBool,
+    /// Device state that channels send once there are no more sections.
+    pub(super) state: StateQueue,
 }

@@ -1,8 +1,8 @@
 //! The switchover: the guest is paused, and what is left of it is sent.
 
-use std::io;
+use std::{cell::Cell, io};
 
-use super::Run;
+use super::{Run, state_queue::QueuedState};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::Error,
@@ -58,14 +58,25 @@ impl Run {
         if let Some(last) = self.report.rounds.last() {
             observer.event(&Event::Round(last.clone()));
         }
-        self.end_channels()
+        self.end_sections()
+    }
+
+    /// The channels have no more pages to send. They may have device state.
+    fn end_sections(&mut self) -> Result<(), Error> {
+        self.shared.finished.store(true, Ordering::Release);
+        let may_have_state = self.sends_state_packets();
+        if !may_have_state {
+            self.shared.state.close();
+        }
+        self.meet()?;
+        if may_have_state { Ok(()) } else { self.end_channels() }
     }
 
     /// The channels have nothing more to send. Their connections stay open: an early end would look like a failure.
     fn end_channels(&mut self) -> Result<(), Error> {
-        self.shared.finished.store(true, Ordering::Release);
-        self.meet()?;
-        for channel in self.channels.drain(..) {
+        // One that is not joined here, because another has failed, is joined at the end.
+        while !self.channels.is_empty() {
+            let channel = self.channels.remove(0);
             self.ended.push(channel.join()??);
         }
         Ok(())
@@ -91,40 +102,51 @@ impl Run {
             None => self.save(vm)?,
         };
         self.main().sections(&rest, vmdescription)?;
+        if self.sends_state_packets() {
+            self.shared.state.close();
+            self.end_channels()?;
+        }
         self.report.downtime.devices += self.now() - begun;
         Ok(())
     }
 
     /// Asks the VM for its state and sends it piece by piece. Returns what was not sent, and the vmdescription.
     fn save(&mut self, vm: &mut dyn SourceVm) -> Result<Saved, Error> {
-        let ((), saved) = self.send_sections("save its state", u64::MAX, |out| vm.save(out))?;
+        let ((), saved) =
+            self.send_sections("save its state", u64::MAX, self.sends_state_packets(), |out| vm.save(out))?;
         Ok(saved)
     }
 
-    /// Has `add` add sections of at most `room` bytes of state, and sends them piece by piece. Returns what it returned, and what was
-    /// not sent. `what` is what the VM is asked for.
+    /// Has `add` add sections of at most `room` bytes of state, and sends them piece by piece, large ones `in_packets` on the channels.
+    /// Returns what it returned, and what was not sent. `what` is what the VM is asked for.
     pub(super) fn send_sections<R>(
         &mut self,
         what: &'static str,
         room: u64,
+        in_packets: bool,
         add: impl FnOnce(&mut Sections<'_>) -> Result<R, VmError>,
     ) -> Result<(R, Saved), Error> {
         let (page_size, terms) = (self.page_size(), self.terms());
-        let limiter = self.shared.live.limiter.clone();
+        let shared = self.shared.clone();
+        let limiter = &shared.live.limiter;
         let main = self.main();
-        let mut failure = None;
+        let failure = Cell::new(None);
         let mut send = |piece: &[u8]| {
             limiter.take(piece.len() as u64);
             main.raw(piece).map_err(|error| {
                 let source = io::Error::other(error.to_string());
-                failure = Some(error);
+                failure.set(Some(error));
                 source
             })
         };
+        let mut packets = QueuedState { queue: &shared.state, failure: &failure };
         let mut sections = Sections::sent(terms, &mut send).with_room(room);
+        if in_packets {
+            sections = sections.with_packets(&mut packets);
+        }
         let added = add(&mut sections).and_then(|added| Ok((added, sections.into_parts(page_size)?)));
-        // What the VM ran into was the connection.
-        match failure {
+        // What the VM ran into was a connection.
+        match failure.take() {
             Some(error) => Err(error),
             None => added.map_err(Error::vm(what)),
         }

@@ -199,6 +199,13 @@ impl Machine {
                     self.passed += 1;
                 }
             }
+            // None of the machine's steps, as it moves no page. It may come only when no copy is under way any more.
+            Step::State(connection) => {
+                let connection = self.connection(*connection)?;
+                self.behind_barrier(connection)?;
+                guard(self.taken[connection] == self.round + 1 && self.flying.is_empty(), IN_PLACE)?;
+                guard(self.passed >= self.taken[self.main()], LAST_BARRIER)?;
+            }
             // Those have a machine of their own.
             Step::HandOver(_) => {}
             Step::Start => {

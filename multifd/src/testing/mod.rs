@@ -56,6 +56,8 @@ mod shuttle;
 #[cfg(all(test, shuttle))]
 mod shuttle_postcopy;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod state_packets;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod steering;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod transports;

@@ -816,7 +816,8 @@ impl<S: SendHalf + ?Sized> SendHalf for LegacyStream<S> {
             return self.send_held();
         }
         self.send_held()?;
-        if prefix.sync() {
+        // No SYNC follows device state.
+        if prefix.sync() || prefix.device_state() {
             return self.inner.write(header, pages);
         }
         let mut payload = Vec::new();

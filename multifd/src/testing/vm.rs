@@ -198,7 +198,7 @@ impl SourceVm for TestSource {
         }
         out.section("cpu", 0, 1, b"state of cpu 0")?;
         out.section("timer", 7, 3, b"")?;
-        Ok(())
+        self.at_save.as_mut().map_or(Ok(()), |at_save| at_save(out))
     }
 
     fn resume(&mut self) -> Result<(), VmError> {

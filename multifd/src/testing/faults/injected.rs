@@ -54,7 +54,7 @@ impl Plans {
     }
 
     /// `fault` at operation `operation` of `connection`.
-    fn one(connection: usize, operation: u64, fault: Fault) -> Plans {
+    pub(super) fn one(connection: usize, operation: u64, fault: Fault) -> Plans {
         let mut plans = Plans::none();
         plans.0[connection] = Faults::new().at(operation, fault);
         plans

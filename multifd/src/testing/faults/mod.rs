@@ -6,6 +6,7 @@ mod cancelled;
 mod handshakes;
 mod hostile_channels;
 mod hostile_main;
+mod hostile_state;
 mod injected;
 mod late;
 mod panics;
