@@ -92,7 +92,7 @@ fn folder(name: &str) -> &str {
 fn is_library(name: &str) -> bool {
     let parts: Vec<&str> = name.split('/').collect();
     let tests = |part: &&str| ["testing", "tests", "tests.rs", "loom.rs", "shuttle.rs"].contains(part);
-    parts.get(1) == Some(&"src") && !parts.iter().any(|part| tests(&part))
+    parts.get(1) == Some(&"src") && !parts.iter().any(tests)
 }
 
 /// The line on which a file's module of tests begins; behind every line if it has none.
