@@ -13,7 +13,9 @@
 mod credentials;
 mod handshake;
 mod reasons;
+mod receives;
 mod records;
+mod sends;
 mod stream;
 
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -82,36 +82,45 @@ pub(super) struct Sealer {
 }
 
 impl Sealer {
-    /// A record of type `kind` with the content `plain`, at most [`MAX_PLAIN`] bytes.
-    pub(super) fn seal(&mut self, kind: ContentType, plain: &[u8]) -> io::Result<Vec<u8>> {
-        let message = OutboundPlainMessage { typ: kind, version: ProtocolVersion::TLSv1_2, payload: plain.into() };
-        let record = self.cipher.encrypt(message, self.sequence).map_err(io::Error::other)?;
+    /// Makes a record of type `kind` of the `len` bytes of content, at most [`MAX_PLAIN`], that lie in `record` behind the room for a header. Returns the
+    /// length of the record, which begins where `record` begins and is at most [`EXPANSION`] longer than header and content.
+    ///
+    /// # Errors
+    /// There is no room for it; the cipher's. No part of the record is to be used then.
+    pub(super) fn seal(&mut self, kind: ContentType, record: &mut [u8], len: usize) -> io::Result<usize> {
+        let payload = record[HEADER_LEN..][..len].into();
+        let message = OutboundPlainMessage { typ: kind, version: ProtocolVersion::TLSv1_2, payload };
+        let sealed = self.cipher.encrypt(message, self.sequence).map_err(io::Error::other)?.encode();
         self.sequence += 1;
-        Ok(record.encode())
+        let room = record.get_mut(..sealed.len()).ok_or_else(|| io::Error::other("no room for a TLS record"))?;
+        room.copy_from_slice(&sealed);
+        Ok(sealed.len())
     }
 
-    /// Where the key has to be changed before more is sent: changes it, and returns the record that says so.
+    /// Where the key has to be changed before more is sent: changes it, and puts the record that says so at the beginning of `record`, which has
+    /// at least [`KEY_UPDATE_LEN`] bytes. Returns its length, or 0.
     ///
     /// # Errors
     /// TLS 1.2 has no way to go on.
-    pub(super) fn renew(&mut self) -> io::Result<Option<Vec<u8>>> {
+    pub(super) fn renew(&mut self, record: &mut [u8]) -> io::Result<usize> {
         let wanted = self.next.update_wanted.swap(false, Relaxed);
         // One is left for the record that says so, and one for close_notify.
         let is_used_up = self.sequence >= self.limit.saturating_sub(2);
         if !wanted && !is_used_up {
-            return Ok(None);
+            return Ok(0);
         }
         if !self.is_tls13 {
             let message =
                 "TLS 1.2 cannot protect more data on one connection with this cipher: use TLS 1.3, or more channels";
             return Err(io::Error::other(message));
         }
-        let record = self.seal(ContentType::Handshake, &KEY_UPDATE)?;
+        record[HEADER_LEN..][..KEY_UPDATE.len()].copy_from_slice(&KEY_UPDATE);
+        let len = self.seal(ContentType::Handshake, record, KEY_UPDATE.len())?;
         let mut keys = self.next.keys.lock().unwrap_or_else(PoisonError::into_inner);
         let (sequence, secrets) = keys.to_send().map_err(io::Error::other)?;
         self.cipher = encrypter(self.suite, secrets).map_err(io::Error::other)?;
         self.sequence = sequence;
-        Ok(Some(record))
+        Ok(len)
     }
 
     /// Allows only `limit` records for each key, for tests.
@@ -231,8 +240,14 @@ pub(super) const HEADER_LEN: usize = 5;
 /// The most content of one record.
 pub(super) const MAX_PLAIN: usize = 16_384;
 
+/// The most that a record made here is longer than its header and content: the type of its content, a nonce of TLS 1.2, a tag.
+pub(super) const EXPANSION: usize = 32;
+
 /// The longest record of any version.
 pub(super) const MAX_RECORD: usize = HEADER_LEN + MAX_PLAIN + 2048;
+
+/// The longest record that changes the key.
+pub(super) const KEY_UPDATE_LEN: usize = HEADER_LEN + KEY_UPDATE.len() + EXPANSION;
 
 /// The handshake message key_update, update_not_requested (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];

@@ -13,12 +13,17 @@ use std::{
 use rustls::{ContentType, crypto::ring, version::TLS12};
 use test_support::{TempDir, time_limit};
 
-use super::{records::Session, *};
+use super::{
+    records::{EXPANSION, HEADER_LEN, KEY_UPDATE_LEN, Session},
+    *,
+};
 use crate::{
     ram::Ram,
     testing::certificates::{Authority, Valid, directory},
     transport::{Established, RecvHalf, SendHalf, socket::SocketStream},
 };
+
+mod sends;
 
 type Outcome = io::Result<Box<dyn Stream>>;
 
@@ -301,10 +306,26 @@ fn by_hand() -> (TcpStream, Session, Box<dyn Stream>) {
     })
 }
 
+/// A record of `session` with this content.
+fn sealed(session: &mut Session, kind: ContentType, content: &[u8]) -> Vec<u8> {
+    let mut record = [&[0; HEADER_LEN], content, &[0; EXPANSION]].concat();
+    let len = session.sealer.seal(kind, &mut record, content.len()).unwrap();
+    record.truncate(len);
+    record
+}
+
+/// The record with which `session` changes its key, where it has to.
+fn renewed(session: &mut Session) -> io::Result<Vec<u8>> {
+    let mut record = vec![0; KEY_UPDATE_LEN];
+    let len = session.sealer.renew(&mut record)?;
+    record.truncate(len);
+    Ok(record)
+}
+
 /// What the destination says of `bytes` that a source sends in place of a record with a page.
 fn broken(change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> (io::ErrorKind, String) {
     let (mut ours, mut session, mut theirs) = by_hand();
-    let record = session.sealer.seal(ContentType::ApplicationData, &[7; 4096]).unwrap();
+    let record = sealed(&mut session, ContentType::ApplicationData, &[7; 4096]);
     ours.write_all(&change(record)).unwrap();
     ours.shutdown(Shutdown::Write).unwrap();
     let ram = Ram::for_test(&[("a", 2)]);
@@ -338,7 +359,7 @@ fn records_without_content_and_messages_of_other_kinds_come_to_an_end() {
     let endless = |kind: ContentType, content: &[u8]| {
         let (mut ours, mut session, mut theirs) = by_hand();
         for _ in 0..100 {
-            let record = session.sealer.seal(kind, content).unwrap();
+            let record = sealed(&mut session, kind, content);
             if ours.write_all(&record).is_err() {
                 break;
             }
@@ -367,10 +388,10 @@ fn a_destination_says_nothing_after_the_handshake_by_itself() {
 fn an_end_between_two_records_is_an_end_and_nothing_is_read_after_close_notify() {
     for told in [true, false] {
         let (mut ours, mut session, mut theirs) = by_hand();
-        let mut bytes = session.sealer.seal(ContentType::ApplicationData, b"all").unwrap();
+        let mut bytes = sealed(&mut session, ContentType::ApplicationData, b"all");
         if told {
-            bytes.extend(session.sealer.seal(ContentType::Alert, &[1, 0]).unwrap());
-            bytes.extend(session.sealer.seal(ContentType::ApplicationData, b"more").unwrap());
+            bytes.extend(sealed(&mut session, ContentType::Alert, &[1, 0]));
+            bytes.extend(sealed(&mut session, ContentType::ApplicationData, b"more"));
         }
         ours.write_all(&bytes).unwrap();
         if !told {
@@ -391,10 +412,8 @@ fn keys_that_are_used_up_are_replaced_on_the_way() {
     session.sealer.limit_records(5);
     let send = thread::spawn(move || {
         for number in 0..50u8 {
-            if let Some(record) = session.sealer.renew().unwrap() {
-                ours.write_all(&record).unwrap();
-            }
-            ours.write_all(&session.sealer.seal(ContentType::ApplicationData, &[number]).unwrap()).unwrap();
+            ours.write_all(&renewed(&mut session).unwrap()).unwrap();
+            ours.write_all(&sealed(&mut session, ContentType::ApplicationData, &[number])).unwrap();
         }
         ours
     });
@@ -451,9 +470,9 @@ fn tls_1_2_does_not_go_on_with_a_key_that_is_used_up() {
     let mut stream = SocketStream::new(ours.into()).unwrap();
     let name = ServerName::try_from(HOST).unwrap();
     let mut session = handshake::client(&mut stream, &client, &name, Deadline::after(Some(SOON))).unwrap();
-    assert!(session.sealer.renew().unwrap().is_none());
+    assert!(renewed(&mut session).unwrap().is_empty());
     session.sealer.limit_records(3);
-    assert_says(&session.sealer.renew().unwrap_err().to_string(), "use TLS 1.3, or more channels");
+    assert_says(&renewed(&mut session).unwrap_err().to_string(), "use TLS 1.3, or more channels");
     accepting.join().unwrap().unwrap();
 }
 
