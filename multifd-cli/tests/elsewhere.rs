@@ -78,8 +78,9 @@ fn devices_without_their_memory_are_kept_and_never_pass_for_a_vm() {
             (vec!["send", &file, &nowhere], 4, "--ignore-shared sends the rest"),
             (vec!["send", &file, &nowhere, "--postcopy"], 4, said),
             (vec!["serve", &file, "--listen", &nowhere], 4, said),
-            (vec!["restore", &file, &nowhere], 4, "multifd send --ignore-shared"),
+            (vec!["restore", &file, &nowhere], 4, "--ignore-shared sends the rest"),
             (vec!["send", &file, &nowhere, "--ignore-shared", "--postcopy"], 2, "--postcopy"),
+            (vec!["restore", &file, &nowhere, "--ignore-shared", "--postcopy"], 2, "--postcopy"),
         ] {
             let output = multifd("").args(args).arg("--json").output().unwrap();
             let output = if status == 2 {
@@ -93,8 +94,10 @@ fn devices_without_their_memory_are_kept_and_never_pass_for_a_vm() {
         let whole = dir.join("whole");
         fs::write(dir.join("plain"), recorded("q10.0-xbzrle-0ch")).unwrap();
         converted(&dir.join("plain"), &whole, &[]);
-        let output = multifd("send --json --ignore-shared").arg(&whole).arg(&nowhere).output().unwrap();
-        failed(ended(&output), 2, "all of the VM's memory is in");
+        for verb in ["send", "restore"] {
+            let output = multifd(verb).args(["--json", "--ignore-shared"]).arg(&whole).arg(&nowhere).output().unwrap();
+            failed(ended(&output), 2, "all of the VM's memory is in");
+        }
         // Nor does libvirt get it, in either of its formats.
         let xml = write(&dir, "xml", b"<domain type='qemu'><name>n</name></domain>");
         for (format, from) in [("stream", &kept), ("mapped-ram", &kept), ("mapped-ram", &stream)] {

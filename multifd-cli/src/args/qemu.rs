@@ -100,6 +100,10 @@ pub struct RestoreArgs {
     /// Send pages that the guest waits for over a connection of their own.
     #[arg(long, requires = "postcopy", help_heading = MIGRATION)]
     pub preempt: bool,
+    /// FILE lacks memory that its QEMU shared (x-ignore-shared), and this QEMU maps the same file, unchanged since: restore the
+    /// rest. QEMU is asked whether it shares such memory; nothing here can tell what is in it, and with other content the guest is lost.
+    #[arg(long, conflicts_with = "postcopy", help_heading = MIGRATION)]
+    pub ignore_shared: bool,
     /// The connection to QEMU.
     #[command(flatten)]
     pub monitor: MonitorArgs,

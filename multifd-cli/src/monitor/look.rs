@@ -21,8 +21,8 @@ pub struct Look {
     pub state: String,
     /// All zero for none.
     pub uuid: String,
-    /// Its memory backends: name and size.
-    pub memory: Vec<(String, u64)>,
+    /// Its memory backends that have a name.
+    pub memory: Vec<Backend>,
     /// Bytes of memory, where it says so.
     pub memory_size: Option<u64>,
     /// Migration capabilities.
@@ -33,6 +33,17 @@ pub struct Look {
     pub migration: Status,
     /// It listens for a migration.
     pub is_listening: bool,
+}
+
+/// A memory backend.
+#[derive(Debug, Clone)]
+pub struct Backend {
+    /// Its name, which is that of its RAM block.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Others may map the same memory (`share=on`): `x-ignore-shared` leaves it out. `false` where QEMU does not say so.
+    pub is_shared: bool,
 }
 
 impl Look {
@@ -107,9 +118,11 @@ fn accelerator(monitor: &mut Monitor) -> Result<String, Refusal> {
     Ok(if kvm["enabled"] == true { "kvm" } else { "not kvm" }.to_owned())
 }
 
-/// The memory backends that have a name, which is that of their RAM block.
-fn backends(monitor: &mut Monitor) -> Result<Vec<(String, u64)>, Refusal> {
+fn backends(monitor: &mut Monitor) -> Result<Vec<Backend>, Refusal> {
     let answer = monitor.execute_if_known("query-memdev", json!({}))?.unwrap_or_default();
-    let backend = |value: &Value| Some((value["id"].as_str()?.to_owned(), value["size"].as_u64()?));
+    let backend = |value: &Value| {
+        let (name, bytes) = (value["id"].as_str()?.to_owned(), value["size"].as_u64()?);
+        Some(Backend { name, bytes, is_shared: value["share"] == true })
+    };
     Ok(answer.as_array().into_iter().flatten().filter_map(backend).collect())
 }

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 pub use self::{
     ending::REST_PARAMETERS,
     interrupts::Interrupts,
-    look::Look,
+    look::{Backend, Look},
     settings::{Changed, Wanted},
     tls::{QemuIs, QemuTls},
 };

@@ -34,6 +34,15 @@ impl Wanted {
         wanted
     }
 
+    /// The same, and memory that QEMU shares stays where it is.
+    #[must_use]
+    pub fn ignoring_shared(mut self) -> Wanted {
+        for (name, on) in &mut self.capabilities {
+            *on |= *name == "x-ignore-shared";
+        }
+        self
+    }
+
     /// A snapshot of the state at the beginning: a plain stream without an answer, while the guest runs on.
     pub fn snapshot() -> Wanted {
         let mut wanted = Wanted::plain();

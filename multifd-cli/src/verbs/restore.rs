@@ -19,7 +19,10 @@ use crate::{
     describe,
     exit::Exit,
     image::Stop,
-    monitor::{self, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, QemuIs, QemuTls, Refusal, Wanted},
+    monitor::{
+        self, Backend, Changed, Interrupts, Look, Meeting, Monitor, POLL_INTERVAL, QemuIs, QemuTls, Refusal, Wanted,
+    },
+    printable,
     report::Outcome,
     units,
 };
@@ -36,10 +39,8 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     let interrupts = Interrupts::listen()?;
     let checkpoint = send::open(&args.file, args.postcopy, &Stop::default(), &args.output)
         .map_err(|error| Refusal::new(Exit::from(&error), error.to_string()))?;
-    checkpoint.check_whole().map_err(|error| {
-        let message = format!("{error}; it is sent to one that waits for it by `multifd send --ignore-shared`");
-        Refusal::new(Exit::from(&Error::from(error)), message)
-    })?;
+    send::check_memory(&args.file, args.ignore_shared, &checkpoint)
+        .map_err(|(exit, message)| Refusal::new(exit, message))?;
     let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
     let look = monitor.look()?;
     check(&look, &checkpoint)?;
@@ -91,6 +92,7 @@ fn check(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
         ));
     }
     check_memory(look, checkpoint)?;
+    check_shared(look, checkpoint)?;
     let uuid = checkpoint.uuid().map(|uuid| describe::uuid(&uuid));
     match uuid.filter(|uuid| is_uuid(uuid) && is_uuid(&look.uuid) && !uuid.eq_ignore_ascii_case(&look.uuid)) {
         Some(uuid) => mismatch(format!("the checkpoint is of the VM {uuid}, QEMU runs {} (-uuid)", look.uuid)),
@@ -102,7 +104,7 @@ fn check(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
 fn check_memory(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
     let size = |name: &str| checkpoint.blocks().iter().find(|block| block.name == *name).map(|block| block.bytes);
     let mut matched = 0u64;
-    for (name, bytes) in &look.memory {
+    for Backend { name, bytes, .. } in &look.memory {
         match size(name) {
             Some(kept) if kept != *bytes => {
                 let [kept, bytes] = [kept, *bytes].map(units::show_size);
@@ -126,10 +128,30 @@ fn check_memory(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
         "QEMU has {} of memory as {}, the checkpoint has the RAM blocks {}; the names and sizes of memory backends have to be \
          the same",
         units::show_size(whole),
-        list(look.memory.clone()),
+        list(look.memory.iter().map(|backend| (backend.name.clone(), backend.bytes)).collect()),
         list(kept)
     );
     Err(Refusal::new(Exit::Peer, message))
+}
+
+/// Whether QEMU shares the memory that the checkpoint does not have. What is in it, only the operator knows.
+fn check_shared(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
+    for block in checkpoint.memory_elsewhere() {
+        let name = printable::line(block.name.as_str());
+        let message = match look.memory.iter().find(|backend| backend.name == block.name.as_str()) {
+            Some(backend) if backend.is_shared => continue,
+            Some(_) => format!(
+                "{name} is not in the checkpoint, and the QEMU does not share its own: its guest would find other memory"
+            ),
+            None => format!("{name} is not in the checkpoint, and the QEMU has no memory backend of that name"),
+        };
+        let message = format!(
+            "{message}; expected one that maps the file of the checkpoint's QEMU (-object memory-backend-file,id={name},share=on,\
+             mem-path=FILE)"
+        );
+        return Err(Refusal::new(Exit::Peer, message));
+    }
+    Ok(())
 }
 
 fn wanted(args: &RestoreArgs) -> Wanted {
@@ -140,7 +162,8 @@ fn wanted(args: &RestoreArgs) -> Wanted {
         Some(method) => crate::report::compression_name(method),
         None => unreachable!("the command line refuses auto"),
     });
-    Wanted::multifd(args.transfer.channels(), compression)
+    let wanted = Wanted::multifd(args.transfer.channels(), compression);
+    if args.ignore_shared { wanted.ignoring_shared() } else { wanted }
 }
 
 /// Has QEMU listen, sends the checkpoint, and asks QEMU what has become of it.
@@ -210,7 +233,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         qmp: None,
         peer: Some(crate::args::Peer::Qemu),
         uuid,
-        ignore_shared: false,
+        ignore_shared: args.ignore_shared,
         postcopy: args.as_postcopy(),
         observe: args.observe.clone(),
         output: args.output.clone(),

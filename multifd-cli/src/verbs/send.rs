@@ -37,8 +37,8 @@ pub fn run(args: &SendArgs) -> Outcome {
     if args.postcopy.is_asked_for() {
         return postcopy::run(args, &checkpoint);
     }
-    if let Some(refused) = refused_for_memory(args, &checkpoint) {
-        return refused;
+    if let Err(refused) = check_memory(&args.file, args.ignore_shared, &checkpoint) {
+        return Outcome::failed(refused.0, refused.1);
     }
     let Some(options) = options(args, &checkpoint) else {
         let machine = checkpoint.machine();
@@ -54,20 +54,22 @@ pub fn run(args: &SendArgs) -> Outcome {
     }
 }
 
-/// Why it is not sent, where the destination may lack memory.
-fn refused_for_memory(args: &SendArgs, checkpoint: &Checkpoint) -> Option<Outcome> {
-    match (checkpoint.check_whole().map_err(Error::from), args.ignore_shared) {
-        (Ok(()), false) | (Err(_), true) => None,
+/// Whether the checkpoint in `file` has all of the VM's memory, or the operator has said that the rest is where it is to go.
+///
+/// # Errors
+/// The exit status, and why it is not sent.
+pub(super) fn check_memory(file: &Path, ignore_shared: bool, checkpoint: &Checkpoint) -> Result<(), (Exit, String)> {
+    match (checkpoint.check_whole().map_err(Error::from), ignore_shared) {
+        (Ok(()), false) | (Err(_), true) => Ok(()),
         (Ok(()), true) => {
             let message = format!(
-                "all of the VM's memory is in {:?}, which a QEMU with x-ignore-shared on refuses; expected no '--ignore-shared'",
-                args.file
+                "all of the VM's memory is in {file:?}, which a QEMU with x-ignore-shared on refuses; expected no '--ignore-shared'"
             );
-            Some(Outcome::failed(Exit::Usage, message))
+            Err((Exit::Usage, message))
         }
         (Err(error), false) => {
             let message = format!("{error}; --ignore-shared sends the rest to such a QEMU");
-            Some(Outcome::failed(Exit::from(&error), message))
+            Err((Exit::from(&error), message))
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A QEMU whose memory is in a shared file, with `x-ignore-shared` on: its devices go through a checkpoint, the memory stays where it is.
 
-use qemu_peer::{Installed, Memory, Qemu, Version};
+use qemu_peer::{Installed, Memory, Qemu, QemuBuilder, Version};
 use serde_json::json;
 use test_support::{TempDir, report, time_limit};
 
@@ -79,6 +79,50 @@ fn devices_go_through_a_checkpoint_and_the_memory_stays_where_it_is() {
             assert_goes_on(&source, &mut destination);
         });
         report("memory that stays where it is", &format!("{:4} {machine}: ok", version.name()));
+    }
+}
+
+/// `restore` asks the QEMU whether it shares such memory, sets the capability, and puts it back.
+#[test]
+fn devices_are_restored_into_a_qemu_that_has_the_memory() {
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0"), (Version::V11_1, "pc-q35-11.1")]
+    {
+        let Some(installed) = Installed::require(version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let file = dir.join("checkpoint");
+            let path = file.display().to_string();
+            let mut source = vm(&installed, machine).start().unwrap();
+            Settings::default().apply(&mut source);
+            source.qmp().set_capabilities(&SHARED).unwrap();
+            source.wait_passes(2, LIMIT).unwrap();
+            let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &[]);
+            migrate_away(&mut source, &uri);
+            receive.done();
+
+            let restore = |name: &str, shape: QemuBuilder| {
+                let socket = dir.join(name);
+                let monitor = format!("unix:{},server=on,wait=off", socket.display());
+                let mut qemu = shape.incoming().arguments(&["-qmp", &monitor]).start().unwrap();
+                let capabilities =
+                    |qemu: &mut Qemu| qemu.qmp().execute("query-migrate-capabilities", json!({})).unwrap();
+                let before = capabilities(&mut qemu);
+                let qmp = format!("unix:{}", socket.display());
+                let ended = Multifd::start(["restore", &path, &qmp, "--ignore-shared"]).end();
+                assert_eq!(capabilities(&mut qemu), before);
+                (qemu, ended)
+            };
+            // QEMU would run what is in its own memory.
+            let (mut other, ended) = restore("other", vm(&installed, machine).memory(Memory::Anonymous));
+            ended.failed(4, "pc.ram is not in the checkpoint, and the QEMU does not share its own");
+            assert_eq!(other.qmp().query_migrate().unwrap().get("status"), None, "nothing was begun");
+            drop(other);
+            let (mut destination, ended) = restore("there", with_memory_of(&source, &installed, machine));
+            assert_eq!(ended.report["guest-state"], "running", "{}", ended.log);
+            assert_goes_on(&source, &mut destination);
+        });
+        report("memory that stays where it is", &format!("{:4} {machine}: restored", version.name()));
     }
 }
 
