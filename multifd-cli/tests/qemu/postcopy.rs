@@ -400,6 +400,11 @@ fn senders_to_10_0_with_preempt_die_and_no_vm_is_lost() {
 }
 
 #[test]
+fn senders_to_11_1_die_and_no_vm_is_lost() {
+    senders_die_at_random(Version::V11_1, "pc-i440fx-11.1", false);
+}
+
+#[test]
 fn senders_to_11_1_with_preempt_die_and_no_vm_is_lost() {
     senders_die_at_random(Version::V11_1, "pc-q35-11.1", true);
 }
