@@ -14,7 +14,7 @@ use multifd_proto::{
 
 use crate::{
     error::{Error, Place},
-    sync::{Arc, Condvar, Deadline, Mutex, lock, wait, wait_for},
+    sync::{Arc, Condvar, Deadline, Mutex, MutexGuard, lock, wait, wait_for},
     transport::Stopper,
 };
 
@@ -123,7 +123,7 @@ impl RoundBarrier {
         }
         let round = state.rounds.round();
         let arrival = state.rounds.join(id, told, sync).map_err(Error::protocol(place))?;
-        Ok(Ok(self.announce(&state.rounds, arrival).then_some(round)))
+        Ok(Ok(self.announce(state, arrival).then_some(round)))
     }
 
     /// A channel is at a SYNC. Returns the number of the round, and does not wait.
@@ -189,15 +189,19 @@ impl RoundBarrier {
         }
         let round = state.rounds.round();
         let arrival = arrive(&mut state.rounds).map_err(Error::protocol(place))?;
-        self.announce(&state.rounds, arrival);
+        self.announce(state, arrival);
         Ok(round)
     }
 
     /// Wakes those for whom `arrival` makes a difference. Returns whether the one that arrives has something to wait for.
-    fn announce(&self, rounds: &Rounds, arrival: Arrival) -> bool {
-        if arrival == Arrival::Completes || rounds.awaits_strangers_only() {
+    fn announce(&self, state: MutexGuard<'_, State>, arrival: Arrival) -> bool {
+        let over = arrival == Arrival::Completes || state.rounds.awaits_strangers_only();
+        let gathered = state.rounds.awaits_main_only();
+        // Those who wake look at the state at once, and would find it locked.
+        drop(state);
+        if over {
             self.shared.over.notify_all();
-        } else if rounds.awaits_main_only() {
+        } else if gathered {
             self.shared.gathered.notify_one();
         }
         arrival != Arrival::Joins
