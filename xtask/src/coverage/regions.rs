@@ -6,6 +6,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::LIBRARIES;
+
 /// The first line and column of a region, and its last.
 type Place = (u64, u64, u64, u64);
 
@@ -92,7 +94,7 @@ fn folder(name: &str) -> &str {
 fn is_library(name: &str) -> bool {
     let parts: Vec<&str> = name.split('/').collect();
     let tests = |part: &&str| ["testing", "tests", "tests.rs", "loom.rs", "shuttle.rs"].contains(part);
-    parts.get(1) == Some(&"src") && !parts.iter().any(tests)
+    LIBRARIES.contains(&parts[0]) && parts.get(1) == Some(&"src") && !parts.iter().any(tests)
 }
 
 /// The line on which a file's module of tests begins; behind every line if it has none.
