@@ -7,7 +7,7 @@
 //! ```
 //!
 //! [`MainDecoder`] is a state machine that is shown slices and keeps no bytes. It knows the RAM section completely, and checks
-//! every name, offset, length and footer. Bodies of devices have no length on the wire, unless SECTION_LENGTH says one ([`BodyLength`](crate::command::BodyLength)): the caller reads them
+//! every name, offset, length and footer. Bodies of devices have no length on the wire, unless SECTION_LENGTH says one ([`BodyLength`]): the caller reads them
 //! and tells how long they were ([`MainDecoder::body_taken`]).
 //!
 //! A background snapshot has no END of `ram`: the devices follow the last PART. A FULL section before END is therefore state that
