@@ -59,7 +59,7 @@ pub trait SourceVm {
     }
 
     /// Adds the pages that must not be read in the round that is about to begin: memory that is unplugged, as that of virtio-mem, or
-    /// that nobody may read (`PROT_NONE`). [`Ram::pages_at`] turns guest addresses into pages. By default there are none.
+    /// that the kernel lets no process read (`PROT_NONE`). [`Ram::pages_at`] turns guest addresses into pages. By default there are none.
     ///
     /// Such a page is neither read nor sent, whatever the log says of it. At the destination it is zero, and takes no memory unless
     /// an earlier round has sent it. One that is not added any more is in use again: it is sent as a dirty page, so the log need not

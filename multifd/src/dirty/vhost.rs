@@ -113,7 +113,7 @@ impl DirtyLog for VhostLog {
 
     fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
         // Relaxed: a mark that this load misses is one that this drain does not take; a later one does. Acquire pairs with the back end's
-        // atomic *or*: whoever sees the mark sees what was written before it.
+        // atomic *or*: a thread that sees the mark sees what was written before it.
         self.add(|word| if word.load(Relaxed) == 0 { 0 } else { word.swap(0, Acquire) }, into);
         Ok(())
     }

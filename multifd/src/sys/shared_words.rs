@@ -11,7 +11,7 @@ use rustix::fs::{SealFlags, fcntl_add_seals};
 
 use super::mapping::Mapping;
 
-/// The words, all zero to begin with. The file keeps its length, whoever has it.
+/// The words, all zero to begin with. No process that has the file can change its length.
 pub(crate) struct SharedWords {
     mapping: Mapping,
     file: File,
