@@ -2,7 +2,8 @@
 //!
 //! Every page of the bitmap passed to [`PageScan::load`] is handed out exactly once, in a [`Batch`] that lies within one
 //! RAM block, unless it is [postponed](PageScan::postpone) before: then [`PageScan::take_postponed`] has it, exactly once, too.
-//! Channels pull; no thread assigns work. A section is the part of a round between two sync points: the whole
+//! Channels pull; no thread assigns work. Towards the end of a round batches become smaller, so that the channels share what is left:
+//! between hosts each can send only a little at first, and a pause must not wait for the few that got all of it. A section is the part of a round between two sync points: the whole
 //! round in the per-round dialect, a number of pages in the per-section one. See `barrier` for how it ends.
 
 use crate::{
@@ -21,6 +22,8 @@ struct Shared {
     layout: Layout,
     /// Most pages in a batch.
     capacity: usize,
+    /// How many channels share the pages.
+    channels: usize,
     state: Mutex<State>,
 }
 
@@ -33,6 +36,8 @@ struct State {
     zeros: Option<DirtyBitmap>,
     /// Below it, nothing is dirty.
     from: u64,
+    /// How many pages are in `dirty`.
+    left: u64,
     /// Pages that may still be handed out before the next sync point.
     allowed: u64,
     /// Packets of all channels so far: the number of the next one.
@@ -51,23 +56,25 @@ pub(crate) struct Batch {
 }
 
 impl PageScan {
-    /// A scan without pages, for batches of up to `capacity` pages of `layout`.
-    pub(crate) fn new(layout: Layout, capacity: usize) -> PageScan {
+    /// A scan without pages, for batches of up to `capacity` pages of `layout`, which `channels` share.
+    pub(crate) fn new(layout: Layout, capacity: usize, channels: usize) -> PageScan {
         let (dirty, postponed) = (DirtyBitmap::new(&layout), DirtyBitmap::new(&layout));
-        let state = State { dirty, postponed, zeros: None, from: 0, allowed: 0, packets: 0 };
-        PageScan { shared: Arc::new(Shared { layout, capacity, state: Mutex::new(state) }) }
+        let state = State { dirty, postponed, zeros: None, from: 0, left: 0, allowed: 0, packets: 0 };
+        PageScan { shared: Arc::new(Shared { layout, capacity, channels: channels.max(1), state: Mutex::new(state) }) }
     }
 
-    /// Swaps the pages of a new round in: `dirty` becomes empty.
+    /// Swaps the pages of a new round in: `dirty` becomes empty. Returns how many they are.
     ///
     /// Nothing is handed out before [`allow`](Self::allow). The round before is complete.
-    pub(crate) fn load(&self, dirty: &mut DirtyBitmap) {
+    pub(crate) fn load(&self, dirty: &mut DirtyBitmap) -> u64 {
         let mut state = lock(&self.shared.state);
         debug_assert!(state.dirty.is_empty(), "the round before was handed out completely");
         debug_assert!(state.postponed.is_empty(), "what it postponed is a part of this one");
         std::mem::swap(&mut state.dirty, dirty);
         state.from = 0;
+        state.left = state.dirty.count();
         state.allowed = 0;
+        state.left
     }
 
     /// From now on, pages that are also in `zeros` are handed out as zeros.
@@ -92,7 +99,7 @@ impl PageScan {
     pub(crate) fn next(&self, batch: &mut Batch) -> bool {
         batch.pages.clear();
         batch.zeros.clear();
-        let Shared { layout, capacity, state } = &*self.shared;
+        let Shared { layout, state, .. } = &*self.shared;
         let mut guard = lock(state);
         let state = &mut *guard;
         if state.allowed == 0 {
@@ -101,8 +108,11 @@ impl PageScan {
         let Some(first) = state.dirty.next(state.from) else { return false };
         let index = layout.block_of(first).expect("only pages of blocks are set");
         let block = &layout.blocks()[index];
-        state.from = state.dirty.take(first, block.page_range().end, *capacity, &mut batch.pages);
-        state.allowed = state.allowed.saturating_sub(batch.pages.len() as u64);
+        let most = self.shared.most(state.left);
+        state.from = state.dirty.take(first, block.page_range().end, most, &mut batch.pages);
+        let taken = batch.pages.len() as u64;
+        state.left -= taken;
+        state.allowed = state.allowed.saturating_sub(taken);
         batch.block = index;
         if let Some(zeros) = &state.zeros {
             let Batch { pages, zeros: known, .. } = batch;
@@ -124,8 +134,10 @@ impl PageScan {
     /// Takes those of `pages` out of the round that were not handed out so far. Returns how many.
     pub(crate) fn postpone(&self, pages: &DirtyBitmap) -> u64 {
         let mut guard = lock(&self.shared.state);
-        let State { dirty, postponed, .. } = &mut *guard;
-        dirty.move_chosen(pages, postponed)
+        let State { dirty, postponed, left, .. } = &mut *guard;
+        let moved = dirty.move_chosen(pages, postponed);
+        *left -= moved;
+        moved
     }
 
     /// Moves the postponed pages into `next`, the pages of the next round.
@@ -156,6 +168,18 @@ impl PageScan {
     }
 }
 
+impl Shared {
+    /// Most pages of the next batch, where `left` are left: a channel's share of them, where that is not a waste of packets.
+    fn most(&self, left: u64) -> usize {
+        let share = usize::try_from(left.div_ceil(self.channels as u64)).unwrap_or(usize::MAX);
+        share.clamp(self.capacity.div_ceil(SMALLEST_PART), self.capacity)
+    }
+}
+
+/// The smallest batch that is cut for the sake of other channels, as a part of the largest: 16 KiB of 512, of which its packet's header is
+/// another 7 %.
+const SMALLEST_PART: usize = 32;
+
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use multifd_proto::BlockName;
@@ -178,7 +202,7 @@ mod tests {
 
     #[test]
     fn each_page_is_handed_out_once_in_batches_of_one_block() {
-        let scan = PageScan::new(layout(), 128);
+        let scan = PageScan::new(layout(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&layout()));
         assert_eq!(drain(&scan), [], "nothing before the section opens");
         scan.allow(u64::MAX);
@@ -187,9 +211,29 @@ mod tests {
         assert!(scan.is_empty());
     }
 
+    /// Between hosts the pause was as long as a few of 64 channels needed for all that was left.
+    #[test]
+    fn channels_share_what_is_left_of_a_round() {
+        let scan = PageScan::new(layout(), 128, 4);
+        assert_eq!(scan.load(&mut DirtyBitmap::full(&layout())), 305);
+        scan.allow(u64::MAX);
+        let sizes: Vec<usize> = drain(&scan).iter().map(|(_, pages)| pages.len()).collect();
+        assert_eq!(sizes, [77, 57, 43, 32, 24, 18, 14, 10, 8, 6, 4, 4, 3, 4, 1]);
+        // What is put off is not left.
+        let mut dirty = DirtyBitmap::full(&layout());
+        let mut written = DirtyBitmap::new(&layout());
+        (0..200).for_each(|page| written.set(page));
+        scan.load(&mut dirty);
+        scan.allow(u64::MAX);
+        assert_eq!(scan.postpone(&written), 200);
+        assert_eq!(drain(&scan)[0], (0, (200..227).collect()));
+        scan.take_postponed(&mut dirty);
+        assert_eq!(scan.load(&mut dirty), 200);
+    }
+
     #[test]
     fn a_section_ends_after_the_pages_it_was_allowed() {
-        let scan = PageScan::new(layout(), 128);
+        let scan = PageScan::new(layout(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&layout()));
         scan.allow(130);
         assert_eq!(drain(&scan).len(), 2);
@@ -203,7 +247,7 @@ mod tests {
 
     #[test]
     fn known_zeros_are_told_apart() {
-        let scan = PageScan::new(layout(), 128);
+        let scan = PageScan::new(layout(), 128, 1);
         let mut zeros = DirtyBitmap::new(&layout());
         zeros.set_range(1..120);
         let mut dirty = DirtyBitmap::new(&layout());
@@ -221,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_page_is_handed_out_or_postponed_and_a_part_of_the_next_round() {
-        let scan = PageScan::new(layout(), 128);
+        let scan = PageScan::new(layout(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&layout()));
         scan.allow(u64::MAX);
         let mut batch = Batch::default();
@@ -246,7 +290,7 @@ mod tests {
 
     #[test]
     fn packets_are_numbered_and_batches_are_not() {
-        let scan = PageScan::new(layout(), 128);
+        let scan = PageScan::new(layout(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&layout()));
         scan.allow(u64::MAX);
         let mut batch = Batch::default();

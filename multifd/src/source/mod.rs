@@ -192,8 +192,9 @@ impl Run {
         // Its guest writes to it.
         ram.forget_fresh();
         let page_size = ram.layout().page_size();
-        let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size));
-        let barrier = RoundBarrier::new(usize::from(options.plan.channels));
+        let channels = usize::from(options.plan.channels);
+        let scan = PageScan::new(ram.layout().clone(), packet::capacity(page_size), channels);
+        let barrier = RoundBarrier::new(channels);
         stop.register(Box::new(barrier.clone()));
         stop.register(live.limiter.stopper());
         let backlog = Backlog::default();

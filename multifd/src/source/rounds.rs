@@ -133,10 +133,9 @@ impl Run {
 
     pub(super) fn open_round(&mut self, dirty: &mut DirtyBitmap, guest_running: bool) -> RoundStats {
         let round = self.rounds;
-        let dirty_pages = dirty.count();
-        self.shared.progress.open_round(round, dirty_pages);
         self.shared.options.trace.step(|| Step::Drain(dirty.iter().collect()));
-        self.shared.scan.load(dirty);
+        let dirty_pages = self.shared.scan.load(dirty);
+        self.shared.progress.open_round(round, dirty_pages);
         let before = self.shared.progress.snapshot();
         RoundStats {
             round,

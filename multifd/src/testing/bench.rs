@@ -82,7 +82,7 @@ pub struct Pages(Batch);
 impl Scan {
     /// A scan for batches of up to `capacity` pages.
     pub fn new(layout: Layout, capacity: usize) -> Scan {
-        Scan(PageScan::new(layout, capacity))
+        Scan(PageScan::new(layout, capacity, 1))
     }
 
     /// Opens a round with the pages of `dirty`.

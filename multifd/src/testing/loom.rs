@@ -181,7 +181,7 @@ fn pull(scan: &PageScan, taken: &[AtomicU64], packets: &AtomicU64) {
 #[test]
 fn two_channels_take_each_page_once() {
     explore("PageScan, 2 channels × 3 pages", None, || {
-        let scan = PageScan::new(three_pages(), 128);
+        let scan = PageScan::new(three_pages(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&three_pages()));
         scan.allow(u64::MAX);
         let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
@@ -201,7 +201,7 @@ fn two_channels_take_each_page_once() {
 #[test]
 fn a_round_that_opens_while_a_channel_asks_is_handed_out_once() {
     explore("PageScan, load and allow against next", None, || {
-        let scan = PageScan::new(three_pages(), 128);
+        let scan = PageScan::new(three_pages(), 128, 1);
         let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
         let packets = Arc::new(AtomicU64::new(0));
         let other = {
@@ -224,7 +224,7 @@ fn a_round_that_opens_while_a_channel_asks_is_handed_out_once() {
 #[test]
 fn a_page_is_taken_by_a_channel_or_postponed_by_main() {
     explore("PageScan, postpone against next", None, || {
-        let scan = PageScan::new(three_pages(), 128);
+        let scan = PageScan::new(three_pages(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&three_pages()));
         scan.allow(u64::MAX);
         let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
@@ -250,7 +250,7 @@ fn a_page_is_taken_by_a_channel_or_postponed_by_main() {
 #[test]
 fn a_round_is_sent_completely_when_main_has_gathered_the_channels() {
     explore("RoundBarrier + PageScan, 1 channel × 2 rounds", Some(3), || {
-        let (scan, barrier) = (PageScan::new(three_pages(), 128), RoundBarrier::new(1));
+        let (scan, barrier) = (PageScan::new(three_pages(), 128, 1), RoundBarrier::new(1));
         let taken: Arc<Vec<AtomicU64>> = Arc::new((0..3).map(|_| AtomicU64::new(0)).collect());
         let packets = Arc::new(AtomicU64::new(0));
         let channel = {
