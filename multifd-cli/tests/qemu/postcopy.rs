@@ -13,7 +13,7 @@ use std::{
 
 use fastrand::Rng;
 use multifd_qmp::{Client, qapi_qmp};
-use qemu_peer::{Installed, Qemu, Status, Version};
+use qemu_peer::{BootGuest, Installed, Qemu, Status, Version};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use test_support::{HugePages, TempDir, report, time_limit};
@@ -122,6 +122,74 @@ fn a_checkpoint_of_11_1_runs_at_once() {
 #[test]
 fn a_checkpoint_of_11_1_runs_at_once_with_preempt() {
     a_checkpoint_runs_at_once(Version::V11_1, "pc-q35-11.1", true, true);
+}
+
+/// How much memory of the process is resident, in bytes.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// A guest of 2 GiB that uses 16 MiB: a restore costs these, on the host and on the wire, whichever way its memory comes.
+#[test]
+fn a_restore_costs_the_memory_in_use() {
+    const BIG_MIB: u32 = 2048;
+    const USED_MIB: u32 = 16;
+    for (version, machine) in
+        [(Version::V7_2, "pc-i440fx-7.2"), (Version::V10_0, "pc-q35-10.0"), (Version::V11_1, "pc-i440fx-11.1")]
+    {
+        let Some(installed) = Installed::require(version) else { continue };
+        time_limit(TEST_LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let file = dir.join("checkpoint");
+            let sparse = || {
+                let builder = Qemu::builder(&installed).machine(machine).memory_mib(BIG_MIB).limit(TEST_LIMIT);
+                builder.guest(BootGuest::filling(USED_MIB).slowed(2000))
+            };
+            let mut source = sparse().start().unwrap();
+            Settings::default().apply(&mut source);
+            source.wait_passes(3, LIMIT).unwrap();
+            let (receive, uri) = Multifd::receive(&receive_uri(dir.path(), false), &file, &[]);
+            migrate_away(&mut source, &uri);
+            let blocks = receive.done()["ram-blocks"].clone();
+            let count = |name: &str| blocks.as_array().unwrap().iter().map(|block| block[name].as_u64().unwrap()).sum();
+            let (used, zeros): (u64, u64) = (count("normal"), count("zero"));
+            assert!(used * 4096 < u64::from(2 * USED_MIB) << 20, "{blocks}");
+
+            for postcopy in [false, true] {
+                let mut destination = sparse().incoming().start().unwrap();
+                let before = resident(destination.pid());
+                let sent = if postcopy {
+                    destination.qmp().set_capabilities(&[("postcopy-ram", true)]).unwrap();
+                    let uri = listen(&mut destination, false);
+                    send(&file, &uri, false, &["--clone"]).done()
+                } else {
+                    Settings::default().apply(&mut destination);
+                    let uri = listen(&mut destination, false);
+                    Multifd::start(["send", &file.display().to_string(), &uri]).done()
+                };
+                destination.qmp().wait_migration(&[Status::Completed], LIMIT).unwrap();
+                destination.qmp().wait_run_state("running", LIMIT).unwrap();
+                let output = destination.wait_passes(3, LIMIT).unwrap();
+                assert!(!output.is_corrupted(), "{output:?}");
+                let (added, wire) =
+                    (resident(destination.pid()).saturating_sub(before), sent["ram"]["transferred"].as_u64().unwrap());
+                // Of a page of zeros the name, of nine bytes; with the heads of pages, the devices and the rest.
+                assert!(wire < used * 4200 + zeros * 10 + (1 << 20), "{wire} bytes for {used} pages and {zeros} zeros");
+                // What QEMU itself takes for a guest that runs (code of TCG, threads) is in it.
+                assert!(added < used * 4096 + (96 << 20), "{added} bytes more for {used} pages");
+                let row = format!(
+                    "{:4} {machine}, 2 GiB, {used} pages in use, {}: {} MiB more resident, {} KiB on the wire",
+                    version.name(),
+                    if postcopy { "--postcopy" } else { "send" },
+                    added >> 20,
+                    wire >> 10
+                );
+                report(TABLE, &row);
+            }
+        });
+    }
 }
 
 /// Passes a connection on to `to`, from source to destination in pieces that are `late` each.
