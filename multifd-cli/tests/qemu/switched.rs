@@ -81,7 +81,9 @@ fn switch_after(source: &mut Qemu, uri: &str, bytes: u64) {
 pub fn wait_status(source: &mut Qemu, status: &str) -> Value {
     let deadline = std::time::Instant::now() + LIMIT;
     loop {
-        let answer = source.qmp().query_migrate().unwrap();
+        // One that has ended has no monitor, and may have said why.
+        let answer = source.qmp().query_migrate();
+        let answer = answer.unwrap_or_else(|error| panic!("{error}; {:?}\n{}", source.wait_exit(LIMIT), source.log()));
         if answer["status"] == status {
             return answer;
         }
