@@ -2,26 +2,62 @@
 
 use std::{
     fs,
-    io::{self, Write},
+    io::{self, BufWriter, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
+use tempfile::NamedTempFile;
+
 /// Replaces the file at `path`, or the one that a symbolic link there leads to, by one with `bytes` that everyone may read.
+///
+/// # Errors
+/// As [`with`].
+pub fn file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    with(path, |file| file.write_all(bytes))
+}
+
+/// Replaces the file at `path`, or the one that a symbolic link there leads to, by one that everyone may read and that `write` has
+/// written. Without effect where that fails.
 ///
 /// # Errors
 /// [`io::ErrorKind::InvalidInput`] for a device, a FIFO and all else that is no file: a name of those is not to be taken away. The
 /// kernel's.
-pub fn file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let path = destination(path)?;
-    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-    let mode = fs::Permissions::from_mode(0o644);
-    let mut file = tempfile::Builder::new().permissions(mode.clone()).tempfile_in(directory)?;
+pub fn with(path: &Path, write: impl FnOnce(&mut BufWriter<&mut NamedTempFile>) -> io::Result<()>) -> io::Result<()> {
+    let (path, mut file) = beside(path)?;
+    let mut out = BufWriter::new(&mut file);
+    write(&mut out)?;
+    out.flush()?;
+    drop(out);
     // Whatever the umask is.
-    file.as_file().set_permissions(mode)?;
-    file.write_all(bytes)?;
+    file.as_file().set_permissions(mode())?;
     file.persist(path)?;
     Ok(())
+}
+
+/// Says now what [`with`] would say later: a migration that is over cannot be asked again.
+///
+/// # Errors
+/// As [`with`].
+pub fn check(path: &Path) -> io::Result<()> {
+    beside(path).map(drop)
+}
+
+/// Where the file is to be, and one beside it that goes when it is dropped.
+fn beside(path: &Path) -> io::Result<(PathBuf, NamedTempFile)> {
+    let path = destination(path)?;
+    if path.file_name().is_none() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it names no file"));
+    }
+    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+    // The name of the file beside it, which an error there has in it, says nothing to people.
+    fs::metadata(directory)?;
+    let file = tempfile::Builder::new().permissions(mode()).tempfile_in(directory)?;
+    Ok((path, file))
+}
+
+fn mode() -> fs::Permissions {
+    fs::Permissions::from_mode(0o644)
 }
 
 /// Where the file is to be.
@@ -51,10 +87,29 @@ mod tests {
         let _socket = UnixListener::bind(dir.join("socket")).unwrap();
         symlink("/dev/null", dir.join("link")).unwrap();
         for path in [dir.join("socket"), dir.join("link"), dir.path().to_owned()] {
-            let error = file(&path, b"new").unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{}: {error}", path.display());
+            for error in [file(&path, b"new"), check(&path)].map(Result::unwrap_err) {
+                assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{}: {error}", path.display());
+            }
         }
         assert!(fs::symlink_metadata(dir.join("link")).unwrap().is_symlink());
+    }
+
+    #[test]
+    fn what_cannot_be_written_later_is_said_now() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.join("old"), "old").unwrap();
+        for name in ["old", "new"] {
+            check(&dir.join(name)).unwrap();
+        }
+        assert_eq!(check(&dir.join("none/new")).unwrap_err().to_string(), "No such file or directory (os error 2)");
+        check(&dir.join("old/new")).unwrap_err();
+        let half = with(&dir.join("old"), |out| {
+            out.write_all(&[0; 1 << 20])?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert_eq!(half.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(fs::read(dir.join("old")).unwrap(), b"old");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
     }
 
     #[test]

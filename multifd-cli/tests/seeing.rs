@@ -226,6 +226,27 @@ fn dom(browser: &str, page: &Path) -> String {
     String::from_utf8(command.output().unwrap().stdout).unwrap()
 }
 
+/// That was said when the guest was gone, with a status that says that it is not.
+#[test]
+fn a_report_that_cannot_be_written_is_refused_before_anything_moves() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let (at, page) = (dir.join("at"), dir.join("none/report.html"));
+        let (at, page) = (at.display(), page.display());
+        for verb in [
+            format!("guest {SMALL} --incoming unix:{at}"),
+            format!("receive unix:{at} --output {}", dir.join("checkpoint").display()),
+            format!("serve /dev/null --listen unix:{at}"),
+        ] {
+            let output = run(&format!("{verb} --report {page} --json"));
+            let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!(exit_code(&output), 1, "{report}");
+            assert_eq!(report["error"], format!("--report {page}: No such file or directory (os error 2)"));
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    });
+}
+
 #[test]
 fn a_browser_shows_the_report() {
     let Some(browser) = browser() else { return skip("no Chromium here") };

@@ -41,6 +41,7 @@ use crate::{
     image::Stop,
     listening,
     metrics::{self, Metrics},
+    observe,
     progress::lock,
     report::Outcome,
     signals, terminal,
@@ -65,6 +66,9 @@ type Listening = (Arc<Server>, Box<dyn Listen>);
 
 /// Serves until an interrupt, or as many clients as were asked for. Reports each client by itself.
 pub fn run(args: &ServeArgs) -> Exit {
+    if let Err(error) = observe::check_report(args.observe.report.as_deref()) {
+        return Outcome::failed(Exit::Failed, error).print(&args.output, false);
+    }
     let _metrics = match args.observe.metrics.as_ref().map(Metrics::start).transpose() {
         Ok(metrics) => metrics,
         Err(error) => return Outcome::failed(Exit::Failed, error).print(&args.output, false),
