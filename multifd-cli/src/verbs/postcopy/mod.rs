@@ -33,6 +33,7 @@ use crate::{
     printable,
     progress::Display,
     qmp::{End, Preempt, Qmp, RunState, Settings, WatchedPostcopy},
+    replace,
     report::{MigrationReport, Outcome, fields},
     role::Role,
     rounds::Rounds,
@@ -44,6 +45,12 @@ use crate::{
 pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
     if let Some(refused) = refused(args, checkpoint) {
         return Outcome::failed(Exit::Usage, refused);
+    }
+    let list = args.postcopy.record_faults.as_deref();
+    if let Some(list) = list
+        && let Err(error) = replace::check(list)
+    {
+        return Outcome::failed(Exit::Failed, format!("--record-faults {list:?}: {error}"));
     }
     let options = match options(args, checkpoint) {
         Ok(options) => options,
@@ -278,8 +285,9 @@ impl Sending<'_> {
                     format!("the destination has everything, but the list of pages could not be written: {message}");
                 Outcome { exit: Exit::Failed, error: Some(message), report, text: String::new() }
             }
-            (Some(error), _) => {
-                let message = format!("{error}{}", advice(&error, args, &state));
+            (Some(error), unwritten) => {
+                let unwritten = unwritten.map(|message| format!("; the list of pages could not be written: {message}"));
+                let message = format!("{error}{}{}", advice(&error, args, &state), unwritten.unwrap_or_default());
                 Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
             }
         }

@@ -35,7 +35,7 @@ struct Note {
     handed_over: u8,
     destination: String,
     process: u32,
-    /// Of this boot of the host: what was not on disk when it ended is not known.
+    /// Of this boot of the host: what was not on disk when it ended is not known. Empty where there is no /proc to tell.
     boot: String,
     checkpoint: Identity,
 }
@@ -90,9 +90,11 @@ pub enum RecordError {
 }
 
 impl Record {
-    /// The default place for the note beside `checkpoint`: one of its own for a clone.
+    /// The default place for the note beside `checkpoint`, or beside the file that a symbolic link leads to, which has one note by
+    /// all of its names: one of its own for a clone.
     pub fn place(checkpoint: &Path, clone: bool) -> PathBuf {
-        let mut name = checkpoint.as_os_str().to_owned();
+        let leads_to = if checkpoint.is_symlink() { fs::canonicalize(checkpoint).ok() } else { None };
+        let mut name = leads_to.unwrap_or_else(|| checkpoint.to_owned()).into_os_string();
         name.push(".postcopy");
         if clone {
             name.push(format!("-{}", std::process::id()));
@@ -131,7 +133,10 @@ impl Record {
         let identity = identity().map_err(io(path, "asking for the checkpoint's times"))?;
         let note = Note::new(identity, destination);
         let record = Record { path: path.to_owned(), file, note };
-        record.write().and_then(|()| record.sync()).map_err(io(path, "writing it"))?;
+        if let Err(error) = record.write().and_then(|()| record.sync()) {
+            record.remove();
+            return Err(io(path, "writing it")(error));
+        }
         Ok(record)
     }
 
@@ -211,7 +216,7 @@ impl Note {
     }
 
     fn may_be_handed_over(&self) -> bool {
-        self.handed_over != 0 || self.boot != boot()
+        self.handed_over != 0 || self.boot.is_empty() || self.boot != boot()
     }
 }
 
@@ -246,6 +251,11 @@ fn locked(path: &Path, create: bool) -> Result<File, RecordError> {
     loop {
         let opened = File::options().read(true).write(true).create(create).truncate(false).open(path);
         let file = opened.map_err(io(path, "opening it"))?;
+        // Its name is removed in the end.
+        if !file.metadata().map_err(io(path, "looking at it"))?.is_file() {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "it exists and is not a file");
+            return Err(io(path, "opening it")(error));
+        }
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -288,3 +298,49 @@ fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> RecordError
 
 /// A note has some hundred bytes.
 const MAX_LEN: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use test_support::TempDir;
+
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity { bytes: 1, modified: "2.000000003".to_owned(), digest: "4".to_owned() }
+    }
+
+    /// A VM ran twice, from a checkpoint and from a link to it.
+    #[test]
+    fn a_checkpoint_has_one_note_by_all_of_its_names() {
+        let dir = TempDir::new().unwrap();
+        let (file, link) = (dir.join("checkpoint"), dir.join("link"));
+        fs::write(&file, "").unwrap();
+        symlink("checkpoint", &link).unwrap();
+        let same = |path: PathBuf| path.parent().unwrap().canonicalize().unwrap().join(path.file_name().unwrap());
+        assert_eq!(same(Record::place(&file, false)), same(Record::place(&link, false)));
+        assert_eq!(Record::place(Path::new("none"), false), Path::new("none.postcopy"));
+    }
+
+    /// A note is removed, and a device, removed, is missed by the whole system.
+    #[test]
+    fn a_device_is_no_note() {
+        let dir = TempDir::new().unwrap();
+        let link = dir.join("note");
+        symlink("/dev/null", &link).unwrap();
+        for error in [Record::begin_clone(&link, &identity(), "x").unwrap_err(), locked(&link, false).unwrap_err()] {
+            assert!(error.to_string().contains("is not a file"), "{error}");
+        }
+        assert!(link.is_symlink());
+    }
+
+    /// Where there is no /proc all boots looked like this one, and a VM that may have been handed over did not.
+    #[test]
+    fn a_note_of_an_unknown_boot_may_be_of_a_vm_that_runs() {
+        let mut note = Note::new(identity(), "tcp:h:1");
+        assert!(!note.may_be_handed_over());
+        note.boot.clear();
+        assert!(note.may_be_handed_over());
+    }
+}
