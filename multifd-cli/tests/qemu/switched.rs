@@ -187,7 +187,7 @@ fn interrupt(qemu: &mut Qemu, cutter: &Cutter, breaks: Breaks) {
 /// The migration failed with the connection, and the guest had to be given back.
 ///
 /// A named long run: `MULTIFD_POSTCOPY_BREAKS` says how often. One of some 110 runs, of QEMU 11.1 on a machine that was busy, ended with
-/// a checkpoint that had other memory than its source, and none of 800 later ones. That is not explained: so `receive` goes on only
+/// a checkpoint that had other memory than its source, and none of some 1,500 later ones. That is not explained: so `receive` goes on only
 /// where it is told to, and a run that ends so again says which pages differ.
 fn connections_break_among_the_pages(sources: &[Source]) {
     let Some(times) = env::var("MULTIFD_POSTCOPY_BREAKS").ok().map(|text| text.parse().expect("a number")) else {
