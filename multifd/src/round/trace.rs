@@ -40,15 +40,15 @@ pub(crate) enum Step {
     HandOver(HandOver),
 }
 
-#[cfg(any(test, feature = "__broken-variants", feature = "__fuzzing"))]
+#[cfg(any(test, feature = "__fuzzing"))]
 pub(crate) use crate::testing::trace::Trace;
 
 /// Takes steps, and forgets them.
-#[cfg(not(any(test, feature = "__broken-variants", feature = "__fuzzing")))]
+#[cfg(not(any(test, feature = "__fuzzing")))]
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Trace(());
 
-#[cfg(not(any(test, feature = "__broken-variants", feature = "__fuzzing")))]
+#[cfg(not(any(test, feature = "__fuzzing")))]
 impl Trace {
     /// Does nothing.
     #[inline(always)]

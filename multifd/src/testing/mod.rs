@@ -14,7 +14,7 @@ pub mod faulty;
 pub mod fuzzing;
 #[cfg(any(test, feature = "conformance", feature = "__fuzzing"))]
 pub mod memory;
-#[cfg(any(test, feature = "__broken-variants", feature = "__fuzzing"))]
+#[cfg(any(test, feature = "__fuzzing"))]
 pub(crate) mod trace;
 
 #[cfg(all(test, feature = "tls", not(any(loom, shuttle))))]
