@@ -1,9 +1,11 @@
 //! The devices: a serial port, one that writes guest memory, and one with much state.
 
 use std::{
+    collections::BTreeSet,
     io::Write,
+    ops::Range,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -94,33 +96,158 @@ fn page(number: u64) -> GuestAddress {
 
 const PAGES: u64 = 16;
 
-/// Much state: a picture that is not in guest memory.
+/// Much state: a picture that is not in guest memory, and that is painted while the guest runs.
 pub struct Display {
-    pub picture: Vec<u8>,
+    screen: Arc<Mutex<Screen>>,
+}
+
+struct Screen {
+    picture: Vec<u8>,
+    /// Dots painted in the VM's life, each beside the one before.
+    painted: u64,
+    /// The tiles that were painted since they were last asked for.
+    changed: BTreeSet<usize>,
 }
 
 impl Display {
-    /// A picture of `bytes` bytes.
-    pub fn new(bytes: usize) -> Display {
-        Display { picture: (0..bytes).map(Display::dot).collect() }
+    /// A picture of `bytes` bytes, whose thread waits at `gate`.
+    pub fn new(bytes: usize, gate: &Arc<Gate>) -> Result<Display, Failure> {
+        let picture = (0..bytes).map(|at| dot(at, bytes, 0)).collect();
+        let screen = Arc::new(Mutex::new(Screen { picture, painted: 0, changed: BTreeSet::new() }));
+        gate.add_thread();
+        std::thread::Builder::new().name("display".to_owned()).spawn({
+            let (screen, gate) = (screen.clone(), gate.clone());
+            move || {
+                while gate.pass() {
+                    while gate.is_open() {
+                        lock(&screen).paint();
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+                gate.leave();
+            }
+        })?;
+        Ok(Display { screen })
     }
 
-    /// Takes a picture over.
-    pub fn load(&mut self, picture: Vec<u8>) -> Result<(), Failure> {
-        if picture.len() != self.picture.len() {
-            let (theirs, ours) = (picture.len(), self.picture.len());
-            return Err(format!("the source's display has {theirs} bytes, this one {ours}").into());
+    /// The state: of `all` tiles, or of those that have changed since the last call.
+    pub fn state(&self, all: bool) -> Vec<u8> {
+        let mut screen = lock(&self.screen);
+        let changed = std::mem::take(&mut screen.changed);
+        let tiles: Vec<usize> = if all { (0..screen.tiles()).collect() } else { changed.into_iter().collect() };
+        let mut state = Vec::with_capacity(16 + tiles.len() * (8 + TILE));
+        state.extend(screen.painted.to_le_bytes());
+        state.extend((screen.picture.len() as u64).to_le_bytes());
+        for tile in tiles {
+            state.extend((tile as u64).to_le_bytes());
+            state.extend(&screen.picture[screen.tile(tile)]);
         }
-        // The guest waits: each display has the same picture, so this compares memory and paints nothing.
-        if picture != self.picture {
-            let at = picture.iter().zip(&self.picture).position(|(theirs, ours)| theirs != ours);
-            return Err(format!("byte {} of the picture is wrong", at.unwrap_or_default()).into());
+        state
+    }
+
+    /// Takes the tiles over that have changed since the last call, and verifies each dot of them.
+    pub fn load(&self, state: &[u8]) -> Result<(), Failure> {
+        let screen = &mut *lock(&self.screen);
+        let (painted, state) = number(state)?;
+        let (bytes, mut state) = number(state)?;
+        let ours = screen.picture.len();
+        if bytes != ours as u64 {
+            return Err(format!("the source's display has {bytes} bytes, this one {ours}").into());
         }
-        self.picture = picture;
+        let mut came = BTreeSet::new();
+        while !state.is_empty() {
+            let (tile, dots) = number(state)?;
+            let tile =
+                usize::try_from(tile).ok().filter(|tile| *tile < screen.tiles()).ok_or("there is no such tile")?;
+            let range = screen.tile(tile);
+            let (dots, rest) = dots.split_at_checked(range.len()).ok_or("a tile has fewer dots than it should")?;
+            if let Some(at) = range.clone().zip(dots).position(|(at, &found)| found != dot(at, ours, painted)) {
+                return Err(format!("dot {at} of tile {tile} is wrong").into());
+            }
+            screen.picture[range].copy_from_slice(dots);
+            came.insert(tile);
+            state = rest;
+        }
+        let since = screen.painted..painted;
+        let missing = since.take(ours).map(|dot| (dot % ours as u64) as usize / TILE).find(|tile| !came.contains(tile));
+        if let Some(tile) = missing {
+            return Err(format!("tile {tile} was painted, and did not come").into());
+        }
+        screen.painted = painted;
         Ok(())
     }
+}
 
-    fn dot(at: usize) -> u8 {
-        (at * 31 + at / 4093) as u8
+impl Screen {
+    fn paint(&mut self) {
+        let Some(at) = self.painted.checked_rem(self.picture.len() as u64) else { return };
+        self.picture[at as usize] = self.picture[at as usize].wrapping_add(1);
+        self.changed.insert(at as usize / TILE);
+        self.painted += 1;
+    }
+
+    fn tiles(&self) -> usize {
+        self.picture.len().div_ceil(TILE)
+    }
+
+    /// Its dots.
+    fn tile(&self, tile: usize) -> Range<usize> {
+        tile * TILE..((tile + 1) * TILE).min(self.picture.len())
+    }
+}
+
+/// What a dot of a picture of `bytes` bytes is when `painted` dots were painted.
+fn dot(at: usize, bytes: usize, painted: u64) -> u8 {
+    let bytes = bytes as u64;
+    let times = painted / bytes + u64::from((at as u64) < painted % bytes);
+    ((at * 31 + at / 4093) as u8).wrapping_add(times as u8)
+}
+
+/// The number that `state` begins with, and the rest of it.
+fn number(state: &[u8]) -> Result<(u64, &[u8]), Failure> {
+    let (number, rest) = state.split_first_chunk().ok_or("the state ends within a number")?;
+    Ok((u64::from_le_bytes(*number), rest))
+}
+
+fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
+    screen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What of the picture is sent together, in bytes.
+const TILE: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn display(bytes: usize) -> Display {
+        Display::new(bytes, &Arc::default()).unwrap()
+    }
+
+    #[test]
+    fn a_picture_arrives_in_parts_and_what_is_missing_or_wrong_is_found() {
+        const BYTES: usize = 2 * TILE + 5;
+        let (here, there) = (display(BYTES), display(BYTES));
+        let paint = |dots| (0..dots).for_each(|_| lock(&here.screen).paint());
+        paint(TILE);
+        there.load(&here.state(true)).unwrap();
+        paint(9);
+        let changed = here.state(false);
+        assert_eq!(changed.len(), 16 + 8 + TILE, "one tile");
+        let untold = there.load(&changed[..16]).unwrap_err().to_string();
+        assert_eq!(untold, "tile 1 was painted, and did not come");
+        let mut wrong = changed.clone();
+        wrong[16 + 8 + 9] ^= 1;
+        assert_eq!(there.load(&wrong).unwrap_err().to_string(), "dot 9 of tile 1 is wrong");
+        for cut in 0..24 {
+            assert_eq!(there.load(&changed[..cut]).is_err(), true, "{cut}");
+        }
+        there.load(&changed).unwrap();
+        assert!(lock(&here.screen).picture == lock(&there.screen).picture);
+        let mut far = changed;
+        far[16..24].fill(0xff);
+        assert_eq!(there.load(&far).unwrap_err().to_string(), "there is no such tile");
+        assert!(display(BYTES + 1).load(&here.state(true)).is_err());
+        display(0).load(&display(0).state(true)).unwrap();
     }
 }

@@ -38,9 +38,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// The same in memory of the kind that `most` has.
+    ///
     /// # Errors
     /// It has more of something than `most`.
-    pub fn check_within(&self, most: &Config) -> Result<(), Failure> {
+    pub fn within(self, most: &Config) -> Result<Config, Failure> {
         let parts = [
             ("vCPUs", self.cpus, most.cpus),
             ("bytes of RAM", self.ram_bytes as u64, most.ram_bytes as u64),
@@ -50,7 +52,7 @@ impl Config {
             Some((what, has, most)) => {
                 Err(format!("the VM has {has} {what}, and at most {most} are given here").into())
             }
-            None => Ok(()),
+            None => Ok(Config { backing: most.backing, ..self }),
         }
     }
 }
@@ -103,7 +105,7 @@ impl Machine {
         Ok(Machine {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             dma: Dma::new(&memory, &gate)?,
-            display: Display::new(config.display_bytes),
+            display: Display::new(config.display_bytes, &gate)?,
             msrs: kvm.get_msr_index_list()?.as_slice().to_vec(),
             memory,
             serial,

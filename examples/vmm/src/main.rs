@@ -26,12 +26,12 @@ mod vcpu;
 #[cfg(test)]
 mod conformance;
 
-use std::{io::BufRead, process::ExitCode};
+use std::{io::BufRead, process::ExitCode, time::Duration};
 
 use machine::{Config, Machine};
 use memory::Backing;
 use migration::Vm;
-use multifd::transport::uri::Uri;
+use multifd::{source::Downtime, transport::uri::Uri};
 
 /// What goes wrong in a program that only has to say so.
 pub type Failure = multifd::vm::VmError;
@@ -106,7 +106,7 @@ fn console(vm: &mut Vm) -> Result<(), Failure> {
             Some((verb @ ("migrate" | "upgrade"), uri)) => match uri.parse::<Uri>().map_err(Failure::from) {
                 Ok(uri) => match migration::send(vm, &uri, verb == "upgrade") {
                     Ok(report) => {
-                        eprintln!("moved to {uri}: {:?} of downtime: {:?}", report.downtime.total, report.downtime);
+                        eprintln!("moved to {uri}: {}", downtime(&report.downtime));
                         return Ok(());
                     }
                     Err(error) => eprintln!("not moved: {error}"),
@@ -117,4 +117,19 @@ fn console(vm: &mut Vm) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// How long the guest was paused, and for what, in milliseconds.
+fn downtime(downtime: &Downtime) -> String {
+    let ms = |part: Duration| part.as_secs_f64() * 1e3;
+    let Downtime { total, pause, drain, last_round, devices, confirm, .. } = *downtime;
+    format!(
+        "{:.2} ms of downtime (pause {:.2}, drain {:.2}, last-round {:.2}, devices {:.2}, confirm {:.2})",
+        ms(total),
+        ms(pause),
+        ms(drain),
+        ms(last_round),
+        ms(devices),
+        ms(confirm)
+    )
 }

@@ -13,8 +13,7 @@ use multifd::{
         merged::MergedLog,
         vm_memory::{VmMemoryLog, ram},
     },
-    multifd_proto::BlockName,
-    ram::{Ram, SharedBlock},
+    ram::{BlockName, Ram, SharedBlock},
     sections::{Sections, read_framed},
     source::{self, Source},
     transport::uri::Uri,
@@ -34,9 +33,8 @@ pub struct Vm {
 impl Vm {
     pub fn new(machine: Machine) -> Result<Vm, VmError> {
         // RAM blocks: one for each region. The name says where it lies, so both sides agree on it.
-        let ram = ram(&machine.memory, 4096, |_, address| {
-            BlockName::new(&format!("ram@{address:#x}")).expect("short, and not empty")
-        })?;
+        let name = |_, address| BlockName::new(&format!("ram@{address:#x}")).expect("short, and not empty");
+        let ram = ram(&machine.memory, 4096, name)?;
         // What vCPUs write is in KVM's log, what devices write is in the bitmaps of the memory.
         let slots = machine.memory.iter().enumerate().map(|(slot, region)| KvmSlot {
             slot: slot as u32,
@@ -65,6 +63,11 @@ impl SourceVm for Vm {
         &mut self.log
     }
 
+    fn save_live(&mut self, out: &mut Sections) -> Result<u64, VmError> {
+        out.framed("display", 0, 2, &self.machine.display.state(out.live_rounds() == 0))?;
+        Ok(0)
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         self.machine.pause();
         Ok(())
@@ -76,7 +79,7 @@ impl SourceVm for Vm {
         }
         out.framed("serial", 0, 1, &self.machine.serial.written.load(Relaxed).to_le_bytes())?;
         out.framed("dma", 0, 1, &self.machine.dma.state().to_le_bytes())?;
-        Ok(out.framed("display", 0, 1, &self.machine.display.picture)?)
+        Ok(out.framed("display", 0, 2, &self.machine.display.state(out.live_rounds() == 0))?)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -101,9 +104,7 @@ impl DestinationVm for Arrival {
     }
 
     fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
-        let config: Config = serde_json::from_slice(description)?;
-        config.check_within(&self.most)?;
-        let config = Config { backing: self.most.backing, ..config };
+        let config = serde_json::from_slice::<Config>(description)?.within(&self.most)?;
         self.vm = Some(Vm::new(Machine::with_memory(config, take(&mut self.memory))?)?);
         Ok(Vec::new())
     }
@@ -120,7 +121,7 @@ impl DestinationVm for Arrival {
             ("cpu", 1) => machine.load_cpu(section.instance as usize, &serde_json::from_slice(&body)?)?,
             ("serial", 1) => machine.serial.written.store(number()?, Relaxed),
             ("dma", 1) => machine.dma.load(number()?)?,
-            ("display", 1) => machine.display.load(body)?,
+            ("display", 2) => machine.display.load(&body)?,
             _ => return Err(format!("this VM has no device {section:?}").into()),
         }
         Ok(())
