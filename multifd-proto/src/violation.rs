@@ -316,7 +316,10 @@ pub enum Violation {
         limit: usize,
     },
     /// A packet with device state instead of pages, which only some assigned devices use.
-    #[error("device-state packet for \"{name}\" instance {instance}: device state on channels is refused")]
+    #[error(
+        "device-state packet for \"{name}\" instance {instance}: device state on channels is taken from no QEMU; unplug this device \
+         before the migration"
+    )]
     DeviceStatePacketRefused {
         /// The section it belongs to, escaped.
         name: String,
