@@ -199,8 +199,8 @@ fn check(kind: Kind, len: usize, old_pages: u64) {
 /// gigabytes of memory.
 #[test]
 fn a_sparse_guest_costs_what_is_in_use() {
-    check(Kind::Anonymous, 8 << 30, 0);
-    check(Kind::Memfd, 8 << 30, 0);
+    check(Kind::Anonymous, 64 << 30, 0);
+    check(Kind::Memfd, 64 << 30, 0);
 }
 
 #[test]
