@@ -18,6 +18,8 @@
 //! `raw` towards `receive-raw`. Each migration prints one JSON line: seconds, CPU seconds and peak
 //! resident size of the process, and what it moved.
 
+mod figures;
+
 use std::{
     io::{BufRead, Read, Write},
     path::Path,
@@ -37,6 +39,8 @@ use multifd::{
     transport::{Connect, Listen, uri::Uri},
     vm::{DestinationVm, SectionId, SourceVm, VmError},
 };
+
+use figures::{cpu_seconds, peak_mib};
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -457,20 +461,6 @@ impl DestinationVm for Static {
     fn start(&mut self) -> Result<(), VmError> {
         Ok(())
     }
-}
-
-/// User and system time of this process so far, from the clock ticks in `/proc/self/stat`.
-fn cpu_seconds() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let ticks = stat.rsplit(')').next().unwrap_or("").split_whitespace().skip(11).take(2);
-    ticks.filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
-}
-
-/// The most memory that this process had at any time.
-fn peak_mib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
 /// Kinds of memory that is touched before, and what they are without that.

@@ -112,7 +112,7 @@ struct Screen {
 impl Display {
     /// A picture of `bytes` bytes, whose thread waits at `gate`.
     pub fn new(bytes: usize, gate: &Arc<Gate>) -> Result<Display, Failure> {
-        let picture = (0..bytes).map(|at| dot(at, bytes, 0)).collect();
+        let picture = (0..bytes).map(dots(bytes, 0)).collect();
         let screen = Arc::new(Mutex::new(Screen { picture, painted: 0, changed: BTreeSet::new() }));
         gate.add_thread();
         std::thread::Builder::new().name("display".to_owned()).spawn({
@@ -154,14 +154,14 @@ impl Display {
         if bytes != ours as u64 {
             return Err(format!("the source's display has {bytes} bytes, this one {ours}").into());
         }
-        let mut came = BTreeSet::new();
+        let (mut came, expected) = (BTreeSet::new(), dots(ours, painted));
         while !state.is_empty() {
             let (tile, dots) = number(state)?;
             let tile =
                 usize::try_from(tile).ok().filter(|tile| *tile < screen.tiles()).ok_or("there is no such tile")?;
             let range = screen.tile(tile);
             let (dots, rest) = dots.split_at_checked(range.len()).ok_or("a tile has fewer dots than it should")?;
-            if let Some(at) = range.clone().zip(dots).position(|(at, &found)| found != dot(at, ours, painted)) {
+            if let Some(at) = range.clone().zip(dots).position(|(at, &found)| found != expected(at)) {
                 return Err(format!("dot {at} of tile {tile} is wrong").into());
             }
             screen.picture[range].copy_from_slice(dots);
@@ -196,11 +196,13 @@ impl Screen {
     }
 }
 
-/// What a dot of a picture of `bytes` bytes is when `painted` dots were painted.
-fn dot(at: usize, bytes: usize, painted: u64) -> u8 {
-    let bytes = bytes as u64;
-    let times = painted / bytes + u64::from((at as u64) < painted % bytes);
-    ((at * 31 + at / 4093) as u8).wrapping_add(times as u8)
+/// What the dots of a picture of `bytes` bytes are when `painted` dots were painted.
+fn dots(bytes: usize, painted: u64) -> impl Fn(usize) -> u8 {
+    let (rounds, next) = if bytes == 0 { (0, 0) } else { (painted / bytes as u64, painted % bytes as u64) };
+    move |at| {
+        let times = (rounds as u8).wrapping_add(u8::from((at as u64) < next));
+        ((at * 31 + at / 4093) as u8).wrapping_add(times)
+    }
 }
 
 /// The number that `state` begins with, and the rest of it.
@@ -240,7 +242,7 @@ mod tests {
         wrong[16 + 8 + 9] ^= 1;
         assert_eq!(there.load(&wrong).unwrap_err().to_string(), "dot 9 of tile 1 is wrong");
         for cut in 0..24 {
-            assert_eq!(there.load(&changed[..cut]).is_err(), true, "{cut}");
+            assert!(there.load(&changed[..cut]).is_err(), "{cut}");
         }
         there.load(&changed).unwrap();
         assert!(lock(&here.screen).picture == lock(&there.screen).picture);

@@ -25,8 +25,10 @@ mod resumed;
 mod rounds;
 mod samples;
 mod sparse;
+mod state;
 mod throughput;
 mod tls;
+mod upgrade;
 mod view;
 mod wire;
 
@@ -82,6 +84,8 @@ const SECTIONS: &[Section] = &[
     ("convergence", "How fast a guest may write", downtime::convergence),
     ("view", "What the guest sees of it", view::run),
     ("sparse", "Memory that was never touched", sparse::run),
+    ("upgrade", "A small VMM, copied and handed over", upgrade::run),
+    ("state", "Device state of 512 MiB", state::run),
     ("checkpoint", "A checkpoint on disk", checkpoint::run),
     ("compression", "Compression", throughput::compression),
     ("tls", "TLS", tls::run),
@@ -160,7 +164,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
 /// Builds what is measured, as users build it.
 fn build() -> Result<(), String> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--release", "-p", "multifd", "-p", "multifd-cli", "--examples", "--bins"]);
+    cargo.args(["build", "--release", "-p", "multifd", "-p", "multifd-cli", "-p", "vmm", "--examples", "--bins"]);
     cargo.args(["--features", "multifd/__bench,multifd/tls"]);
     match cargo.status() {
         Ok(status) if status.success() => Ok(()),

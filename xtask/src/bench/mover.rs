@@ -9,13 +9,14 @@ use serde_json::Value;
 use super::Bench;
 
 /// A child of one of the mover's verbs, ended when it is dropped.
-struct Mover {
+pub struct Mover {
     child: Child,
     output: BufReader<ChildStdout>,
 }
 
 impl Mover {
-    fn start(program: &Path, arguments: &[&str]) -> Result<Mover, String> {
+    /// Starts it.
+    pub fn start(program: &Path, arguments: &[&str]) -> Result<Mover, String> {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
@@ -23,7 +24,8 @@ impl Mover {
         Ok(Mover { child, output })
     }
 
-    fn line(&mut self) -> Result<String, String> {
+    /// The next line that it says.
+    pub fn line(&mut self) -> Result<String, String> {
         let mut line = String::new();
         match self.output.read_line(&mut line) {
             Ok(0) => Err("the mover ended without a word".to_owned()),
@@ -32,7 +34,8 @@ impl Mover {
         }
     }
 
-    fn json(&mut self) -> Result<Value, String> {
+    /// The next line, which is JSON.
+    pub fn json(&mut self) -> Result<Value, String> {
         let line = self.line()?;
         serde_json::from_str(&line).map_err(|_| format!("the mover said `{line}`"))
     }
