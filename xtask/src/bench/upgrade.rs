@@ -34,6 +34,7 @@ const WAYS: &[Way] = &[
     way(COPY, "memfd", 65_536, 4),
     way(COPY, "huge", 256, 4),
 ];
+const LIMIT: Duration = Duration::from_secs(60);
 const COPY: &str = "migrate";
 const HAND_OVER: &str = "upgrade";
 const PARTS: [&str; 6] = ["total", "pause", "drain", "last-round", "devices", "confirm"];
@@ -133,8 +134,12 @@ fn measure(bench: &Bench, way: &Way, figures: &mut Figures) -> Result<(), String
     there.line("listening at ")?;
     let mut here = Vmm::start(bench, &["run"], way)?;
     here.line("running")?;
+    // The first passes touch the memory.
+    for _ in 0..3 {
+        here.written.recv_timeout(LIMIT).map_err(|_| "the guest wrote nothing")?;
+    }
     thread::sleep(Duration::from_secs(1));
-    let begun = here.written.try_iter().last().ok_or("the guest wrote nothing")?;
+    let begun = here.written.try_iter().last().ok_or("the guest wrote nothing for a second")?;
     thread::sleep(Duration::from_millis(500));
     let status = here.status();
     // The source ends when the guest has gone: what it had at most is looked at until then.
@@ -150,8 +155,7 @@ fn measure(bench: &Bench, way: &Way, figures: &mut Figures) -> Result<(), String
     let report = here.line("moved to ")?;
     let parts = parts(&report)?;
     there.line("running")?;
-    thread::sleep(Duration::from_millis(500));
-    let first = there.written.try_iter().next().ok_or("the guest wrote nothing afterwards")?;
+    let first = there.written.recv_timeout(LIMIT).map_err(|_| "the guest wrote nothing afterwards")?;
     let before: Vec<Instant> = here.written.iter().collect();
     let last = *before.last().ok_or("the guest wrote nothing before")?;
     let pauses = std::iter::once(begun).chain(before.iter().copied()).zip(before.iter().copied());
