@@ -1,7 +1,8 @@
 //! Device state that is sent while the guest runs: [`SourceVm::save_live`].
 //!
 //! It is asked for once a round, after the last page of the round and before the log is drained. What the VM says is still to come counts
-//! in the decision like dirty pages, so a device with much to send keeps the rounds going, within their limits.
+//! in the decision like dirty pages, so a device with much to send keeps the rounds going, within their limits. The round goes on when the
+//! destination has loaded what was sent.
 
 use std::time::Duration;
 
@@ -49,12 +50,23 @@ impl Run {
         self.shared.live.limiter.take(rest.len() as u64);
         self.main().raw(&rest)?;
         let sent = LIVE_ROOM - room;
+        if sent > 0 {
+            self.await_loaded()?;
+        }
         self.live_state = LiveState { rounds: self.live_state.rounds + 1, sent, left };
         self.report.live_state += sent;
         if sent > 0 || left > 0 {
             tracing::debug!(sent, left, "device state while the guest runs");
         }
         Ok(())
+    }
+
+    /// Waits until the destination has loaded what was sent: else its loading would be a part of the pause, and no part of what the pause
+    /// is expected to take.
+    fn await_loaded(&mut self) -> Result<(), Error> {
+        let value = FIRST_PING.wrapping_add(self.live_state.rounds as u32);
+        self.main().ping(value)?;
+        self.return_path().wait_for_pong(value)
     }
 
     /// What sections are written by.
@@ -85,5 +97,7 @@ impl Run {
     }
 }
 
+/// The PING after the first state; the one that follows the offer has 1.
+const FIRST_PING: u32 = 2;
 /// Between two rounds in which nothing is sent.
 const IDLE_ROUND: Duration = Duration::from_millis(100);

@@ -67,6 +67,12 @@ impl MainChannel {
         self.send()
     }
 
+    /// Asks the destination to say when it has taken all that came before this.
+    pub(super) fn ping(&mut self, value: u32) -> Result<(), Error> {
+        self.encoder.command(&Command::Ping(value));
+        self.send()
+    }
+
     /// Tells the destination what to make its VM by: the `len` bytes of `description`.
     pub(super) fn describe(&mut self, len: u32, description: &[u8]) -> Result<(), Error> {
         self.encoder.command(&Command::Describe { len }).raw(description);

@@ -1,7 +1,7 @@
 //! Listens to what the destination says on main, while the main thread writes to it.
 //!
 //! Each kind of message has its place in the [`Mail`], where the main thread waits for it: the extensions that the
-//! destination takes, its answer to the description, READY, and the verdict. PONG and the rest are only logged. If the destination says something else, or
+//! destination takes, its answer to the description, the last PONG, READY, and the verdict. The rest is only logged. If the destination says something else, or
 //! closes main before the commit, the migration is stopped at once: the main thread may be waiting for something else.
 
 use multifd_proto::{Violation, commit::SourceEvent, extension::Extensions, return_path::Message};
@@ -45,6 +45,8 @@ struct Mail {
     described: bool,
     /// What PREPARED brought.
     prepared: Option<Vec<u8>>,
+    /// What the last PONG said.
+    pong: Option<u32>,
     /// The end of the stream is on its way: only then the destination may be ready, or have the VM.
     answer_is_due: bool,
     ready: bool,
@@ -98,6 +100,14 @@ impl ReturnPath {
     /// [`Error::Stopped`]: the migration has ended.
     pub(super) fn wait_for_prepared(&self) -> Result<Vec<u8>, Error> {
         self.mail.wait_for(|mail| mail.prepared.take())
+    }
+
+    /// Waits until the destination has answered the PING of `value`: it has taken all that came before that on main. Each has a value of its own.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`]: the migration has ended.
+    pub(super) fn wait_for_pong(&self, value: u32) -> Result<(), Error> {
+        self.mail.wait_for(|mail| (mail.pong == Some(value)).then_some(()))
     }
 
     /// The end of the stream is about to be sent: READY and the verdict may come from now on.
@@ -201,7 +211,7 @@ impl Mailbox {
                     self.prepared(incoming.take(len)?);
                 }
                 Message::Ready => self.ready(place)?,
-                Message::Pong(_) => self.answers(),
+                Message::Pong(value) => self.answers(value),
                 other => tracing::debug!(message = %other, "return path"),
             }
         }
@@ -219,13 +229,14 @@ impl Mailbox {
         }
     }
 
-    /// The destination has answered the PING that followed the offer. One that knows the offer has answered that before.
-    fn answers(&self) {
+    /// The destination has answered a PING. The first followed the offer: one that knows the offer has answered that before.
+    fn answers(&self, value: u32) {
         let mut mail = lock(&self.shared.mail);
+        mail.pong = Some(value);
         if mail.offered.take().is_some() {
             mail.accepted = Some(Extensions::default());
-            self.shared.changed.notify_all();
         }
+        self.shared.changed.notify_all();
     }
 
     /// Whether PREPARED is due: the VM was described, and it comes once.

@@ -2,6 +2,10 @@
 
 use std::{
     io::{Read, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
@@ -96,6 +100,47 @@ fn state_arrives_early_and_in_order_and_what_is_to_come_keeps_the_guest_running(
         let last = calls.iter().rposition(|call| *call == "save_live").unwrap();
         assert!(calls[last..].contains(&"pause") && !calls[..last].contains(&"pause"), "{calls:?}");
     }
+}
+
+/// The guest was paused when its state had been written, and waited for a destination that still loaded it: 8 MiB of a display were
+/// most of the pause of a live upgrade.
+#[test]
+fn the_guest_runs_until_the_destination_has_loaded_what_came_early() {
+    struct Slow(TestDestination, Arc<AtomicUsize>);
+
+    impl DestinationVm for Slow {
+        fn ram(&self) -> &Ram {
+            self.0.ram()
+        }
+
+        fn load(&mut self, section: &SectionId, input: &mut dyn Read) -> Result<(), VmError> {
+            self.0.load(section, input)?;
+            if section.name == "live" {
+                // Long enough for a source that does not wait.
+                std::thread::sleep(Duration::from_millis(50));
+                self.1.fetch_add(1, SeqCst);
+            }
+            Ok(())
+        }
+
+        fn start(&mut self) -> Result<(), VmError> {
+            self.0.start()
+        }
+    }
+
+    let loaded = Arc::new(AtomicUsize::new(0));
+    let mut vm = source(numbered(1));
+    let (seen, found) = (loaded.clone(), Arc::new(AtomicUsize::new(0)));
+    let finds = found.clone();
+    vm.at_save = Some(Box::new(move |_: &mut Sections| {
+        finds.store(seen.load(SeqCst), SeqCst);
+        Ok(())
+    }));
+    let mut to = Slow(TestDestination::new(ram()), loaded);
+    let (sent, received) = migrate(&mut vm, &mut to, Default::default(), Default::default());
+    received.unwrap();
+    sent.unwrap();
+    assert_eq!(found.load(SeqCst), 2, "sections loaded when the guest was paused");
 }
 
 #[test]
