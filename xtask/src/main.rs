@@ -5,6 +5,7 @@ mod coverage;
 mod dist;
 #[cfg(test)]
 mod documents;
+mod first_failure;
 mod fuzz;
 mod json;
 mod mutants;
@@ -28,6 +29,11 @@ const VERBS: &[Verb] = &[
     ("dist", "a static binary, man pages, completions, and a .deb of them, below target/dist", dist::run),
     ("fuzz", "the fuzzers, for `--seconds N` each, or the targets that are named", fuzz::run),
     ("mutants", "changes the code of the guarantee, place by place: which changes no unit test notices", mutants::run),
+    (
+        "first-failure",
+        "what `mutants` runs tests with: ends a test program with the first that fails",
+        first_failure::run,
+    ),
     ("coverage", "which regions of the libraries their own tests run, and a list of those they do not", coverage::run),
     ("json", "writes docs/json.md, the page about the reports, from the types that are printed", json::run),
     ("sanitize", "the engine's tests under the `address` and the `thread` sanitizer", sanitize::run),
@@ -39,7 +45,7 @@ fn main() -> ExitCode {
     let Some((_, _, run)) = VERBS.iter().find(|(name, _, _)| Some(*name) == verb) else {
         eprintln!("usage: cargo xtask VERB\n");
         for (name, help, _) in VERBS {
-            eprintln!("    {name:<9} {help}");
+            eprintln!("    {name:<13} {help}");
         }
         return ExitCode::from(2);
     };

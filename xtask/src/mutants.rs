@@ -1,30 +1,43 @@
 //! `cargo xtask mutants`: changes the code that the guarantee rests on, one place at a time, and runs the unit tests on each.
 //!
 //! A mutant that no test notices survives. Each that does is killed by a new test, or is in `xtask/mutants.toml`, which has the reason
-//! and keeps it from being tried again. The crate is built once for each mutant: minutes for a group of the protocol, an hour for
-//! one of the engine. So this is not a part of `cargo xtask test`.
+//! and keeps it from being tried again. What a mutant costs is the build of one test program, about 3.5 s of CPU time in the engine, and the tests up to
+//! the first that fails: many minutes for a group. So this is not a part of `cargo xtask test`.
+//!
+//! A copy of the sources below `target/mutants` is what is changed. It stays, as does what is built there, so that one can go on working meanwhile, and the
+//! next run builds only what is new. Tests run by `cargo xtask first-failure`.
 
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use crate::first_failure::THEN;
 use crate::step::{self, Steps};
 use crate::test::root;
 use crate::tool;
 
-/// Runs all groups, or those that are named; `--list` prints their mutants only.
+/// Runs all groups, or those that are named; `--list` prints their mutants only. What is behind `--` goes to cargo-mutants, such as `--shard 1/4`,
+/// `--re 'pass|arrive'`, and `--iterate`, which leaves those out that the run before caught.
 pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let list = arguments.iter().any(|argument| argument == "--list");
-    let named: Vec<&str> = arguments.iter().map(String::as_str).filter(|&argument| argument != "--list").collect();
+    let (own, others) = match arguments.iter().position(|argument| argument == "--") {
+        Some(end) => (&arguments[..end], &arguments[end + 1..]),
+        None => (arguments, &[][..]),
+    };
+    let list = own.iter().any(|argument| argument == "--list");
+    let named: Vec<&str> = own.iter().map(String::as_str).filter(|&argument| argument != "--list").collect();
     let groups = chosen(&named)?;
+    let place = root().join("target/mutants");
+    let tree = place.join("tree");
+    copy(&tree)?;
     let mut steps = Steps::default();
     let mut rows = Vec::new();
     for group in groups {
-        let output = root().join("target/mutants").join(group.name);
+        let output = place.join(group.name);
         fs::create_dir_all(&output).map_err(|error| format!("{}: {error}", output.display()))?;
         let mut command = tool::cargo_with("cargo-mutants", VERSION)?;
-        group.arguments(&mut command, &output, list);
+        command.current_dir(&tree).env("CARGO_TARGET_DIR", place.join("build"));
+        group.arguments(&mut command, &output, list, others)?;
         steps.run(group.name, || step::command(&mut command, LIMIT));
         rows.push(group.row(&output.join("mutants.out")));
     }
@@ -34,11 +47,43 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     Ok(if steps.all_passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Makes `tree` what git knows of the sources and what it does not ignore, without touching the time of a file that is the same.
+fn copy(tree: &Path) -> Result<(), String> {
+    let mut names = Command::new("git");
+    names.current_dir(root()).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
+    let known = names.output().map_err(|error| format!("git: {error}"))?;
+    if !known.status.success() {
+        return Err(format!("git: {}", String::from_utf8_lossy(&known.stderr).trim_end()));
+    }
+    for name in String::from_utf8_lossy(&known.stdout).split('\0').filter(|name| !name.is_empty()) {
+        let to = tree.join(name);
+        // One that is deleted and that git still knows.
+        let Ok(mut content) = fs::read(root().join(name)) else { continue };
+        if name == "multifd/Cargo.toml" {
+            content = without_itself(&content);
+        }
+        if fs::read(&to).is_ok_and(|there| there == content) {
+            continue;
+        }
+        let written = to.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&to, content));
+        written.map_err(|error| format!("{}: {error}", to.display()))?;
+    }
+    Ok(())
+}
+
+/// The manifest of the engine without the dependency on itself, by which its tests in `tests/` have all features. For them the engine is built twice; its
+/// unit tests do not need that.
+fn without_itself(manifest: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(manifest);
+    let lines = text.lines().filter(|line| !line.starts_with("multifd = { path = "));
+    lines.flat_map(|line| [line, "\n"]).collect::<String>().into_bytes()
+}
+
 /// The groups of these names, all of them if there are none.
 fn chosen(names: &[&str]) -> Result<Vec<&'static Group>, String> {
     let all: Vec<&str> = GROUPS.iter().map(|group| group.name).collect();
     if let Some(unknown) = names.iter().find(|name| !all.contains(name)) {
-        let usage = "usage: cargo xtask mutants [--list] [GROUP…]";
+        let usage = "usage: cargo xtask mutants [--list] [GROUP…] [-- ARGUMENT OF CARGO-MUTANTS…]";
         return Err(format!("{unknown}: no such group; there are {}\n{usage}", all.join(", ")));
     }
     Ok(GROUPS.iter().filter(|group| names.is_empty() || names.contains(&group.name)).collect())
@@ -49,22 +94,14 @@ struct Group {
     name: &'static str,
     package: &'static str,
     files: &'static [&'static str],
-    /// The unit tests that are run, by parts of their names; none: all of the package.
+    /// The unit tests that are run, by parts of their names, those behind `--then` if all before have passed; none: all of the package.
     tests: &'static [&'static str],
 }
 
 impl Group {
-    fn arguments(&self, command: &mut Command, output: &Path, list: bool) {
-        command.args([
-            "mutants",
-            "--config",
-            "xtask/mutants.toml",
-            "--package",
-            self.package,
-            "--no-shuffle",
-            "--jobs",
-            "1",
-        ]);
+    fn arguments(&self, command: &mut Command, output: &Path, list: bool, others: &[String]) -> Result<(), String> {
+        command.args(["mutants", "--in-place", "--package", self.package, "--no-shuffle", "--profile", "mutants"]);
+        command.arg("--config").arg(root().join("xtask/mutants.toml"));
         command.arg("--output").arg(output).args(["--timeout", TEST_SECONDS, "--build-timeout", BUILD_SECONDS]);
         for file in self.files {
             command.args(["--file", file]);
@@ -72,12 +109,12 @@ impl Group {
         if list {
             command.arg("--list");
         }
-        command.args(["--", "--lib"]);
-        if !self.tests.is_empty() {
-            command.arg("--").args(self.tests);
-        }
-        // What is run is short, and each mutant is built anew.
-        command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "0").env("CARGO_PROFILE_DEV_DEBUG", "none");
+        command.args(others);
+        // As arguments of cargo: what is behind `--` is not for the build, which would make all examples and tests in `tests/` as well.
+        let this = std::env::current_exe().map_err(|error| format!("this program: {error}"))?;
+        command.args(["--cargo-arg=--lib", &format!("--cargo-arg=--config={}", runner(&this))]);
+        command.arg("--").arg("--").args(self.tests);
+        Ok(())
     }
 
     /// What became of the mutants, by the lists that cargo-mutants leaves in `directory`.
@@ -87,11 +124,14 @@ impl Group {
             list.lines().count()
         };
         let [caught, without_end, survived, unviable] = ["caught", "timeout", "missed", "unviable"].map(count);
-        format!(
-            "{}: {caught} caught, {without_end} without end, {survived} survived, {unviable} do not compile",
-            self.name
-        )
+        let caught = caught + without_end;
+        format!("{}: {caught} caught, {survived} survived, {unviable} do not compile", self.name)
     }
+}
+
+/// The configuration by which cargo runs tests with `program`.
+fn runner(program: &Path) -> String {
+    format!("target.'cfg(all())'.runner=['{}', 'first-failure']", program.display())
 }
 
 /// The one with which the survivors in `mutants.toml` were found.
@@ -128,23 +168,38 @@ const GROUPS: &[Group] = &[
         name: "barrier",
         package: "multifd",
         files: &["multifd/src/round/barrier.rs", "multifd/src/round/scan.rs"],
-        tests: &["round::", "testing::migrations", "faults::late"],
+        tests: &["round::", THEN, "testing::migrations", "testing::faults::set_up", THEN, "testing::faults::late"],
     },
     Group {
         name: "channels",
         package: "multifd",
         files: &["multifd/src/source/channel.rs", "multifd/src/destination/channel.rs"],
-        tests: &["channel", "testing::migrations", "faults::hostile", "faults::late", "transports"],
+        tests: &[
+            "testing::migrations",
+            THEN,
+            "hostile_channels",
+            "close_order",
+            "main_alone",
+            "state_packets",
+            "hostile_state",
+            THEN,
+            "faults::late",
+            "faults::silence",
+            "faults::source_gone",
+            "testing::openings",
+            "faults::strangers",
+        ],
     },
     Group {
         name: "publish",
         package: "multifd",
         files: &["multifd/src/checkpoint/pending.rs", "multifd/src/checkpoint/directory.rs"],
-        tests: &["checkpoint"],
+        tests: &["checkpoint::pending", THEN, "checkpoint::tests"],
     },
 ];
-/// For the tests of one mutant: many times what they take, so that a busy machine ends none that would pass.
-const TEST_SECONDS: &str = "120";
+/// For the tests of one mutant: far more than they take, so that a busy machine ends none that would pass. One that hangs is ended earlier, by
+/// `first-failure`.
+const TEST_SECONDS: &str = "1200";
 /// For building one mutant.
 const BUILD_SECONDS: &str = "600";
 /// For all mutants of a group.
@@ -173,6 +228,32 @@ mod tests {
         assert!(chosen(&["claims", "nonsense"]).err().unwrap().contains("nonsense: no such group; there are rounds"));
         assert_eq!(chosen(&["claims"]).unwrap().len(), 1);
         assert_eq!(chosen(&[]).unwrap().len(), GROUPS.len());
+    }
+
+    #[test]
+    fn the_engine_is_built_without_itself_and_with_all_else() {
+        let manifest = fs::read(root().join("multifd/Cargo.toml")).unwrap();
+        let (before, after) = (manifest.len(), without_itself(&manifest));
+        let text = String::from_utf8(after).unwrap();
+        assert!(!text.contains("\nmultifd = ") && text.contains("\nmultifd-proto"));
+        assert_eq!(
+            before,
+            text.len() + "multifd = { path = \".\", features = [\"conformance\", \"tls\", \"vm-memory\"] }\n".len()
+        );
+    }
+
+    #[test]
+    fn a_copy_has_what_is_new_and_keeps_the_time_of_the_rest() {
+        let tree = test_support::TempDir::new().unwrap();
+        copy(tree.path()).unwrap();
+        let manifest = tree.join("Cargo.toml");
+        let time = fs::metadata(&manifest).unwrap().modified().unwrap();
+        // A mutant that was left.
+        fs::write(tree.join("rustfmt.toml"), "changed").unwrap();
+        copy(tree.path()).unwrap();
+        assert_eq!(fs::metadata(&manifest).unwrap().modified().unwrap(), time);
+        assert_eq!(fs::read(tree.join("rustfmt.toml")).unwrap(), fs::read(root().join("rustfmt.toml")).unwrap());
+        assert!(!tree.join("target").exists());
     }
 
     /// Each exclusion is a pattern with a comment of its own, so that none is without its reason.

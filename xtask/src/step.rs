@@ -122,6 +122,12 @@ fn end_of(mut child: Child, text: &str, deadline: Instant) -> Outcome {
 }
 
 fn too_late(mut child: Child, text: &str, limit: Duration) -> Outcome {
+    end(&mut child);
+    Outcome::Failed(format!("{text}: not finished after {limit:?}, killed"))
+}
+
+/// Kills `child` with all that it started.
+pub fn end(child: &mut Child) {
     // cargo does not end its test programs when it is killed itself.
     let doomed = descendants(child.id());
     // The shell's own `kill`: a small system has no program of that name.
@@ -129,7 +135,6 @@ fn too_late(mut child: Child, text: &str, limit: Duration) -> Outcome {
     let _ = Command::new("sh").args(kill).args(doomed.iter().map(u32::to_string)).status();
     let _ = child.kill();
     let _ = child.wait();
-    Outcome::Failed(format!("{text}: not finished after {limit:?}, killed"))
 }
 
 /// The processes below `ancestor`.

@@ -410,4 +410,31 @@ mod tests {
         assert!(union.is_empty());
         assert!(union.words().iter().all(|&word| word == 0));
     }
+
+    #[test]
+    fn a_set_for_the_claim_of_a_peer_is_as_large_as_any() {
+        let layout = layout(&[5000, 70]);
+        assert_eq!(DirtyBitmap::try_new(&layout).unwrap(), DirtyBitmap::new(&layout));
+    }
+
+    #[test]
+    fn single_pages_are_the_pages_of_the_set() {
+        let layout = layout(&[5000]);
+        let mut bitmap = DirtyBitmap::new(&layout);
+        let pages = [0, 1, 63, 64, 200, 4095, 4096, 4999];
+        pages.iter().for_each(|&page| bitmap.set(page));
+        assert!(bitmap.iter().eq(pages));
+        assert!(pages.iter().all(|&page| bitmap.next(page) == Some(page)));
+        bitmap.clear();
+        assert_eq!(bitmap, DirtyBitmap::new(&layout));
+    }
+
+    /// A block of whole words ends where the next one begins, and no number lies between.
+    #[test]
+    fn blocks_of_whole_words_keep_the_pages_behind_them() {
+        let layout = layout(&[64, 128, 3]);
+        let mut bitmap = DirtyBitmap::full(&layout);
+        assert_eq!(bitmap.clip(&layout), 0);
+        assert_eq!(bitmap, DirtyBitmap::full(&layout));
+    }
 }

@@ -416,4 +416,57 @@ mod tests {
         let late = barrier.join(ChannelId(0), None, SYNC, AT).unwrap();
         assert_eq!(late, Err(Stranger::TooLate { id: ChannelId(0) }));
     }
+
+    #[test]
+    fn a_channel_that_is_none_of_the_migration_is_not_admitted() {
+        let barrier = RoundBarrier::open(Some(1));
+        let id = ChannelId(1);
+        assert_eq!(barrier.admit(id, None), Err(Stranger::OutOfRange { id, channels: 1 }));
+        assert_eq!(barrier.admit(ChannelId(0), None), Ok(()));
+        barrier.join(ChannelId(0), None, SYNC, AT).unwrap().unwrap();
+        assert_eq!(barrier.admit(ChannelId(0), None), Err(Stranger::Twice { id: ChannelId(0) }));
+    }
+
+    #[test]
+    fn nothing_comes_behind_the_last_sync_point() {
+        let barrier = RoundBarrier::new(1);
+        barrier.close(AT).unwrap();
+        assert!(barrier.begin(ChannelId(0), AT).is_err());
+        let barrier = RoundBarrier::new(1);
+        barrier.begin(ChannelId(0), AT).unwrap();
+        assert!(barrier.close(AT).is_err(), "a page came before, of a round that does not end");
+    }
+
+    #[test]
+    fn the_rounds_are_over_when_the_last_one_is() {
+        let barrier = RoundBarrier::new(1);
+        let round = || {
+            barrier.arrive(Party::Channel(ChannelId(0)), AT).unwrap();
+            barrier.arrive(Party::Main, AT).unwrap();
+        };
+        round();
+        assert!(!barrier.rounds_are_over());
+        barrier.is_last();
+        assert!(!barrier.rounds_are_over(), "it is the last, and goes on");
+        round();
+        assert!(barrier.rounds_are_over());
+    }
+
+    #[test]
+    fn a_round_that_a_channel_has_left_is_never_complete() {
+        let barrier = RoundBarrier::new(2);
+        barrier.leave(ChannelId(0), AT).unwrap();
+        assert!(barrier.arrive(Party::Main, AT).is_err());
+        let barrier = RoundBarrier::new(1);
+        barrier.arrive(Party::Main, AT).unwrap();
+        assert!(barrier.leave(ChannelId(0), AT).is_err());
+    }
+
+    #[test]
+    fn what_is_registered_with_stop_stops_it() {
+        let barrier = RoundBarrier::new(1);
+        let stopper: Box<dyn Stopper> = Box::new(barrier.clone());
+        stopper.stop();
+        assert!(matches!(barrier.arrive(Party::Main, AT), Err(Error::Stopped)));
+    }
 }

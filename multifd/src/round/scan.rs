@@ -264,6 +264,23 @@ mod tests {
     }
 
     #[test]
+    fn zeros_that_are_known_later_are_told_apart_with_those_before() {
+        let scan = PageScan::new(layout(), 128, 1);
+        scan.load(&mut DirtyBitmap::full(&layout()));
+        scan.allow(u64::MAX);
+        for pages in [1..3, 120..128] {
+            let mut zeros = DirtyBitmap::new(&layout());
+            zeros.set_range(pages);
+            scan.add_zeros(&zeros);
+        }
+        let mut batch = Batch::default();
+        assert!(scan.next(&mut batch));
+        let expected: Vec<u64> = [1, 2].into_iter().chain(120..128).map(|page| page * 4096).collect();
+        assert_eq!(batch.zeros, expected);
+        assert_eq!(batch.pages.len(), 118);
+    }
+
+    #[test]
     fn a_page_is_handed_out_or_postponed_and_a_part_of_the_next_round() {
         let scan = PageScan::new(layout(), 128, 1);
         scan.load(&mut DirtyBitmap::full(&layout()));
