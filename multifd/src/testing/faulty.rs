@@ -54,6 +54,8 @@ struct State {
     plan: Vec<(When, Fault)>,
     operations: u64,
     released: bool,
+    /// Ends look like resets.
+    resets: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -79,6 +81,13 @@ impl Faults {
     #[must_use]
     pub fn from(self, operation: u64, fault: Fault) -> Faults {
         lock(&self.shared.state).plan.push((When::From(operation), fault));
+        self
+    }
+
+    /// Has a connection that its peer ends look reset: a read at its end fails, as where the peer's host has gone.
+    #[must_use]
+    pub fn with_resets(self) -> Faults {
+        lock(&self.shared.state).resets = true;
         self
     }
 
@@ -244,12 +253,11 @@ impl<S: SendHalf + ?Sized> SendHalf for FaultyStream<S> {
 
 impl<S: RecvHalf + ?Sized> RecvHalf for FaultyStream<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self.next(Direction::Receives)? {
-            None => self.stream.read(buf),
-            Some(limit) => {
-                let len = buf.len().min(limit.max(1));
-                self.stream.read(&mut buf[..len])
-            }
+        let limit = self.next(Direction::Receives)?.unwrap_or(usize::MAX).max(1);
+        let len = buf.len().min(limit);
+        match self.stream.read(&mut buf[..len])? {
+            0 if len > 0 && lock(&self.faults.shared.state).resets => Err(io::ErrorKind::ConnectionReset.into()),
+            read => Ok(read),
         }
     }
 

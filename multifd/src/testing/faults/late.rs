@@ -1,7 +1,14 @@
 //! Channels that come late or not at all, from sources that say how many there are and from QEMU, whose packet numbers say
 //! it: a migration that is complete is the same as with all of them in time, and every other fails.
 
-use std::{collections::HashMap, io::Read, path::Path, sync::LazyLock, thread, time::Duration};
+use std::{
+    collections::HashMap,
+    io::{self, Read},
+    path::Path,
+    sync::LazyLock,
+    thread,
+    time::Duration,
+};
 
 use multifd_proto::{ProtocolError, Violation, packet::RamPacket};
 use test_support::{TempDir, time_limit};
@@ -13,7 +20,7 @@ use crate::{
     destination::{Destination, Options, Report},
     error::{Error, Mismatch},
     progress::{Phase, Snapshot},
-    testing::memory,
+    testing::{faulty::Faults, memory, vm::TestDestination},
     transport::Connect,
 };
 
@@ -339,5 +346,53 @@ fn what_a_channel_sends_after_the_last_sync_point_is_refused_or_ignored() {
             Ok(_) => assert_eq!(received.ram.page_bytes(2), [0; PAGE]),
             Err(error) => assert!(error.to_string().ends_with(message), "{error}"),
         }
+    }
+}
+
+/// Lets a destination hear `main`, whose last `late` bytes come when the channel has had time to end, and a channel that is reset behind
+/// all that it says.
+fn receive_with_reset(main: &Wire, late: usize, channel: &Wire) -> Result<Report, Error> {
+    time_limit(Duration::from_secs(60), || {
+        let (listener, connector) = memory::listener(1 << 24);
+        let mut stream = connector.connect().unwrap();
+        let (first, rest) = main.bytes.split_at(main.bytes.len() - late);
+        stream.write(first, &[]).unwrap();
+        connector.connect().unwrap().write(&channel.bytes, &[]).unwrap();
+        let rest = rest.to_vec();
+        let peer = thread::spawn(move || {
+            // Too short, it would only miss a fault.
+            thread::sleep(Duration::from_millis(200));
+            // The destination may have given up.
+            let _ = stream.write(&rest, &[]);
+            answers_on(stream)
+        });
+        let listener = Faults::new().with_resets().listener(Box::new(listener));
+        let mut vm = TestDestination::new(super::script::guarded_ram());
+        let options = Options { channels: Some(1), ..Options::default() };
+        let outcome = Destination::new(options).run(&mut vm, Box::new(listener), &mut ());
+        peer.join().unwrap();
+        outcome
+    })
+}
+
+/// Its source's host may be slow with main, or with the state of its devices.
+#[test]
+fn a_channel_that_is_reset_behind_its_last_sync_has_brought_all() {
+    let main = Wire::main().then(&main_end().bytes);
+    let channel = Wire::channel(0).sync().then(pages(&[0x1000])).sync();
+    let report = receive_with_reset(&main, 1, &channel).unwrap();
+    assert_eq!(report.channels, 1);
+}
+
+/// What it had still to bring is on no other connection.
+#[test]
+fn a_channel_that_is_reset_before_its_last_sync_ends_the_migration() {
+    let main = Wire::main().then(&main_end().bytes);
+    let end = main_end().bytes.len();
+    for channel in [Wire::channel(0).sync().then(pages(&[0x1000])), Wire::channel(0).sync()] {
+        let error = receive_with_reset(&main, end, &channel).unwrap_err();
+        let Error::Io { at, source } = &error else { panic!("{error}") };
+        assert_eq!(*at, super::script::channel_at(0, channel.bytes.len()), "{error}");
+        assert_eq!(source.kind(), io::ErrorKind::ConnectionReset, "{error}");
     }
 }
