@@ -403,7 +403,7 @@ fn a_channel_that_ends_in_order_among_the_pages_of_a_round_ends_the_migration() 
     let main = Wire::main().then(&main_end().bytes);
     let channel = Wire::channel(0).sync().then(pages(&[0x1000])).ends();
     let received = super::script::receive(&[main, channel], Options::default());
-    let error = received.outcome.err().expect("it was accepted").to_string();
+    let error = received.outcome.expect_err("it was accepted").to_string();
     assert!(error.contains("SYNC"), "{error}");
     assert!(!received.calls.contains(&"start"));
 }
@@ -413,6 +413,6 @@ fn a_channel_that_ends_in_order_among_the_pages_of_a_round_ends_the_migration() 
 fn a_channel_that_is_cut_behind_its_sync_ends_the_migration_at_once() {
     let channel = Wire::channel(0).sync().sync().sync().cut_by(10);
     let received = super::script::receive(&[Wire::main(), channel.clone()], Options::default());
-    let error = received.outcome.err().expect("it was accepted");
+    let error = received.outcome.expect_err("it was accepted");
     assert!(matches!(&error, Error::Io { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof), "{error}");
 }
