@@ -85,14 +85,7 @@ const FAILED: u8 = 101;
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const LONG: Duration = Duration::from_secs(60);
-
-    fn shell(script: &str) -> Command {
-        let mut command = Command::new("sh");
-        command.args(["-c", script]);
-        command
-    }
+    use crate::step::tests::{LONG, shell};
 
     #[test]
     fn a_program_is_ended_at_the_first_test_that_fails() {

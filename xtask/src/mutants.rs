@@ -47,7 +47,8 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     Ok(if steps.all_passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Makes `tree` what git knows of the sources and what it does not ignore, without touching the time of a file that is the same.
+/// Puts what git knows of the sources, and what it does not ignore, into `tree`, without touching the time of a file that is the same. One that is deleted
+/// here stays there, where nothing names it.
 fn copy(tree: &Path) -> Result<(), String> {
     let mut names = Command::new("git");
     names.current_dir(root()).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);

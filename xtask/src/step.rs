@@ -157,12 +157,12 @@ fn descendants(ancestor: u32) -> Vec<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(60);
+    pub const LONG: Duration = Duration::from_secs(60);
 
-    fn shell(script: &str) -> Command {
+    pub fn shell(script: &str) -> Command {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
         command

@@ -601,6 +601,10 @@ fn a_vm_is_not_started_twice_and_goes_on_from_the_same_file_only() {
         // Another one only on purpose.
         let (mut second, second_uri) = destination(&installed, machine, false, false);
         send(&file, &second_uri, false, &[]).end().failed(1, "is sending this VM to unix:");
+        let other = dir.join("other");
+        fs::hard_link(&file, &other).unwrap();
+        send(&other, &second_uri, false, &[]).end().failed(1, "has 2 names");
+        fs::remove_file(&other).unwrap();
         send(&file, &second_uri, false, &["--clone"]).done();
         assert_goes_on(&source, &mut second);
         drop(second);

@@ -77,9 +77,11 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
     let postcopy = &args.postcopy;
     let path: PathBuf =
         postcopy.state.clone().unwrap_or_else(|| Record::place(&args.file, postcopy.clone && !postcopy.recover));
+    let begin = || Record::begin(&path, checkpoint, &args.uri.to_string());
     let record = match postcopy.recover {
         true => Record::resume(&path, checkpoint),
-        false => Record::begin(&path, checkpoint, &args.uri.to_string()),
+        false if postcopy.clone || postcopy.state.is_some() => begin(),
+        false => Record::check_names(&args.file).and_then(|()| begin()),
     };
     match record {
         Ok(record) => {

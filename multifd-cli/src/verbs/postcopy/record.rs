@@ -66,6 +66,12 @@ pub enum RecordError {
          --clone starts one more VM from the checkpoint; if the VM runs nowhere any more, remove {path:?}"
     )]
     HandedOver { path: PathBuf, process: u32, destination: String },
+    /// The note may be beside another name.
+    #[error(
+        "{checkpoint:?} has {names} names (hard links), and the note of a hand-over may be beside another one: --state names the note \
+         for all of them; --clone starts one more VM from the checkpoint"
+    )]
+    SeveralNames { checkpoint: PathBuf, names: u64 },
     /// There is nothing to recover.
     #[error(
         "there is no {path:?}, which --postcopy writes when it hands a VM over and removes when the destination has \
@@ -100,6 +106,17 @@ impl Record {
             name.push(format!("-{}", std::process::id()));
         }
         name.into()
+    }
+
+    /// That a note beside `checkpoint` is the only one.
+    ///
+    /// # Errors
+    /// [`RecordError::SeveralNames`]; the kernel's.
+    pub fn check_names(checkpoint: &Path) -> Result<(), RecordError> {
+        match fs::metadata(checkpoint).map_err(io(checkpoint, "looking at it"))?.nlink() {
+            0 | 1 => Ok(()),
+            names => Err(RecordError::SeveralNames { checkpoint: checkpoint.to_owned(), names }),
+        }
     }
 
     /// Notes, on disk, that the VM in `checkpoint` is about to be handed over to `destination`.
@@ -321,6 +338,13 @@ mod tests {
         let same = |path: PathBuf| path.parent().unwrap().canonicalize().unwrap().join(path.file_name().unwrap());
         assert_eq!(same(Record::place(&file, false)), same(Record::place(&link, false)));
         assert_eq!(Record::place(Path::new("none"), false), Path::new("none.postcopy"));
+        Record::check_names(&link).unwrap();
+        // A hard link is as good a name as the first, and nothing leads from one to the other.
+        fs::hard_link(&file, dir.join("other")).unwrap();
+        for name in [file, link, dir.join("other")] {
+            let error = Record::check_names(&name).unwrap_err().to_string();
+            assert!(error.contains("has 2 names") && error.contains("--state"), "{error}");
+        }
     }
 
     /// A note is removed, and a device, removed, is missed by the whole system.
