@@ -75,30 +75,32 @@ impl Run {
         self.convergence.set_limits(self.shared.live.get().limits);
         self.convergence.set_wish(self.shared.live.steering.wish());
         let waited = self.let_out(dirty, vm)?;
-        let report = self.round_report(dirty, self.shared.backlog.transit(), Duration::ZERO);
+        let report = self.round_report(dirty, self.shared.backlog.transit(), waited);
         let decision = self.shared.live.steering.decide(|wish| {
             self.convergence.set_wish(wish);
             self.convergence.decide(&report)
         });
         // The guest wrote more meanwhile than the wait has gained: the next wait ends as soon as the rest fits.
-        self.hurries |= waited && decision != Decision::SwitchOver;
+        self.hurries |= !waited.is_zero() && decision != Decision::SwitchOver;
         let expected = self.convergence.expected_downtime(&report.left);
         let last = self.report.rounds.last_mut().expect("a round was sent");
+        last.took += waited;
         last.expected_downtime = expected;
         observer.event(&Event::Round(last.clone()));
+        self.report.rounds_took += waited;
         Ok(decision)
     }
 
     /// Waits until the connections hold little, where nothing else speaks against the pause, and puts the pages that were written
-    /// meanwhile into `dirty`. Returns whether it has waited.
-    fn let_out(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<bool, Error> {
+    /// meanwhile into `dirty`. Returns how long it has waited.
+    fn let_out(&mut self, dirty: &mut DirtyBitmap, vm: &mut dyn SourceVm) -> Result<Duration, Error> {
         let begun = self.now();
         let empty = |transit: Transit| Transit { unacknowledged: 0, ..transit };
         let mut transit = self.shared.backlog.transit();
         let would_pause =
             |run: &Run, transit, waited| run.convergence.would_switch_over(&run.round_report(dirty, transit, waited));
         if is_little(transit) || !would_pause(self, empty(transit), Duration::ZERO) {
-            return Ok(false);
+            return Ok(Duration::ZERO);
         }
         let mut waited = Duration::ZERO;
         let is_enough =
@@ -117,22 +119,23 @@ impl Run {
         }
         tracing::debug!(?waited, ?transit, "let out what the connections held");
         self.drain(dirty, vm)?;
-        let last = self.report.rounds.last_mut().expect("a round was sent");
-        last.took += waited;
-        last.dirty_after = dirty.count();
-        self.report.rounds_took += waited;
-        Ok(true)
+        self.report.rounds.last_mut().expect("a round was sent").dirty_after = dirty.count();
+        Ok(waited)
     }
 
     /// The last round, when `transit` is what the connections hold `waited` after it.
+    ///
+    /// The last acknowledgement comes a round trip after its byte was sent, and that is no time of sending: [`Self::left`] has the
+    /// round trips of the pause. No more is taken off than was waited for.
     fn round_report(&self, dirty: &DirtyBitmap, transit: Transit, waited: Duration) -> RoundReport {
         let page_size = self.shared.ram.layout().page_size() as u64;
         let last = self.report.rounds.last().expect("a round was sent");
+        let answered = if transit.unacknowledged == 0 { transit.round_trip.min(waited) } else { Duration::ZERO };
         RoundReport {
             rounds: last.round + 1,
             sent: last.normal * page_size + self.live_state.sent(),
             wire: last.bytes,
-            took: last.took + waited,
+            took: (last.took + waited).saturating_sub(answered),
             limit: self.shared.live.get().max_bandwidth,
             carries: transit.carries,
             left: self.left(dirty, transit),

@@ -97,6 +97,9 @@ pub fn writing(bench: &Bench) -> Result<Findings, String> {
     let mut rows = Vec::new();
     let mut above = [0, 0];
     for cell in &cells {
+        if let Some(reason) = cell.report["multifd"]["failed"].as_str() {
+            findings.say(&format!("{}: no migration by the engine: {reason}", cell.name()));
+        }
         let figure = |side: &str, name: &str| number(&cell.report[side], name);
         for (side, count) in ["multifd", "QEMU 10.0"].into_iter().zip(&mut above) {
             *count += u32::from(figure(side, "downtime-ms") > f64::from(LIMIT_MS));
@@ -123,10 +126,11 @@ pub fn writing(bench: &Bench) -> Result<Findings, String> {
     ];
     findings.table(&head, &rows);
     findings.say(&format!(
-        "Of {} cells the downtime was above the limit in {} for the engine and in {} for QEMU.",
+        "Of {} cells the downtime was above the limit in {} for the engine and in {} for QEMU; in {} the engine had none.",
         cells.len(),
         above[0],
-        above[1]
+        above[1],
+        cells.iter().filter(|cell| cell.report["multifd"]["failed"].is_string()).count()
     ));
     findings.raw = raw(&cells);
     Ok(findings)
@@ -256,7 +260,9 @@ fn inside_writing(bench: &Bench, rate: &Rate, channels: &[u8], say: impl Fn(u8, 
     let pace = Pace::measure(bench)?;
     for &channels in channels {
         let options = [format!("--working-set={}MiB", rate.rewritten), format!("--write-rate={writes:.0}B/s")];
-        let mut ours = demo_there(bench, rate, channels, &[&options[0], &options[1], "--no-throttle"])?;
+        // One that does not converge is a result, too.
+        let mut ours = demo_there(bench, rate, channels, &[&options[0], &options[1], "--no-throttle"])
+            .unwrap_or_else(|error| json!({ "failed": error.lines().last() }));
         ours["write-mb-per-second"] = (writes / 1e6).into();
         let guest = pace.guest(rate.rewritten, writes);
         let mut source = qemu::Source::filled(&bench.qemu, rate.mib, &content, Some(guest), "tcg")?;
