@@ -33,8 +33,8 @@ pub enum Extension {
     /// ([`BodyLength`](crate::command::BodyLength)), and sections of devices may come between two rounds: state that is sent while the guest runs.
     SectionLength,
     /// The source repeats the token of the migration behind the end of the stream: 16 bytes that no device's state holds, since no
-    /// guest knows them. For a destination that does not understand device state, which has no length on the wire. Taken only
-    /// where the offer has a token, and together with [`TwoStepCommit`](Extension::TwoStepCommit).
+    /// guest knows them. A destination that does not understand device state, which has no length on the wire, knows by them where it
+    /// ends, and any other that no description is still to come. Taken only where the offer has a token, and together with [`TwoStepCommit`](Extension::TwoStepCommit).
     EndToken,
     /// SECTION_PACKETS from the source says that the body of a section is not on main: it comes in
     /// [device-state packets](crate::device_state) over all channels, once the last round is over. Taken only together with

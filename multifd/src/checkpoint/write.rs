@@ -302,10 +302,6 @@ impl Target for Writer {
         Ok(())
     }
 
-    fn wants_end_token(&self) -> bool {
-        true
-    }
-
     fn takes_snapshots(&self) -> bool {
         true
     }

@@ -229,7 +229,7 @@ impl Run {
         // A source that does not hear the answer does not send it.
         let hears = self.main.as_ref().is_some_and(MainReader::is_heard);
         let is_told = offer.token.is_some() && extensions.contains(Extension::TwoStepCommit);
-        if !(target.wants_end_token() && hears && is_told) {
+        if !(hears && is_told) {
             extensions = extensions.without(Extension::EndToken);
         }
         if !extensions.contains(Extension::SectionLength) || offer.channels == 0 {

@@ -64,11 +64,6 @@ pub(crate) trait Target {
         Ok(Vec::new())
     }
 
-    /// Whether it keeps device state that it does not understand, and so wants to be told where it ends.
-    fn wants_end_token(&self) -> bool {
-        false
-    }
-
     /// Whether [`take_memory`](Self::take_memory) has a use for memory that a source hands over.
     fn takes_memory(&self) -> bool {
         false

@@ -16,6 +16,7 @@ use multifd_proto::{
     command::Command,
     encoder::MainEncoder,
     extension::{Extension, Extensions, Offer},
+    packet::Hello,
     ram::BlockEntry,
     return_path::Message,
 };
@@ -32,16 +33,20 @@ use crate::{
 
 /// Main of a source of ours with one channel, up to the end of the stream.
 fn main_of_ours() -> Wire {
+    main_with(&Offer { channels: 1, token: None, extensions: offered() }).then(&main_end().bytes)
+}
+
+/// The same of a source that offers `offer`, up to the last round.
+fn main_with(offer: &Offer) -> Wire {
     let mut encoder = MainEncoder::default();
-    let extensions = offered();
-    encoder.header().configuration("multifd").config_offer(&Offer { channels: 1, token: None, extensions });
+    encoder.header().configuration("multifd").config_offer(offer);
     encoder.command(&Command::OpenReturnPath);
     encoder.ram_start(1, BLOCKS.iter().map(|(_, pages)| (pages * PAGE) as u64).sum());
     for (name, pages) in BLOCKS {
         encoder.block(&BlockEntry::new(block(name), (pages * PAGE) as u64));
     }
     encoder.flush().eos().footer(1);
-    Wire::from_encoder(&encoder).then(&main_end().bytes)
+    Wire::from_encoder(&encoder)
 }
 
 fn go() -> Vec<u8> {
@@ -66,6 +71,18 @@ fn next(main: &mut impl Read, heard: &mut Vec<u8>) -> Option<Message> {
 /// Lets a source say `channel` and main to a destination, and calls `at_ready` when that is ready. Returns all that the destination
 /// says, and what it reports.
 fn converse<S: Read + Write>(
+    streams: (S, S),
+    listener: FdListener,
+    wire: &Wire,
+    options: Options,
+    at_ready: impl FnOnce(&StopHandle, &mut S),
+) -> (Vec<Message>, Result<(), Error>) {
+    converse_on(&main_of_ours(), streams, listener, wire, options, at_ready)
+}
+
+/// The same with another main.
+fn converse_on<S: Read + Write>(
+    main_wire: &Wire,
     (mut main, mut channel): (S, S),
     listener: FdListener,
     wire: &Wire,
@@ -82,7 +99,7 @@ fn converse<S: Read + Write>(
             outcome
         });
         channel.write_all(&wire.bytes).unwrap();
-        main.write_all(&main_of_ours().bytes).unwrap();
+        main.write_all(&main_wire.bytes).unwrap();
         let (mut heard, mut said, mut at_ready) = (Vec::new(), Vec::new(), Some(at_ready));
         while let Some(message) = next(&mut main, &mut heard) {
             if message == Message::Ready {
@@ -113,7 +130,7 @@ fn good_channel() -> Wire {
     Wire::raw(told_hello(0, 1).encode()).sync_number(0).sync_number(1)
 }
 
-/// No memory is handed over, and the state of devices ends by itself.
+/// No memory is handed over, and the migration has no token.
 fn offered() -> Extensions {
     Extensions::known().without(Extension::SharedMemory).without(Extension::EndToken)
 }
@@ -166,6 +183,38 @@ fn what_a_channel_did_wrong_is_said_on_main() {
             let error = outcome.unwrap_err().to_string();
             assert!(error.starts_with("channel 0, at byte "), "{error}");
             assert_eq!(said, [accepted(), Message::Reason(error), Message::Shut(1)]);
+        }
+    });
+}
+
+/// A VM waited for a description behind the end of the stream, for a second with the guest paused where a source had none to send.
+#[test]
+fn a_destination_goes_by_the_token_at_the_end_and_by_nothing_else() {
+    const TOKEN: [u8; 16] = *b"of one migration";
+    let extensions = Extensions::known().without(Extension::SharedMemory);
+    let accepted = Message::Accepted(extensions.clone());
+    let mut undescribed = MainEncoder::default();
+    undescribed.ram_part(1, true).flush().eos().footer(1).eof();
+    let (described, undescribed) = (main_end().bytes.clone(), undescribed.bytes.clone());
+    let main = move |end: &[u8], behind: &[u8]| {
+        main_with(&Offer { channels: 1, token: Some(TOKEN), extensions: extensions.clone() }).then(end).then(behind)
+    };
+    let channel = || Wire::raw(Hello { uuid: TOKEN, ..told_hello(0, 1) }.encode()).sync_number(0).sync_number(1);
+    time_limit(Duration::from_secs(60), move || {
+        let converse = |end: &[u8], behind: &[u8]| {
+            let (streams, listener) = over_unix();
+            let say_go = |_: &StopHandle, main: &mut UnixStream| main.write_all(&go()).unwrap();
+            converse_on(&main(end, behind), streams, listener, &channel(), Options::default(), say_go)
+        };
+        for end in [described, undescribed] {
+            let (said, outcome) = converse(&end, &TOKEN);
+            outcome.unwrap();
+            assert_eq!(said, [accepted.clone(), Message::Ready, Message::Shut(0)]);
+            for wrong in [&b"of one migratiom"[..], &[TOKEN.as_slice(), b"x"].concat()] {
+                let (said, outcome) = converse(&end, wrong);
+                let error = outcome.unwrap_err().to_string();
+                assert_eq!(said, [accepted.clone(), Message::Reason(error), Message::Shut(1)]);
+            }
         }
     });
 }
