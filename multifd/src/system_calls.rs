@@ -50,7 +50,7 @@ macro_rules! with_common {
 }
 
 const SEND_CHANNEL: &[&str] = with_common!(
-    "connect" "eventfd2" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "ppoll" "pread64" "preadv2" "recvfrom"
+    "connect" "eventfd2" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "mincore" "ppoll" "pread64" "recvfrom"
     "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "writev"
 );
 
@@ -82,8 +82,8 @@ const RUN: &[&str] = with_common!(
     "fstat" "fstatfs"
     // Those of the threads that it makes.
     "accept4" "clone" "clone3" "rseq" "set_robust_list"
-    "connect" "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pread64"
-    "preadv2" "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
+    "connect" "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "mincore" "ppoll" "pread64"
+    "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
     "sync_file_range" "writev"
 );
 

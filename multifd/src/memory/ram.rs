@@ -22,7 +22,7 @@ pub use super::{
     shared::SharedBlock,
 };
 use crate::{
-    error::{Error, Mismatch},
+    error::Mismatch,
     layout::{BlockLayout, Layout},
     sync::Arc,
     sys::{guest_copy, heap, mapping::Mapping},
@@ -241,22 +241,11 @@ impl RamBlock {
         RamBlock { access: Access::ReadOnly, ..self }
     }
 
-    /// Puts the contents of the pages at `offsets`, which are ascending, into memory, if they are elsewhere.
-    ///
-    /// # Errors
-    /// They cannot be had.
-    pub(crate) fn load(&self, offsets: &[u64], page_size: usize) -> Result<(), Error> {
-        let Backing::File(file) = &self.backing else { return Ok(()) };
-        for run in offsets.chunk_by(|a, b| a + page_size as u64 == *b) {
-            file.load(run[0], run.len() * page_size)?;
-        }
-        Ok(())
-    }
-
-    /// The pages from the one at `first` to the one at `last` were sent.
-    pub(crate) fn release(&self, first: u64, last: u64, page_size: usize) {
-        if let Backing::File(file) = &self.backing {
-            file.release(first, (last - first) as usize + page_size);
+    /// The file that the contents are in, if they are not in memory.
+    pub(crate) fn file(&self) -> Option<&FileMemory> {
+        match &self.backing {
+            Backing::File(file) => Some(file),
+            _ => None,
         }
     }
 

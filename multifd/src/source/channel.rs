@@ -14,6 +14,7 @@ use super::{
     Shared,
     auto_compression::{AutoCompression, ChannelCompression, Sent},
     openings::Attempt,
+    room::Room,
 };
 use crate::{
     channel_end::end_by,
@@ -170,6 +171,7 @@ impl SendChannel {
     fn sections(&mut self) -> Result<(), Error> {
         let shared = self.shared.clone();
         let mut batch = Batch::default();
+        let room = Room::new(&shared.ram).map_err(Error::io(self.place()))?;
         let mut ranges = Vec::new();
         loop {
             shared.barrier.meet(Party::Channel(self.id), self.place())?;
@@ -179,7 +181,7 @@ impl SendChannel {
             }
             while shared.scan.next(&mut batch) {
                 self.trace(Step::Take, &batch.pages, &batch.zeros, batch.block);
-                self.send(&shared, &mut batch, &mut ranges)?;
+                self.send(&shared, &mut batch, &room, &mut ranges)?;
             }
             self.sync()?;
             shared.progress.channel_ends_round();
@@ -203,13 +205,12 @@ impl SendChannel {
         &mut self,
         shared: &'a Shared,
         batch: &mut Batch,
+        room: &'a Room,
         ranges: &mut Vec<GuestRange<'a>>,
     ) -> Result<(), Error> {
         let block = &shared.ram.blocks()[batch.block];
-        let page_size = shared.ram.layout().page_size();
-        let span = batch.pages.first().copied().zip(batch.pages.last().copied());
-        block.load(&batch.pages, page_size)?;
-        shared.look_for_zeros(batch, ranges);
+        room.load(block, &batch.pages)?;
+        shared.look_for_zeros(batch, room, ranges);
         shared.progress.add_pages(batch.pages.len() as u64, batch.zeros.len() as u64);
         if shared.options.qemu.zero_pages == ZeroPages::Legacy && !batch.zeros.is_empty() {
             self.trace(Step::Find, &[], &batch.zeros, batch.block);
@@ -218,8 +219,9 @@ impl SendChannel {
         if !batch.pages.is_empty() || !batch.zeros.is_empty() {
             self.packet(shared, batch, ranges)?;
         }
-        if let Some((first, last)) = span {
-            block.release(first, last, page_size);
+        if shared.zero_copy.is_some() && room.leave_to_kernel().is_err() {
+            let place = self.place();
+            self.stream().flush().map_err(Error::io(place))?;
         }
         Ok(())
     }
@@ -306,23 +308,24 @@ impl SendChannel {
 }
 
 impl Shared {
-    /// Looks at the pages of `batch`, and puts the contents of those that are sent with content into `ranges`.
-    pub(super) fn look_for_zeros<'a>(&'a self, batch: &mut Batch, ranges: &mut Vec<GuestRange<'a>>) {
+    /// Looks at the pages of `batch`, which are loaded into `room` if they have to be, and puts the contents of those that are sent with
+    /// content into `ranges`.
+    pub(super) fn look_for_zeros<'a>(&'a self, batch: &mut Batch, room: &'a Room, ranges: &mut Vec<GuestRange<'a>>) {
         let block = &self.ram.blocks()[batch.block];
-        let page_size = self.ram.layout().page_size();
-        let page = |offset| block.range(offset, page_size).expect("the scan hands out pages of the block");
         let Batch { pages, zeros, .. } = batch;
         ranges.clear();
         if self.options.qemu.zero_pages == ZeroPages::None {
-            ranges.extend(pages.iter().map(|&offset| page(offset)));
+            ranges.extend(pages.iter().enumerate().map(|(index, &offset)| room.page(block, offset, index)));
             // A page known as zero may hold anything in our memory: only its name tells.
             let zero = self.zero_page.page(0).expect("it has one page");
             ranges.extend(zeros.iter().map(|_| zero));
             pages.append(zeros);
             return;
         }
+        let mut index = 0;
         pages.retain(|&offset| {
-            let range = page(offset);
+            let range = room.page(block, offset, index);
+            index += 1;
             let zero = range.is_zero();
             if zero {
                 zeros.push(offset);

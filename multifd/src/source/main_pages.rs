@@ -9,7 +9,7 @@ use std::io;
 
 use multifd_proto::{packet::Compression, rounds::Party};
 
-use super::{Options, Run};
+use super::{Options, Run, room::Room};
 use crate::{
     error::{Error, Mismatch},
     round::{scan::Batch, trace::Step},
@@ -39,7 +39,7 @@ impl Run {
     /// again meanwhile may wait for that.
     pub(super) fn send_pages_on_main(&mut self, mut guest: Option<&mut dyn SourceVm>) -> Result<(), Error> {
         let shared = self.shared.clone();
-        let page_size = shared.ram.layout().page_size();
+        let room = Room::new(&shared.ram).map_err(Error::io(self.main().place()))?;
         let (mut batch, mut ranges) = (Batch::default(), Vec::new());
         while shared.scan.next(&mut batch) {
             if shared.stop.is_stopped() {
@@ -47,15 +47,11 @@ impl Run {
             }
             let block = &shared.ram.blocks()[batch.block];
             self.trace_on_main(Step::Take, &batch);
-            let span = batch.pages.first().copied().zip(batch.pages.last().copied());
-            block.load(&batch.pages, page_size)?;
-            shared.look_for_zeros(&mut batch, &mut ranges);
+            room.load(block, &batch.pages)?;
+            shared.look_for_zeros(&mut batch, &room, &mut ranges);
             self.trace_on_main(Step::Send, &batch);
             self.main().pages(block.name(), &batch, &ranges)?;
             shared.progress.add_pages(batch.pages.len() as u64, batch.zeros.len() as u64);
-            if let Some((first, last)) = span {
-                block.release(first, last, page_size);
-            }
             if let Some(guest) = guest.as_deref_mut() {
                 self.postpone_when_due(guest);
             }

@@ -25,6 +25,7 @@ mod pause_limit;
 mod postponed;
 mod report;
 mod return_path;
+mod room;
 mod rounds;
 mod sections;
 mod shared;

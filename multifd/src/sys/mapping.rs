@@ -37,6 +37,15 @@ impl Mapping {
         Mapping::new(len, libc::MAP_SHARED, file.as_raw_fd(), offset)
     }
 
+    /// The `len` bytes of `file` from `offset` on, to ask the kernel about them: reading them may end the process.
+    pub(crate) fn unread(file: &File, offset: u64, len: usize) -> io::Result<Mapping> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: without an address asked for, nothing that exists is replaced.
+        let base =
+            unsafe { mmap(std::ptr::null_mut(), len, libc::PROT_NONE, libc::MAP_SHARED, file.as_raw_fd(), offset) }?;
+        Ok(Mapping { base, len })
+    }
+
     /// Maps `len` bytes, at an address that is a multiple of a huge page if there is room for one: the kernel gives large
     /// pages only where an address and the offset in the file are alike modulo the size of the page.
     fn new(len: usize, flags: i32, fd: i32, offset: libc::off_t) -> io::Result<Mapping> {
