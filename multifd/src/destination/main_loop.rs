@@ -23,7 +23,13 @@ impl Run {
     /// Reads main to the end of the stream.
     pub(super) fn stream(&mut self, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<(), Error> {
         loop {
-            let item = self.main().next_item()?;
+            let item = match self.main().buffered_item()? {
+                Some(item) => item,
+                None => {
+                    self.place_gathered()?;
+                    self.main().next_item()?
+                }
+            };
             if !self.identified && !is_configuration(&item) {
                 self.check_uuid()?;
                 self.identified = true;
@@ -38,6 +44,9 @@ impl Run {
     /// Does what `item` says.
     fn item(&mut self, item: Item, target: &mut dyn Target, observer: &mut dyn Observer) -> Result<Next, Error> {
         let is_postcopy = self.main().decoder().is_postcopy();
+        if !matches!(item, Item::Page { .. }) {
+            self.place_gathered()?;
+        }
         match item {
             Item::Section(section) => {
                 self.prepare_undescribed(target)?;
@@ -109,9 +118,9 @@ impl Run {
             Item::BlocksEnd => self.open_ram(target)?,
             Item::RamPart { end } => self.ram_part(end, observer)?,
             Item::ZeroPage { block, offset } => {
-                self.writes(block, offset);
+                self.writes(block, &[offset]);
                 self.sink().zero(block, &[offset]).map_err(Error::io(self.main().place()))?;
-                self.wrote(block, offset);
+                self.wrote(block, &[offset]);
                 self.shared.progress.add_pages_after(self.rounds, 0, 1);
                 self.name(block, offset)?;
             }

@@ -1,14 +1,62 @@
 //! The pages that main carries, in place of channels or beside them.
 
-use multifd_proto::{rounds::Party, xbzrle};
+use multifd_proto::{packet, rounds::Party, xbzrle};
 
-use super::{Run, named::NamedPages, shared::Pages};
-use crate::{error::Error, round::trace::Step, sync::lock};
+use super::{Run, Scratch, named::NamedPages, shared::Pages};
+use crate::{
+    error::{Error, Place},
+    round::trace::Step,
+    sync::lock,
+};
+
+/// Pages with content that came one after the other and are put into place together: a run of them costs less than each by itself.
+///
+/// They wait for nothing but bytes that are there already: whatever else comes next, and before anything is waited for, they go
+/// into place first.
+#[derive(Default)]
+pub(super) struct Gathered {
+    block: usize,
+    /// Ascending.
+    offsets: Vec<u64>,
+    bytes: Scratch,
+    /// Where the last of them ended.
+    place: Option<Place>,
+}
+
+impl Gathered {
+    /// Whether the page at `offset` of `block` can be put into place with those that are here, `capacity` at most.
+    fn takes(&self, block: usize, offset: u64, capacity: usize) -> bool {
+        let Some(&last) = self.offsets.last() else { return true };
+        self.block == block && last < offset && self.offsets.len() < capacity
+    }
+}
 
 impl Run {
     pub(super) fn page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
-        let payload = self.main().payload(len)?.to_vec();
-        self.store(block, offset, &payload)
+        let capacity = packet::capacity(self.shared.page_size);
+        let is_here = self.main().unread().len() >= len;
+        if !is_here || !self.gathered.takes(block, offset, capacity) {
+            self.place_gathered()?;
+        }
+        let main = self.main.as_mut().expect("its item was read");
+        let payload = main.payload(len)?;
+        let gathered = &mut self.gathered;
+        gathered.bytes.room(capacity * len)[gathered.offsets.len() * len..][..len].copy_from_slice(payload);
+        gathered.block = block;
+        gathered.offsets.push(offset);
+        gathered.place = Some(main.place());
+        Ok(())
+    }
+
+    /// Puts those into place that wait for it.
+    pub(super) fn place_gathered(&mut self) -> Result<(), Error> {
+        let Some(place) = self.gathered.place.take() else { return Ok(()) };
+        let mut gathered = std::mem::take(&mut self.gathered);
+        let bytes = gathered.bytes.room(gathered.offsets.len() * self.shared.page_size);
+        let placed = self.store(gathered.block, &gathered.offsets, bytes, place);
+        gathered.offsets.clear();
+        self.gathered = gathered;
+        placed
     }
 
     pub(super) fn xbzrle(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
@@ -17,7 +65,8 @@ impl Run {
         let mut page = vec![0; self.shared.page_size];
         self.sink().load(block, offset, &mut page).map_err(Error::io(place))?;
         xbzrle::apply(&diff, &mut page).map_err(Error::protocol(place))?;
-        self.store(block, offset, &page)
+        let place = self.main().place();
+        self.store(block, &[offset], &page, place)
     }
 
     pub(super) fn compressed_page(&mut self, block: usize, offset: u64, len: usize) -> Result<(), Error> {
@@ -25,15 +74,18 @@ impl Run {
         let payload = self.main().payload(len)?.to_vec();
         let mut page = vec![0; self.shared.page_size];
         crate::compress::inflate_page(&payload, &mut page).map_err(Error::payload(place))?;
-        self.store(block, offset, &page)
+        let place = self.main().place();
+        self.store(block, &[offset], &page, place)
     }
 
-    fn store(&mut self, block: usize, offset: u64, page: &[u8]) -> Result<(), Error> {
-        self.writes(block, offset);
-        self.sink().store(block, &[offset], page).map_err(Error::io(self.main().place()))?;
-        self.wrote(block, offset);
-        self.shared.progress.add_pages_after(self.rounds, 1, 0);
-        self.name(block, offset)?;
+    fn store(&mut self, block: usize, offsets: &[u64], bytes: &[u8], place: Place) -> Result<(), Error> {
+        self.writes(block, offsets);
+        self.sink().store(block, offsets, bytes).map_err(Error::io(place))?;
+        self.wrote(block, offsets);
+        self.shared.progress.add_pages_after(self.rounds, offsets.len() as u64, 0);
+        for &offset in offsets {
+            self.name(block, offset)?;
+        }
         if !self.complete {
             self.shared.barrier.members(|members| members.plain_page());
             self.look_at_members();
@@ -58,28 +110,31 @@ impl Run {
         Ok(())
     }
 
-    /// Main is about to write a page.
-    pub(super) fn writes(&self, block: usize, offset: u64) {
+    /// Main is about to write pages.
+    pub(super) fn writes(&self, block: usize, offsets: &[u64]) {
         if let Some(audit) = &self.audit {
-            audit.writes(block, &[offset], Party::Main, self.rounds);
+            audit.writes(block, offsets, Party::Main, self.rounds);
         }
     }
 
-    /// Main has written a page.
-    pub(super) fn wrote(&mut self, block: usize, offset: u64) {
+    /// Main has written pages.
+    pub(super) fn wrote(&mut self, block: usize, offsets: &[u64]) {
         self.shared.options.trace.step(|| {
             let layout = lock(&self.shared.pages).as_ref().map(|pages| pages.layout.clone());
-            let page = layout.map(|layout| layout.blocks()[block].page_at(offset));
-            Step::Apply(Party::Main, page.into_iter().collect())
+            let pages = layout.map(|layout| {
+                let block = &layout.blocks()[block];
+                offsets.iter().map(|&offset| block.page_at(offset)).collect()
+            });
+            Step::Apply(Party::Main, pages.unwrap_or_default())
         });
-        self.count(block, offset);
+        self.count(block, offsets);
     }
 
-    /// Main has brought a page that is in place.
-    pub(super) fn count(&mut self, block: usize, offset: u64) {
-        self.main_pages += 1;
+    /// Main has brought pages that are in place.
+    pub(super) fn count(&mut self, block: usize, offsets: &[u64]) {
+        self.main_pages += offsets.len() as u64;
         if let Some(audit) = &self.audit {
-            audit.wrote(block, &[offset], Party::Main, self.rounds);
+            audit.wrote(block, offsets, Party::Main, self.rounds);
         }
     }
 }

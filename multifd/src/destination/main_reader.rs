@@ -117,21 +117,34 @@ impl MainReader {
 
     /// The next item. Its payload, if it has one, is to be taken with [`payload`](Self::payload).
     pub(crate) fn next_item(&mut self) -> Result<Item, Error> {
-        debug_assert_eq!(self.payload, 0, "the payload of the item before was taken");
         loop {
-            let step = self.decoder.step(&self.buf[self.start..self.end]);
-            let step = step.map_err(|StreamError { offset, source }| {
-                Error::protocol(Place { connection: Connection::Main, offset })(source)
-            })?;
-            match step {
-                Step::Item { item, used } => {
-                    self.consume(used);
-                    self.payload = usize::try_from(item.payload_len()).expect("payloads on a connection are bounded");
-                    return Ok(item);
-                }
+            match self.step()? {
+                Step::Item { item, .. } => return Ok(item),
                 Step::Need(total) => self.fill(total)?,
             }
         }
+    }
+
+    /// As [`next_item`](Self::next_item), if all of it has been received.
+    pub(super) fn buffered_item(&mut self) -> Result<Option<Item>, Error> {
+        match self.step()? {
+            Step::Item { item, .. } => Ok(Some(item)),
+            Step::Need(_) => Ok(None),
+        }
+    }
+
+    /// Decodes the next item, of what has been received.
+    fn step(&mut self) -> Result<Step<Item>, Error> {
+        debug_assert_eq!(self.payload, 0, "the payload of the item before was taken");
+        let step = self.decoder.step(&self.buf[self.start..self.end]);
+        let step = step.map_err(|StreamError { offset, source }| {
+            Error::protocol(Place { connection: Connection::Main, offset })(source)
+        })?;
+        if let Step::Item { item, used } = &step {
+            self.consume(*used);
+            self.payload = usize::try_from(item.payload_len()).expect("payloads on a connection are bounded");
+        }
+        Ok(step)
     }
 
     /// The `len` bytes of payload that belong to the item before.

@@ -151,6 +151,8 @@ struct Run {
     ack_timing: AckTiming,
     /// Pages named on main.
     main_pages: u64,
+    /// Pages of main that are going to be put into place together.
+    gathered: main_pages::Gathered,
     /// What the source offered, and what both ends agreed on.
     offer: Option<Offer>,
     /// What the source says of the section that follows.
@@ -208,6 +210,7 @@ impl Run {
             return_path: false,
             ack_timing,
             main_pages: 0,
+            gathered: main_pages::Gathered::default(),
             offer: None,
             section_length: None,
             extensions: Extensions::default(),

@@ -387,9 +387,9 @@ impl Run {
             Some(payload) => pages.sink.store(block, &[offset], payload),
             None => pages.sink.zero(block, &[offset]),
         };
-        self.writes(block, offset);
+        self.writes(block, &[offset]);
         self.shared.place(&pages, block, offset, place, put)?;
-        self.count(block, offset);
+        self.count(block, &[offset]);
         let content = u64::from(payload.is_some());
         self.shared.progress.add_pages(content, 1 - content);
         Ok(())

@@ -33,6 +33,55 @@ fn command(number: u16, payload: &[u8]) -> Vec<u8> {
     [&[COMMAND][..], &number.to_be_bytes(), &(payload.len() as u16).to_be_bytes(), payload].concat()
 }
 
+/// Pages that follow each other are put into place together, and whatever else is said of one of them comes after that.
+#[test]
+fn what_main_says_last_of_a_page_counts() {
+    let [ram, rom] = ["ram", "rom"].map(block);
+    let mut part = MainEncoder::default();
+    part.ram_part(1, false);
+    let mut page = |name, index: usize, value: u8| {
+        part.page(name, (index * PAGE) as u64).raw(&[value; PAGE]);
+    };
+    for index in [0, 1, 2, 5, 6] {
+        page(&ram, index, 0x11);
+    }
+    page(&ram, 6, 0x22);
+    page(&ram, 5, 0x33);
+    page(&rom, 0, 0x44);
+    page(&ram, 7, 0x55);
+    part.zero_page(&ram, 7 * PAGE as u64).zero_page(&ram, PAGE as u64);
+    // Eight bytes behind the first two.
+    part.page(&ram, 3 * PAGE as u64)
+        .raw(&[0x66; PAGE])
+        .xbzrle(&ram, 3 * PAGE as u64, 10)
+        .raw(b"\x02\x08\x77\x77\x77\x77\x77\x77\x77\x77");
+    part.page(&ram, PAGE as u64).raw(&[0; PAGE]).page(&rom, PAGE as u64).raw(&[0x88; PAGE]);
+    part.flush().eos().footer(1);
+    let main = Wire::main().then(&part.bytes).then(&main_end().bytes);
+    let received = receive(&[main, Wire::channel(0).sync().sync().sync()], Options::default());
+    received.outcome.unwrap();
+    let mut changed = [0x66; PAGE];
+    changed[2..10].fill(0x77);
+    let (zeros, filled) = ([0; PAGE], |value| [value; PAGE]);
+    let expected = [
+        filled(0x11),
+        zeros,
+        filled(0x11),
+        changed,
+        zeros,
+        filled(0x33),
+        filled(0x22),
+        zeros,
+        filled(0x44),
+        filled(0x88),
+    ];
+    for (page, expected) in (0u64..).zip(expected) {
+        // Blocks begin at multiples of 64 pages in the numbers of pages.
+        let page = if page < 8 { page } else { page - 8 + received.ram.layout().blocks()[1].first_page() };
+        assert!(received.ram.page_bytes(page) == expected, "page {page}");
+    }
+}
+
 /// A display counter decided that RAM was complete, at the first device: a VM without devices started with whatever its
 /// memory held before.
 #[test]
