@@ -310,6 +310,44 @@ mod tests {
     }
 
     #[test]
+    fn limits_that_change_count_from_the_next_decision_on() {
+        let mut convergence = Convergence::new(limits(1));
+        assert_eq!(convergence.decide(&report(1, 1000 * MB, 1000, 900 * MB)), Decision::Continue);
+        convergence.set_limits(limits(900));
+        assert_eq!(convergence.decide(&report(2, 1000 * MB, 1000, 900 * MB)), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_race_is_not_lost_while_half_of_what_was_sent_stays() {
+        let mut convergence = Convergence::new(limits(1));
+        for round in 1..10 {
+            assert_eq!(convergence.decide(&report(round, 1000 * MB, 1000, 500 * MB)), Decision::Continue);
+        }
+        convergence.decide(&report(10, 1000 * MB, 1000, 501 * MB));
+        assert_eq!(convergence.decide(&report(11, 1000 * MB, 1000, 501 * MB)), Decision::Throttle(20));
+    }
+
+    #[test]
+    fn nothing_is_known_of_the_speed_before_any_time_has_passed() {
+        let mut convergence = Convergence::new(limits(1));
+        assert_eq!(convergence.decide(&report(1, 100 * MB, 0, MB)), Decision::Continue);
+        assert_eq!(convergence.bytes_per_second(), 0);
+    }
+
+    #[test]
+    fn the_past_counts_whole_up_to_the_window() {
+        let after = |first: u64| {
+            let mut convergence = Convergence::new(limits(1));
+            convergence.decide(&report(1, first, 1000, 50 * MB));
+            convergence.decide(&report(2, 1 << 20, 1000, 50 * MB));
+            convergence.bytes_per_second()
+        };
+        assert_eq!(after(63 << 20), 32 << 20);
+        assert_eq!(after(64 << 20), 65 << 19, "not half of it, which would be 22 MiB/s");
+        assert!(after(65 << 20) < 23 << 20);
+    }
+
+    #[test]
     fn a_losing_race_is_throttled_in_steps_and_then_given_up() {
         let mut convergence = Convergence::new(Limits { rounds: Some(20), ..limits(1) });
         let mut throttles = Vec::new();
