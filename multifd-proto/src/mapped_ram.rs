@@ -184,6 +184,25 @@ mod tests {
     }
 
     #[test]
+    fn pages_may_begin_where_the_bitmap_ends() {
+        let (block, bitmap_end) = (BlockName::new("ram").unwrap(), 4096);
+        let bitmap_offset = bitmap_end - bitmap_len(LEN, PAGE);
+        let header = BlockHeader { page_size: PAGE, bitmap_offset, pages_offset: bitmap_end };
+        assert_eq!(header.check(&block, LEN, PAGE, bitmap_offset, bitmap_end + LEN), Ok(()));
+        assert_eq!(header.bytes_behind(LEN), bitmap_len(LEN, PAGE) + LEN);
+    }
+
+    #[test]
+    fn a_block_is_elsewhere_only_if_it_has_neither_bitmap_nor_pages() {
+        for (bitmap_offset, pages_offset, elsewhere) in [(0, 0, true), (0, 1, false), (1, 0, false), (1, 1, false)] {
+            let header = BlockHeader { page_size: PAGE, bitmap_offset, pages_offset };
+            assert_eq!(header.is_elsewhere(), elsewhere, "{bitmap_offset}, {pages_offset}");
+        }
+        let header = BlockHeader { page_size: PAGE, bitmap_offset: 0, pages_offset: 0 };
+        assert_eq!(header.bytes_behind(LEN), 0);
+    }
+
+    #[test]
     fn header_survives_the_file() {
         let header = BlockHeader { page_size: PAGE, bitmap_offset: 0x1122, pages_offset: 0x33_4455_6677 };
         let mut bytes = Vec::new();
