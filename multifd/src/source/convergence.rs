@@ -493,6 +493,9 @@ mod tests {
         assert_eq!(decide(&below_limit(15 * MB, 1000, 8 * MB, Some(200 * MB))), Decision::Continue);
         let unlimited = RoundReport { limit: None, ..below_limit(20 * MB, 1000, 8 * MB, Some(200 * MB)) };
         assert_eq!(decide(&unlimited), Decision::Continue);
+        // However long the round was.
+        assert_eq!(decide(&below_limit(10 * MB, 500, 30 * MB, Some(200 * MB))), Decision::SwitchOver);
+        assert_eq!(decide(&below_limit(20 * MB, 4000, 8 * MB, Some(200 * MB))), Decision::Continue);
         // It never makes what was measured less.
         assert_eq!(decide(&below_limit(20 * MB, 1000, 6 * MB, Some(1))), Decision::SwitchOver);
     }
