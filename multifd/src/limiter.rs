@@ -77,7 +77,7 @@ impl Shared {
         let mut state = lock(&self.state);
         let Some(bucket) = &mut state.bucket else { return false };
         let now = self.epoch.elapsed();
-        let is_tight = bucket.full_at > now + BURST / 2;
+        let is_tight = bucket.is_tight(now);
         let turn = bucket.take(now, bytes);
         while state.bucket.is_some() {
             let left = turn.saturating_sub(self.epoch.elapsed());
@@ -126,6 +126,12 @@ impl Bucket {
     fn new(bytes_per_second: u64) -> Bucket {
         // No rate at all would be a migration that never ends and divides by zero.
         Bucket { bytes_per_second: bytes_per_second.max(1), full_at: Duration::ZERO }
+    }
+
+    /// Whether more than half of the bucket was taken.
+    #[cfg(not(any(loom, shuttle)))]
+    fn is_tight(&self, now: Duration) -> bool {
+        self.full_at.saturating_sub(now) > BURST / 2
     }
 
     /// Takes `bytes` and returns when they may be sent: now or before where there is room.
@@ -190,6 +196,37 @@ mod tests {
         let mut bucket = Bucket::new(1_000_000);
         assert_eq!(bucket.take(Duration::ZERO, 10_000_000), Duration::ZERO);
         assert_eq!(bucket.take(Duration::ZERO, 1), 9950 * MS);
+    }
+
+    #[test]
+    fn a_bucket_is_tight_when_more_than_half_of_it_was_taken() {
+        let mut bucket = Bucket::new(1_000_000);
+        bucket.take(Duration::ZERO, 25_000);
+        assert!(!bucket.is_tight(Duration::ZERO));
+        bucket.take(Duration::ZERO, 1);
+        assert!(bucket.is_tight(Duration::ZERO) && !bucket.is_tight(MS) && !bucket.is_tight(1000 * MS));
+        let limiter = Limiter::new(Some(1));
+        assert!(!limiter.take(1), "it was full");
+        assert!((0..3).any(|_| limiter.take(1)));
+    }
+
+    #[test]
+    fn a_limit_can_be_changed_until_it_is_lifted_for_good() {
+        let limiter = Arc::new(Limiter::new(Some(1)));
+        limiter.take(1_000_000);
+        let waits = limiter.clone();
+        let waiting = thread::spawn(move || waits.take(1));
+        thread::sleep(20 * MS);
+        assert!(!waiting.is_finished());
+        time_limit(Duration::from_secs(10), move || {
+            limiter.set(None);
+            waiting.join().unwrap();
+            limiter.set(Some(1));
+            assert!(lock(&limiter.shared.state).bucket.is_some());
+            limiter.set_unlimited();
+            limiter.set(Some(1));
+            assert!((0..1000).all(|_| !limiter.take(u64::MAX)));
+        });
     }
 
     #[test]
