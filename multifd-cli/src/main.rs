@@ -12,6 +12,7 @@ mod describe;
 mod digest;
 mod doctor;
 mod exit;
+mod extract;
 mod files;
 mod forecast;
 mod html;
@@ -53,6 +54,8 @@ fn main() -> ExitCode {
     unsafe { multifd::transport::fd::claim_inherited() };
     // SAFETY: the same, and there is no other thread yet.
     unsafe { activation::claim() };
+    // Where that fails, such a write ends the process.
+    let _ = signals::survive_file_size_limit();
     let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) => return explain(&error),

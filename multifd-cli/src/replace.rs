@@ -1,7 +1,7 @@
 //! Writes a file that a reader finds complete: it takes the name of the one before.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{self, BufWriter, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -23,9 +23,10 @@ pub fn file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// [`io::ErrorKind::InvalidInput`] for a device, a FIFO and all else that is no file: a name of those is not to be taken away. The
 /// kernel's.
-pub fn with(path: &Path, write: impl FnOnce(&mut BufWriter<&mut NamedTempFile>) -> io::Result<()>) -> io::Result<()> {
-    let (path, mut file) = beside(path)?;
-    let mut out = BufWriter::new(&mut file);
+pub fn with(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> io::Result<()> {
+    let (path, file) = beside(path)?;
+    // Its own errors have the name of the file beside it in them, which says nothing to people.
+    let mut out = BufWriter::new(file.as_file());
     write(&mut out)?;
     out.flush()?;
     drop(out);
@@ -50,9 +51,9 @@ fn beside(path: &Path) -> io::Result<(PathBuf, NamedTempFile)> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it names no file"));
     }
     let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-    // The name of the file beside it, which an error there has in it, says nothing to people.
     fs::metadata(directory)?;
-    let file = tempfile::Builder::new().permissions(mode()).tempfile_in(directory)?;
+    let file = tempfile::Builder::new().permissions(mode()).tempfile_in(directory);
+    let file = file.map_err(|error| io::Error::from(error.kind()))?;
     Ok((path, file))
 }
 

@@ -2,14 +2,18 @@
 //! for a guest, which runs on. SIGUSR1 resumes a guest that is paused in doubt.
 //!
 //! A thread waits for the signals, so what they do is ordinary code. Other signals that would end the process because of
-//! something outside of it are errors of a system call instead: SIGXFSZ (a file above the limit of `ulimit -f`) here,
+//! something outside of it are errors of a system call instead, in every verb: SIGXFSZ (a file above the limit of `ulimit -f`) here,
 //! SIGPIPE by Rust.
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use multifd::{stop::StopHandle, threads};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ},
+    flag,
     iterator::Signals,
 };
 
@@ -22,17 +26,25 @@ pub enum Hangup {
     IsIgnored,
 }
 
+/// Has a write above the limit of `ulimit -f` fail instead of ending the process.
+///
+/// # Errors
+/// The kernel's.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    // The flag is never read: a signal that is handled is enough. Unlike one that is ignored, it is not inherited.
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map(drop)
+}
+
 /// Calls `interrupted` at each interrupt, from a thread of its own, until the process ends.
 ///
 /// # Errors
 /// The kernel's.
 pub fn on_interrupt(hangup: Hangup, mut interrupted: impl FnMut() + Send + 'static) -> io::Result<()> {
     let ignores_hangup = hangup == Hangup::IsIgnored || ignored_from_the_start(SIGHUP);
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGXFSZ])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     threads::spawn("signals", move || {
         for signal in signals.forever() {
             match signal {
-                SIGXFSZ => {}
                 SIGHUP if ignores_hangup => tracing::info!("SIGHUP is ignored"),
                 _ => interrupted(),
             }

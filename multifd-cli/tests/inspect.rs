@@ -5,11 +5,16 @@ use std::{
     io::Read,
     os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use test_support::TempDir;
+use test_support::{TempDir, time_limit};
+
+const LIMIT: Duration = Duration::from_secs(180);
 
 const CAPTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../multifd-proto/tests/captures");
 
@@ -220,27 +225,34 @@ fn what_is_not_there_is_named() {
     assert_eq!(status, 1, "it must not be replaced: {report}");
 }
 
+/// Makes a checkpoint at `path` with `claimed` bytes of guest memory that are all zero. Skips and returns `false` where no file can be so
+/// long.
+fn claim(path: &Path, claimed: u64) -> bool {
+    use multifd_proto::{BlockName, encoder::MainEncoder, mapped_ram::BlockHeader, ram::BlockEntry};
+    let mut out = MainEncoder::default();
+    out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, claimed);
+    let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), claimed);
+    let header_end = (out.bytes.len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
+    let header = BlockHeader::place(header_end, claimed, 4096);
+    entry.mapped_ram = Some(header);
+    out.block(&entry);
+    let file = fs::File::create(path).unwrap();
+    file.write_all_at(&out.bytes, 0).unwrap();
+    let mut end = MainEncoder::default();
+    end.eos().footer(1).ram_part(1, true).eos().footer(1).eof();
+    if let Err(error) = file.write_all_at(&end.bytes, header.next_entry(claimed)) {
+        test_support::skip(&format!("no sparse file of {} TiB here: {error}", claimed >> 40));
+        return false;
+    }
+    true
+}
+
 /// A file of 8 KB that claims 16 TiB of guest memory ended the process with an abort.
 #[test]
 fn a_file_that_claims_more_memory_than_there_may_be_is_an_error() {
-    use multifd_proto::{BlockName, encoder::MainEncoder, mapped_ram::BlockHeader, ram::BlockEntry};
-    const CLAIMED: u64 = 15 << 40;
     let dir = TempDir::new().unwrap();
     let path = dir.join("x");
-    let mut out = MainEncoder::default();
-    out.header().configuration("multifd").config_capabilities(&["mapped-ram"]).ram_start(1, CLAIMED);
-    let mut entry = BlockEntry::new(BlockName::new("ram").unwrap(), CLAIMED);
-    let header_end = (out.bytes.len() + 1 + 3 + 8 + BlockHeader::LEN) as u64;
-    let header = BlockHeader::place(header_end, CLAIMED, 4096);
-    entry.mapped_ram = Some(header);
-    out.block(&entry);
-    let file = fs::File::create(&path).unwrap();
-    file.write_all_at(&out.bytes, 0).unwrap();
-    // Not every file system has files that long.
-    let mut end = MainEncoder::default();
-    end.eos().footer(1).ram_part(1, true).eos().footer(1).eof();
-    if let Err(error) = file.write_all_at(&end.bytes, header.next_entry(CLAIMED)) {
-        test_support::skip(&format!("no sparse file of 15 TiB here: {error}"));
+    if !claim(&path, 15 << 40) {
         return;
     }
     let command = format!("ulimit -v 300000; exec '{}' inspect '{}'", env!("CARGO_BIN_EXE_multifd"), path.display());
@@ -312,4 +324,45 @@ fn a_switch_with_one_thing_broken_is_noticed() {
     );
     assert!(rule(Some(&whole[..whole.len() - 1])).contains("ended in the middle"));
     assert!(rule(None).contains("321 of the 513 pages"));
+}
+
+/// The signal ended it, without a status or a report of its own, and what it had extracted of a guest's memory stayed there.
+#[test]
+fn an_interrupted_inspection_leaves_nothing_behind_and_says_so() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("x");
+        // Takes minutes.
+        if !claim(&path, 1 << 40) {
+            return;
+        }
+        let to = dir.join("out");
+        let extracts = |dir: &Path, _: u32| fs::read_dir(dir).unwrap().count() == 2;
+        let digests = |_: &Path, id: u32| {
+            // It may not have been there yet.
+            let tasks = fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
+            tasks.into_iter().any(|task| fs::read(task.path().join("comm")).is_ok_and(|name| name == b"digest\n"))
+        };
+        let to = to.to_str().unwrap();
+        type IsAtWork = fn(&Path, u32) -> bool;
+        for (more, is_at_work) in
+            [(&["--extract", "ram", "-o", to][..], extracts as IsAtWork), (&["--digest"], digests)]
+        {
+            for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_multifd"));
+                command.arg("inspect").arg(&path).arg("--json").args(more);
+                let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+                while !is_at_work(dir.path(), child.id()) {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                kill_process(Pid::from_child(&child), signal).unwrap();
+                let output = child.wait_with_output().unwrap();
+                assert_eq!(output.status.code(), Some(3), "{more:?} {signal:?}");
+                let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+                assert_eq!(report["status"], "cancelled", "{report}");
+                let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+                assert_eq!(left, ["x"], "{more:?}");
+            }
+        }
+    });
 }

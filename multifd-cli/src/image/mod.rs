@@ -178,6 +178,11 @@ impl Stop {
         progress::lock(&self.state).0
     }
 
+    /// A reader of `bytes` that fails once this was cancelled.
+    pub fn reader(&self, bytes: Box<dyn Read + Send>) -> Box<dyn Read + Send> {
+        Box::new(Stoppable { bytes, stop: self.clone() })
+    }
+
     /// What is under way from now on.
     pub fn set(&self, handle: StopHandle) {
         let mut state = progress::lock(&self.state);
@@ -185,6 +190,22 @@ impl Stop {
             handle.cancel();
         }
         state.1 = Some(handle);
+    }
+}
+
+/// What [`Stop::reader`] makes.
+struct Stoppable {
+    bytes: Box<dyn Read + Send>,
+    stop: Stop,
+}
+
+impl Read for Stoppable {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.stop.is_cancelled() {
+            // Not `Interrupted`, after which readers try again.
+            return Err(io::Error::other(Error::Cancelled));
+        }
+        self.bytes.read(into)
     }
 }
 

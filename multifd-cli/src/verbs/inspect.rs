@@ -2,8 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufReader, Read, Seek, SeekFrom, Write},
-    os::unix::fs::PermissionsExt,
+    io::{self, BufReader, Read},
     path::{Path, PathBuf},
 };
 
@@ -20,20 +19,29 @@ use crate::{
     describe::{self, Block, Devices, counted},
     digest,
     exit::Exit,
-    image::{Content, Image, LibvirtImage, Packing},
+    extract::extract,
+    image::{Content, Image, LibvirtImage, Packing, Stop},
     printable,
     report::{Outcome, compression_name, dialect_name},
+    signals::{self, Hangup},
     table::{self, grouped},
 };
 
 /// Describes what is at the path.
 pub fn run(args: &InspectArgs) -> Outcome {
+    let stop = Stop::default();
+    let interrupted = stop.clone();
+    if let Err(error) = signals::on_interrupt(Hangup::Interrupts, move || interrupted.cancel()) {
+        tracing::warn!(%error, "an interrupt ends the process at once");
+    }
     let described = if args.path.is_dir() {
-        recording(args)
+        recording(args, &stop)
     } else {
-        Image::open(&args.path).map_err(Failure::from).and_then(|image| file(args, image))
+        Image::open(&args.path).map_err(Failure::from).and_then(|image| file(args, image, &stop))
     };
     described.unwrap_or_else(|failure| match failure {
+        // What an interrupt makes of a read is a consequence.
+        _ if stop.is_cancelled() => Outcome::failed(Exit::Cancelled, Error::Cancelled),
         Failure::Engine(error) => Outcome::failed(Exit::from(&error), error),
         Failure::Other(error) => Outcome::failed(Exit::Failed, error),
     })
@@ -58,14 +66,15 @@ impl From<String> for Failure {
 }
 
 /// A single file.
-fn file(args: &InspectArgs, image: Image) -> Result<Outcome, Failure> {
+fn file(args: &InspectArgs, image: Image, stop: &Stop) -> Result<Outcome, Failure> {
     let mut outcome = match image.content {
-        Content::Checkpoint(checkpoint) => inspect_checkpoint(args, &checkpoint)?,
+        Content::Checkpoint(checkpoint) => inspect_checkpoint(args, &checkpoint, stop)?,
         // Main of a migration without channels.
         Content::Stream(stream) => inspect_recorded(
             args,
             "stream",
-            Recorded { main: stream.into_bytes(), channels: Vec::new(), preempt: None },
+            Recorded { main: stop.reader(stream.into_bytes()), channels: Vec::new(), preempt: None },
+            stop,
         )?,
     };
     if let Some(libvirt) = &image.libvirt {
@@ -103,16 +112,16 @@ fn libvirt_text(args: &InspectArgs, image: &LibvirtImage) -> String {
     )
 }
 
-fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Outcome, Failure> {
+fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint, stop: &Stop) -> Result<Outcome, Failure> {
     let reading = |error: io::Error| format!("{}: {error}", args.path.display());
     let mut blocks = describe::blocks_of(checkpoint);
     if args.digest {
-        describe::add_digests(&mut blocks, checkpoint, &|| false).map_err(reading)?;
+        describe::add_digests(&mut blocks, checkpoint, &|| stop.is_cancelled()).map_err(reading)?;
     }
     let devices = Devices::of_checkpoint(checkpoint);
     let extracted = match wanted(args, checkpoint.blocks().iter().map(|block| block.name.as_str()))? {
         Some((index, _)) if blocks[index].elsewhere => return Err(nothing_to_extract(&blocks[index]).into()),
-        Some((index, to)) => Some(extract(&mut checkpoint.block_reader(index), to)?),
+        Some((index, to)) => Some(extract(&mut checkpoint.block_reader(index), to, stop)?),
         None => None,
     };
     let disk =
@@ -145,7 +154,7 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint) -> Result<Out
 }
 
 /// A directory with a file for each connection.
-fn recording(args: &InspectArgs) -> Result<Outcome, Failure> {
+fn recording(args: &InspectArgs, stop: &Stop) -> Result<Outcome, Failure> {
     let find = |name: &str| {
         let path = args.path.join(name);
         let packed = args.path.join(format!("{name}.xz"));
@@ -155,9 +164,10 @@ fn recording(args: &InspectArgs) -> Result<Outcome, Failure> {
         return Err(format!("{}: there is no main.bin or main.bin.xz in it", args.path.display()).into());
     };
     let channels = (0..=u8::MAX).map_while(|id| find(&format!("ch{id}.bin")));
+    let open = |path: &Path| open(path).map(|bytes| stop.reader(bytes));
     let channels = channels.map(|path| open(&path)).collect::<Result<_, String>>()?;
     let preempt = find("preempt.bin").map(|path| open(&path)).transpose()?;
-    inspect_recorded(args, "recording", Recorded { main: open(&main)?, channels, preempt })
+    inspect_recorded(args, "recording", Recorded { main: open(&main)?, channels, preempt }, stop)
 }
 
 fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
@@ -171,17 +181,20 @@ fn open(path: &Path) -> Result<Box<dyn Read + Send>, String> {
     })
 }
 
-fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Result<Outcome, Failure> {
+fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded, stop: &Stop) -> Result<Outcome, Failure> {
     let needs_contents = args.digest || args.extract.is_some();
     let directory = std::env::temp_dir();
     let Inspection { account, broken, contents, .. } =
         Inspection::of(recorded, needs_contents.then_some(directory.as_path()))?;
+    if stop.is_cancelled() {
+        return Err(Failure::Engine(Error::Cancelled));
+    }
     let mut blocks = Vec::new();
     for (index, (name, size, normal)) in account.blocks.iter().enumerate() {
         let elsewhere = account.memory_elsewhere.contains(name);
         let digest = match &contents {
             Some(contents) if args.digest && !elsewhere => {
-                let digest = digest::of(&mut contents.block_reader(index), &|| false);
+                let digest = digest::of(&mut contents.block_reader(index), &|| stop.is_cancelled());
                 Some(digest.map_err(|error| format!("{}: {error}", directory.display()))?)
             }
             _ => None,
@@ -193,7 +206,7 @@ fn inspect_recorded(args: &InspectArgs, kind: &str, recorded: Recorded) -> Resul
         Some((index, _)) if blocks[index].elsewhere => return Err(nothing_to_extract(&blocks[index]).into()),
         Some((index, to)) => {
             let contents = contents.as_ref().ok_or_else(|| "the stream ends before the RAM blocks".to_owned())?;
-            Some(extract(&mut contents.block_reader(index), to)?)
+            Some(extract(&mut contents.block_reader(index), to, stop)?)
         }
         None => None,
     };
@@ -476,41 +489,6 @@ fn wanted<'a>(
 /// Why `block` cannot be extracted.
 fn nothing_to_extract(block: &Block) -> String {
     format!("the memory of {:?} is not here: it is in the file that the QEMU shared (x-ignore-shared)", block.name)
-}
-
-/// Writes everything that `from` has to the new file `to`, with holes for zeros. Guest memory is its owner's: no other user
-/// may read the file. It has its name when it is complete.
-fn extract(from: &mut dyn Read, to: &Path) -> Result<String, String> {
-    let mut write = || -> io::Result<u64> {
-        if to.symlink_metadata().is_ok() {
-            return Err(io::ErrorKind::AlreadyExists.into());
-        }
-        let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        let builder = builder.prefix(".multifd-").permissions(PermissionsExt::from_mode(0o600));
-        let mut extracted = builder.tempfile_in(directory)?;
-        let file = extracted.as_file_mut();
-        let mut buf = vec![0; 1 << 20];
-        let mut total = 0;
-        loop {
-            let n = from.read(&mut buf)?;
-            if n == 0 {
-                file.set_len(total)?;
-                extracted.persist_noclobber(to).map_err(|error| error.error)?;
-                return Ok(total);
-            }
-            for part in buf[..n].chunks(PAGE_SIZE as usize) {
-                if part.iter().all(|byte| *byte == 0) {
-                    file.seek(SeekFrom::Current(part.len() as i64))?;
-                } else {
-                    file.write_all(part)?;
-                }
-            }
-            total += n as u64;
-        }
-    };
-    let total = write().map_err(|error| format!("{}: {error}", to.display()))?;
-    Ok(format!("\n  {} written to {}\n", table::bytes(total), to.display()))
 }
 
 /// The page size of everything that is inspected.
