@@ -212,6 +212,8 @@ impl Error {
     /// The peer broke the protocol or does not match, as opposed to bad luck on the way.
     pub fn is_peers_fault(&self) -> bool {
         match self {
+            // An end of a connection, which the network or a kill may have brought about, as in the middle of a packet.
+            Error::Protocol { source: ProtocolError::Violation(Violation::SyncMissing { .. }), .. } => false,
             Error::Protocol { .. } | Error::Mismatch(_) => true,
             Error::Checkpoint(error) => error.is_peers_fault(),
             Error::NotResumed { first, .. } => first.is_peers_fault(),

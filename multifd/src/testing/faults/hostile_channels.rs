@@ -151,7 +151,7 @@ fn an_end_inside_a_packet_is_an_error_and_between_two_it_is_missed_by_main() {
     let missing = "channel 0 ended without the SYNC packet of round 1";
     let error = receive(&wires, Options::default()).outcome.unwrap_err();
     assert!(error.to_string().ends_with(missing), "{error}");
-    assert!(error.is_peers_fault());
+    assert!(!error.is_peers_fault(), "the source may have been killed there, or cancelled");
 }
 
 #[test]
