@@ -13,7 +13,7 @@ use multifd::{
     checkpoint::{self, CheckpointError, Writer},
     destination::{self, Destination},
     error::Error,
-    progress::Progress,
+    progress::{Phase, Progress},
     stop::StopHandle,
     transport::{Listen, uri::Uri},
 };
@@ -57,7 +57,7 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
         terminal::say(&format!("listening on {}", listener.uri()));
     }
     let uri = listener.uri().to_string();
-    let listener = (uri, args.tls.listener(args.incoming.allow.listener(Box::new(listener)))?);
+    let listener = args.tls.listener(args.incoming.allow.listener(Box::new(listener)))?;
     let (mut changed, mut qemu_tls, mut wanted) = (Changed::default(), QemuTls::default(), wanted(args));
     let tls = (&args.tls, args.monitor.qemu_tls_creds.as_deref());
     let prepared = qemu_tls
@@ -65,8 +65,10 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
         .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
     changed.keep(&look, monitor::REST_PARAMETERS);
     let mut outcome = match prepared {
-        Ok(()) => Migration { args, interrupts: &interrupts, monitor: &mut monitor, look: &look, meeting: &meeting }
-            .run(writer, listener),
+        Ok(()) => {
+            let (monitor, interrupts) = (&mut monitor, &interrupts);
+            Migration { args, interrupts, monitor, look: &look, meeting: &meeting, uri: &uri }.run(writer, listener)
+        }
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
@@ -127,6 +129,8 @@ struct Migration<'a> {
     monitor: &'a mut Monitor,
     look: &'a Look,
     meeting: &'a Meeting,
+    /// Where the receiver listens.
+    uri: &'a str,
 }
 
 /// How the receiver ended.
@@ -170,7 +174,7 @@ impl Verdict {
 }
 
 impl Migration<'_> {
-    fn run(mut self, writer: Writer, (uri, listener): (String, Box<dyn Listen>)) -> Outcome {
+    fn run(mut self, writer: Writer, listener: Box<dyn Listen>) -> Outcome {
         let begun = Instant::now();
         let destination = Destination::new(receive::options(&self.args.as_receive()));
         let (stop, progress) = (destination.stop_handle(), destination.progress());
@@ -192,16 +196,22 @@ impl Migration<'_> {
         if let Err((_, error)) = lend("receive", writer, body, done) {
             return Outcome::failed(Exit::Failed, format!("cannot create the thread that receives: {error}"));
         }
-        let started = self.monitor.execute_once("migrate", json!({ "uri": uri }));
+        let started = self.monitor.execute_once("migrate", json!({ "uri": self.uri }));
         let started = started
             .map_err(|refusal| Refusal { message: monitor::with_advice(&refusal.message, self.meeting), ..refusal });
-        let ends = self.follow(&end, &stop, started.map(drop));
+        let ends = self.follow(&end, &stop, &progress, started.map(drop));
         self.monitor.put_in_order();
         self.settle(ends, &progress, begun)
     }
 
     /// Waits until both ends have ended.
-    fn follow(&mut self, end: &mpsc::Receiver<Received>, stop: &StopHandle, started: Result<(), Refusal>) -> Ends {
+    fn follow(
+        &mut self,
+        end: &mpsc::Receiver<Received>,
+        stop: &StopHandle,
+        progress: &Progress,
+        started: Result<(), Refusal>,
+    ) -> Ends {
         let begun = Instant::now();
         let mut received = None;
         let mut cause = None;
@@ -218,6 +228,10 @@ impl Migration<'_> {
             match self.look_on(begun) {
                 Ok((status, answer)) if status.is_final() => {
                     qemu = Some((status, answer));
+                    break;
+                }
+                Ok(_) if received.is_none() && self.nothing_came(progress, begun, self.args.stall_timeout.0) => {
+                    cause = Some(self.no_connection("does not say that its migration has failed"));
                     break;
                 }
                 Ok(_) => {}
@@ -249,8 +263,55 @@ impl Migration<'_> {
             // Without effect once the file has its name.
             stop.cancel();
         }
-        let received = received.unwrap_or_else(|| end.recv().expect("the thread sends before it ends"));
+        let received = received.unwrap_or_else(|| self.receive_rest(end, stop, progress, &mut cause));
         Ends { received, qemu, cause }
+    }
+
+    /// Waits for the end of the receiver, which has been cancelled or gets the rest from a QEMU that is done. A QEMU that says so without
+    /// having sent anything ends the wait, and so does an interrupt, with its reason in `cause`.
+    fn receive_rest(
+        &self,
+        end: &mpsc::Receiver<Received>,
+        stop: &StopHandle,
+        progress: &Progress,
+        cause: &mut Option<Refusal>,
+    ) -> Received {
+        let begun = Instant::now();
+        loop {
+            match end.recv_timeout(POLL_INTERVAL) {
+                Ok(received) => return received,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the thread sends before it ends"),
+            }
+            if cause.is_some() {
+                continue;
+            }
+            let limit = self.args.stall_timeout.0.map_or(END_LIMIT, |limit| limit.min(END_LIMIT));
+            if self.interrupts.seen() {
+                *cause = Some(Refusal::new(Exit::Cancelled, Error::Cancelled.to_string()));
+            } else if self.nothing_came(progress, begun, Some(limit)) {
+                *cause = Some(self.no_connection("says that its migration is completed"));
+            }
+            if cause.is_some() {
+                // Without effect once the file has its name.
+                stop.cancel();
+            }
+        }
+    }
+
+    /// Whether no migration has come for longer than `limit` since `begun`. One that has come has limits of its own.
+    fn nothing_came(&self, progress: &Progress, begun: Instant, limit: Option<Duration>) -> bool {
+        let has_come = progress.snapshot().phase.is_some_and(|phase| phase > Phase::Connect);
+        !has_come && limit.is_some_and(|limit| begun.elapsed() > limit)
+    }
+
+    fn no_connection(&self, says: &str) -> Refusal {
+        let message = format!(
+            "no migration has come to {} in time (--stall-timeout), and QEMU {says}; another process may listen at that address where \
+             QEMU is, or a firewall may keep it away",
+            self.uri
+        );
+        Refusal::new(Exit::Failed, message)
     }
 
     /// The state of the migration, as long as it may go on.
