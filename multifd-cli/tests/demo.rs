@@ -255,12 +255,19 @@ fn an_address_of_another_machine_is_reported_by_the_demo() {
 }
 
 /// The processes that the demo with id `parent` started.
-fn children(parent: u32) -> usize {
+fn child_ids(parent: u32) -> Vec<i32> {
     let wanted = format!("--child-of\0{parent}\0");
     let processes = fs::read_dir("/proc").unwrap().flatten();
     // A process may end while we look.
-    let lines = processes.filter_map(|process| fs::read(process.path().join("cmdline")).ok());
-    lines.filter(|line| String::from_utf8_lossy(line).contains(&wanted)).count()
+    let ours = processes.filter(|process| {
+        let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&wanted)
+    });
+    ours.filter_map(|process| process.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn children(parent: u32) -> usize {
+    child_ids(parent).len()
 }
 
 fn wait_for_children(parent: u32, count: usize) {
@@ -287,6 +294,28 @@ fn an_interrupted_demo_ends_both_processes() {
             }
             wait_for_children(id, 0);
         }
+    });
+}
+
+/// It waited for them for as long as they were stopped.
+#[test]
+fn a_second_interrupt_ends_a_demo_whose_processes_do_not_end() {
+    time_limit(LIMIT, || {
+        let mut command = multifd("demo --json --guest process --memory 64MiB --max-bandwidth 5MB/s");
+        let demo = command.stdout(Stdio::piped()).spawn().unwrap();
+        let id = demo.id();
+        wait_for_children(id, 2);
+        for child in child_ids(id) {
+            kill_process(Pid::from_raw(child).unwrap(), Signal::STOP).unwrap();
+        }
+        for _ in 0..2 {
+            // Two that come at once are one.
+            thread::sleep(Duration::from_millis(300));
+            kill_process(Pid::from_raw(id as i32).unwrap(), Signal::TERM).unwrap();
+        }
+        let output = demo.wait_with_output().unwrap();
+        assert_eq!((exit_code(&output), &json(&output.stdout)["status"]), (3, &"cancelled".into()));
+        assert_eq!(children(id), 0);
     });
 }
 

@@ -68,6 +68,8 @@ struct Demo<'a> {
     /// What the processes printed.
     outputs: [Option<String>; 2],
     interrupted: bool,
+    /// Once interrupted: when the processes have to have ended.
+    patience: Option<Instant>,
     uri: String,
     /// So that nothing else on this machine can take part.
     token: Token,
@@ -136,6 +138,7 @@ impl<'a> Demo<'a> {
             destination: None,
             outputs: [None, None],
             interrupted: false,
+            patience: None,
             uri: String::new(),
             token: args.transfer.link.token.map_or_else(Token::random, Ok)?,
             metrics,
@@ -265,15 +268,19 @@ impl<'a> Demo<'a> {
 
     /// Takes note of the next event. `false`: `deadline` has passed.
     fn step(&mut self, deadline: Option<Instant>) -> bool {
-        let event = match deadline {
-            Some(deadline) => self.arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+        let next = [deadline, self.patience].into_iter().flatten().min();
+        let event = match next {
+            Some(next) => self.arrivals.recv_timeout(next.saturating_duration_since(Instant::now())),
             None => self.arrivals.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
         match event {
+            Err(RecvTimeoutError::Timeout) if next == self.patience => self.kill(),
             Err(RecvTimeoutError::Timeout) => return false,
             Err(RecvTimeoutError::Disconnected) => unreachable!("`self` holds a sender"),
+            Ok(Event::Interrupt) if self.interrupted => self.kill(),
             Ok(Event::Interrupt) => {
                 self.interrupted = true;
+                self.patience = Some(Instant::now() + AFTER_AN_INTERRUPT);
                 // The source first: it runs the guest on, the destination just ends.
                 for process in self.source.iter().chain(&self.destination) {
                     process.interrupt();
@@ -283,6 +290,14 @@ impl<'a> Demo<'a> {
             Ok(Event::Said(side, Said::Output(output))) => self.outputs[side as usize] = Some(output),
         }
         true
+    }
+
+    /// Ends both processes at once: they were asked to end, and have not, as one that is stopped cannot.
+    fn kill(&mut self) {
+        self.patience = None;
+        for process in self.source.iter_mut().chain(&mut self.destination) {
+            process.kill();
+        }
     }
 
     /// How the process of `side` ended, whose output is there.
@@ -466,3 +481,5 @@ impl<'a> Demo<'a> {
 const PASSES: u64 = 2;
 /// How long the destination may take to end after the source has failed.
 const AFTER_THE_SOURCE: Duration = Duration::from_secs(10);
+/// How long both processes may take to end when they are asked to; the source looks at all of its memory until then.
+const AFTER_AN_INTERRUPT: Duration = Duration::from_secs(60);
