@@ -185,18 +185,20 @@ impl Client {
                 continue;
             }
             // A server that could not even read the command does not know its id.
-            let answers_earlier = message.get("id").and_then(Value::as_u64).is_some_and(|answered| answered < id);
-            if answers_earlier {
-                continue;
+            let answered = message.get("id").map(Value::as_u64);
+            match answered {
+                Some(Some(answered)) if answered < id => continue,
+                // The answer to what was never asked, perhaps by another client: it says nothing of this command.
+                Some(answered) if answered != Some(id) => return Err(unexpected(command, &message)),
+                _ => {}
             }
-            return if let Some(answer) = message.get_mut("return") {
-                Ok(answer.take())
-            } else if let Some(error) = message.get("error") {
-                let (class, description) = (text(error, "class"), text(error, "desc"));
-                Err(Error::Refused { command: command.to_owned(), class, description })
-            } else {
-                Err(unexpected(command, &message))
-            };
+            if let Some(answer) = message.get_mut("return") {
+                return Ok(answer.take());
+            }
+            let refusal = message.get("error").filter(|error| error.get("desc").is_some_and(Value::is_string));
+            let Some(error) = refusal else { return Err(unexpected(command, &message)) };
+            let (class, description) = (text(error, "class"), text(error, "desc"));
+            return Err(Error::Refused { command: command.to_owned(), class, description });
         }
     }
 
@@ -487,6 +489,26 @@ pub(crate) mod tests {
         assert!(matches!(client.execute("first", nothing()), Err(Error::NoAnswer { .. })));
         client.set_limit(LIMIT);
         assert_eq!(client.execute("second", nothing()).unwrap(), json!({ "which": "second" }));
+    }
+
+    /// An answer to another question was taken for this one's, and an error without words for a refusal without a reason.
+    #[test]
+    fn an_answer_to_what_was_not_asked_and_an_error_without_words_are_no_answers() {
+        for answer in [
+            r#"{"return": {}, "id": 2}"#,
+            r#"{"return": {}, "id": "1"}"#,
+            r#"{"error": {"class": "GenericError", "desc": "no"}, "id": null}"#,
+            r#"{"error": 5, "id": 1}"#,
+            r#"{"error": {"class": "GenericError"}, "id": 1}"#,
+        ] {
+            let (stream, _peer) = peer(GREETING, &[DONE, answer]);
+            let mut client = Client::negotiate(stream).unwrap();
+            let error = client.execute("stop", nothing()).unwrap_err();
+            assert!(
+                error.is_protocol() && error.to_string().contains("stop: unexpected QMP message"),
+                "{answer}: {error}"
+            );
+        }
     }
 
     #[test]
