@@ -8,14 +8,13 @@ use std::{
     process::{Child, ChildStderr, Command, Stdio},
 };
 
-use multifd::threads;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
     args::{TOKEN_VARIABLE, Token},
     exit::Exit,
-    terminal,
+    terminal, threads,
 };
 
 /// A running `multifd guest`.

@@ -37,6 +37,7 @@ mod stdout;
 mod stream_out;
 mod table;
 mod terminal;
+mod threads;
 mod units;
 mod verbs;
 mod writes;

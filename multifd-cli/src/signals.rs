@@ -10,12 +10,14 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
-use multifd::{stop::StopHandle, threads};
+use multifd::stop::StopHandle;
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ},
     flag,
     iterator::Signals,
 };
+
+use crate::threads;
 
 /// What it means when the terminal goes away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

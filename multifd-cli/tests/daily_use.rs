@@ -476,3 +476,132 @@ fn a_token_keeps_a_source_without_it_away_and_lets_the_right_one_in() {
         assert_eq!(exit_code(&refused), 2, "{}", String::from_utf8_lossy(&refused.stderr));
     });
 }
+
+/// Runs the command with `args` where no file may be longer than 512 bytes.
+fn without_long_files(args: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit -f 1; exec {} {args}", env!("CARGO_BIN_EXE_multifd"))]).stdin(Stdio::null());
+    command
+}
+
+/// The signal of that limit ended the verbs that do not wait for interrupts.
+#[test]
+fn a_limit_on_the_length_of_files_is_an_error_in_each_verb() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        assert_eq!(checkpoint(&dir, "ckpt", "multifd").0, 0);
+        let (at, out) = (dir.path().display(), dir.join("stdout"));
+        for (args, reason) in [
+            (format!("inspect {at}/ckpt --extract ram -o {at}/ram"), "/ram: File too large"),
+            (format!("convert {at}/ckpt {at}/new"), "/new\": File too large"),
+            (format!("convert {at}/ckpt {at}/new --format stream"), "File too large"),
+            (format!("pages {at}/pages"), "File too large"),
+            (format!("tls-init {at}/tls --host a"), "File too large"),
+            ("schema".to_owned(), "File too large"),
+            ("doctor --json".to_owned(), "File too large"),
+            ("help demo".to_owned(), ""),
+        ] {
+            let output = without_long_files(&args).stdout(File::create(&out).unwrap()).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{args}: {:?} {message}", output.status);
+            assert!(message.contains(reason) && !message.contains(".multifd-"), "{args}: {message}");
+        }
+        for name in ["ram", "new"] {
+            assert!(!dir.join(name).exists(), "{name}");
+        }
+        let hidden = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b".");
+        assert!(!fs::read_dir(dir.path()).unwrap().any(|entry| hidden(&entry.unwrap().file_name())));
+    });
+}
+
+/// It read as if the VM had not been sent.
+#[test]
+fn a_page_that_cannot_be_written_after_the_migration_does_not_call_it_failed() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        assert_eq!(checkpoint(&dir, "ckpt", "multifd").0, 0);
+        let uri = format!("unix:{}", dir.join("receive").display());
+        let (receive, uri) = Process::listening(multifd(&format!("receive {uri} -o {}", dir.join("new").display())));
+        let page = dir.join("page");
+        let args = format!("send {} {uri} --report {}", dir.join("ckpt").display(), page.display());
+        let output = without_long_files(&args).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 1, "{message}");
+        let expected = format!("multifd: all is done, but --report {}: File too large (os error 27)\n", page.display());
+        assert_eq!(message, expected);
+        assert_eq!(receive.end().0, 0);
+    });
+}
+
+/// Its channels were taken for those of strangers, and that was all that the error said.
+#[test]
+fn a_recording_that_cannot_be_written_is_a_part_of_the_error() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let at = dir.path().display();
+        let receive = without_long_files(&format!("receive unix:{at}/s -o {at}/ckpt --record {at}/recorded --json"));
+        let (receive, uri) = Process::listening(receive);
+        send_guest("multifd", &uri).unwrap_err();
+        let (exit, text) = receive.end();
+        let report = json(text.as_bytes());
+        assert_eq!(exit, 1, "{report}");
+        let error = report["error"].as_str().unwrap();
+        assert!(error.contains("/recorded") && error.contains("File too large"), "{error}");
+        assert!(!dir.join("ckpt").exists());
+    });
+}
+
+/// The error was about options that the demo gives its processes, and was printed twice; or had a name in it that says nothing.
+#[test]
+fn a_directory_for_sockets_that_cannot_be_used_is_named_with_what_to_do() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let long = dir.join("x".repeat(120));
+        fs::create_dir(&long).unwrap();
+        for (place, reason) in [(long, "too long"), (dir.join("nonesuch"), "entity not found")] {
+            let output = multifd(&format!("demo {SMALL}")).env("TMPDIR", &place).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(exit_code(&output), 1, "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+            assert!(message.contains(&format!("{place:?}: ")) && message.contains(reason), "{message}");
+            assert!(message.contains("TMPDIR names another place") && !message.contains("--qmp"), "{message}");
+        }
+        for args in ["guest --qmp", "receive tcp:127.0.0.1:0 -o y --metrics", "checkpoint -o y"] {
+            let output = multifd(&format!("{args} unix:/{}", "x".repeat(120))).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert!(exit_code(&output) == 2 && message.contains("at most 107 bytes"), "{message}");
+        }
+    });
+}
+
+/// `--force` was recommended, which does not replace them either.
+#[test]
+fn a_stream_that_would_take_the_place_of_no_file_is_refused_with_or_without_force() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        assert_eq!(checkpoint(&dir, "ckpt", "multifd").0, 0);
+        for force in ["", "--force"] {
+            for place in [dir.path(), Path::new("/dev/null")] {
+                let at = dir.join("ckpt");
+                let output = run(&format!("convert {} {} --format stream {force}", at.display(), place.display()));
+                let message = String::from_utf8_lossy(&output.stderr);
+                assert_eq!(exit_code(&output), 1, "{message}");
+                assert!(message.contains("is not a regular file") && !message.contains("--force"), "{message}");
+            }
+        }
+    });
+}
+
+/// "Resource temporarily unavailable" was all that it said.
+#[test]
+fn a_command_that_gets_no_thread_says_what_raises_the_limit() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let Some(user) = common::user::User::new(&dir) else { return };
+        let receive = format!("ulimit -u 1; exec '{}' receive unix:s -o ckpt", env!("CARGO_BIN_EXE_multifd"));
+        let output = user.command("bash").args(["-c", &receive]).current_dir(dir.path()).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 1, "{message}");
+        assert!(message.contains("cannot create the thread \"signals\"") && message.contains("ulimit -u"), "{message}");
+    });
+}

@@ -183,7 +183,9 @@ pub enum Error {
     #[error("stopped")]
     Stopped,
     /// A thread could not be created: a limit on processes, on address space or of a cgroup.
-    #[error("cannot create the thread that {role}: {source}; raise the limit on threads (ulimit -u, pids.max)")]
+    #[error(
+        "cannot create the thread that {role}: {source}; raise the limit on threads (ulimit -u, pids.max) or on memory (ulimit -v)"
+    )]
     Thread {
         /// The thread.
         role: ThreadRole,

@@ -67,6 +67,7 @@ pub fn meeting_uri(text: &str) -> Result<Uri, String> {
 pub fn unix_uri(text: &str) -> Result<Uri, String> {
     match text.parse() {
         Ok(uri @ Uri::Unix(_)) => Ok(uri),
+        Err(error) if text.starts_with("unix:") => Err(UriError::to_string(&error)),
         _ => Err("expected unix:PATH".to_owned()),
     }
 }

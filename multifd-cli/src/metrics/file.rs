@@ -9,9 +9,7 @@ use std::{
     time::Duration,
 };
 
-use multifd::threads;
-
-use crate::replace;
+use crate::{replace, threads};
 
 /// Writes the file once a second until it is dropped, and once more then.
 pub struct File {

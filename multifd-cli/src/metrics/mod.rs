@@ -11,7 +11,7 @@ mod two_ends;
 
 use std::{fmt, io, path::PathBuf, str::FromStr, sync::OnceLock};
 
-use multifd::transport::uri::Uri;
+use multifd::transport::uri::{Uri, UriError};
 
 pub use self::{
     served::{Sent, Served, render as render_served},
@@ -39,6 +39,7 @@ impl FromStr for Target {
                 path => Ok(Target::File(path.into())),
             },
             Ok(uri @ (Uri::Tcp { .. } | Uri::Unix(_))) => Ok(Target::Http(uri)),
+            Err(error) if text.starts_with("unix:") => Err(UriError::to_string(&error)),
             Ok(_) | Err(_) => Err(expected()),
         }
     }

@@ -14,16 +14,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{
-    threads,
-    transport::{
-        tcp,
-        unix::{OwnPath, listen_privately},
-        uri::Uri,
-    },
+use multifd::transport::{
+    tcp,
+    unix::{OwnPath, listen_privately},
+    uri::Uri,
 };
 
 use super::text;
+use crate::threads;
 
 /// Answers until the process ends.
 pub struct Server {

@@ -245,14 +245,32 @@ impl Meeting {
     }
 }
 
-/// A new directory that only this user can enter, removed with its contents.
+/// A new directory that only this user can enter, removed with its contents. It has a path that is short enough for sockets in it.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's; [`io::ErrorKind::InvalidInput`] where the path of `TMPDIR` is too long.
 pub fn private_directory() -> io::Result<tempfile::TempDir> {
+    let place = std::env::temp_dir();
     // By itself it leaves the rights to the umask.
-    tempfile::Builder::new().prefix("multifd-").permissions(Permissions::from_mode(0o700)).tempdir()
+    let directory =
+        tempfile::Builder::new().prefix("multifd-").permissions(Permissions::from_mode(0o700)).tempdir_in(&place);
+    let directory = directory.map_err(|error| {
+        let kind = error.kind();
+        // The name of what was to be made, which `error` has in it, says nothing to people.
+        let error = io::Error::from(kind);
+        io::Error::new(kind, format!("{place:?}: no directory can be made in it: {error}; TMPDIR names another place"))
+    })?;
+    let socket = format!("unix:{}", directory.path().join(LONGEST_NAME).display());
+    if directory.path().to_str().is_none() || socket.parse::<Uri>().is_err() {
+        let message =
+            format!("{place:?}: its name is too long, or not UTF-8, for sockets in it; TMPDIR names another place");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    Ok(directory)
 }
+
+/// Of the sockets in a private directory.
+const LONGEST_NAME: &str = "migration";
 
 /// What QEMU says went wrong, with what to do about a socket that it cannot reach.
 pub fn reason(answer: &Value, meeting: &Meeting) -> String {

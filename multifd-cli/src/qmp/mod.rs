@@ -20,7 +20,6 @@ use multifd::{
     progress::Progress,
     source,
     stop::StopHandle,
-    threads,
     transport::{
         unix::{OwnPath, listen_privately},
         uri::Uri,
@@ -40,7 +39,7 @@ pub use self::{
     watch::Watched,
 };
 pub use crate::role::Role;
-use crate::{args::Origin, progress::lock, report::MigrationReport};
+use crate::{args::Origin, progress::lock, report::MigrationReport, threads};
 
 /// What a client wants done.
 #[derive(Clone, Debug, PartialEq)]

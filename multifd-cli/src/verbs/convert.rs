@@ -232,9 +232,11 @@ fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Res
         let length = out.written();
         return Ok((checkpoint, length));
     }
-    if !args.force && args.file.symlink_metadata().is_ok() {
-        // Better known now than when all of it was read.
-        return Err(CheckpointError::Exists { path: args.file.clone() }.into());
+    // Better known now than when all of it was read.
+    match args.file.symlink_metadata() {
+        Ok(there) if !there.is_file() => return Err(CheckpointError::NotAFile { path: args.file.clone() }.into()),
+        Ok(_) if !args.force => return Err(CheckpointError::Exists { path: args.file.clone() }.into()),
+        _ => {}
     }
     let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
     whole_for_libvirt(args, &checkpoint)?;

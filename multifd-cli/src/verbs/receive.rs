@@ -52,7 +52,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
     let destination = Destination::new(options(args));
     let stop = destination.stop_handle();
     let recording = args.record.as_deref().map(Recording::new).transpose()?;
-    let opener = Opener { tls: args.link.tls.clone(), allow: args.listen.allow.clone(), recording };
+    let opener = Opener { tls: args.link.tls.clone(), allow: args.listen.allow.clone(), recording: recording.clone() };
     let listening_at = ListenerHandle::default();
     let recovers =
         Recovers { destination: destination.handle(), opener: opener.clone(), listening_at: listening_at.clone() };
@@ -102,8 +102,19 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
                 MigrationReport::partial(Role::Destination, &progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             qmp.finish(&partial, Some(&error));
             deferred.stay(&qmp);
-            Ok(failed(args, &error, &partial, writer.is_published()))
+            let mut outcome = failed(args, &error, &partial, writer.is_published());
+            if let Some(failure) = recording.as_ref().and_then(Recording::failure) {
+                mention(&mut outcome, &failure);
+            }
+            Ok(outcome)
         }
+    }
+}
+
+/// Adds why the recording failed, unless that is known to be the reason.
+fn mention(outcome: &mut Outcome, failure: &str) {
+    if let Some(error) = outcome.error.as_mut().filter(|error| !error.contains(failure)) {
+        error.push_str(&format!("; --record: {failure}"));
     }
 }
 

@@ -39,6 +39,8 @@ struct State {
     arrived: usize,
     /// Files that exist.
     names: HashSet<String>,
+    /// What went wrong first in writing them.
+    failure: Option<String>,
 }
 
 impl Recording {
@@ -58,6 +60,12 @@ impl Recording {
         };
         make(&dir).map_err(context(dir.display()))?;
         Ok(Recording { shared: Arc::new(Shared { dir, state: Mutex::default() }) })
+    }
+
+    /// Why something could not be recorded; the first reason. A connection whose bytes cannot be recorded breaks, and one that breaks
+    /// before it has joined a migration is taken for a stranger's, so the migration itself may end for another reason.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.shared.state).failure.clone()
     }
 
     /// The same connection, recorded from now on.
@@ -125,7 +133,11 @@ impl<S: SendHalf + ?Sized> SendHalf for RecordedStream<S> {
 impl<S: RecvHalf + ?Sized> RecvHalf for RecordedStream<S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.stream.read(buf)?;
-        lock(&self.tape).record(&buf[..n])?;
+        let mut tape = lock(&self.tape);
+        if let Err(error) = tape.record(&buf[..n]) {
+            lock(&tape.shared.state).failure.get_or_insert_with(|| error.to_string());
+            return Err(error);
+        }
         Ok(n)
     }
 
