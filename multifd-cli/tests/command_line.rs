@@ -2,8 +2,10 @@
 
 mod common;
 
+use std::fs;
+
 use common::{LIMIT, exit_code, json, run};
-use test_support::time_limit;
+use test_support::{TempDir, time_limit};
 
 #[test]
 fn a_wrong_value_is_a_usage_error_that_names_option_value_and_what_was_expected() {
@@ -185,4 +187,53 @@ fn what_needs_channels_is_refused_without_them() {
         assert_eq!(exit_code(&output), 2, "{args}: {message}");
         assert!(message.contains(right), "{args}: {message}");
     }
+}
+
+/// `receive --output F --report F` took a VM, told its source so, and put the report in its place: the VM was nowhere. `send F --metrics
+/// file:F` did that to a checkpoint before it was sent.
+#[test]
+fn a_file_that_is_written_over_must_be_none_of_the_others() {
+    let dir = TempDir::new().unwrap();
+    let at = dir.path().display();
+    fs::write(dir.join("f"), "precious").unwrap();
+    std::os::unix::fs::symlink("f", dir.join("link")).unwrap();
+    std::os::unix::fs::symlink("new", dir.join("dangling")).unwrap();
+    for (args, options) in [
+        (format!("receive unix:{at}/s --output {at}/new --report {at}/new"), ["--report <FILE>", "--output <FILE>"]),
+        (
+            format!("receive unix:{at}/s --output {at}/new --report {at}/dangling"),
+            ["--report <FILE>", "--output <FILE>"],
+        ),
+        (format!("receive file:{at}/f --output {at}/new --metrics file:{at}/link"), ["--metrics <TARGET>", "<URI>"]),
+        (
+            format!("checkpoint unix:{at}/q --output {at}/new --metrics file:{at}/./new"),
+            ["--metrics <TARGET>", "--output <FILE>"],
+        ),
+        (format!("send {at}/f unix:{at}/s --report {at}/link"), ["--report <FILE>", "<FILE>"]),
+        (format!("send {at}/link unix:{at}/s --metrics file:{at}/f"), ["--metrics <TARGET>", "<FILE>"]),
+        (format!("send {at}/f unix:{at}/s --postcopy --record-faults {at}/f"), ["--record-faults <LIST>", "<FILE>"]),
+        (format!("send {at}/f unix:{at}/s --postcopy --report {at}/f.postcopy"), ["--report <FILE>", "--state <PATH>"]),
+        (
+            format!("send {at}/f unix:{at}/s --recover --state {at}/n --report {at}/n"),
+            ["--report <FILE>", "--state <PATH>"],
+        ),
+        (format!("restore {at}/f unix:{at}/q --report {at}/f"), ["--report <FILE>", "<FILE>"]),
+        (
+            format!("restore {at}/f unix:{at}/q --postcopy --report {at}/f.postcopy"),
+            ["--report <FILE>", "--state <PATH>"],
+        ),
+        (format!("serve {at}/f --listen unix:{at}/s --report {at}/f"), ["--report <FILE>", "<FILE>"]),
+        (format!("demo --report {at}/r --metrics file:{at}/r"), ["--metrics <TARGET>", "--report <FILE>"]),
+    ] {
+        let output = run(&args);
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(exit_code(&output), 2, "{args}: {message}");
+        let [written, other] = options.map(|option| format!("'{option}'"));
+        assert!(
+            message.contains(&format!("the option {written} writes over")) && message.contains(&other),
+            "{args}: {message}"
+        );
+    }
+    assert_eq!(fs::read(dir.join("f")).unwrap(), b"precious");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing was made");
 }

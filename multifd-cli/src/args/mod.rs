@@ -20,6 +20,7 @@ mod tls_init;
 mod transfer;
 mod values;
 mod verbs;
+mod written;
 
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
@@ -154,6 +155,7 @@ pub fn parse() -> Result<Cli, clap::Error> {
         Verb::GiveBack(args) => args.check(),
         Verb::Doctor(_) | Verb::Inspect(_) | Verb::Pages(_) | Verb::Schema(_) | Verb::TlsInit(_) => Ok(()),
     };
+    let checked = checked.and_then(|()| written::check(&cli.verb));
     checked.map_err(|message| Cli::command().error(ErrorKind::ValueValidation, message))?;
     Ok(cli)
 }

@@ -19,6 +19,8 @@ mod send;
 mod serve;
 mod tls_init;
 
+use std::path::{Path, PathBuf};
+
 pub use self::{
     demo::Verified,
     guest::{Account, Compared},
@@ -33,6 +35,11 @@ pub fn run(verb: &Verb, for_parent: bool) -> Exit {
         return serve::run(args);
     }
     observe::observed(verb, || outcome(verb)).print(verb.output(), for_parent)
+}
+
+/// Where it is noted by default that the VM in `checkpoint` was handed over.
+pub fn note_of(checkpoint: &Path) -> PathBuf {
+    postcopy::record::Record::place(checkpoint, false)
 }
 
 fn outcome(verb: &Verb) -> Outcome {
