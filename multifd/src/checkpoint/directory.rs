@@ -132,17 +132,23 @@ impl Directory {
         Ok(Placed::New)
     }
 
-    /// The same for a name that another file may have. That file is kept, so that [`take_back`](Self::take_back) can put
-    /// it back.
+    /// The same for a name that the file `old` may have, which is kept, so that [`take_back`](Self::take_back) can put it back.
     ///
     /// # Errors
-    /// The kernel's; [`Errno::ISDIR`] where something that is no file has the name. It keeps it then.
-    pub(super) fn replace(&self, file: &File, temporary: Option<OsString>, name: &OsStr) -> Result<Placed, Errno> {
+    /// The kernel's; [`Errno::EXIST`] where another file has the name, [`Errno::ISDIR`] where something that is no file has it. It
+    /// keeps it then. Without exchanges of names and hard links, a file that takes the name in the same moment is replaced.
+    pub(super) fn replace(
+        &self,
+        file: &File,
+        temporary: Option<OsString>,
+        name: &OsStr,
+        old: &File,
+    ) -> Result<Placed, Errno> {
         let temporary = match temporary {
             Some(temporary) => temporary,
             None => free_name(|free| self.calls.link_file(&self.file, file, free))?,
         };
-        let placed = self.exchange_or_rename(&temporary, name);
+        let placed = self.exchange_or_rename(&temporary, name, old);
         self.removed_unless(placed, Some(&temporary))
     }
 
@@ -188,14 +194,15 @@ impl Directory {
         }
     }
 
-    fn exchange_or_rename(&self, temporary: &OsStr, name: &OsStr) -> Result<Placed, Errno> {
+    fn exchange_or_rename(&self, temporary: &OsStr, name: &OsStr, old: &File) -> Result<Placed, Errno> {
         // Another process may create and remove files of this name meanwhile, but not without end.
         for _ in 0..ATTEMPTS {
             match self.calls.rename(&self.file, temporary, name, RenameFlags::EXCHANGE) {
-                Ok(()) if self.is_file(temporary) => return Ok(Placed::Exchanged(temporary.to_owned())),
+                Ok(()) if self.is_called(old, temporary) => return Ok(Placed::Exchanged(temporary.to_owned())),
                 Ok(()) => {
+                    let error = if self.is_file(temporary) { Errno::EXIST } else { Errno::ISDIR };
                     self.calls.rename(&self.file, temporary, name, RenameFlags::EXCHANGE)?;
-                    return Err(Errno::ISDIR);
+                    return Err(error);
                 }
                 Err(Errno::NOENT) => match self.rename_to_free(temporary, name) {
                     Ok(()) => return Ok(Placed::New),
@@ -203,7 +210,7 @@ impl Directory {
                     Err(error) => return Err(error),
                 },
                 // A file system without this flag.
-                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => return self.rename_over(temporary, name),
+                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => return self.rename_over(temporary, name, old),
                 Err(error) => return Err(error),
             }
         }
@@ -211,8 +218,12 @@ impl Directory {
     }
 
     /// Renames over the file `name`, which is kept under another name where the file system can do that.
-    fn rename_over(&self, temporary: &OsStr, name: &OsStr) -> Result<Placed, Errno> {
+    fn rename_over(&self, temporary: &OsStr, name: &OsStr, old: &File) -> Result<Placed, Errno> {
         match free_name(|free| self.calls.link(&self.file, name, free)) {
+            Ok(kept) if !self.is_called(old, &kept) => {
+                self.remove(&kept);
+                Err(Errno::EXIST)
+            }
             Ok(kept) => {
                 if let Err(error) = self.calls.rename(&self.file, temporary, name, RenameFlags::empty()) {
                     self.remove(&kept);
@@ -221,6 +232,10 @@ impl Directory {
                 Ok(Placed::Kept(kept))
             }
             Err(Errno::NOENT) => self.rename_to_free(temporary, name).map(|()| Placed::New),
+            // Gone, or another one.
+            Err(_no_hard_links) if !self.is_called(old, name) => {
+                self.rename_to_free(temporary, name).map(|()| Placed::New)
+            }
             Err(_no_hard_links) => {
                 self.calls.rename(&self.file, temporary, name, RenameFlags::empty())?;
                 Ok(Placed::Overwritten)
@@ -301,6 +316,14 @@ pub(super) fn parent(path: &Path) -> PathBuf {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     }
+}
+
+/// What has the name `path`, and whether that is a regular file. It is not opened for anything but to know it again.
+pub(super) fn look(path: &Path) -> io::Result<(File, bool)> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found: File = rustix::fs::openat(CWD, path, flags, Mode::empty())?.into();
+    let is_file = found.metadata()?.is_file();
+    Ok((found, is_file))
 }
 
 fn open_directory(path: &Path) -> Result<File, CheckpointError> {

@@ -26,6 +26,13 @@ pub enum CheckpointError {
         /// The name.
         path: PathBuf,
     },
+    /// The name was to be that of another file, or free, when the checkpoint was begun. What has it now may be another checkpoint, and is
+    /// not replaced.
+    #[error("{path:?} was taken by another process meanwhile, and its file is not replaced")]
+    Taken {
+        /// The name.
+        path: PathBuf,
+    },
     /// What is there is no regular file, and is not replaced.
     #[error("{path:?} is not a regular file")]
     NotAFile {

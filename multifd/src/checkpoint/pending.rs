@@ -26,8 +26,10 @@ pub(crate) struct PendingFile {
     path: PathBuf,
     directory: Directory,
     name: OsString,
-    /// Whether a file of this name may be replaced.
+    /// Whether a file of this name may be replaced: the one that was there when this was made, and no other.
     replace: bool,
+    /// That file. As long as it is open, no other one has its number.
+    old: Option<File>,
     /// The name it has for now, if it could not do without.
     temporary: Option<OsString>,
     published: bool,
@@ -49,13 +51,13 @@ impl PendingFile {
         open: impl FnOnce(&Path) -> Result<Directory, CheckpointError>,
     ) -> Result<PendingFile, CheckpointError> {
         let path = path.to_owned();
-        match path.symlink_metadata() {
-            Ok(found) if !found.is_file() => return Err(CheckpointError::NotAFile { path }),
+        let old = match directory::look(&path) {
+            Ok((_, false)) => return Err(CheckpointError::NotAFile { path }),
             Ok(_) if !replace => return Err(CheckpointError::Exists { path }),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok((file, true)) => Some(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(CheckpointError::Io { path, doing: "looking for it", source }),
-        }
+        };
         let Some(name) = path.file_name().map(OsString::from) else {
             return Err(CheckpointError::NoName { path });
         };
@@ -66,7 +68,7 @@ impl PendingFile {
             doing: "creating a file in it",
             source: error.into(),
         })?;
-        Ok(PendingFile { file: Arc::new(file), path, directory, name, replace, temporary, published: false })
+        Ok(PendingFile { file: Arc::new(file), path, directory, name, replace, old, temporary, published: false })
     }
 
     /// The file.
@@ -92,14 +94,16 @@ impl PendingFile {
     /// Gives the file its name and puts that on disk, too.
     ///
     /// # Errors
-    /// [`CheckpointError::Exists`] where another process took the name meanwhile; the kernel's. The file does not have its
-    /// name then, and a file that was to be replaced has it still. The one exception is [`CheckpointError::Published`].
+    /// [`CheckpointError::Exists`] or, if a file was to be replaced, [`CheckpointError::Taken`], where another process took the name
+    /// meanwhile; the kernel's. The file does not have its name then, and a file that was to be replaced has it still. The one
+    /// exception is [`CheckpointError::Published`].
     pub(crate) fn publish(&mut self) -> Result<(), CheckpointError> {
-        let placed = match (self.temporary.take(), self.replace) {
-            (temporary, false) => self.directory.place(&self.file, temporary, &self.name),
-            (temporary, true) => self.directory.replace(&self.file, temporary, &self.name),
+        let placed = match (self.temporary.take(), &self.old) {
+            (temporary, None) => self.directory.place(&self.file, temporary, &self.name),
+            (temporary, Some(old)) => self.directory.replace(&self.file, temporary, &self.name, old),
         };
         let placed = placed.map_err(|error| match error {
+            Errno::EXIST if self.replace => CheckpointError::Taken { path: self.path.clone() },
             Errno::EXIST => CheckpointError::Exists { path: self.path.clone() },
             Errno::ISDIR => CheckpointError::NotAFile { path: self.path.clone() },
             error => self.error("giving it its name")(error.into()),
@@ -231,6 +235,40 @@ mod tests {
             drop(pending);
             assert_eq!(fs::read(&path).unwrap(), b"theirs");
             assert_eq!(entries(&dir), ["x"]);
+        }
+    }
+
+    /// The second of two receivers replaced what the first had just got, and both sources were told that all is well.
+    #[test]
+    fn no_other_file_is_replaced_than_the_one_that_was_there_at_the_start() {
+        for (plain_renames, no_hard_links) in [(false, false), (true, false), (true, true)] {
+            for (with_name, old) in [(false, None), (true, None), (false, Some("old")), (true, Some("old"))] {
+                let dir = TempDir::new().unwrap();
+                let path = dir.join("x");
+                if let Some(old) = old {
+                    fs::write(&path, old).unwrap();
+                }
+                let open = |path: &Path| {
+                    let defects = Defects { plain_renames, no_hard_links, ..Defects::default() };
+                    let (calls, unlink_failed) = Default::default();
+                    Directory::with_calls(path, Box::new(Defective { defects, calls, unlink_failed }))
+                };
+                let mut late = create_with(&path, true, with_name, open).unwrap();
+                let mut first = create(&path, true, with_name).unwrap();
+                (&**first.file()).write_all(b"er").unwrap();
+                first.publish().unwrap();
+                let case = format!("{plain_renames} {no_hard_links} {with_name} {old:?}");
+                assert!(matches!(late.publish(), Err(CheckpointError::Taken { .. })), "{case}");
+                assert!(!late.is_published());
+                drop((late, first));
+                assert!(fs::read(&path).unwrap().ends_with(b"er"), "{case}");
+                assert_eq!(entries(&dir), ["x"], "{case}");
+                // One that has gone meanwhile leaves the name free.
+                let mut next = create_with(&path, true, with_name, open).unwrap();
+                fs::remove_file(&path).unwrap();
+                next.publish().unwrap();
+                assert_eq!(fs::read(&path).unwrap(), b"new");
+            }
         }
     }
 
