@@ -5,6 +5,7 @@ mod advice;
 mod allow;
 mod args;
 mod bar;
+mod beside;
 mod child;
 mod connect;
 mod current;

@@ -1,7 +1,6 @@
 //! What libvirt writes before the stream of a save image, and what it has to read there.
 
 use std::{
-    fs,
     io::{self, Read},
     path::Path,
 };
@@ -10,6 +9,7 @@ use multifd::checkpoint::CheckpointError;
 use multifd::inspect::libvirt::{MAX_DATA, SaveFormat, SaveHeader, SaveHeaderError, is_save_image};
 
 use super::Packing;
+use crate::beside::Beside;
 
 /// The part of a save image before its stream.
 pub struct LibvirtImage {
@@ -130,7 +130,7 @@ impl DomainXml {
     /// It is not there, or is no such description.
     pub fn read(path: &Path) -> Result<DomainXml, String> {
         let failed = |what: &str| format!("{}: {what}", path.display());
-        let file = fs::File::open(path).map_err(|error| failed(&error.to_string()))?;
+        let file = Beside::open(path).map_err(|error| failed(&error.to_string()))?;
         let mut xml = Vec::new();
         let longest = u64::from(MAX_DATA - PADDING);
         file.take(longest).read_to_end(&mut xml).map_err(|error| failed(&error.to_string()))?;
@@ -178,6 +178,8 @@ const PADDING: u32 = 64 << 10;
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use test_support::TempDir;
 
     use super::*;

@@ -3,14 +3,13 @@
 //! A line for each page, `0xOFFSET BLOCK`; lines that begin with `#` say something to people.
 
 use std::{
-    fs::File,
     io::{self, BufRead, BufReader, Read, Write},
     path::Path,
 };
 
 use multifd::postcopy::PageAddress;
 
-use crate::replace;
+use crate::{beside::Beside, replace};
 
 /// Reads the list at `path`.
 ///
@@ -19,7 +18,7 @@ use crate::replace;
 pub fn read(path: &Path) -> Result<Vec<PageAddress>, String> {
     let failed = |error: io::Error| format!("{path:?}: {error}");
     let (mut pages, mut line) = (Vec::new(), Vec::new());
-    let mut list = BufReader::new(File::open(path).map_err(failed)?);
+    let mut list = BufReader::new(Beside::open(path).map_err(failed)?);
     for number in 1.. {
         line.clear();
         // A device has no end, and neither may a line of it.
