@@ -190,12 +190,32 @@ mod tests {
                     let exit = received(&dir, channels, &[&main[..at], channel]);
                     assert_eq!(exit, Exit::Failed, "main cut at byte {at}");
                 }
-                // A cut between two packets had the status of bytes that are wrong, where main was ahead.
-                for at in cuts(channel).into_iter().chain([channel.len() - SYNC_PACKET]) {
+                for at in cuts(channel) {
                     let exit = received(&dir, channels, &[main, &channel[..at]]);
                     assert_eq!(exit, Exit::Failed, "channel 0 cut at byte {at}, channels: {channels:?}");
                 }
             }
+        });
+    }
+
+    /// It had the status of bytes that are wrong, where main was ahead and not known to be gone yet.
+    #[test]
+    fn a_channel_that_ends_between_two_packets_has_the_same_status() {
+        time_limit(LIMIT, || {
+            let dir = TempDir::new().unwrap();
+            let [main, channel] = &recorded(&dir, &with_channels(1))[..] else { panic!("two connections") };
+            let mut options = destination::Options::default();
+            options.channels = Some(1);
+            let mut writer = checkpoint::Writer::create(&dir.join("cut"), true).unwrap();
+            let listener = to(&dir.join("s")).listener().unwrap();
+            let mut open = UnixStream::connect(dir.join("s")).unwrap();
+            open.write_all(main).unwrap();
+            let mut cut = UnixStream::connect(dir.join("s")).unwrap();
+            cut.write_all(&channel[..channel.len() - SYNC_PACKET]).unwrap();
+            drop(cut);
+            let error = writer.receive(Destination::new(options), Box::new(listener), &mut ()).unwrap_err();
+            assert!(error.to_string().contains("ended without the SYNC packet"), "{error}");
+            assert_eq!(Exit::from(&error), Exit::Failed);
         });
     }
 
