@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, fmt};
 use crate::{
     error::Error,
     sync::{Arc, Mutex, lock},
+    threads::caught,
     transport::Stopper,
 };
 
@@ -98,9 +99,7 @@ impl StopHandle {
         state.first = Some(error);
         let stoppers = std::mem::take(&mut state.stoppers);
         drop(state);
-        for stopper in stoppers.values() {
-            stopper.stop();
-        }
+        stoppers.values().for_each(|stopper| stop_one(&**stopper));
         None
     }
 
@@ -125,7 +124,7 @@ impl StopHandle {
             }
             Phase::Stopped | Phase::Interrupted => {
                 drop(state);
-                stopper.stop();
+                stop_one(&*stopper);
             }
             Phase::Decided => {}
         }
@@ -188,6 +187,18 @@ impl StopHandle {
 impl Default for StopHandle {
     fn default() -> StopHandle {
         StopHandle::new()
+    }
+}
+
+/// Stops what `stopper` stops, which may be of a transport of the VMM's own: a panic of one must not keep the others from being stopped,
+/// nor end the watchdog.
+pub(crate) fn stop_one(stopper: &dyn Stopper) {
+    let stopped = caught(|| {
+        stopper.stop();
+        Ok(())
+    });
+    if let Err(error) = stopped {
+        tracing::error!(%error, "while a connection was ended");
     }
 }
 
@@ -263,6 +274,24 @@ mod tests {
         assert!(matches!(handle.take_first(), Some(Error::Cancelled)));
         handle.register(Box::new(Count(count.clone())));
         assert_eq!(count.load(Relaxed), 2, "too late is stopped at once");
+    }
+
+    /// The others were never stopped, and their threads waited without an end.
+    #[test]
+    fn a_stopper_that_panics_does_not_keep_the_others_from_being_stopped() {
+        struct Panics;
+        impl Stopper for Panics {
+            fn stop(&self) {
+                panic!("a defect of the transport");
+            }
+        }
+        let (handle, count) = (StopHandle::new(), Arc::new(AtomicUsize::new(0)));
+        handle.register(Box::new(Panics));
+        handle.register(Box::new(Count(count.clone())));
+        handle.cancel();
+        assert_eq!(count.load(Relaxed), 1);
+        handle.register(Box::new(Panics));
+        assert!(matches!(handle.take_first(), Some(Error::Cancelled)));
     }
 
     /// A stopper for each connection of a stranger was kept until the end, which a peer could put off.

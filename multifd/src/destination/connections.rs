@@ -12,6 +12,7 @@ use std::{
 };
 
 use crate::{
+    stop::stop_one,
     sync::{Mutex, lock},
     transport::{Stopper, Stream},
 };
@@ -87,7 +88,7 @@ impl Connections {
         let number = state.next;
         state.next += 1;
         if state.stopped || state.complete {
-            stopper.stop();
+            stop_one(&*stopper);
         }
         let (stage, came) = (Stage::Silent, Instant::now());
         state.open.insert(number, Entry { stage, came, stopper, dropped: false, lives_on: false, parked: None });
@@ -101,7 +102,7 @@ impl Connections {
         let ends = state.stopped || state.complete;
         if let Some(entry) = state.open.get_mut(&number) {
             if ends || std::mem::replace(&mut entry.dropped, false) {
-                stopper.stop();
+                stop_one(&*stopper);
             }
             entry.stopper = stopper;
         }
@@ -148,7 +149,7 @@ impl Connections {
             entry.lives_on = true;
         }
         if state.interrupted {
-            interrupter.stop();
+            stop_one(&*interrupter);
         }
         state.interrupter = Some(interrupter);
     }
@@ -167,7 +168,7 @@ impl Connections {
     pub(super) fn forget(&self, number: usize) {
         let forgotten = lock(&self.state).open.remove(&number);
         if let Some(entry) = forgotten {
-            entry.stopper.stop();
+            stop_one(&*entry.stopper);
         }
     }
 
@@ -175,7 +176,11 @@ impl Connections {
     pub(super) fn end_members(&self, others: &BTreeSet<usize>) {
         let state = lock(&self.state);
         let is_old = |number: &usize, entry: &Entry| entry.stage.is_old_member() || others.contains(number);
-        state.open.iter().filter(|(number, entry)| is_old(number, entry)).for_each(|(_, entry)| entry.stopper.stop());
+        state
+            .open
+            .iter()
+            .filter(|(number, entry)| is_old(number, entry))
+            .for_each(|(_, entry)| stop_one(&*entry.stopper));
     }
 
     /// Whether a channel or a preempt connection that has brought something has a thread.
@@ -195,7 +200,7 @@ impl Connections {
         let mut state = lock(&self.state);
         state.interrupted = true;
         if let Some(interrupter) = &state.interrupter {
-            interrupter.stop();
+            stop_one(&**interrupter);
         }
     }
 
@@ -208,7 +213,7 @@ impl Connections {
     pub(super) fn complete(&self) {
         let mut state = lock(&self.state);
         state.complete = true;
-        state.open.values().filter(|entry| entry.stage != Stage::Member).for_each(|entry| entry.stopper.stop());
+        state.open.values().filter(|entry| entry.stage != Stage::Member).for_each(|entry| stop_one(&*entry.stopper));
     }
 
     /// Whether main is here, and every connection has said what it is.
@@ -234,7 +239,7 @@ impl Stopper for Connections {
     fn stop(&self) {
         let mut state = lock(&self.state);
         state.stopped = true;
-        state.open.values().for_each(|entry| entry.stopper.stop());
+        state.open.values().for_each(|entry| stop_one(&*entry.stopper));
         let parked: Vec<_> = state.open.values_mut().filter_map(|entry| entry.parked.take()).collect();
         drop(state);
         drop(parked);
@@ -266,7 +271,7 @@ impl State {
             }
             tracing::warn!(limit, "too many connections of strangers: the oldest are dropped");
             entry.dropped = true;
-            entry.stopper.stop();
+            stop_one(&*entry.stopper);
         }
     }
 }
