@@ -43,7 +43,9 @@ impl Pulse {
         silent: impl Fn(Duration) + Send + 'static,
     ) {
         let pulse = self.clone();
-        let next_look = |limit: Option<Duration>| limit.map_or(LONGEST_LOOK, |limit| (limit / LOOKS).min(LONGEST_LOOK));
+        let next_look = |limit: Option<Duration>| {
+            limit.map_or(LONGEST_LOOK, |limit| (limit / LOOKS).clamp(SHORTEST_LOOK, LONGEST_LOOK))
+        };
         let (mut seen, mut quiet) = (self.bytes.load(Relaxed), Duration::ZERO);
         let mut look = next_look(limit());
         timers.set(TIMER, look, move || {
@@ -75,6 +77,8 @@ impl Pulse {
 pub(crate) const LEAST: u64 = 4096;
 /// How often the account is looked at within the limit, at least.
 const LOOKS: u32 = 8;
+/// However short the limit is: the time between two looks is what is counted.
+const SHORTEST_LOOK: Duration = Duration::from_millis(1);
 /// By then a changed limit is noticed.
 const LONGEST_LOOK: Duration = Duration::from_secs(1);
 const TIMER: &str = "silence";
@@ -111,6 +115,19 @@ mod tests {
     fn silence_and_a_byte_now_and_then_end_the_migration() {
         assert!(stops(|_| {}));
         assert!(stops(|pulse| pulse.add(1)));
+    }
+
+    /// Its eighth was no time at all, of which any number made none.
+    #[test]
+    fn the_shortest_limit_is_one() {
+        for limit in [Duration::ZERO, Duration::from_nanos(1), Duration::from_nanos(7)] {
+            let (stop, pulse) = (StopHandle::new(), Pulse::default());
+            let watchdog = Watchdog::start(&StdThreads, &stop).unwrap();
+            let (tell, stopped) = mpsc::channel();
+            stop.register(Box::new(Tell(tell)));
+            pulse.watch(watchdog.timers(), move || Some(limit), &stop);
+            stopped.recv_timeout(Duration::from_secs(60)).unwrap();
+        }
     }
 
     #[test]
