@@ -291,11 +291,14 @@ impl Stopper for LastWord {
     }
 }
 
-/// From now on the connections end when `limit` has passed, whatever they wait for.
+/// From now on the connections end when `limit` has passed, whatever they wait for. There is always time to say how it ends.
 fn bound_the_end(connections: &Arc<Connections>, timers: &Timers, limit: Duration) {
     let connections = connections.clone();
-    timers.set("end", limit, move || {
+    timers.set("end", limit.max(TO_SAY_IT), move || {
         connections.stop();
         None
     });
 }
+
+/// What the source is told takes a moment, however little it is waited for afterwards.
+const TO_SAY_IT: Duration = Duration::from_secs(1);
