@@ -45,7 +45,8 @@ impl Handle {
         self.live.get()
     }
 
-    /// Changes the parameters, at any moment. `change` gets those in force.
+    /// Changes the parameters, at any moment. `change` gets those in force; what it changes holds once it has returned. It must not
+    /// call this method itself.
     ///
     /// The bandwidth counts from the next packet on, and has no effect once the guest is paused. The limits of convergence
     /// count from the end of the round on. The limits of the pause and of silence count from when the pause or the

@@ -42,6 +42,8 @@ impl Default for Parameters {
 #[derive(Clone)]
 pub(super) struct Live {
     parameters: Arc<Mutex<Parameters>>,
+    /// Held by the thread that changes them.
+    changing: Arc<Mutex<()>>,
     pub(super) limiter: Limiter,
     pub(super) pause_limit: PauseLimit,
     pub(super) steering: Steering,
@@ -50,18 +52,22 @@ pub(super) struct Live {
 impl Live {
     pub(super) fn new(parameters: Parameters, pause_limit: PauseLimit) -> Live {
         let limiter = Limiter::new(parameters.max_bandwidth);
-        Live { parameters: Arc::new(Mutex::new(parameters)), limiter, pause_limit, steering: Steering::default() }
+        let (parameters, changing) = (Arc::new(Mutex::new(parameters)), Arc::default());
+        Live { parameters, changing, limiter, pause_limit, steering: Steering::default() }
     }
 
     pub(super) fn get(&self) -> Parameters {
         lock(&self.parameters).clone()
     }
 
-    /// Changes what `change` changes. Changes of several threads come one after the other.
+    /// Changes what `change` changes. Changes of several threads come one after the other, and nothing else waits for them: `change` is
+    /// the VMM's.
     pub(super) fn change(&self, change: impl FnOnce(&mut Parameters)) {
-        let mut parameters = lock(&self.parameters);
-        let before = parameters.clone();
+        let _turn = lock(&self.changing);
+        let before = self.get();
+        let mut parameters = before.clone();
         change(&mut parameters);
+        lock(&self.parameters).clone_from(&parameters);
         if parameters.max_bandwidth != before.max_bandwidth {
             self.limiter.set(parameters.max_bandwidth);
         }
