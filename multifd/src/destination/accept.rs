@@ -13,8 +13,11 @@ use super::{
 };
 use crate::{
     error::{Connection, Error, Place},
-    stop::PanicGuard,
-    sync::Arc,
+    stop::{PanicGuard, stop_one},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     threads::{Task, ThreadRole},
     transport::{Listen, Pending, Stopper},
 };
@@ -22,7 +25,7 @@ use crate::{
 /// The thread that accepts, and what came of it.
 pub(super) struct Acceptor {
     shared: Arc<Shared>,
-    interrupt: Box<dyn Stopper>,
+    interrupt: Asked,
     thread: Option<Task<(Serving, Box<dyn Listen>)>>,
     connections: Serving,
 }
@@ -34,8 +37,10 @@ impl Acceptor {
     /// Begins to accept from `listener`.
     pub(super) fn spawn(mut listener: Box<dyn Listen>, shared: &Arc<Shared>) -> Result<Acceptor, Error> {
         let at = Place { connection: Connection::Unknown(0), offset: 0 };
-        let interrupt = listener.stopper().map_err(Error::io(at))?;
-        shared.stop.register(listener.stopper().map_err(Error::io(at))?);
+        let asked = Arc::new(AtomicBool::new(false));
+        let interrupt = Asked { asked: asked.clone(), inner: listener.stopper().map_err(Error::io(at))? };
+        let inner = listener.stopper().map_err(Error::io(at))?;
+        shared.stop.register(Box::new(Asked { asked: asked.clone(), inner }));
         let thread = {
             let (threads, stop) = (shared.options.threads.clone(), shared.stop.clone());
             let shared = shared.clone();
@@ -43,7 +48,7 @@ impl Acceptor {
                 // Main may still be waiting for the connection that is main.
                 let guard = PanicGuard::new(&shared.stop, "the listener");
                 let mut connections = Serving::new();
-                if let Err(error) = accept_all(&mut *listener, &shared, &mut connections) {
+                if let Err(error) = accept_all(&mut *listener, &asked, &shared, &mut connections) {
                     shared.stop.stop(error);
                 }
                 guard.disarm();
@@ -94,8 +99,26 @@ impl Acceptor {
     }
 }
 
-/// Accepts until it is interrupted.
-fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut Serving) -> Result<(), Error> {
+/// Ends the waiting of a listener, and says that it was asked to: a signal may end it, too.
+struct Asked {
+    asked: Arc<AtomicBool>,
+    inner: Box<dyn Stopper>,
+}
+
+impl Stopper for Asked {
+    fn stop(&self) {
+        self.asked.store(true, SeqCst);
+        stop_one(&*self.inner);
+    }
+}
+
+/// Accepts until it is interrupted, as it was `asked` to be.
+fn accept_all(
+    listener: &mut dyn Listen,
+    asked: &AtomicBool,
+    shared: &Arc<Shared>,
+    connections: &mut Serving,
+) -> Result<(), Error> {
     let mut failures = 0;
     loop {
         match listener.accept(None) {
@@ -104,7 +127,7 @@ fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut
                 reap(shared, connections);
                 greet(pending, shared, connections)?;
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(_) if asked.load(SeqCst) => return Ok(()),
             Err(error) if passes(&error) && !lasts(&error, failures, shared) => {
                 if failures == 0 {
                     let helps = what_helps(&error).unwrap_or("time");
@@ -123,8 +146,8 @@ fn accept_all(listener: &mut dyn Listen, shared: &Arc<Shared>, connections: &mut
     }
 }
 
-/// Whether the listener may work again later: the process or the system is short of something, or the error is one of a
-/// connection that was gone before it was accepted.
+/// Whether the listener may work again later: the process or the system is short of something, a signal has ended its waiting, or the
+/// error is one of a connection that was gone before it was accepted.
 fn passes(error: &io::Error) -> bool {
     use Errno as E;
     let of_this_moment = [
@@ -141,7 +164,8 @@ fn passes(error: &io::Error) -> bool {
         E::NONET,
         E::PERM,
     ];
-    Errno::from_io_error(error).is_some_and(|error| of_this_moment.contains(&error))
+    error.kind() == io::ErrorKind::Interrupted
+        || Errno::from_io_error(error).is_some_and(|error| of_this_moment.contains(&error))
 }
 
 /// Whether the process has no descriptor left and the connections of the migration itself hold them, so that waiting brings none: its
