@@ -111,8 +111,9 @@ impl<'a> Sections<'a> {
     /// [`DestinationVm::load`](crate::vm::DestinationVm::load) under the same name, instance and version.
     ///
     /// # Errors
-    /// A name that is empty or longer than 255 bytes; the connection's.
+    /// A name that is empty or longer than 255 bytes; a section before that was not written to its end; the connection's.
     pub fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
+        self.may_begin()?;
         if self.packets.is_some() && body.len() > PACKET_STATE {
             let mut out = self.packeted(name, instance, version, Some(body.len() as u64))?;
             out.write_all(body)?;
@@ -129,6 +130,7 @@ impl<'a> Sections<'a> {
     /// # Errors
     /// As [`section`](Self::section).
     pub fn framed(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
+        self.may_begin()?;
         if self.packets.is_some() && body.len() + 8 > PACKET_STATE {
             let mut out = self.packeted(name, instance, version, Some(body.len() as u64 + 8))?;
             out.write_all(&(body.len() as u64).to_be_bytes())?;
@@ -152,6 +154,7 @@ impl<'a> Sections<'a> {
         version: u32,
         write: &mut dyn FnMut(&mut dyn Write) -> Result<(), VmError>,
     ) -> Result<(), VmError> {
+        self.may_begin()?;
         if self.packets.is_some() {
             let mut out = self.packeted(name, instance, version, None)?;
             write(&mut out)?;
@@ -180,9 +183,7 @@ impl<'a> Sections<'a> {
     /// # Errors
     /// What was added makes no stream.
     pub(crate) fn into_parts(self, page_size: usize) -> io::Result<(Vec<u8>, Vec<u8>)> {
-        if self.open {
-            return Err(io::Error::other("the state of a device was not written to its end"));
-        }
+        self.may_begin()?;
         if let Some(replayed) = self.replayed {
             return match self.devices.is_empty() {
                 true => Ok(replayed),
@@ -197,6 +198,15 @@ impl<'a> Sections<'a> {
         });
         let description = VmDescription::opaque(page_size as u64, described).to_json();
         Ok((self.encoder.bytes, description))
+    }
+
+    /// Whether the section before was written to its end: else what follows would be read as more of it, also where the VM went on after
+    /// that failed.
+    fn may_begin(&self) -> io::Result<()> {
+        match self.open {
+            true => Err(io::Error::other("the state of a device was not written to its end")),
+            false => Ok(()),
+        }
     }
 
     /// Begins a section whose state is sent in packets, if it is more than one has room for.
@@ -485,6 +495,25 @@ mod tests {
             assert!(rest.len() < PIECE && longest < 4 * PIECE, "{longest}");
             bytes.extend_from_slice(&rest);
             assert!((bytes, description) == kept);
+        }
+    }
+
+    /// The state that followed was read as more of the state that was not complete, and without lengths on the wire nobody noticed.
+    #[test]
+    fn nothing_follows_a_section_that_was_not_written_to_its_end() {
+        for says_lengths in [false, true] {
+            let mut out = Sections::kept(Terms { says_lengths, ..Terms::default() });
+            let mut write = |out: &mut dyn Write| -> Result<(), VmError> {
+                out.write_all(b"half")?;
+                Err("the device does not answer".into())
+            };
+            assert!(out.section_from("first", 0, 1, &mut write).is_err());
+            let expected = "the state of a device was not written to its end";
+            assert_eq!(out.section("second", 0, 1, b"state").unwrap_err().to_string(), expected);
+            assert_eq!(out.framed("second", 0, 1, b"state").unwrap_err().to_string(), expected);
+            let again = out.section_from("second", 0, 1, &mut |_| Ok(()));
+            assert_eq!(again.unwrap_err().to_string(), expected);
+            assert_eq!(out.into_parts(4096).unwrap_err().to_string(), expected);
         }
     }
 
