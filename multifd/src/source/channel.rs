@@ -112,7 +112,7 @@ impl SendChannel {
             if unacknowledged == 0 {
                 return Ok(());
             }
-            if shared.options.clock.now() - begun > UNHEARD.max(round_trip * 20) {
+            if shared.options.clock.now() - begun > UNHEARD.max(round_trip.saturating_mul(20)) {
                 // Nothing of it may come later, when another connection has taken its place.
                 self.stream().discard().map_err(Error::io(at))?;
                 return Err(Error::Io { at, source: io::Error::new(io::ErrorKind::ConnectionReset, NOT_TAKEN) });
@@ -261,7 +261,7 @@ impl SendChannel {
             let mut link = clock.now() - taken;
             if is_limited {
                 // Less what was refilled while the compressor worked.
-                link += shared.part_of_the_limit(total).saturating_sub(compressed - begun);
+                link = link.saturating_add(shared.part_of_the_limit(total).saturating_sub(compressed - begun));
             }
             let compressed = (compression != Compression::None).then(|| (compressed - begun, payload_len));
             auto.sent(Sent { guest_bytes, compressed, link });
@@ -351,8 +351,14 @@ impl Shared {
     /// before it, and others for it.
     fn part_of_the_limit(&self, bytes: u64) -> Duration {
         let Some(limit) = self.live.get().max_bandwidth else { return Duration::ZERO };
-        Duration::from_secs_f64(bytes as f64 * f64::from(self.options.plan.channels) / limit as f64)
+        part_of(bytes, self.options.plan.channels, limit)
     }
+}
+
+/// How long `bytes` take one of `channels`, which have `limit` bytes per second together. A limit of 0 is one of 1, as the limiter has it.
+fn part_of(bytes: u64, channels: u8, limit: u64) -> Duration {
+    let seconds = bytes as f64 * f64::from(channels) / limit.max(1) as f64;
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
 
 /// Between two looks at whether the hello has arrived.
@@ -362,3 +368,17 @@ const LONGEST_LOOK: Duration = Duration::from_millis(20);
 const UNHEARD: Duration = Duration::from_secs(4);
 const NOT_TAKEN: &str = "the destination's host answers, and does not take the first bytes";
 const OPEN: &str = "open() has established it";
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    /// A limit of 0, set while a channel compressed by itself, was a panic of that channel.
+    #[test]
+    fn a_part_of_any_limit_is_a_time() {
+        assert_eq!(part_of(1 << 20, 4, 1 << 20), Duration::from_secs(4));
+        assert_eq!(part_of(1 << 10, 1, 0), Duration::from_secs(1 << 10));
+        assert_eq!(part_of(u64::MAX, 255, 0), Duration::MAX);
+        assert_eq!(part_of(0, 0, 0), Duration::ZERO);
+    }
+}
