@@ -333,6 +333,12 @@ pub enum Mismatch {
         /// The block.
         name: BlockName,
     },
+    /// A RAM block is not mapped, or not for reading.
+    #[error("RAM block {name:?} is not mapped for reading in this process")]
+    BlockNotMapped {
+        /// The block.
+        name: BlockName,
+    },
     /// A destination has a RAM block that can only be read.
     #[error("RAM block {name:?} is read-only, and a destination writes to its memory")]
     BlockReadOnly {

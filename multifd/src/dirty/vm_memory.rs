@@ -27,7 +27,7 @@ use crate::{
 /// The blocks keep the regions mapped.
 ///
 /// # Errors
-/// As [`Ram::new`].
+/// As [`Ram::new`]; [`Mismatch::BlockNotMapped`] for a region that is not mapped for reading.
 pub fn ram<B: Bitmap + Send + Sync + 'static>(
     memory: &GuestMemoryMmap<B>,
     page_size: usize,
@@ -35,7 +35,7 @@ pub fn ram<B: Bitmap + Send + Sync + 'static>(
 ) -> Result<Ram, Mismatch> {
     let blocks = memory.iter().enumerate().map(|(index, region)| {
         let name = name(index, region.start_addr().0);
-        let block = sys::vm_memory::block(name.clone(), region.get_mmap()).ok_or(Mismatch::BlockAddress { name })?;
+        let block = sys::vm_memory::block(name.clone(), region.get_mmap()).ok_or(Mismatch::BlockNotMapped { name })?;
         Ok(block.at(region.start_addr().0))
     });
     Ram::new(page_size, blocks.collect::<Result<_, _>>()?)
@@ -70,7 +70,7 @@ impl RegionBlock {
 /// it is mapped readable and writable at its host address until that owner is dropped.
 ///
 /// # Errors
-/// As [`Ram::new`]; [`Mismatch::BlockAddress`] for a region without an address in this process.
+/// As [`Ram::new`]; [`Mismatch::BlockNotMapped`] for a region without an address in this process.
 #[allow(unsafe_code)]
 pub unsafe fn ram_of<M: GuestMemoryBackend>(
     memory: &M,
@@ -81,7 +81,7 @@ pub unsafe fn ram_of<M: GuestMemoryBackend>(
         let RegionBlock { name, owner, backing } = describe(index, region);
         // SAFETY: as the caller promises.
         let block = unsafe { sys::vm_memory::region_block(name.clone(), region, owner) };
-        let block = block.ok_or(Mismatch::BlockAddress { name })?;
+        let block = block.ok_or(Mismatch::BlockNotMapped { name })?;
         Ok(block.backed_by(backing).at(region.start_addr().0))
     });
     Ram::new(page_size, blocks.collect::<Result<_, _>>()?)
@@ -215,6 +215,19 @@ mod tests {
 
     fn name(index: usize, address: u64) -> BlockName {
         BlockName::new(&format!("region{index}@{address:x}")).unwrap()
+    }
+
+    /// The engine looks for zeros in it: a fault of the process, from safe code.
+    #[test]
+    fn a_region_that_cannot_be_read_is_refused() {
+        let mapping = MmapRegionBuilder::new_with_bitmap(4096, ())
+            .with_mmap_prot(libc::PROT_NONE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+            .build()
+            .unwrap();
+        let region = Arc::new(GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap());
+        let memory = GuestMemoryMmap::from_arc_regions(vec![region]).unwrap();
+        assert_eq!(ram(&memory, 4096, name).err(), Some(Mismatch::BlockNotMapped { name: name(0, 0) }));
     }
 
     struct Devices {

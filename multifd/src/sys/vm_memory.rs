@@ -7,12 +7,15 @@ use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, MmapRegion, bitmap::Bitm
 
 use crate::ram::{Backing, MemoryFile, RamBlock};
 
-/// All of `mapping` as a RAM block, which keeps it mapped; `None` where it is not mapped for this process.
+/// All of `mapping` as a RAM block, which keeps it mapped; `None` where it is not mapped for this process, or not for reading.
 pub(crate) fn block<B: Bitmap + Send + Sync + 'static>(
     name: BlockName,
     mapping: Arc<MmapRegion<B>>,
 ) -> Option<RamBlock> {
     let (base, len, backing) = (NonNull::new(mapping.as_ptr())?, mapping.size(), backing(&mapping));
+    if mapping.prot() & libc::PROT_READ == 0 {
+        return None;
+    }
     if mapping.prot() & libc::PROT_WRITE == 0 {
         // SAFETY: as below, for memory that is mapped for reading.
         let block = unsafe { RamBlock::read_only_from_raw(name, base, len, Box::new(mapping)) };
