@@ -9,8 +9,8 @@
 //!
 //! # Panics
 //! A panic of one of these threads, or of a callback of the VMM in the thread that called `run`, is a defect. It ends the
-//! migration with [`Error::Panicked`], and the VM runs on at the source; after the commit with [`Error::InDoubt`], and
-//! the VM stays paused there. This takes unwinding. In a program that is built with `panic = "abort"` a panic ends the whole process, and the VM with it.
+//! migration with [`Error::Panicked`], and the VM runs on at the source; after the commit, or in the destination's
+//! [`start`](crate::vm::DestinationVm::start), with [`Error::InDoubt`], and the VM stays paused there. This takes unwinding. In a program that is built with `panic = "abort"` a panic ends the whole process, and the VM with it.
 
 use std::{fmt, io, thread::Result as ThreadResult};
 

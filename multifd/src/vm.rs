@@ -210,6 +210,10 @@ pub trait DestinationVm {
     /// No vCPU has run here, and none will: a source of ours is told so, and resumes the VM. With one that knows no GO the VM
     /// is then paused on both sides. An implementation that has started some of its vCPUs must not return an error, nor one
     /// that has written to memory that was handed over: the source's guest goes on with it.
+    ///
+    /// # Panics
+    /// A panic does not say that no vCPU has run. The source is told nothing, as if this process had died, and its VM stays
+    /// paused: [`Error::InDoubt`](crate::error::Error::InDoubt) there. [`abandon`](Self::abandon) is not called.
     fn start(&mut self) -> Result<(), VmError>;
 
     /// Frees what [`take_memory`](Self::take_memory), [`prepare`](Self::prepare) and [`load`](Self::load) have made: the VM will not run here.
@@ -217,8 +221,8 @@ pub trait DestinationVm {
     /// Called at most once, as the last call, when [`Destination::run`](crate::destination::Destination::run) returns an
     /// error after `prepare` or `take_memory` was called, whether that succeeded or not; all threads of the engine have ended then, and none
     /// touches the memory. It is not called after [`start`](Self::start) has succeeded. Nor is it where the VM is complete here
-    /// and an operator may still let it run: with [`Error::InDoubt`](crate::error::Error::InDoubt), and where `start` failed
-    /// after a source that knows no GO was told that the VM is here.
+    /// and an operator may still let it run: with [`Error::InDoubt`](crate::error::Error::InDoubt), where `start` failed
+    /// after a source that knows no GO was told that the VM is here, and where `start` panicked.
     fn abandon(&mut self) {}
 }
 

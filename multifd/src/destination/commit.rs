@@ -8,7 +8,9 @@ use multifd_proto::{
 };
 
 use super::{Mode, Run, Target};
-use crate::{checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, round::trace::Step, sync::lock};
+use crate::{
+    checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, round::trace::Step, sync::lock, threads::caught,
+};
 
 impl Run {
     /// Takes the VM over, as [`DestinationCommit`] decides by the messages of the source.
@@ -64,6 +66,7 @@ impl Run {
         self.shared.bound_the_end();
         let told = match &kept {
             Ok(()) => self.accept(),
+            Err(_) if self.answered => Ok(()),
             Err(error) => {
                 self.refuse(&error.to_string());
                 Ok(())
@@ -86,7 +89,13 @@ impl Run {
 
     fn start(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         let begun = self.shared.options.clock.now();
-        let started = target.start();
+        let started = caught(|| Ok(target.start())).unwrap_or_else(|panic| {
+            // Nobody says that no vCPU has run, so the source must not resume its VM: as if this process had died.
+            (self.answered, self.has_the_vm) = (true, true);
+            let text =
+                format!("{panic}, in the start of the VM: it may run here, so the source is not told to resume it");
+            Err(Error::Panicked { message: text })
+        });
         self.report.start = self.shared.options.clock.now() - begun;
         started
     }
