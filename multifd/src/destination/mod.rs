@@ -323,11 +323,23 @@ impl Run {
             let not_first = self.shared.stop.stop(error);
             // The source learns it sooner than by a closed connection; it is no matter if it does not.
             let reason = self.shared.stop.reason().or_else(|| not_first.as_ref().map(Error::to_string));
-            self.refuse(&reason.unwrap_or_default());
+            let refused = caught(|| {
+                self.refuse(&reason.unwrap_or_default());
+                Ok(())
+            });
+            if let Err(error) = refused {
+                tracing::error!(%error, "while the source was told");
+            }
             not_first
         });
         if let Some(main) = self.main.as_mut().filter(|_| self.answered) {
-            main.finish();
+            let finished = caught(|| {
+                main.finish();
+                Ok(())
+            });
+            if let Err(error) = finished {
+                tracing::error!(%error, "at the end of main");
+            }
         }
         // Channels may wait at the end of a round that never comes.
         self.shared.barrier.stop();

@@ -1,29 +1,34 @@
 //! The end of a migration: all threads leave, and the VM is with the side that it belongs to.
 
 use super::{Report, Run, return_path::ReturnPath};
-use crate::{error::Error, sync::lock, vm::SourceVm};
+use crate::{error::Error, sync::lock, threads::caught, vm::SourceVm};
 
 impl Run {
     /// Ends all threads, and gives the VM back to whom it belongs to.
     pub(super) fn finish(mut self, vm: &mut dyn SourceVm, outcome: Result<(), Error>) -> Result<Report, Error> {
         let failure = outcome.err().map(|error| self.fail(error));
+        if failure.is_none() {
+            // A connection may not take the end: the limit of the pause, or a cancel, still ends it.
+            whatever_happens("at the end of the connections", || {
+                self.say_goodbye();
+                Ok(())
+            });
+        }
         // What is still registered refers to what is about to go away.
         let _ = self.shared.stop.decide();
-        if failure.is_none() {
-            self.say_goodbye();
-        }
         // The connections close here; on success the destination has said that it needs them no longer.
         drop(self.main.take());
         self.report.auto_compression = self.ended.drain(..).filter_map(|channel| channel.compression()).collect();
         drop(self.return_path.take());
         self.shared.live.pause_limit.end();
-        if self.tracking
-            && let Err(error) = vm.dirty_log().stop()
-        {
-            tracing::warn!(%error, "dirty log does not stop");
+        if self.tracking {
+            whatever_happens("dirty log does not stop", || vm.dirty_log().stop().map_err(Error::dirty_log));
         }
         if self.report.throttle > 0 {
-            vm.throttle(0);
+            whatever_happens("vCPUs stay slowed down", || {
+                vm.throttle(0);
+                Ok(())
+            });
         }
         let Some(error) = failure else {
             if let (Some(report), Some(counters)) = (&mut self.report.zero_copy, &self.shared.zero_copy) {
@@ -38,7 +43,7 @@ impl Run {
         }
         if self.paused
             && !matches!(error, Error::InDoubt { .. })
-            && let Err(resume) = vm.resume()
+            && let Err(resume) = caught(|| Ok(vm.resume())).unwrap_or_else(|panic| Err(panic.to_string().into()))
         {
             return Err(Error::NotResumed { first: Box::new(error), resume });
         }
@@ -62,5 +67,12 @@ impl Run {
             (_, Some(error @ Error::Io { .. })) => refused.unwrap_or(error),
             (not_first, first) => first.or(not_first).unwrap_or(Error::Unconfirmed),
         }
+    }
+}
+
+/// Does `end`, a step of the end that no failure and no panic of the VMM's may keep from going on: the VM may be paused.
+fn whatever_happens(otherwise: &'static str, end: impl FnOnce() -> Result<(), Error>) {
+    if let Err(error) = caught(end) {
+        tracing::warn!(%error, "{otherwise}");
     }
 }
