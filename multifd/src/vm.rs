@@ -12,6 +12,7 @@ pub use multifd_proto::extension::MAX_DESCRIPTION;
 use crate::{
     dirty::{DirtyLog, untouched::untouched},
     dirty_bitmap::DirtyBitmap,
+    error::Error,
     ram::{Ram, SharedBlock},
     sections::Sections,
 };
@@ -40,7 +41,8 @@ pub trait SourceVm {
         Ok(())
     }
 
-    /// The memory of the VM; the same at every call.
+    /// The memory of the VM; the same at every call. A VM that has other blocks once it is paused, because memory was added
+    /// meanwhile for example, is not handed over: the migration ends, and the VM runs on.
     fn ram(&self) -> &Ram;
 
     /// The log of all writes to [`ram`](Self::ram), by vCPUs and by devices.
@@ -281,6 +283,16 @@ pub enum Throttled {
     Applied,
     /// This VM cannot be slowed down.
     Unsupported,
+}
+
+/// Makes sure that a VM still has the memory that it had when it was asked first: what came since would be missing, and nobody would say
+/// so.
+///
+/// # Errors
+/// [`Error::Vm`].
+pub(crate) fn check_memory(before: &Ram, now: &Ram) -> Result<(), Error> {
+    let text = "it has other RAM blocks than before; memory must not be added, removed or moved while a VM migrates";
+    if before.is_same_memory(now) { Ok(()) } else { Err(Error::vm("keep its memory")(text.into())) }
 }
 
 /// What a VMM says when it cannot do what it was asked. For an error that is not `Sync`: [`not_sync`].

@@ -21,12 +21,12 @@ use crate::{
     error::{Connection, Error, Mismatch, Place},
     layout::Layout,
     memory::shared::{self, Identity, SharedBlock},
-    ram::{Access, RamBlock},
+    ram::{Access, Ram, RamBlock},
     stop::StopHandle,
     sync::Arc,
     sys::protection,
     threads::caught,
-    vm::{DestinationVm, MAX_DESCRIPTION, SectionId},
+    vm::{DestinationVm, MAX_DESCRIPTION, SectionId, check_memory},
 };
 
 /// What main has said before the first page.
@@ -137,7 +137,9 @@ pub(super) struct VmTarget<'a> {
     page_size: usize,
     first_touch: FirstTouch,
     stop: StopHandle,
-    /// The memory of the VM, once it was [made zero](Self::clean_memory).
+    /// The memory of the VM, once that was made: it must not be another later.
+    ram: Option<Ram>,
+    /// The same, once it was [made zero](Self::clean_memory).
     clean: Option<CleanMemory>,
     /// The VM is being made, or was, and does not run: it has to be told if it never will.
     is_made: bool,
@@ -155,7 +157,7 @@ impl<'a> VmTarget<'a> {
         stop: StopHandle,
     ) -> VmTarget<'a> {
         let (taken, lent) = (Vec::new(), Vec::new());
-        VmTarget { vm, page_size, first_touch, stop, clean: None, is_made: false, taken, lent }
+        VmTarget { vm, page_size, first_touch, stop, ram: None, clean: None, is_made: false, taken, lent }
     }
 
     /// Finds the blocks that are made of what the source hands over, and sees to it that none of it is written.
@@ -168,6 +170,11 @@ impl<'a> VmTarget<'a> {
         }
         self.lent = lent;
         Ok(())
+    }
+
+    /// Pages went, or are going to go, into the memory that the VM had when it was made.
+    fn same_memory(&self) -> Result<(), Error> {
+        self.ram.as_ref().map_or(Ok(()), |ram| check_memory(ram, self.vm.ram()))
     }
 
     /// What the source has handed over is ours.
@@ -203,6 +210,7 @@ impl Target for VmTarget<'_> {
             return Err(Error::vm("be prepared")(text.into()));
         }
         let ram = self.vm.ram();
+        self.ram = Some(ram.clone());
         let (said, found) = (self.page_size, ram.layout().page_size());
         if said != found {
             return Err(Mismatch::PageSizeChanged { said, found }.into());
@@ -229,6 +237,7 @@ impl Target for VmTarget<'_> {
     }
 
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error> {
+        self.same_memory()?;
         let ram = self.vm.ram();
         let mut order = Vec::new();
         for entry in &head.blocks {
@@ -319,6 +328,7 @@ impl Target for VmTarget<'_> {
     }
 
     fn start(&mut self) -> Result<(), Error> {
+        self.same_memory()?;
         self.own_memory()?;
         self.vm.start().map_err(Error::vm("start"))?;
         self.is_made = false;

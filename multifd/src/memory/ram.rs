@@ -111,6 +111,16 @@ impl Ram {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
+    /// Whether `other` has the same blocks in the same places, under the same page numbers.
+    pub(crate) fn is_same_memory(&self, other: &Ram) -> bool {
+        let page_size = |ram: &Ram| ram.layout().page_size();
+        let same = |(a, b): (&RamBlock, &RamBlock)| (&a.name, a.base, a.len) == (&b.name, b.base, b.len);
+        self.is_same(other)
+            || (page_size(self) == page_size(other)
+                && self.blocks().len() == other.blocks().len()
+                && self.blocks().iter().zip(other.blocks()).all(same))
+    }
+
     /// The memory is in use: no block is fresh any more.
     pub(crate) fn forget_fresh(&self) {
         for block in &self.inner.blocks {
@@ -523,6 +533,17 @@ impl Ram {
         let block =
             |&(name, pages): &(&str, usize)| heap::zeroed_block(BlockName::new(name).unwrap(), pages * page_size);
         Ram::new(page_size, blocks.iter().map(block).collect()).unwrap()
+    }
+
+    /// The same blocks in the same places, in another `Ram`.
+    #[cfg(not(any(loom, shuttle)))]
+    #[allow(unsafe_code)]
+    pub(crate) fn put_together_again(&self) -> Ram {
+        // SAFETY: the owner is a handle on the memory.
+        let again = |block: &RamBlock| unsafe {
+            RamBlock::from_raw(block.name.clone(), block.base, block.len, Box::new(self.clone()))
+        };
+        Ram::new(self.layout().page_size(), self.blocks().iter().map(again).collect()).unwrap()
     }
 
     /// The same memory, of which it is not known what it holds.

@@ -10,7 +10,7 @@ use crate::{
     pulse::Pulse,
     sections::Sections,
     sync::atomic::Ordering,
-    vm::{SourceVm, VmError},
+    vm::{SourceVm, VmError, check_memory},
 };
 
 /// Sections that were not sent yet, and the vmdescription.
@@ -28,6 +28,7 @@ impl Run {
         Pulse::rest(self.watchdog.timers());
         self.shared.live.pause_limit.begin(self.watchdog.timers());
         vm.pause().map_err(Error::vm("pause"))?;
+        check_memory(&self.shared.ram, vm.ram())?;
         self.report.downtime.pause = self.now() - self.paused_at;
         Ok(())
     }

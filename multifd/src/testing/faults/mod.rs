@@ -3,6 +3,7 @@
 mod script;
 
 mod cancelled;
+mod careless;
 mod handshakes;
 mod hostile_channels;
 mod hostile_main;
