@@ -1,6 +1,6 @@
 //! The rounds while the guest runs: what is sent, and what is dirty then.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use super::{Run, Untouched};
 use crate::{
@@ -87,6 +87,11 @@ impl Run {
             return Ok(());
         }
         vm.dirty_log().drain(dirty).map_err(Error::dirty_log)?;
+        if dirty.bits() != self.shared.ram.layout().bits() {
+            // A channel would be given a page that lies behind all blocks.
+            let text = "it has put a set of another size in the place of the one that it adds to";
+            return Err(Error::dirty_log(io::Error::other(text)));
+        }
         let outside = dirty.clip(self.shared.ram.layout());
         if outside > 0 && self.report.dirty_outside == 0 {
             let log = self.report.dirty_log;

@@ -46,6 +46,8 @@ enum AtSource {
     MemoryAdded,
     /// It has the same memory in another `Ram`.
     MemoryPutTogetherAgain,
+    /// The log returns a set of its own, for more pages than there are.
+    LogReturnsAnotherSet,
     /// The end of a channel waits until the connection is stopped.
     TheEndIsNotTaken,
 }
@@ -107,6 +109,9 @@ impl DirtyLog for Careless {
     }
 
     fn drain(&mut self, into: &mut DirtyBitmap) -> io::Result<()> {
+        if self.fault == AtSource::LogReturnsAnotherSet {
+            *into = DirtyBitmap::full(Ram::for_test(&[("ram", 1000)]).layout());
+        }
         self.vm.drain(into)
     }
 
@@ -259,6 +264,15 @@ fn memory_that_is_added_while_a_vm_migrates_ends_the_migration() {
     assert!(outcome.here && !outcome.there && outcome.received.is_err());
     let outcome = migrate(AtSource::MemoryPutTogetherAgain, AtDestination::Nothing, Default::default());
     assert!(outcome.sent.is_ok() && outcome.there, "{:?}", outcome.sent);
+}
+
+/// A channel was given a page that there is not, and panicked.
+#[test]
+fn a_set_of_pages_that_is_not_the_migrations_ends_it() {
+    let outcome = migrate(AtSource::LogReturnsAnotherSet, AtDestination::Nothing, Default::default());
+    let error = outcome.sent.unwrap_err().to_string();
+    assert!(error.contains("a set of another size"), "{error}");
+    assert!(outcome.here && !outcome.there);
 }
 
 /// The pages were in the memory that the VM had before, and both sides reported success.
