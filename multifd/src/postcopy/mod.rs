@@ -217,7 +217,13 @@ impl Source {
         (self.vm, self.all_sent) = (vm, all_sent);
         if outcome.is_ok() {
             self.job.progress.set_phase(Phase::Done);
-            self.observer.event(&Event::Phase(Phase::Done));
+            let told = caught(|| {
+                self.observer.event(&Event::Phase(Phase::Done));
+                Ok(())
+            });
+            if let Err(error) = told {
+                tracing::error!(%error, "after all was sent");
+            }
         }
         outcome
     }

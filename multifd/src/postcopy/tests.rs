@@ -301,6 +301,29 @@ fn a_vm_is_handed_over_and_every_page_comes_once() {
     assert_eq!(faults, ["0x1000 pc.bios", "0x96000 pc.ram"]);
 }
 
+/// The VM had been handed over whole, and `hand_over` did not say so but panicked.
+#[test]
+fn an_observer_that_panics_in_the_end_does_not_change_it() {
+    struct PanicsWhenDone;
+    impl Observer for PanicsWhenDone {
+        fn event(&mut self, event: &Event) {
+            assert!(!matches!(event, Event::Phase(Phase::Done)), "told to panic");
+        }
+    }
+    let dir = TempDir::new().unwrap();
+    let mut observed = source(&checkpoint(&dir), patient());
+    observed.observe(PanicsWhenDone);
+    let (source, outcome) = hands_over(observed, |listener| {
+        let mut main = Incoming::accept(listener);
+        main.load_until_asked();
+        main.ask("pc.bios", 1);
+        main.pages();
+        main.say(&Message::Shut(0));
+    });
+    outcome.unwrap();
+    assert_eq!(source.vm(), Whereabouts::Complete);
+}
+
 #[test]
 fn what_is_asked_for_comes_next_and_the_background_goes_on_from_there() {
     let dir = TempDir::new().unwrap();
