@@ -13,6 +13,7 @@ use crate::{
     compress::{Decompressor, Windows},
     error::{Connection, Error, Place},
     sync::Arc,
+    transport::one_way::read_some,
 };
 
 /// A channel and what was counted on it.
@@ -226,7 +227,7 @@ impl Channel {
     fn fill_prefix(&mut self) -> io::Result<bool> {
         let mut filled = 0;
         while filled < PREFIX_LEN {
-            match self.bytes.read(&mut self.header[filled..PREFIX_LEN])? {
+            match read_some(&mut self.bytes, &mut self.header[filled..PREFIX_LEN])? {
                 0 if filled == 0 => return Ok(false),
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 n => filled += n,

@@ -21,7 +21,7 @@ use crate::{
     destination::{MainReader, more_bytes, take_bounded},
     error::{Connection, Error, Place},
     ram::GuestRange,
-    transport::{RecvHalf, Stopper},
+    transport::{RecvHalf, Stopper, one_way::read_some},
 };
 
 use super::PAGE_SIZE;
@@ -183,7 +183,7 @@ impl RecvHalf for Recording {
         let keep = go.len() + TOKEN;
         let mut more = [0; 4096];
         while !self.ended && self.held.len() <= keep {
-            match self.bytes.read(&mut more)? {
+            match read_some(&mut *self.bytes, &mut more)? {
                 0 => {
                     self.ended = true;
                     self.leave_out(go);

@@ -14,6 +14,7 @@ use crate::{
     checkpoint::Tail,
     error::{Connection, Error, Mismatch, Place},
     round::discarded::Discarded,
+    transport::one_way::read_some,
 };
 
 /// What was counted of a switch to postcopy.
@@ -132,7 +133,7 @@ fn read_preempt(
 fn fill(bytes: &mut dyn Read, buf: &mut Vec<u8>, total: usize) -> io::Result<bool> {
     let mut more = [0; 4096];
     while buf.len() < total {
-        match bytes.read(&mut more)? {
+        match read_some(bytes, &mut more)? {
             0 => return Ok(false),
             n => buf.extend_from_slice(&more[..n]),
         }

@@ -80,7 +80,8 @@ impl OneWayListener {
         OneWayListener::with(Bytes::Descriptor(Arc::new(file.into())), far_end, name)
     }
 
-    /// The stream that `reader` gives, to its end. It is called `name` in messages.
+    /// The stream that `reader` gives, to its end. It is called `name` in messages. Nothing interrupts its `read`, so that must not wait
+    /// for anything but a disk: a pipe or a socket is for [`new`](Self::new), or a transport of its own.
     ///
     /// # Errors
     /// The kernel's, when it is out of descriptors.
@@ -167,7 +168,7 @@ impl RecvHalf for OneWayStream {
                 }
             },
             Bytes::Reader(_) if self.stopped.is_set()? => 0,
-            Bytes::Reader(reader) => reader.read(buf)?,
+            Bytes::Reader(reader) => read_some(&mut **reader, buf)?,
         };
         // What was read meanwhile is of no use to a thread that is told to leave.
         if self.interrupted.load(SeqCst) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(bytes) }
@@ -211,6 +212,16 @@ impl Stream for OneWayStream {
     }
 }
 
+/// Reads what is there, as any reader is read: one that a signal has interrupted is asked again.
+pub(crate) fn read_some(reader: &mut dyn Read, buf: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match reader.read(buf) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => return read,
+        }
+    }
+}
+
 /// The half of a one-way stream that does not exist.
 struct NoWayBack;
 
@@ -235,5 +246,34 @@ impl Stopper for Interrupter {
         // Before the wait ends, so that the thread that waits sees it.
         self.interrupted.store(true, SeqCst);
         self.wakes.stop();
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    /// Gives one byte at a time, after a signal.
+    struct Interrupted(&'static [u8], bool);
+
+    impl Read for Interrupted {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            self.1 = !self.1;
+            match self.1 {
+                true => Err(io::ErrorKind::Interrupted.into()),
+                false => self.0.read(&mut buf[..1]),
+            }
+        }
+    }
+
+    /// It was an error of the connection, and the checkpoint was not read.
+    #[test]
+    fn a_reader_that_a_signal_interrupts_is_asked_again() {
+        let reader = Box::new(Interrupted(b"stream", false));
+        let mut listener = OneWayListener::of_reader(reader, "a reader".to_owned()).unwrap();
+        let mut stream = listener.accept(None).unwrap().establish(None).unwrap();
+        let mut bytes = [0; 6];
+        stream.read_exact(&mut bytes).unwrap();
+        assert_eq!((&bytes, stream.read(&mut [0; 1]).unwrap()), (b"stream", 0));
     }
 }
