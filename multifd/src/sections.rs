@@ -423,7 +423,11 @@ impl Write for Body<'_, '_> {
 
 /// Section names follow the rules of block names.
 fn check_name(name: &str) -> io::Result<()> {
-    BlockName::new(name).map(drop).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+    // As a block's.
+    BlockName::new(name).map(drop).map_err(|_| {
+        let text = format!("a section cannot be called {name:?}: a name has 1 to 255 bytes, and none of them is 0");
+        io::Error::new(io::ErrorKind::InvalidInput, text)
+    })
 }
 
 /// Reads what [`Sections::framed`] wrote, of at most `limit` bytes.
@@ -514,6 +518,15 @@ mod tests {
             let again = out.section_from("second", 0, 1, &mut |_| Ok(()));
             assert_eq!(again.unwrap_err().to_string(), expected);
             assert_eq!(out.into_parts(4096).unwrap_err().to_string(), expected);
+        }
+    }
+
+    /// It was said to be the name of a block.
+    #[test]
+    fn a_name_that_no_section_can_have_is_said_to_be_one() {
+        for name in ["", "a\0b", &"n".repeat(256)] {
+            let error = Sections::kept(Terms::default()).section(name, 0, 1, b"state").unwrap_err();
+            assert!(error.to_string().starts_with("a section cannot be called"), "{error}");
         }
     }
 
