@@ -130,7 +130,7 @@ pub trait SourceVm {
     /// Lets the VM run again, after a failure or a cancel that came after [`pause`](Self::pause) was called.
     ///
     /// # Errors
-    /// Reported beside the first error ([`Error::NotResumed`](crate::error::Error::NotResumed)). The VM is then paused on both sides, unharmed.
+    /// Reported beside the first error ([`Error::NotResumed`]). The VM is then paused on both sides, unharmed.
     fn resume(&mut self) -> Result<(), VmError>;
 }
 
@@ -178,7 +178,7 @@ pub trait DestinationVm {
     ///
     /// # Errors
     /// The migration ends; the source's VM runs on. A source of ours reports the text of the error:
-    /// [`Error::Refused`](crate::error::Error::Refused).
+    /// [`Error::Refused`].
     fn prepare(&mut self, description: &[u8]) -> Result<Vec<u8>, VmError> {
         let _ = description;
         Ok(Vec::new())
@@ -215,7 +215,7 @@ pub trait DestinationVm {
     ///
     /// # Panics
     /// A panic does not say that no vCPU has run. The source is told nothing, as if this process had died, and its VM stays
-    /// paused: [`Error::InDoubt`](crate::error::Error::InDoubt) there. [`abandon`](Self::abandon) is not called.
+    /// paused: [`Error::InDoubt`] there. [`abandon`](Self::abandon) is not called.
     fn start(&mut self) -> Result<(), VmError>;
 
     /// Frees what [`take_memory`](Self::take_memory), [`prepare`](Self::prepare) and [`load`](Self::load) have made: the VM will not run here.
@@ -223,7 +223,7 @@ pub trait DestinationVm {
     /// Called at most once, as the last call, when [`Destination::run`](crate::destination::Destination::run) returns an
     /// error after `prepare` or `take_memory` was called, whether that succeeded or not; all threads of the engine have ended then, and none
     /// touches the memory. It is not called after [`start`](Self::start) has succeeded. Nor is it where the VM is complete here
-    /// and an operator may still let it run: with [`Error::InDoubt`](crate::error::Error::InDoubt), where `start` failed
+    /// and an operator may still let it run: with [`Error::InDoubt`], where `start` failed
     /// after a source that knows no GO was told that the VM is here, and where `start` panicked.
     fn abandon(&mut self) {}
 }
