@@ -37,6 +37,7 @@ pub(super) fn listen(stream: Box<dyn RecvHalf>, attempt: &Arc<Attempt>, goes_on:
             position: 0,
             requests: Requests::default(),
             goes_on,
+            bitmap_comes: false,
             reason: None,
         };
         let outcome = path.read_until_shut();
@@ -60,6 +61,8 @@ struct ReturnPath<'a> {
     requests: Requests,
     /// The first request may be one for the block of a request on another connection.
     goes_on: bool,
+    /// The bitmap of a block is on its way.
+    bitmap_comes: bool,
     /// Why SHUT with another status follows.
     reason: Option<String>,
 }
@@ -149,7 +152,9 @@ impl ReturnPath<'_> {
             return Err(unexpected(at, "RECV_BITMAP", "that was not asked for, or in another order"));
         };
         let pages = expected.pages();
+        self.bitmap_comes = true;
         let bitmap = self.next(|buf| received::decode(buf, pages).map(|step| step.map(<[u8]>::to_vec)))?;
+        self.bitmap_comes = false;
         self.attempt.inbox.update(|mail| {
             mail.received.push(bitmap);
             mail.bitmaps_due -= 1;
@@ -185,8 +190,9 @@ impl ReturnPath<'_> {
         match read {
             Ok(0) => Err(Error::Unconfirmed),
             Ok(n) => {
-                // Only bitmaps are owed. A destination that asks and asks, and takes nothing, is as silent as any.
-                if self.attempt.inbox.update(|mail| mail.bitmaps_due > 0) {
+                // Only bitmaps are owed, and have an end. A destination that says and says other things, and takes nothing, is as
+                // silent as any.
+                if self.bitmap_comes {
                     self.attempt.pulse.add(n);
                 }
                 Ok(())

@@ -819,6 +819,22 @@ fn a_recovery_with_wrong_answers_leaves_a_vm_that_can_go_on() {
     ));
 }
 
+/// The stall limit was held off by anything that was said before the bitmaps: PONG and PONG again, for ever.
+#[test]
+fn a_recovery_is_not_kept_by_a_destination_that_says_other_things_than_bitmaps() {
+    let dir = TempDir::new().unwrap();
+    let options = Options { stall_limit: Some(Duration::from_millis(500)), ..Options::default() };
+    let recovered = recovers(source(&checkpoint(&dir), options), |listener| {
+        let mut main = Incoming::accept(listener);
+        main.expect(&recovery());
+        let mut pongs = Vec::new();
+        (0..1000).for_each(|value| Message::Pong(value).encode(&mut pongs));
+        while main.stream.write(&pongs, &[]).is_ok() {}
+    });
+    let reason = incomplete(recovered);
+    assert!(matches!(reason, Error::Stalled { .. }), "{reason}");
+}
+
 /// Nothing listens: the VM is where it was said to be.
 #[test]
 fn a_recovery_that_finds_nobody_leaves_a_vm_that_can_go_on() {
