@@ -25,6 +25,8 @@ pub(super) struct Link<'a> {
     return_path: Option<Task<()>>,
     urgent: Option<Task<Result<PageConnection, Error>>>,
     part_is_open: bool,
+    /// It goes on with a VM that was handed over before.
+    goes_on: bool,
     pub(super) ram_section: u32,
     /// Where the VM is, as far as this attempt has come.
     pub(super) vm: Whereabouts,
@@ -52,6 +54,7 @@ impl<'a> Link<'a> {
             return_path: None,
             urgent: None,
             part_is_open: false,
+            goes_on: vm != Whereabouts::Here,
             ram_section,
             vm,
             left_is_known: vm == Whereabouts::Here,
@@ -88,8 +91,7 @@ impl<'a> Link<'a> {
             tracing::debug!(%error, "requests may wait behind what the kernel has not sent");
         }
         self.main = Some(PageConnection::new(stream, Connection::Main, &self.attempt));
-        let goes_on = self.vm != Whereabouts::Here;
-        self.return_path = Some(return_path::listen(reader, &self.attempt, goes_on)?);
+        self.return_path = Some(return_path::listen(reader, &self.attempt, self.goes_on)?);
         Ok(())
     }
 
@@ -162,9 +164,9 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    /// The destination has said what it has: it does not have everything, or would not have listened.
+    /// The destination has said what it has: it has the VM, and does not have everything, or would not have listened.
     pub(super) fn is_told_what_is_left(&mut self) {
-        (self.left_is_known, self.all_sent) = (true, false);
+        (self.vm, self.left_is_known, self.all_sent) = (Whereabouts::There, true, false);
     }
 
     /// Ends all connections and threads. Returns where the VM is, whether only the confirmation is missing there, and how the attempt
@@ -196,7 +198,7 @@ impl<'a> Link<'a> {
         let loaded = attempt.inbox.update(|mail| mail.is_loaded);
         let job = self.job();
         let left = self.left_is_known.then(|| job.claims.count_free(job.pages.present()));
-        let (vm, error) = after_failure(self.vm, loaded, left, error);
+        let (vm, error) = after_failure(self.vm, self.goes_on, loaded, left, error);
         let error = match error {
             // It may have taken the end, and its last word was lost with the connection; or the end was.
             Error::Incomplete { reason, .. } if self.all_sent => Error::Unacknowledged { reason },

@@ -182,9 +182,13 @@ impl Source {
     /// and sends that.
     ///
     /// # Errors
-    /// [`Error::Incomplete`] or [`Error::Unacknowledged`] with the first thing that went wrong; it may be called again.
+    /// [`Error::Incomplete`] or [`Error::Unacknowledged`] with the first thing that went wrong; [`Error::InDoubt`] where the
+    /// VM was [in doubt](Whereabouts::InDoubt) and the destination did not say what it lacks. It may be called again.
     pub fn recover(&mut self, to: &dyn Connect) -> Result<(), Error> {
-        self.vm = Whereabouts::There;
+        // A process that has not handed it over itself is told so by its caller.
+        if self.vm != Whereabouts::InDoubt {
+            self.vm = Whereabouts::There;
+        }
         self.job.figures.add_recovery();
         self.attempt(to, |link| {
             link.recover()?;

@@ -23,11 +23,12 @@ impl Whereabouts {
     ///
     /// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. An end of the connection
     /// says nothing, however it comes: a proxy may have ended it, and the destination may have RUN already and load the devices.
-    /// Only the destination's own word says that it does not run the VM, and only as long as no vCPU ran.
-    pub(super) const fn after(self, loaded: bool, end: End) -> Whereabouts {
+    /// Only the destination's own word says that it does not run the VM, and only as long as no vCPU ran: not to a source that
+    /// `goes_on`, which it may refuse for many reasons.
+    pub(super) const fn after(self, goes_on: bool, loaded: bool, end: End) -> Whereabouts {
         match (self, loaded, end) {
             (Whereabouts::InDoubt, true, _) => Whereabouts::There,
-            (Whereabouts::InDoubt, false, End::Refused) => Whereabouts::Here,
+            (Whereabouts::InDoubt, false, End::Refused) if !goes_on => Whereabouts::Here,
             (vm, ..) => vm,
         }
     }
@@ -35,10 +36,16 @@ impl Whereabouts {
 
 /// Where the VM is after an attempt that began or was seen at `vm` and failed with `error`, and the error to report.
 ///
-/// `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page. `left`: how many pages
-/// with content it lacks, if it is known.
-pub(super) fn after_failure(vm: Whereabouts, loaded: bool, left: Option<u64>, error: Error) -> (Whereabouts, Error) {
-    let vm = vm.after(loaded, end_by(&error, false));
+/// `goes_on`: it was a recovery. `loaded`: the destination has answered the PING between the devices and RUN, or asked for a page.
+/// `left`: how many pages with content it lacks, if it is known.
+pub(super) fn after_failure(
+    vm: Whereabouts,
+    goes_on: bool,
+    loaded: bool,
+    left: Option<u64>,
+    error: Error,
+) -> (Whereabouts, Error) {
+    let vm = vm.after(goes_on, loaded, end_by(&error, false));
     let error = match vm {
         Whereabouts::Here | Whereabouts::Complete => error,
         Whereabouts::InDoubt => Error::InDoubt { reason: Box::new(error) },
@@ -52,7 +59,7 @@ mod tests {
     use super::*;
 
     fn after(vm: Whereabouts, loaded: bool, error: Error) -> (Whereabouts, Error) {
-        after_failure(vm, loaded, Some(7), error)
+        after_failure(vm, false, loaded, Some(7), error)
     }
 
     #[test]
@@ -83,12 +90,13 @@ mod tests {
         for end in [Clean, Cut, Reset, Unreachable, Violation, Refused, Local, Stopped] {
             for loaded in [false, true] {
                 for vm in [Here, There, Complete] {
-                    assert_eq!(vm.after(loaded, end), vm);
+                    assert_eq!([false, true].map(|goes_on| vm.after(goes_on, loaded, end)), [vm; 2]);
                 }
             }
             // Even a refusal: vCPUs ran.
-            assert_eq!(InDoubt.after(true, end), There);
-            assert_eq!(InDoubt.after(false, end), if end == Refused { Here } else { InDoubt });
+            assert_eq!([false, true].map(|goes_on| InDoubt.after(goes_on, true, end)), [There; 2]);
+            assert_eq!(InDoubt.after(false, false, end), if end == Refused { Here } else { InDoubt });
+            assert_eq!(InDoubt.after(true, false, end), InDoubt, "a recovery that is refused says nothing of vCPUs");
         }
     }
 }

@@ -48,6 +48,17 @@ fn a_destination_that_dies_with_run_leaves_doubt_and_may_be_asked() {
         let (source, outcome) = dies_after(len);
         assert!(matches!(outcome, Err(Error::InDoubt { .. })), "{len}: {outcome:?}");
         assert_eq!(source.vm(), Whereabouts::InDoubt, "{len}");
+        // A recovery that hears nothing of it, or a refusal, tells nothing more.
+        let nothing = |listener: &mut MemoryListener| drop(Incoming::accept(listener));
+        let refusal = |listener: &mut MemoryListener| {
+            let mut main = Incoming::accept(listener);
+            main.expect(&recovery());
+            main.say(&Message::Shut(1));
+        };
+        let (source, silent) = recovers(source, nothing);
+        let (source, refused) = recovers(source, refusal);
+        assert_eq!(source.vm(), Whereabouts::InDoubt, "{len}");
+        assert!([silent, refused].iter().all(|outcome| matches!(outcome, Err(Error::InDoubt { .. }))), "{len}");
         // It had loaded them: it listens again, and lacks everything.
         let (source, outcome) = recovers(source, lacks_everything);
         outcome.unwrap();
