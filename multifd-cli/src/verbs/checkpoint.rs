@@ -43,6 +43,7 @@ pub fn run(args: &CheckpointArgs) -> Outcome {
 fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
     let Uri::Unix(path) = &args.qmp else { unreachable!("the command line takes nothing else") };
     let interrupts = Interrupts::listen()?;
+    super::check_replaceable(&args.file, args.force).map_err(|error| Refusal::new(Exit::Failed, error.to_string()))?;
     let writer = Writer::create(&args.file, args.force).map_err(|error| match error {
         CheckpointError::Exists { path } => Refusal::new(Exit::Failed, format!("{path:?} exists; --force replaces it")),
         error => Refusal::new(Exit::Failed, error.to_string()),

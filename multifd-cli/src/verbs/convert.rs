@@ -74,6 +74,7 @@ impl From<String> for Failure {
 
 fn convert(args: &ConvertArgs) -> Result<Outcome, Failure> {
     let begun = Instant::now();
+    super::check_replaceable(&args.file, args.force).map_err(|error| error.to_string())?;
     let domain = args.libvirt_xml.as_deref().map(DomainXml::read).transpose()?;
     let stop = Stop::default();
     let input = Input::open(args, &stop)?;

@@ -42,6 +42,14 @@ pub fn note_of(checkpoint: &Path) -> PathBuf {
     postcopy::record::Record::place(checkpoint, false)
 }
 
+/// Whether a verb that writes `file` may, with `force`, replace what is there.
+///
+/// # Errors
+/// A VM that was handed over may need it.
+fn check_replaceable(file: &Path, force: bool) -> Result<(), postcopy::record::RecordError> {
+    if force { postcopy::record::Record::check_replaceable(file) } else { Ok(()) }
+}
+
 fn outcome(verb: &Verb) -> Outcome {
     match verb {
         Verb::Serve(_) => unreachable!("it was run above"),

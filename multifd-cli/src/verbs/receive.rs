@@ -44,6 +44,7 @@ pub fn run(args: &ReceiveArgs) -> Outcome {
 /// # Errors
 /// What went wrong before any connection was made.
 fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
+    super::check_replaceable(&args.file, args.force)?;
     let mut writer = checkpoint::Writer::create(&args.file, args.force).map_err(|error| match error {
         CheckpointError::Exists { path } => format!("{path:?} exists; --force replaces it").into(),
         error => Box::<dyn std::error::Error>::from(error),

@@ -49,6 +49,9 @@ pub struct Identity {
     modified: String,
     /// SHA-256 of everything in it but the contents of pages.
     digest: String,
+    /// Where it was found, its device and its number there.
+    #[serde(skip)]
+    found: Option<(PathBuf, u64, u64)>,
 }
 
 /// Why a VM cannot be handed over, or cannot go on.
@@ -87,6 +90,12 @@ pub enum RecordError {
          states; find the file as it was, or copy it with its times (cp -p)"
     )]
     Changed { path: PathBuf, checkpoint: PathBuf, what: &'static str },
+    /// It is not replaced: it may have the only memory of a VM.
+    #[error(
+        "the VM in {path:?} was handed over to {destination} and has not got all of its memory (says {note:?}): `multifd send --recover` \
+         gives it the rest; if that VM runs nowhere any more, remove the note, or write to another file"
+    )]
+    Needed { path: PathBuf, note: PathBuf, destination: String },
     /// What is there is something else.
     #[error("{path:?} is not a note of a hand-over: {source}; --state names another place")]
     Unreadable { path: PathBuf, source: serde_json::Error },
@@ -184,8 +193,15 @@ impl Record {
     /// Notes that the destination may run the VM from now on.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's; the note or the checkpoint has lost its name, and would not be found.
     pub fn hand_over(&mut self) -> io::Result<()> {
+        if !self.has_its_name()? {
+            return Err(io::Error::other(format!(
+                "{:?}, the note of the hand-over, was removed or replaced",
+                self.path
+            )));
+        }
+        self.note.checkpoint.check_found()?;
         self.note.handed_over = 1;
         // Not to disk, which would keep the guest waiting: the kernel has it when this process dies. Should the host die as
         // well, the note is one of an earlier boot.
@@ -199,9 +215,49 @@ impl Record {
 
     /// Removes the note: no VM needs the file any more.
     pub fn remove(self) {
-        if let Err(error) = fs::remove_file(&self.path) {
+        let removed = match self.has_its_name() {
+            Ok(true) => fs::remove_file(&self.path),
+            // What has the name now is the note of another hand-over.
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
             tracing::warn!(path = ?self.path, %error, "the note of the hand-over could not be removed");
         }
+    }
+
+    /// Whether the path still leads to the file that is locked.
+    fn has_its_name(&self) -> io::Result<bool> {
+        let ours = self.file.metadata()?;
+        match fs::metadata(&self.path) {
+            Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Why the file at `path` cannot be replaced: a VM that was handed over may need it.
+    ///
+    /// # Errors
+    /// [`RecordError::Needed`].
+    pub fn check_replaceable(path: &Path) -> Result<(), RecordError> {
+        let note = Record::place(path, false);
+        let Some(prefix) = note.file_name() else { return Ok(()) };
+        let directory = note.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // Those of clones have a longer name.
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let is_note = entry.file_name().as_encoded_bytes().starts_with(prefix.as_encoded_bytes());
+            let opened = (is_note && entry.path().is_file()).then(|| File::open(entry.path())).and_then(Result::ok);
+            let Some(file) = opened else { continue };
+            // What is no note says nothing of a VM.
+            if let Ok(Some(found)) = read(&entry.path(), &file)
+                && found.may_be_handed_over()
+            {
+                let Note { destination, .. } = found;
+                return Err(RecordError::Needed { path: path.to_owned(), note: entry.path(), destination });
+            }
+        }
+        Ok(())
     }
 
     fn write(&self) -> io::Result<()> {
@@ -248,7 +304,19 @@ impl Identity {
             bytes: checkpoint.bytes(),
             modified: format!("{}.{:09}", metadata.mtime(), metadata.mtime_nsec()),
             digest: describe::digest_of_all_but_pages(checkpoint),
+            found: Some((checkpoint.path().to_owned(), metadata.dev(), metadata.ino())),
         })
+    }
+
+    /// # Errors
+    /// The file is not there any more, and a process that goes on would not find it.
+    fn check_found(&self) -> io::Result<()> {
+        let Some((path, device, number)) = &self.found else { return Ok(()) };
+        match fs::metadata(path) {
+            Ok(there) if (there.dev(), there.ino()) == (*device, *number) => Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Err(io::Error::other(format!("{path:?} was moved, removed or replaced since it was opened"))),
+        }
     }
 
     /// What differs in `now`.
@@ -325,7 +393,24 @@ mod tests {
     use super::*;
 
     fn identity() -> Identity {
-        Identity { bytes: 1, modified: "2.000000003".to_owned(), digest: "4".to_owned() }
+        Identity { bytes: 1, modified: "2.000000003".to_owned(), digest: "4".to_owned(), found: None }
+    }
+
+    /// A VM ran whose file was replaced before, so that no process but the sender had its memory.
+    #[test]
+    fn a_file_that_was_replaced_before_run_is_not_handed_over() {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        fs::write(&file, "").unwrap();
+        let there = fs::metadata(&file).unwrap();
+        let identity = Identity { found: Some((file.clone(), there.dev(), there.ino())), ..identity() };
+        let mut record = Record::begin_clone(&dir.join("note"), &identity, "x").unwrap();
+        fs::rename(&file, dir.join("moved")).unwrap();
+        assert!(record.hand_over().unwrap_err().to_string().contains("was moved"));
+        fs::write(&file, "").unwrap();
+        assert!(record.hand_over().unwrap_err().to_string().contains("was moved"));
+        fs::rename(dir.join("moved"), &file).unwrap();
+        record.hand_over().unwrap();
     }
 
     /// A VM ran twice, from a checkpoint and from a link to it.
@@ -344,6 +429,43 @@ mod tests {
         for name in [file, link, dir.join("other")] {
             let error = Record::check_names(&name).unwrap_err().to_string();
             assert!(error.contains("has 2 names") && error.contains("--state"), "{error}");
+        }
+    }
+
+    /// A VM was told to run without a note, and started once more from the same file; and the note of that one was removed by the first.
+    #[test]
+    fn a_note_that_has_lost_its_name_hands_nothing_over_and_removes_no_other() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.join("note");
+        let mut first = Record::begin_clone(&path, &identity(), "x").unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(first.hand_over().unwrap_err().to_string().contains("was removed or replaced"));
+        let mut second = Record::begin_clone(&path, &identity(), "y").unwrap();
+        assert!(first.hand_over().is_err());
+        first.remove();
+        second.hand_over().unwrap();
+        second.remove();
+        assert!(!path.exists());
+    }
+
+    /// `--force` replaced the only memory of a guest that ran elsewhere.
+    #[test]
+    fn a_file_that_a_vm_may_need_is_not_replaced() {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        fs::write(&file, "").unwrap();
+        symlink("checkpoint", dir.join("link")).unwrap();
+        fs::write(dir.join("checkpoint.postcopy.txt"), "of the operator").unwrap();
+        for note in ["checkpoint.postcopy", "checkpoint.postcopy-7-1"] {
+            let mut record = Record::begin_clone(&dir.join(note), &identity(), "tcp:h:1").unwrap();
+            Record::check_replaceable(&file).unwrap();
+            record.hand_over().unwrap();
+            for name in [&file, &dir.join("link")] {
+                let error = Record::check_replaceable(name).unwrap_err().to_string();
+                assert!(error.contains("handed over to tcp:h:1") && error.contains(note), "{error}");
+            }
+            record.remove();
+            Record::check_replaceable(&file).unwrap();
         }
     }
 
