@@ -4,7 +4,6 @@
 //! that fails or is interrupted.
 
 use std::{
-    fs,
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
@@ -12,7 +11,7 @@ use std::{
 
 use multifd::error::Error;
 
-use crate::{image::Stop, table};
+use crate::{image::Stop, replace, table};
 
 /// Writes everything that `from` has to the new file `to`, and says so in a sentence.
 ///
@@ -28,12 +27,7 @@ fn write(from: &mut dyn Read, to: &Path, stop: &Stop) -> io::Result<u64> {
     if to.symlink_metadata().is_ok() {
         return Err(exists());
     }
-    let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // The name of the file beside it, which an error there has in it, says nothing to people.
-    fs::metadata(directory)?;
-    let mut builder = tempfile::Builder::new();
-    let builder = builder.prefix(".multifd-").permissions(PermissionsExt::from_mode(0o600));
-    let mut extracted = builder.tempfile_in(directory).map_err(|error| io::Error::from(error.kind()))?;
+    let mut extracted = replace::temporary_in(replace::directory_of(to), PermissionsExt::from_mode(0o600))?;
     let file = extracted.as_file_mut();
     let mut buf = vec![0; 1 << 20];
     let mut total = 0;

@@ -50,11 +50,23 @@ fn beside(path: &Path) -> io::Result<(PathBuf, NamedTempFile)> {
     if path.file_name().is_none() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it names no file"));
     }
-    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-    fs::metadata(directory)?;
-    let file = tempfile::Builder::new().permissions(mode()).tempfile_in(directory);
-    let file = file.map_err(|error| io::Error::from(error.kind()))?;
+    let file = temporary_in(directory_of(&path), mode())?;
     Ok((path, file))
+}
+
+/// A new file in `directory` that is removed unless it is given a name.
+///
+/// # Errors
+/// The kernel's, without the name of that file, which says nothing to people.
+pub fn temporary_in(directory: &Path, permissions: fs::Permissions) -> io::Result<NamedTempFile> {
+    fs::metadata(directory)?;
+    let file = tempfile::Builder::new().prefix(".multifd-").permissions(permissions).tempfile_in(directory);
+    file.map_err(|error| io::Error::from(error.kind()))
+}
+
+/// The directory that the file at `path` is in or would be.
+pub fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."))
 }
 
 fn mode() -> fs::Permissions {

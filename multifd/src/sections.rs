@@ -502,7 +502,7 @@ mod tests {
         }
     }
 
-    /// The state that followed was read as more of the state that was not complete, and without lengths on the wire nobody noticed.
+    /// The state that followed was read as more of the state that was not complete, and without lengths on the wire neither side noticed.
     #[test]
     fn nothing_follows_a_section_that_was_not_written_to_its_end() {
         for says_lengths in [false, true] {

@@ -285,8 +285,8 @@ pub enum Throttled {
     Unsupported,
 }
 
-/// Makes sure that a VM still has the memory that it had when it was asked first: what came since would be missing, and nobody would say
-/// so.
+/// Makes sure that a VM still has the memory that it had when it was asked first: what came since would be missing, and neither side
+/// would say so.
 ///
 /// # Errors
 /// [`Error::Vm`].

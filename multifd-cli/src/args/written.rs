@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Incoming, ObserveArgs, Origin, Verb};
-use crate::{metrics::Target, verbs};
+use crate::{metrics::Target, replace::directory_of, verbs};
 
 /// A file, and what names it.
 type Named = (&'static str, PathBuf);
@@ -77,14 +77,10 @@ fn place(path: &Path) -> PathBuf {
     // A link may lead to what is not there yet.
     for _ in 0..MOST_LINKS {
         let Ok(target) = fs::read_link(&path) else { break };
-        path = directory(&path).join(target);
+        path = directory_of(&path).join(target);
     }
     let Some(name) = path.file_name() else { return path };
-    fs::canonicalize(directory(&path)).map_or_else(|_| path.clone(), |directory| directory.join(name))
-}
-
-fn directory(path: &Path) -> &Path {
-    path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."))
+    fs::canonicalize(directory_of(&path)).map_or_else(|_| path.clone(), |directory| directory.join(name))
 }
 
 /// As the kernel's.

@@ -90,7 +90,7 @@ impl Run {
     fn start(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         let begun = self.shared.options.clock.now();
         let started = caught(|| Ok(target.start())).unwrap_or_else(|panic| {
-            // Nobody says that no vCPU has run, so the source must not resume its VM: as if this process had died.
+            // It does not say that no vCPU has run, so the source must not resume its VM: as if this process had died.
             (self.answered, self.has_the_vm) = (true, true);
             let text =
                 format!("{panic}, in the start of the VM: it may run here, so the source is not told to resume it");

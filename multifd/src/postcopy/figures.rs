@@ -31,6 +31,8 @@ pub struct Report {
     pub recoveries: u64,
     /// Pages with content that were not sent, or that the destination lacks.
     pub left: u64,
+    /// Pages with content that the destination lacked when it was last asked, in a recovery; `None` before.
+    pub lacking: Option<u64>,
     /// Bytes on main.
     pub main_bytes: u64,
     /// Bytes on the preempt connection.
@@ -62,6 +64,8 @@ pub(super) struct Figures {
     background: AtomicU64,
     prefetched: AtomicU64,
     recoveries: AtomicU64,
+    /// One more than the destination lacked when it was asked; 0 before.
+    lacking: AtomicU64,
     main_bytes: AtomicU64,
     preempt_bytes: AtomicU64,
     latencies: Mutex<Histogram>,
@@ -120,6 +124,10 @@ impl Figures {
         self.recoveries.fetch_add(1, Relaxed);
     }
 
+    pub(super) fn set_lacking(&self, pages: u64) {
+        self.lacking.store(pages + 1, Relaxed);
+    }
+
     pub(super) fn add_latency(&self, waited: Duration) {
         lock(&self.latencies).add(waited);
     }
@@ -136,6 +144,7 @@ impl Figures {
             prefetched_pages: self.prefetched.load(Relaxed),
             recoveries: self.recoveries.load(Relaxed),
             left: job.claims.count_free(job.pages.present()),
+            lacking: self.lacking.load(Relaxed).checked_sub(1),
             main_bytes: self.main_bytes.load(Relaxed),
             preempt_bytes: self.preempt_bytes.load(Relaxed),
             ram_bytes: job.pages.layout().bytes(),

@@ -37,6 +37,7 @@ impl Link<'_> {
             let claimed = |&page: &u64| job.claims.contains(page);
             HandOver::Bits(blocks.iter().flat_map(|block| block.page_range()).filter(claimed).collect())
         });
+        job.figures.set_lacking(job.claims.count_free(job.pages.present()));
         self.is_told_what_is_left();
         self.job().pages.check_unchanged()?;
         // Requests for pages that are claimed are not answered: only from here on they are right.

@@ -665,6 +665,7 @@ fn a_recovery_sends_exactly_what_is_missing() {
             assert_eq!(pages, expected);
         });
         outcome.unwrap();
+        assert_eq!(source.report().lacking, Some(3), "those of zeros do not count");
         assert_eq!(source.vm(), Whereabouts::Complete);
         assert_eq!(source.report().recoveries, 1);
     }
@@ -819,7 +820,7 @@ fn a_recovery_with_wrong_answers_leaves_a_vm_that_can_go_on() {
     ));
 }
 
-/// The stall limit was held off by anything that was said before the bitmaps: PONG and PONG again, for ever.
+/// The stall limit was held off by anything that was said before the bitmaps: PONG after PONG, without an end.
 #[test]
 fn a_recovery_is_not_kept_by_a_destination_that_says_other_things_than_bitmaps() {
     let dir = TempDir::new().unwrap();

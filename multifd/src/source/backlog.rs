@@ -124,18 +124,14 @@ impl Run {
     }
 
     /// The last round, when `transit` is what the connections hold `waited` after it.
-    ///
-    /// The last acknowledgement comes a round trip after its byte was sent, and that is no time of sending: [`Self::left`] has the
-    /// round trips of the pause. No more is taken off than was waited for.
     fn round_report(&self, dirty: &DirtyBitmap, transit: Transit, waited: Duration) -> RoundReport {
         let page_size = self.shared.ram.layout().page_size() as u64;
         let last = self.report.rounds.last().expect("a round was sent");
-        let answered = if transit.unacknowledged == 0 { transit.round_trip.min(waited) } else { Duration::ZERO };
         RoundReport {
             rounds: last.round + 1,
             sent: last.normal * page_size + self.live_state.sent(),
             wire: last.bytes,
-            took: (last.took + waited).saturating_sub(answered),
+            took: sending(last.took, waited, transit),
             limit: self.shared.live.get().max_bandwidth,
             carries: transit.carries,
             left: self.left(dirty, transit),
@@ -160,6 +156,15 @@ impl Run {
     }
 }
 
+/// How long a round was sent that took `took` until its last byte was written, when `transit` is what the connections hold `waited` after it.
+///
+/// The last acknowledgement comes a round trip after its byte was sent, and that is no time of sending: the round trips of the
+/// pause are counted by themselves. No more is taken off than was waited for.
+fn sending(took: Duration, waited: Duration, transit: Transit) -> Duration {
+    let answered = if transit.unacknowledged == 0 { transit.round_trip.min(waited) } else { Duration::ZERO };
+    (took + waited).saturating_sub(answered)
+}
+
 /// Whether no wait for what is on its way is worth it. Between hosts that is nothing at all: the last bytes may be some that were lost and
 /// that the kernel sends again only after a while. Within a host bytes are there almost at once, and only their acknowledgement
 /// may be late.
@@ -175,3 +180,21 @@ const LITTLE: u64 = 64 << 10;
 const SHORTEST_REST: Duration = Duration::from_millis(1);
 /// However long the wait is.
 const LONGEST_REST: Duration = Duration::from_millis(20);
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    /// A round trip of each round was counted twice: as sending, and among those of the pause.
+    #[test]
+    fn the_answer_to_the_last_byte_is_no_time_of_sending() {
+        let millis = Duration::from_millis;
+        let after = |waited, unacknowledged| {
+            sending(millis(5), millis(waited), Transit::new(unacknowledged, millis(100))).as_millis()
+        };
+        assert_eq!(after(150, 0), 55);
+        assert_eq!(after(30, 0), 5, "no more than was waited for");
+        assert_eq!(after(0, 0), 5);
+        assert_eq!(after(150, 1), 155, "it has not come yet");
+    }
+}

@@ -74,19 +74,25 @@ pub fn alone() -> String {
     format!("Measured on {date}, by itself and not with the rest of this page (load average {load} at its end).")
 }
 
+/// A sentence for a summary that was measured until now, if the machine was busy with other work.
+pub fn busy() -> String {
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').nth(2).and_then(|load| load.parse::<f64>().ok()).unwrap_or(0.0);
+    let sentence = "\n\nThe machine was busy with other work meanwhile; look at the spread.";
+    if load > 4.0 { sentence.to_owned() } else { String::new() }
+}
+
 /// Replaces what stands between the two markers in `README.md`, where it has them.
 fn readme(root: &Path, directory: &Path) -> Result<(), String> {
     let path = root.join("README.md");
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
     let Ok(table) = fs::read_to_string(directory.join("summary.md")) else { return Ok(()) };
     // Where these sections were measured.
-    let [rows, present, sparse] = ["summary-rows.md", "summary-present.md", "summary-sparse.md"]
-        .map(|name| fs::read_to_string(directory.join(name)).unwrap_or_default());
+    let [rows, present, sparse, busy] =
+        ["summary-rows.md", "summary-present.md", "summary-sparse.md", "summary-busy.md"]
+            .map(|name| fs::read_to_string(directory.join(name)).unwrap_or_default());
     let Some((before, rest)) = text.split_once(BEGIN) else { return Ok(()) };
     let Some((_, after)) = rest.split_once(END) else { return Ok(()) };
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = load.split(' ').nth(2).and_then(|load| load.parse::<f64>().ok()).unwrap_or(0.0);
-    let busy = if load > 4.0 { "\n\nThe machine was busy with other work meanwhile; look at the spread." } else { "" };
     let text = format!("{before}{BEGIN}\n\n{}\n{rows}{present}\n{}{busy}\n\n{END}{after}", table.trim(), sparse.trim());
     fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }

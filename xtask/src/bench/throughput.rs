@@ -12,7 +12,7 @@ use super::findings::markdown_table;
 use super::mover::{self, Destination, Source};
 use super::plot::{Series, bars};
 use super::samples::{Samples, named};
-use super::{Bench, Findings, qemu};
+use super::{Bench, Findings, page, qemu};
 
 /// What is compared, in the order in which the runs of one repetition follow each other.
 const VARIANTS: &[&str] = &[
@@ -184,6 +184,7 @@ fn describe(mib: u32, cells: &BTreeMap<(usize, u8, usize), Cell>, touches: &[Tou
     }
     describe_touches(&mut findings, mib, cells, touches);
     findings.files.push(("summary.md".to_owned(), summary(mib, cells)));
+    findings.files.push(("summary-busy.md".to_owned(), page::busy()));
     let raw = cells.iter().map(|((transport, channels, variant), cell)| {
         json!({
             "transport": TRANSPORTS[*transport], "channels": channels, "variant": VARIANTS[*variant], "mib": mib,

@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 pub use self::report::PostcopyReport;
 use self::{
-    record::Record,
+    record::{Identity, Record},
     resume::{AtTheDesk, Desk, Steers},
 };
 use crate::{
@@ -77,10 +77,12 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
     let postcopy = &args.postcopy;
     let path: PathBuf =
         postcopy.state.clone().unwrap_or_else(|| Record::place(&args.file, postcopy.clone && !postcopy.recover));
-    let begin = || Record::begin(&path, checkpoint, &args.uri.to_string());
+    let destination = args.uri.to_string();
+    let begin = || Record::begin(&path, checkpoint, &destination);
     let record = match postcopy.recover {
-        true => Record::resume(&path, checkpoint),
-        false if postcopy.clone || postcopy.state.is_some() => begin(),
+        true => Record::resume(&path, checkpoint, postcopy.state.is_some()),
+        false if postcopy.clone => Record::begin_clone(&path, || Identity::of(checkpoint), &destination),
+        false if postcopy.state.is_some() => begin(),
         false => Record::check_names(&args.file).and_then(|()| begin()),
     };
     match record {
@@ -198,6 +200,7 @@ impl Sending<'_> {
     /// say each time what is next.
     fn go_on(&mut self, mut error: Error) -> Result<(), Error> {
         let mut led = false;
+        let mut gain = Gain::default();
         while self.may_go_on(&error) {
             led |= is_paused(&error);
             self.qmp.postcopy_pauses();
@@ -222,6 +225,8 @@ impl Sending<'_> {
                 Ok(()) => return Ok(()),
                 // A destination that takes connections and no pages is not tried again and again.
                 Err(again) if self.pages_sent() == before && !led && !is_paused(&again) => return Err(again),
+                // Nor is one that says each time that it has got none of them.
+                Err(again) if gain.is_missing(self.source.report().lacking) && !led => return Err(again),
                 Err(again) => error = again,
             }
         }
@@ -295,6 +300,32 @@ impl Sending<'_> {
         }
     }
 }
+
+/// Follows whether recoveries bring the destination anything.
+#[derive(Default)]
+struct Gain {
+    /// The fewest pages that it lacked when it was asked.
+    least: Option<u64>,
+    /// Recoveries in a row after which it lacked no fewer.
+    in_vain: u32,
+}
+
+impl Gain {
+    /// Takes note of a recovery that failed, before which the destination lacked `lacking` pages, if it said so. Returns whether
+    /// recoveries bring it nothing: a connection may break before a page arrives, but not each time.
+    fn is_missing(&mut self, lacking: Option<u64>) -> bool {
+        match (self.least, lacking) {
+            (Some(least), Some(lacking)) if lacking >= least => self.in_vain += 1,
+            (_, Some(lacking)) => (self.least, self.in_vain) = (Some(lacking), 0),
+            // It was not reached, and that has a limit of its own.
+            (_, None) => {}
+        }
+        self.in_vain >= MOST_IN_VAIN
+    }
+}
+
+/// Recoveries that bring nothing, one after the other.
+const MOST_IN_VAIN: u32 = 10;
 
 /// The JSON report of what `source` has sent of `checkpoint`, which took `elapsed`.
 pub fn report_of(source: &Source, checkpoint: &Checkpoint, elapsed: Duration) -> Map<String, Value> {
@@ -371,4 +402,18 @@ pub const LOOK_THERE: &str = "That QEMU knows: if its query-migrate says complet
 /// What has a QEMU listen again.
 pub fn what_to_type(uri: &Uri) -> String {
     format!("QMP {}", json!({ "execute": "migrate-recover", "arguments": { "uri": uri.to_string() } }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A destination that said each time that it has got nothing was recovered without an end, 185 times in 10 s.
+    #[test]
+    fn recoveries_that_bring_nothing_come_to_an_end() {
+        let mut gain = Gain::default();
+        let lacking = [vec![None, Some(50)], vec![Some(50); 9], vec![Some(49), None], vec![Some(70); 9], vec![Some(1)]];
+        assert!(lacking.concat().into_iter().all(|lacking| !gain.is_missing(lacking)), "fewer each time, or not asked");
+        assert_eq!((0..20).position(|_| gain.is_missing(Some(1))), Some(9));
+    }
 }

@@ -15,7 +15,7 @@ use multifd::checkpoint::Checkpoint;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::describe;
+use crate::{describe, replace::directory_of};
 
 /// The note, locked by this process.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub struct Record {
     path: PathBuf,
     file: File,
     note: Note,
+    /// The checkpoint, locked by this process.
+    locked: Option<File>,
 }
 
 /// What the file says.
@@ -49,7 +51,7 @@ pub struct Identity {
     modified: String,
     /// SHA-256 of everything in it but the contents of pages.
     digest: String,
-    /// Where it was found, its device and its number there.
+    /// Where it was found, with its device and its number on it.
     #[serde(skip)]
     found: Option<(PathBuf, u64, u64)>,
 }
@@ -69,6 +71,12 @@ pub enum RecordError {
          --clone starts one more VM from the checkpoint; if the VM runs nowhere any more, remove {path:?}"
     )]
     HandedOver { path: PathBuf, process: u32, destination: String },
+    /// Another process has locked the file, whose note has another name.
+    #[error(
+        "another process is handing the VM in {checkpoint:?} over, by another name of the file or with another --state; --clone starts \
+         one more VM from the checkpoint"
+    )]
+    Locked { checkpoint: PathBuf },
     /// The note may be beside another name.
     #[error(
         "{checkpoint:?} has {names} names (hard links), and the note of a hand-over may be beside another one: --state names the note \
@@ -131,23 +139,30 @@ impl Record {
     /// Notes, on disk, that the VM in `checkpoint` is about to be handed over to `destination`.
     ///
     /// # Errors
-    /// [`RecordError::InUse`], [`RecordError::HandedOver`]: it was handed over before, and has not got everything.
+    /// [`RecordError::InUse`], [`RecordError::HandedOver`]: it was handed over before, and has not got everything;
+    /// [`RecordError::Locked`].
     pub fn begin(path: &Path, checkpoint: &Checkpoint, destination: &str) -> Result<Record, RecordError> {
-        Record::begin_with(path, destination, || Identity::of(checkpoint))
+        let mut record = Record::begin_clone(path, || Identity::of(checkpoint), destination)?;
+        match lock_checkpoint(checkpoint.path()) {
+            Ok(locked) => {
+                record.locked = locked;
+                Ok(record)
+            }
+            Err(error) => {
+                record.remove();
+                Err(error)
+            }
+        }
     }
 
-    /// The same for one of many VMs from the checkpoint that `identity` is of.
+    /// Notes the same for one of several VMs from a checkpoint of this `identity`.
     ///
     /// # Errors
-    /// As [`begin`](Self::begin).
-    pub fn begin_clone(path: &Path, identity: &Identity, destination: &str) -> Result<Record, RecordError> {
-        Record::begin_with(path, destination, || Ok(identity.clone()))
-    }
-
-    fn begin_with(
+    /// [`RecordError::InUse`], [`RecordError::HandedOver`].
+    pub fn begin_clone(
         path: &Path,
-        destination: &str,
         identity: impl FnOnce() -> io::Result<Identity>,
+        destination: &str,
     ) -> Result<Record, RecordError> {
         let file = locked(path, true)?;
         if let Some(note) = read(path, &file)?
@@ -158,7 +173,7 @@ impl Record {
         }
         let identity = identity().map_err(io(path, "asking for the checkpoint's times"))?;
         let note = Note::new(identity, destination);
-        let record = Record { path: path.to_owned(), file, note };
+        let record = Record { path: path.to_owned(), file, note, locked: None };
         if let Err(error) = record.write().and_then(|()| record.sync()) {
             record.remove();
             return Err(io(path, "writing it")(error));
@@ -166,11 +181,12 @@ impl Record {
         Ok(record)
     }
 
-    /// The note of the VM in `checkpoint`, which was handed over by a process that ended.
+    /// The note of the VM in `checkpoint`, which was handed over by a process that ended; it may be one of several VMs if it
+    /// `may_be_clone`.
     ///
     /// # Errors
     /// Another process is at it; it was not handed over; or the file is not the same any more.
-    pub fn resume(path: &Path, checkpoint: &Checkpoint) -> Result<Record, RecordError> {
+    pub fn resume(path: &Path, checkpoint: &Checkpoint, may_be_clone: bool) -> Result<Record, RecordError> {
         let file = match locked(path, false) {
             Err(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Err(RecordError::Nothing { path: path.to_owned() });
@@ -185,7 +201,8 @@ impl Record {
             return Err(RecordError::Changed { path: path.to_owned(), checkpoint, what });
         }
         note.process = std::process::id();
-        let record = Record { path: path.to_owned(), file, note };
+        let locked = if may_be_clone { None } else { lock_checkpoint(checkpoint.path())? };
+        let record = Record { path: path.to_owned(), file, note, locked };
         record.write().map_err(io(path, "writing it"))?;
         Ok(record)
     }
@@ -243,9 +260,8 @@ impl Record {
     pub fn check_replaceable(path: &Path) -> Result<(), RecordError> {
         let note = Record::place(path, false);
         let Some(prefix) = note.file_name() else { return Ok(()) };
-        let directory = note.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         // Those of clones have a longer name.
-        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(directory_of(&note)).into_iter().flatten().flatten() {
             let is_note = entry.file_name().as_encoded_bytes().starts_with(prefix.as_encoded_bytes());
             let opened = (is_note && entry.path().is_file()).then(|| File::open(entry.path())).and_then(Result::ok);
             let Some(file) = opened else { continue };
@@ -361,6 +377,20 @@ fn locked(path: &Path, create: bool) -> Result<File, RecordError> {
     }
 }
 
+/// The checkpoint at `path`, locked, so that no other process hands its VM over as long as this one does: one that has the file by
+/// another name looks for another note. `None` where the file system locks no file that is only read.
+fn lock_checkpoint(path: &Path) -> Result<Option<File>, RecordError> {
+    let file = File::open(path).map_err(io(path, "opening it once more"))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(RecordError::Locked { checkpoint: path.to_owned() }),
+        Err(error) => {
+            tracing::debug!(?path, %error, "the checkpoint is not locked");
+            Ok(None)
+        }
+    }
+}
+
 /// What the file says; `None` where it is empty, as it is before the first word of a process that died.
 fn read(path: &Path, file: &File) -> Result<Option<Note>, RecordError> {
     let mut bytes = Vec::new();
@@ -404,7 +434,7 @@ mod tests {
         fs::write(&file, "").unwrap();
         let there = fs::metadata(&file).unwrap();
         let identity = Identity { found: Some((file.clone(), there.dev(), there.ino())), ..identity() };
-        let mut record = Record::begin_clone(&dir.join("note"), &identity, "x").unwrap();
+        let mut record = Record::begin_clone(&dir.join("note"), || Ok(identity), "x").unwrap();
         fs::rename(&file, dir.join("moved")).unwrap();
         assert!(record.hand_over().unwrap_err().to_string().contains("was moved"));
         fs::write(&file, "").unwrap();
@@ -432,15 +462,29 @@ mod tests {
         }
     }
 
+    /// A second VM was started from a file that had got another name, or was mounted at one, while the first got its memory.
+    #[test]
+    fn a_file_is_locked_by_all_of_its_names() {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        fs::write(&file, "").unwrap();
+        let first = lock_checkpoint(&file).unwrap();
+        fs::rename(&file, dir.join("moved")).unwrap();
+        let error = lock_checkpoint(&dir.join("moved")).unwrap_err().to_string();
+        assert!(error.contains("moved") && error.contains("--clone"), "{error}");
+        drop(first);
+        assert!(lock_checkpoint(&dir.join("moved")).unwrap().is_some());
+    }
+
     /// A VM was told to run without a note, and started once more from the same file; and the note of that one was removed by the first.
     #[test]
     fn a_note_that_has_lost_its_name_hands_nothing_over_and_removes_no_other() {
         let dir = TempDir::new().unwrap();
         let path = dir.join("note");
-        let mut first = Record::begin_clone(&path, &identity(), "x").unwrap();
+        let mut first = Record::begin_clone(&path, || Ok(identity()), "x").unwrap();
         fs::remove_file(&path).unwrap();
         assert!(first.hand_over().unwrap_err().to_string().contains("was removed or replaced"));
-        let mut second = Record::begin_clone(&path, &identity(), "y").unwrap();
+        let mut second = Record::begin_clone(&path, || Ok(identity()), "y").unwrap();
         assert!(first.hand_over().is_err());
         first.remove();
         second.hand_over().unwrap();
@@ -457,7 +501,7 @@ mod tests {
         symlink("checkpoint", dir.join("link")).unwrap();
         fs::write(dir.join("checkpoint.postcopy.txt"), "of the operator").unwrap();
         for note in ["checkpoint.postcopy", "checkpoint.postcopy-7-1"] {
-            let mut record = Record::begin_clone(&dir.join(note), &identity(), "tcp:h:1").unwrap();
+            let mut record = Record::begin_clone(&dir.join(note), || Ok(identity()), "tcp:h:1").unwrap();
             Record::check_replaceable(&file).unwrap();
             record.hand_over().unwrap();
             for name in [&file, &dir.join("link")] {
@@ -475,7 +519,9 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let link = dir.join("note");
         symlink("/dev/null", &link).unwrap();
-        for error in [Record::begin_clone(&link, &identity(), "x").unwrap_err(), locked(&link, false).unwrap_err()] {
+        for error in
+            [Record::begin_clone(&link, || Ok(identity()), "x").unwrap_err(), locked(&link, false).unwrap_err()]
+        {
             assert!(error.to_string().contains("is not a file"), "{error}");
         }
         assert!(link.is_symlink());

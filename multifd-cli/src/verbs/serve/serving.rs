@@ -44,7 +44,7 @@ impl Serving<'_> {
         let begun = Instant::now();
         let mut path = self.server.notes.clone().into_os_string();
         path.push(format!("-{}", self.number));
-        let record = Record::begin_clone(&PathBuf::from(path), &self.server.identity, &self.name());
+        let record = Record::begin_clone(&PathBuf::from(path), || Ok(self.server.identity.clone()), &self.name());
         let mut record = match record {
             Ok(record) => record,
             Err(error) => return Outcome::failed(Exit::Failed, format!("{}: {error}", self.name())),
