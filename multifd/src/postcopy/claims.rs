@@ -144,6 +144,36 @@ mod tests {
         assert_eq!(unclaimed, expected);
     }
 
+    /// From each page on, also where others of its word lie before it.
+    #[test]
+    fn what_is_found_is_the_first_from_there_on() {
+        let layout = layout();
+        let claims = Claims::new(&layout).unwrap();
+        let mut present = DirtyBitmap::new(&layout);
+        let pages: Vec<u64> = layout.blocks().iter().flat_map(|block| block.page_range()).collect();
+        pages.iter().filter(|&page| page % 3 != 1).for_each(|&page| present.set(page));
+        for page in [0, 2, 3, 11, 12, 13, 62, 63, 65, 69, 129] {
+            claims.claim(page);
+        }
+        let first =
+            |from: u64, holds: &dyn Fn(u64) -> bool| pages.iter().copied().find(|&page| page >= from && holds(page));
+        for from in 0..layout.bits() + 2 {
+            let free = first(from, &|page| page % 3 != 1 && !claims.contains(page));
+            assert_eq!(claims.next_free(&present, from), free, "from {from}");
+            assert_eq!(
+                claims.next_unclaimed(&layout, from),
+                first(from, &|page| !claims.contains(page)),
+                "from {from}"
+            );
+            for end in from..=70 {
+                for claimed in [true, false] {
+                    let expected = first(from, &|page| claims.contains(page) == claimed).filter(|&page| page < end);
+                    assert_eq!(claims.first(from..end, claimed), expected, "{from}..{end}, {claimed}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_recovery_claims_what_was_received_and_frees_the_rest() {
         let layout = layout();

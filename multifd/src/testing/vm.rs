@@ -123,6 +123,12 @@ impl TestSource {
         lock(&self.calls).clone()
     }
 
+    /// How many calls there were that may fail.
+    #[cfg(not(shuttle))]
+    pub(crate) fn fallible(&self) -> usize {
+        self.fallible
+    }
+
     fn call(&mut self, name: &'static str) -> Result<(), VmError> {
         lock(&self.calls).push(name);
         let index = self.fallible;

@@ -252,8 +252,10 @@ pub(super) fn settle(guest: &mut Guest, outcome: Outcome, context: &str) -> Owne
     let started = to.calls().contains(&"start");
     let there = started && received.is_ok();
     let calls = to.calls();
-    let in_doubt = matches!(received, Err(Error::InDoubt { .. }));
-    let abandoned = calls.contains(&"prepare") && received.is_err() && !in_doubt;
+    // A destination without an answer, or whose start panicked.
+    let may_run = received.is_err() && (matches!(received, Err(Error::InDoubt { .. })) || (started && to.panics));
+    assert!(!(here && may_run), "{context}: it may run at the destination, too: {received:?}");
+    let abandoned = calls.contains(&"prepare") && received.is_err() && !may_run;
     assert_eq!(calls.iter().filter(|call| **call == "abandon").count(), usize::from(abandoned), "{context}: {calls:?}");
     assert!(!abandoned || calls.last() == Some(&"abandon"), "{context}: {calls:?}");
     let owner = match (here, there) {
@@ -298,7 +300,7 @@ pub(super) fn small() -> source::Options {
 }
 
 /// In which modes the operations are gone through: they differ in what main does.
-fn modes() -> Vec<(&'static str, source::Options)> {
+pub(super) fn modes() -> Vec<(&'static str, source::Options)> {
     let mut per_section = small();
     per_section.qemu.dialect = Dialect::PerSection;
     per_section.qemu.zero_pages = ZeroPages::Legacy;
@@ -307,7 +309,7 @@ fn modes() -> Vec<(&'static str, source::Options)> {
     vec![("per round", small()), ("per section, legacy zero pages", per_section), ("main alone", main_alone)]
 }
 
-fn print(table: &str, injected: usize, owners: &BTreeMap<Owner, usize>) {
+pub(super) fn print(table: &str, injected: usize, owners: &BTreeMap<Owner, usize>) {
     let count = |owner| owners.get(&owner).copied().unwrap_or(0);
     // A guest that nobody has, and nobody says so, fails the tests above before this is printed.
     let row = format!(

@@ -15,6 +15,7 @@ mod pause;
 mod postcopy;
 mod postcopy_recovery;
 mod prepare;
+mod random;
 mod refusals;
 mod reused_memory;
 mod set_up;
