@@ -300,6 +300,31 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_becomes_a_directory_is_left_to_it() {
+        for with_name in [false, true] {
+            let dir = TempDir::new().unwrap();
+            let path = dir.join("x");
+            fs::write(&path, "old").unwrap();
+            let mut pending = create(&path, true, with_name).unwrap();
+            fs::remove_file(&path).unwrap();
+            fs::create_dir(&path).unwrap();
+            let error = pending.publish().unwrap_err();
+            assert!(matches!(error, CheckpointError::NotAFile { .. }), "{error}");
+            assert!(path.is_dir() && !pending.is_published());
+            drop(pending);
+            assert_eq!(entries(&dir), ["x"]);
+        }
+    }
+
+    #[test]
+    fn it_is_the_kernel_that_writes_a_directory_to_disk() {
+        let dir = TempDir::new().unwrap();
+        Kernel.sync(&File::open(dir.path()).unwrap()).unwrap();
+        let (names_it, _) = directory::look(dir.path()).unwrap();
+        assert_eq!(Kernel.sync(&names_it), Err(Errno::BADF), "a descriptor that only names it");
+    }
+
+    #[test]
     fn a_directory_that_is_not_there_is_named() {
         let error = PendingFile::create(Path::new("/no/such/directory/x"), false).err().unwrap().to_string();
         assert_eq!(error, "\"/no/such/directory\": opening the directory: No such file or directory (os error 2)");

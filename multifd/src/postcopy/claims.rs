@@ -144,6 +144,14 @@ mod tests {
         assert_eq!(unclaimed, expected);
     }
 
+    #[test]
+    fn a_block_may_end_with_the_last_word() {
+        let layout = Layout::new(4096, [(BlockName::new("a").unwrap(), 64 * 4096)]).unwrap();
+        let claims = Claims::new(&layout).unwrap();
+        assert_eq!(claims.first(0..64, true), None);
+        assert_eq!(claims.first(64..64, false), None);
+    }
+
     /// From each page on, also where others of its word lie before it.
     #[test]
     fn what_is_found_is_the_first_from_there_on() {
