@@ -1,5 +1,5 @@
-//! Up to four things go wrong in one migration, anywhere: operations of connections on either side, a call of either VM, a
-//! cancel. What holds after one fault holds after several.
+//! Several things go wrong in one migration, anywhere: operations of connections on either side, a call of either VM, a
+//! cancel. What holds after one fault holds after several. Likewise connections that are lost again and again in a postcopy.
 //!
 //! `MULTIFD_FAULTS` sets how many are injected, `MULTIFD_SEED` repeats the choice of them. The order of the threads is not
 //! repeated.
@@ -16,13 +16,16 @@ use std::{
 };
 
 use fastrand::Rng;
-use test_support::time_limit;
+use test_support::{report, time_limit};
 
 use super::injected::{Attempt, Guest, Outcome, Owner, migrate, modes, print, settle};
 use crate::{
     error::Error,
     source,
-    testing::faulty::{Fault, Faults},
+    testing::{
+        faulty::{Fault, Faults},
+        handed_over::{BYTES, Original, Plan, hand_over},
+    },
 };
 
 /// Injected by every test run.
@@ -33,13 +36,9 @@ const MOST: usize = 4;
 
 #[test]
 fn any_faults_together_leave_the_guest_with_one_side() {
-    let wanted = env::var("MULTIFD_FAULTS").ok().map_or(FEW, |text| text.parse().expect("a number"));
-    let clock = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
-    let seed = env::var("MULTIFD_SEED").ok().map_or_else(clock, |text| text.parse().expect("a number"));
-    println!("seed {seed}");
+    let (wanted, seed, limit) = run();
     let lengths: Vec<_> = modes().into_iter().map(|(mode, options)| (mode, lengths(&options), options)).collect();
     let (injected, several, owners) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
-    let limit = Duration::from_secs(600) + Duration::from_millis(200) * u32::try_from(wanted).unwrap();
     time_limit(limit, || {
         thread::scope(|scope| {
             for worker in 0..AT_ONCE {
@@ -65,6 +64,36 @@ fn any_faults_together_leave_the_guest_with_one_side() {
     print(&format!("several at once, {several} migrations with more than one"), injected, &owners);
     assert!(several * 10 > wanted, "{several}");
     assert!(owners.contains_key(&Owner::Source) && owners.contains_key(&Owner::Destination), "{owners:?}");
+}
+
+#[test]
+fn a_postcopy_whose_connections_are_lost_again_and_again_brings_each_page_once() {
+    let (wanted, seed, limit) = run();
+    let mut random = Rng::with_seed(seed);
+    let (mut lost, mut recoveries, mut arrived) = (0, 0, 0);
+    time_limit(limit, || {
+        let original = Original::new();
+        while lost < wanted {
+            let asks = (0..random.usize(..8)).map(|_| [0, 1, 2, 64, 65][random.usize(..5)]).collect();
+            let cuts: Vec<usize> = (0..random.usize(1..=6)).map(|_| random.usize(..BYTES)).collect();
+            lost += cuts.len();
+            let [preempt, prefetch, one] = [(); 3].map(|()| random.bool());
+            let outcome = hand_over(&original, Plan { preempt, prefetch, asks, cuts, one, broken: None });
+            recoveries += outcome.assert_right().recoveries;
+            arrived += usize::from(outcome.arrived());
+        }
+    });
+    report("faults", &format!("postcopies: {lost} losses planned, {recoveries} recoveries, {arrived} VMs arrived"));
+    assert!(arrived > 20 && recoveries > 20, "{arrived} arrived, with {recoveries} recoveries");
+}
+
+/// How many faults to inject, the seed, and how long that may take.
+fn run() -> (usize, u64, Duration) {
+    let wanted = env::var("MULTIFD_FAULTS").ok().map_or(FEW, |text| text.parse().expect("a number"));
+    let clock = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let seed = env::var("MULTIFD_SEED").ok().map_or_else(clock, |text| text.parse().expect("a number"));
+    println!("seed {seed}");
+    (wanted, seed, Duration::from_secs(600) + Duration::from_millis(200) * u32::try_from(wanted).unwrap())
 }
 
 /// How many operations each connection has at each side, the source first, where nothing goes wrong.
