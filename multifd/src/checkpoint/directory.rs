@@ -370,3 +370,41 @@ fn link_of(file: &File) -> String {
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// How often a name that appears and disappears is tried.
 const ATTEMPTS: usize = 16;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::fs;
+
+    use test_support::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn a_name_without_a_directory_is_in_this_one() {
+        assert_eq!(parent(Path::new("x")), Path::new("."));
+        assert_eq!(parent(Path::new("d/x")), Path::new("d"));
+        assert_eq!(parent(Path::new("/x")), Path::new("/"));
+    }
+
+    #[test]
+    fn a_link_is_looked_at_and_not_followed() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.join("file"), "x").unwrap();
+        std::os::unix::fs::symlink("file", dir.join("link")).unwrap();
+        let is_file = |name: &str| look(&dir.join(name)).unwrap().1;
+        assert_eq!([is_file("file"), is_file("link")], [true, false]);
+    }
+
+    #[test]
+    fn a_file_has_the_names_that_lead_to_it() {
+        let dir = TempDir::new().unwrap();
+        for name in ["a", "b"] {
+            fs::write(dir.join(name), "x").unwrap();
+        }
+        let directory = Directory::open(dir.path()).unwrap();
+        let file = File::open(dir.join("a")).unwrap();
+        let called = |name: &str| directory.is_called(&file, OsStr::new(name));
+        assert_eq!([called("a"), called("b"), called("none")], [true, false, false]);
+        assert!(called(&"x".repeat(300)), "it cannot be told");
+    }
+}

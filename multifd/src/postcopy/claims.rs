@@ -165,6 +165,8 @@ mod tests {
         }
         let first =
             |from: u64, holds: &dyn Fn(u64) -> bool| pages.iter().copied().find(|&page| page >= from && holds(page));
+        let free = pages.iter().filter(|&&page| page % 3 != 1 && !claims.contains(page)).count();
+        assert_eq!(claims.count_free(&present), free as u64);
         for from in 0..layout.bits() + 2 {
             let free = first(from, &|page| page % 3 != 1 && !claims.contains(page));
             assert_eq!(claims.next_free(&present, from), free, "from {from}");

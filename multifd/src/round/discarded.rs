@@ -111,8 +111,11 @@ mod tests {
         let refused =
             |block: &BlockLayout, offset| Err(Violation::PageNotMissing { block: block.name().clone(), offset });
         assert_eq!(discarded.claim(ram, PAGE), refused(ram, PAGE), "it was not discarded");
+        assert!(!discarded.lacks(1) && !discarded.lacks(5));
         for page in (2..5).chain(100..200) {
+            assert!(discarded.lacks(page));
             discarded.claim(ram, page * PAGE).unwrap();
+            assert!(!discarded.lacks(page));
             assert_eq!(discarded.claim(ram, page * PAGE), refused(ram, page * PAGE), "it has come");
         }
         for page in 0..3 {
