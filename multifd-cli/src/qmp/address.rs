@@ -83,8 +83,11 @@ fn by_channel(channel: Value) -> Result<Origin, CommandError> {
     let place = match required(&mut address, "transport")?.as_str() {
         "socket" => socket(&mut address)?,
         "file" => {
-            let path = required(&mut address, "filename")?.into();
-            Origin::File { path, offset: address.number("offset")?.unwrap_or(0) }
+            let path = required(&mut address, "filename")?;
+            if path.is_empty() {
+                return Err(CommandError::generic("Parameter 'filename' expects a path"));
+            }
+            Origin::File { path: path.into(), offset: address.number("offset")?.unwrap_or(0) }
         }
         protocol @ ("exec" | "rdma") => return Err(no_protocol(protocol)),
         other => return Err(no_value("transport", other)),
@@ -111,7 +114,7 @@ fn socket(address: &mut Arguments) -> Result<Origin, CommandError> {
                 return Err(not_here("abstract"));
             }
             address.flag("tight")?;
-            Ok(Origin::Uri(Uri::Unix(path.into())))
+            origin(&format!("unix:{path}")).map_err(CommandError::generic)
         }
         "fd" => {
             let name = required(address, "str")?;
@@ -217,6 +220,9 @@ mod tests {
             (json!({ "transport": "socket", "type": "vsock", "cid": "2" }), "'port' is missing"),
             (json!({ "transport": "socket", "type": "vsock", "cid": "me", "port": "1" }), "two numbers"),
             (json!({ "transport": "socket", "type": "vsock", "cid": "1:2", "port": "1" }), "two numbers"),
+            (json!({ "transport": "socket", "type": "unix", "path": "x".repeat(108) }), "at most 107 bytes"),
+            (json!({ "transport": "socket", "type": "unix", "path": "" }), "a path after the colon"),
+            (json!({ "transport": "file", "filename": "" }), "expects a path"),
             (json!({ "transport": "file", "filename": "x", "offset": -1 }), "uint64"),
             (json!({ "transport": "file", "filename": "x", "foo": 1 }), "'foo' is unexpected"),
         ] {
