@@ -38,6 +38,11 @@ impl PatientConnector {
         let connector = tls.connector(uri)?.into();
         Ok(PatientConnector { uri: uri.clone(), connector, limit, is_connected: Arc::default() })
     }
+
+    /// Whether the destination has taken a connection.
+    pub fn is_connected(&self) -> bool {
+        self.is_connected.load(SeqCst)
+    }
 }
 
 impl PatientConnector {
@@ -86,7 +91,7 @@ impl Pending for PatientPending {
                 }
                 Err(error) => error,
             };
-            let refused = self.connector.may_come(&error) && !self.connector.is_connected.load(SeqCst);
+            let refused = self.connector.may_come(&error) && !self.connector.is_connected();
             let over = deadline.is_some_and(|deadline| Instant::now() + PAUSE > deadline);
             if over && (refused || error.kind() == io::ErrorKind::TimedOut) {
                 let message = format!("{error}; tried for {:.1} s (--connect-timeout)", begun.elapsed().as_secs_f64());

@@ -2,7 +2,7 @@
 
 mod common;
 
-use multifd_proto::Codec;
+use multifd_proto::{Codec, return_path::Message};
 use std::{
     fs,
     io::{Read, Write},
@@ -189,4 +189,53 @@ fn a_vm_that_was_not_handed_over_does_not_go_on() {
         fs::write(&path, note).unwrap();
         vm.refused("--postcopy", "was handed over to unix:");
     });
+}
+
+/// It said that the VM is at the destination and nothing is lost, of a sender that had not heard that from anybody; and a recovery that
+/// finds nobody took `--recover-timeout` on top of `--connect-timeout`, which was not for that.
+#[test]
+fn a_recovery_that_finds_nobody_says_no_more_than_the_note_knows_and_ends() {
+    time_limit(LIMIT, || {
+        let vm = HandedOver::new();
+        let nobody = |status: i64, what: &str| {
+            let how = "send --json --recover --connect-timeout 100ms --recover-timeout 1000h";
+            let output = run(&format!("{how} {} unix:{}", vm.file.display(), vm.dir.join("nowhere").display()));
+            let report = json(&output.stdout);
+            assert_eq!(i64::from(exit_code(&output)), status, "{report}");
+            assert!(report["error"].as_str().unwrap().contains(what), "{report}");
+            assert!(report["state"].as_str().unwrap().ends_with("checkpoint.postcopy"), "{report}");
+        };
+        // The sender was killed before it was told that the VM was loaded; and a note of another boot says nothing at all.
+        nobody(7, "may have been told to run the VM");
+        let note = vm.note();
+        let before = note.replace("\"handed-over\": 1", "\"handed-over\": 0");
+        let (begin, end) = before.split_once("\"boot\": \"").unwrap();
+        let other_boot = format!("{begin}\"boot\": \"x{end}");
+        fs::write(vm.dir.join("checkpoint.postcopy"), other_boot).unwrap();
+        nobody(7, "may have been told to run the VM");
+        // A recovery that the destination answers is certain, and notes it.
+        let listener = UnixListener::bind(vm.dir.join("again")).unwrap();
+        let uri = format!("unix:{}", vm.dir.join("again").display());
+        let command = format!("send --json --recover --recover-timeout 0 {} {uri}", vm.file.display());
+        let sender = multifd(&command).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut destination = accept(&listener);
+        read_until(&mut destination, RECOVERY);
+        destination.write_all(&lacks_everything(&vm.file)).unwrap();
+        read_until(&mut destination, b"\x08\0\x09\0\0");
+        drop((destination, listener));
+        assert_eq!(exit_code(&sender.wait_with_output().unwrap()), 8);
+        assert!(vm.note().contains("\"loaded\": 1"));
+        nobody(8, "the VM is at the destination");
+    });
+}
+
+/// What a destination says that has no page of the VM in `file`.
+fn lacks_everything(file: &Path) -> Vec<u8> {
+    let checkpoint = multifd::checkpoint::Checkpoint::open(file).unwrap();
+    let mut bytes = Vec::new();
+    for block in checkpoint.blocks() {
+        Message::RecvBitmap { block: block.name.clone() }.encode(&mut bytes);
+        multifd_proto::postcopy::received::encode(block.bytes / 4096, std::iter::empty(), &mut bytes);
+    }
+    bytes
 }

@@ -13,7 +13,10 @@ use multifd::{checkpoint::Checkpoint, error::Error, transport::uri::Uri};
 use multifd_qmp::Status;
 use serde_json::{Value, json};
 
-use super::{postcopy, send};
+use super::{
+    postcopy::{self, There, record::Record},
+    send,
+};
 use crate::{
     args::{RestoreArgs, SendArgs},
     describe,
@@ -181,7 +184,9 @@ fn migrate(
     }
     let args = as_send(args, uri, look);
     if args.postcopy.is_asked_for() {
-        let sent = postcopy::run(&args, checkpoint);
+        // Nothing is left of a private directory when this ends, so QEMU cannot listen there again.
+        let again = if meeting.is_private() { Uri::Unix("PATH".into()) } else { args.uri.clone() };
+        let sent = postcopy::run(&args, checkpoint, There { again, has_ended: &mut || has_ended(monitor) });
         monitor.put_in_order();
         return Ok(settle(sent, monitor, meeting, &args.file));
     }
@@ -258,17 +263,32 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
             let doubt = sent.error.take().unwrap_or_default();
             sent.exit = Exit::Done;
             sent.text = format!("restored {}; QEMU says so on its monitor ({doubt})\n", file.display());
+            forget_hand_over(&mut sent);
             sent.report.insert("confirmed-by".to_owned(), "qmp".into());
             if let Ok(state) = monitor.run_state() {
                 sent.report.insert("guest-state".to_owned(), state.into());
             }
         }
-        // It never started its guest.
         (exit, Ok((Status::Failed | Status::Cancelled, answer))) => {
             let reason = monitor::reason(&answer, meeting);
             let was = sent.error.take().map_or_else(String::new, |error| format!(" ({error})"));
+            // Until it has loaded everything, its guest is one that waits for a VM.
+            let state = sent.report.contains_key("state").then(|| monitor.run_state());
+            let was = match state {
+                None => was,
+                Some(Ok(state)) if state == "inmigrate" => {
+                    forget_hand_over(&mut sent);
+                    String::new()
+                }
+                Some(state) => {
+                    let guest = state.unwrap_or_else(|refusal| format!("not known ({refusal})"));
+                    sent.error =
+                        Some(format!("QEMU says that its migration has failed: {reason}; its guest is {guest}{was}"));
+                    return sent;
+                }
+            };
             sent.error = Some(format!("QEMU could not load the VM: {reason}{was}. {START_AGAIN}"));
-            sent.exit = if matches!(exit, Exit::Done | Exit::InDoubt) { Exit::Failed } else { exit };
+            sent.exit = if matches!(exit, Exit::Done | Exit::InDoubt | Exit::Incomplete) { Exit::Failed } else { exit };
         }
         (Exit::Done, Ok((status, _))) => {
             let message = format!("everything was sent, but QEMU does not end the migration ({status:?})");
@@ -293,6 +313,28 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
     sent
 }
 
+/// Whether QEMU, to which the connection broke, has ended its migration. It learns of that about when we do.
+fn has_ended(monitor: &mut Monitor) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < BREAK_LIMIT {
+        match monitor.migration() {
+            Ok((status, _)) if status.is_final() => return true,
+            Ok((Status::PostcopyPaused, _)) => return false,
+            Ok(_) => thread::sleep(POLL_INTERVAL),
+            Err(refusal) => return refusal.gone,
+        }
+    }
+    false
+}
+
+/// QEMU knows where the VM is, so the note of a hand-over in doubt has served its purpose.
+fn forget_hand_over(sent: &mut Outcome) {
+    let note = sent.report.get("state").and_then(Value::as_str).map(Path::new);
+    if note.is_some_and(Record::settle) {
+        sent.report.remove("state");
+    }
+}
+
 /// Waits until QEMU has ended its migration, or a time is over.
 ///
 /// # Errors
@@ -314,5 +356,7 @@ fn is_uuid(text: &str) -> bool {
 
 /// What to do with a QEMU that has been told to wait for a VM, and has not got it.
 const START_AGAIN: &str = "This QEMU takes no second migration: end it with quit, and start it again";
+/// How long a QEMU may take to notice that the connection is gone.
+const BREAK_LIMIT: Duration = Duration::from_secs(2);
 /// How long a QEMU may take to end a migration that is over.
 const END_LIMIT: Duration = Duration::from_secs(10);

@@ -12,7 +12,7 @@ use multifd::{
 };
 use multifd_proto::machine::{MachineDefaults, ZeroPages};
 
-use super::postcopy;
+use super::postcopy::{self, There};
 use crate::{
     advice,
     args::{OutputArgs, SendArgs},
@@ -35,7 +35,8 @@ pub fn run(args: &SendArgs) -> Outcome {
         Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
     if args.postcopy.is_asked_for() {
-        return postcopy::run(args, &checkpoint);
+        let there = There { again: args.uri.clone(), has_ended: &mut || false };
+        return postcopy::run(args, &checkpoint, there);
     }
     if let Err(refused) = check_memory(&args.file, args.ignore_shared, &checkpoint) {
         return Outcome::failed(refused.0, refused.1);

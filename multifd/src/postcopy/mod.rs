@@ -178,6 +178,16 @@ impl Source {
         })
     }
 
+    /// Says where the VM is that another process has handed over, for [`recover`](Self::recover): [`There`](Whereabouts::There) only
+    /// where that process knew it. A source that is not told takes it for [in doubt](Whereabouts::InDoubt).
+    ///
+    /// # Panics
+    /// If this source has handed it over itself, or has begun to recover.
+    pub fn set_vm(&mut self, vm: Whereabouts) {
+        assert_eq!(self.vm, Whereabouts::Here, "this source knows where the VM is");
+        self.vm = vm;
+    }
+
     /// Goes on after connections broke, here or in another process: asks the destination, which listens again, what it lacks,
     /// and sends that.
     ///
@@ -185,9 +195,11 @@ impl Source {
     /// [`Error::Incomplete`] or [`Error::Unacknowledged`] with the first thing that went wrong; [`Error::InDoubt`] where the
     /// VM was [in doubt](Whereabouts::InDoubt) and the destination did not say what it lacks. It may be called again.
     pub fn recover(&mut self, to: &dyn Connect) -> Result<(), Error> {
-        // A process that has not handed it over itself is told so by its caller.
-        if self.vm != Whereabouts::InDoubt {
-            self.vm = Whereabouts::There;
+        match self.vm {
+            Whereabouts::Here => self.vm = Whereabouts::InDoubt,
+            // It would not listen again if it had everything.
+            Whereabouts::Complete => self.vm = Whereabouts::There,
+            Whereabouts::InDoubt | Whereabouts::There => {}
         }
         self.job.figures.add_recovery();
         self.attempt(to, |link| {

@@ -805,7 +805,9 @@ fn a_recovery_with_wrong_answers_leaves_a_vm_that_can_go_on() {
     ];
     for (destination, what) in cases {
         let dir = TempDir::new().unwrap();
-        let recovered = recovers(source(&checkpoint(&dir), Options::default()), |listener| {
+        let mut source = source(&checkpoint(&dir), Options::default());
+        source.set_vm(Whereabouts::There);
+        let recovered = recovers(source, |listener| {
             let mut main = Incoming::accept(listener);
             main.expect(&recovery());
             destination(&mut main);
@@ -825,7 +827,9 @@ fn a_recovery_with_wrong_answers_leaves_a_vm_that_can_go_on() {
 fn a_recovery_is_not_kept_by_a_destination_that_says_other_things_than_bitmaps() {
     let dir = TempDir::new().unwrap();
     let options = Options { stall_limit: Some(Duration::from_millis(500)), ..Options::default() };
-    let recovered = recovers(source(&checkpoint(&dir), options), |listener| {
+    let mut source = source(&checkpoint(&dir), options);
+    source.set_vm(Whereabouts::There);
+    let recovered = recovers(source, |listener| {
         let mut main = Incoming::accept(listener);
         main.expect(&recovery());
         let mut pongs = Vec::new();
@@ -836,18 +840,25 @@ fn a_recovery_is_not_kept_by_a_destination_that_says_other_things_than_bitmaps()
     assert!(matches!(reason, Error::Stalled { .. }), "{reason}");
 }
 
-/// Nothing listens: the VM is where it was said to be.
+/// Nothing listens: the VM is where it was said to be, and a source that was not told where that is does not know. It said that
+/// nothing is lost, of a VM of which it had not heard.
 #[test]
-fn a_recovery_that_finds_nobody_leaves_a_vm_that_can_go_on() {
+fn a_recovery_that_finds_nobody_leaves_a_vm_where_it_was_said_to_be() {
     let dir = TempDir::new().unwrap();
-    let mut source = source(&checkpoint(&dir), Options::default());
     let (listener, connector): (MemoryListener, MemoryConnector) = memory::listener(ROOM);
     drop(listener);
-    let error = source.recover(&connector).unwrap_err();
-    assert!(
-        matches!(&error, Error::Incomplete { left: None, reason } if matches!(**reason, Error::Io { .. })),
-        "{error:?}"
-    );
+    for told in [None, Some(Whereabouts::InDoubt), Some(Whereabouts::There)] {
+        let mut source = source(&checkpoint(&dir), Options::default());
+        told.into_iter().for_each(|vm| source.set_vm(vm));
+        let error = source.recover(&connector).unwrap_err();
+        assert_eq!(source.vm(), told.unwrap_or(Whereabouts::InDoubt));
+        let reason = match (told, error) {
+            (Some(Whereabouts::There), Error::Incomplete { left: None, reason }) => reason,
+            (None | Some(Whereabouts::InDoubt), Error::InDoubt { reason }) => reason,
+            (_, error) => panic!("{told:?}: {error:?}"),
+        };
+        assert!(matches!(*reason, Error::Io { .. }), "{reason:?}");
+    }
 }
 
 /// Writes a checkpoint of one block of `bytes` of which its first page has content, and the file as little.

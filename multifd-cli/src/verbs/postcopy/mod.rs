@@ -41,8 +41,16 @@ use crate::{
     units::Limit,
 };
 
+/// What is known of a destination beside its connections.
+pub struct There<'a> {
+    /// Where it may listen once this process has ended.
+    pub again: Uri,
+    /// Asked when a connection broke: whether it will not listen again.
+    pub has_ended: &'a mut dyn FnMut() -> bool,
+}
+
 /// Hands the VM in `checkpoint` over, or goes on with one that was.
-pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
+pub fn run<'a>(args: &'a SendArgs, checkpoint: &'a Checkpoint, there: There<'a>) -> Outcome {
     if let Some(refused) = refused(args, checkpoint) {
         return Outcome::failed(Exit::Usage, refused);
     }
@@ -87,8 +95,11 @@ pub fn run(args: &SendArgs, checkpoint: &Checkpoint) -> Outcome {
     };
     match record {
         Ok(record) => {
+            if postcopy.recover {
+                source.set_vm(record.vm());
+            }
             let (qmp, to, begun) = (qmp.clone(), args.uri.clone(), Instant::now());
-            Sending { args, checkpoint, source, record, qmp, desk, to, begun }.run()
+            Sending { args, checkpoint, source, record, qmp, desk, to, there, reached: false, begun }.run()
         }
         Err(error) => {
             qmp.finish_as(End::Failed(error.to_string()), RunState::Paused);
@@ -145,6 +156,9 @@ struct Sending<'a> {
     desk: Arc<Desk>,
     /// Where the destination is.
     to: Uri,
+    there: There<'a>,
+    /// A destination has taken a connection.
+    reached: bool,
     begun: Instant,
 }
 
@@ -185,15 +199,19 @@ impl Sending<'_> {
     fn hand_over(&mut self) -> Result<(), Error> {
         let connector = self.connector(self.args.transfer.connect_timeout)?;
         let (record, qmp) = (&mut self.record, &self.qmp);
-        self.source.hand_over(&connector, &mut || {
+        let sent = self.source.hand_over(&connector, &mut || {
             qmp.hands_over();
             Ok(record.hand_over()?)
-        })
+        });
+        self.reached |= connector.is_connected();
+        sent
     }
 
     fn recover(&mut self, limit: Limit<Duration>) -> Result<(), Error> {
         let connector = self.connector(limit)?;
-        self.source.recover(&connector)
+        let recovered = self.source.recover(&connector);
+        self.reached |= connector.is_connected();
+        recovered
     }
 
     /// Tries again while the destination listens again and takes pages. Once a client has paused it, or said where to go on, clients
@@ -201,7 +219,7 @@ impl Sending<'_> {
     fn go_on(&mut self, mut error: Error) -> Result<(), Error> {
         let mut led = false;
         let mut gain = Gain::default();
-        while self.may_go_on(&error) {
+        while self.may_go_on(&error) && !(self.there.has_ended)() {
             led |= is_paused(&error);
             self.qmp.postcopy_pauses();
             let limit = match (self.next_place(&error, led), self.args.postcopy.recovery_limit()) {
@@ -210,6 +228,8 @@ impl Sending<'_> {
                     self.args.transfer.connect_timeout
                 }
                 (None, Limit(Some(Duration::ZERO))) => break,
+                // It was waited for already (--connect-timeout).
+                (None, _) if !self.reached && !led => break,
                 (None, _) if led => break,
                 (None, limit) => {
                     tracing::warn!(
@@ -276,14 +296,12 @@ impl Sending<'_> {
             let written = lists::write(list, &self.source.faults(), self.checkpoint.machine());
             written.err().map(|error| format!("{list:?}: {error}"))
         });
-        let Sending { args, source, record, checkpoint, .. } = self;
+        let Sending { args, source, record, checkpoint, there, .. } = self;
         let state = record.path().display().to_string();
-        match source.vm() {
-            Whereabouts::Here | Whereabouts::Complete => record.remove(),
-            Whereabouts::InDoubt | Whereabouts::There => {
-                report.insert("state".to_owned(), state.clone().into());
-            }
+        if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
+            report.insert("state".to_owned(), state.clone().into());
         }
+        record.leave(source.vm());
         let text = PostcopyReport::from(&source.report()).text();
         match (error, unwritten) {
             (None, None) => Outcome::done(report, summary(args, checkpoint, &text)),
@@ -294,7 +312,8 @@ impl Sending<'_> {
             }
             (Some(error), unwritten) => {
                 let unwritten = unwritten.map(|message| format!("; the list of pages could not be written: {message}"));
-                let message = format!("{error}{}{}", advice(&error, args, &state), unwritten.unwrap_or_default());
+                let message =
+                    format!("{error}{}{}", advice(&error, args, &there.again, &state), unwritten.unwrap_or_default());
                 Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
             }
         }
@@ -365,12 +384,12 @@ fn is_paused(error: &Error) -> bool {
 }
 
 /// What to do now, where there is something to do.
-fn advice(error: &Error, args: &SendArgs, state: &str) -> String {
+fn advice(error: &Error, args: &SendArgs, again: &Uri, state: &str) -> String {
     let recover = || {
         let preempt = if args.postcopy.preempt { " --preempt" } else { "" };
         let default = Record::place(&args.file, false).display().to_string();
         let state = if state == default { String::new() } else { format!(" --state {state}") };
-        format!("{}, then: multifd send {} URI --recover{preempt}{state}", what_to_type(&args.uri), args.file.display())
+        format!("{}, then: multifd send {} URI --recover{preempt}{state}", what_to_type(again), args.file.display())
     };
     match error {
         Error::Incomplete { .. } => format!(
@@ -379,8 +398,9 @@ fn advice(error: &Error, args: &SendArgs, state: &str) -> String {
             recover()
         ),
         Error::InDoubt { .. } => format!(
-            ". It was told to run the VM and has not said that it did. If that QEMU is there (status postcopy-paused): {}. If \
+            ". It {} to run the VM and has not said that it did. If that QEMU is there (status postcopy-paused): {}. If \
              it has ended, remove {state} and start again",
+            if args.postcopy.recover { "may have been told" } else { "was told" },
             recover()
         ),
         Error::Unacknowledged { .. } => {

@@ -6,12 +6,14 @@
 
 use std::{
     fs::{self, File},
+    hash::{BuildHasher, RandomState},
     io::{self, Read},
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
-use multifd::checkpoint::Checkpoint;
+use multifd::{checkpoint::Checkpoint, postcopy::Whereabouts};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +37,9 @@ struct Note {
     about: String,
     /// 1 once the destination may run the VM. A digit, so that the length stays.
     handed_over: u8,
+    /// 1 once the destination is known to have loaded the VM. Notes of an older version do not say.
+    #[serde(default)]
+    loaded: u8,
     destination: String,
     process: u32,
     /// Of this boot of the host: what was not on disk when it ended is not known. Empty where there is no /proc to tell.
@@ -114,15 +119,22 @@ pub enum RecordError {
 
 impl Record {
     /// The default place for the note beside `checkpoint`, or beside the file that a symbolic link leads to, which has one note by
-    /// all of its names: one of its own for a clone.
+    /// all of its names: one of its own for a clone, see [`for_clones`](Record::for_clones).
     pub fn place(checkpoint: &Path, clone: bool) -> PathBuf {
         let leads_to = if checkpoint.is_symlink() { fs::canonicalize(checkpoint).ok() } else { None };
         let mut name = leads_to.unwrap_or_else(|| checkpoint.to_owned()).into_os_string();
         name.push(".postcopy");
         if clone {
-            name.push(format!("-{}", std::process::id()));
+            name.push(Record::for_clones());
         }
         name.into()
+    }
+
+    /// What the name of a note of this process has that no other has, `-PID-XXXXXXXX`: in a container each process may have the same
+    /// number, and notes outlive it.
+    pub fn for_clones() -> String {
+        let random = RandomState::new().hash_one(SystemTime::now());
+        format!("-{}-{:08x}", std::process::id(), random as u32)
     }
 
     /// That a note beside `checkpoint` is the only one.
@@ -225,6 +237,23 @@ impl Record {
         self.write()
     }
 
+    /// Notes where the VM is when a sender ends: only a destination that has loaded it is certain to have it.
+    pub fn leave(mut self, vm: Whereabouts) {
+        match vm {
+            Whereabouts::Here | Whereabouts::Complete => return self.remove(),
+            Whereabouts::InDoubt => return,
+            Whereabouts::There => self.note.loaded = 1,
+        }
+        if let Err(error) = self.write() {
+            tracing::warn!(path = ?self.path, %error, "the note of the hand-over says less than is known");
+        }
+    }
+
+    /// Where the VM of a process that ended is, as far as its note says.
+    pub fn vm(&self) -> Whereabouts {
+        if self.note.loaded == 1 { Whereabouts::There } else { Whereabouts::InDoubt }
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -240,6 +269,19 @@ impl Record {
         };
         if let Err(error) = removed {
             tracing::warn!(path = ?self.path, %error, "the note of the hand-over could not be removed");
+        }
+    }
+
+    /// Removes the note at `path` that this process has left, once it is certain that no VM needs the file. Returns whether it is gone.
+    pub fn settle(path: &Path) -> bool {
+        let ours = locked(path, false).and_then(|file| Ok((read(path, &file)?, file)));
+        match ours {
+            Ok((Some(note), file)) if note.process == std::process::id() => {
+                Record { path: path.to_owned(), file, note, locked: None }.remove();
+                !path.exists()
+            }
+            // Another process goes on with it already.
+            Ok(_) | Err(_) => false,
         }
     }
 
@@ -297,6 +339,7 @@ impl Note {
             about: "the VM in the checkpoint beside this was handed over by multifd send --postcopy; see --recover"
                 .to_owned(),
             handed_over: 0,
+            loaded: 0,
             destination: destination.to_owned(),
             process: std::process::id(),
             boot: boot(),
@@ -453,6 +496,10 @@ mod tests {
         let same = |path: PathBuf| path.parent().unwrap().canonicalize().unwrap().join(path.file_name().unwrap());
         assert_eq!(same(Record::place(&file, false)), same(Record::place(&link, false)));
         assert_eq!(Record::place(Path::new("none"), false), Path::new("none.postcopy"));
+        // A process in a container has the number of the one before, whose note may still be there.
+        let clones = [(); 2].map(|()| Record::place(Path::new("none"), true));
+        assert_ne!(clones[0], clones[1]);
+        assert!(clones[0].to_str().unwrap().starts_with(&format!("none.postcopy-{}-", std::process::id())));
         Record::check_names(&link).unwrap();
         // A hard link is as good a name as the first, and nothing leads from one to the other.
         fs::hard_link(&file, dir.join("other")).unwrap();
@@ -500,7 +547,7 @@ mod tests {
         fs::write(&file, "").unwrap();
         symlink("checkpoint", dir.join("link")).unwrap();
         fs::write(dir.join("checkpoint.postcopy.txt"), "of the operator").unwrap();
-        for note in ["checkpoint.postcopy", "checkpoint.postcopy-7-1"] {
+        for note in ["checkpoint.postcopy", "checkpoint.postcopy-7-1", "checkpoint.postcopy-1-5f3a9c21-1"] {
             let mut record = Record::begin_clone(&dir.join(note), || Ok(identity()), "tcp:h:1").unwrap();
             Record::check_replaceable(&file).unwrap();
             record.hand_over().unwrap();

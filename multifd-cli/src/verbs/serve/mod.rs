@@ -31,7 +31,10 @@ use self::{
     tls::Tls,
 };
 use super::{
-    postcopy::{lists, record::Identity},
+    postcopy::{
+        lists,
+        record::{Identity, Record},
+    },
     send,
 };
 use crate::{
@@ -130,10 +133,10 @@ fn options(args: &ServeArgs, checkpoint: &Checkpoint) -> Result<Options, String>
     Ok(options)
 }
 
-/// `FILE.postcopy-PID`, in the directory that was asked for.
+/// `FILE.postcopy` and [what other processes do not have](Record::for_clones), in the directory that was asked for.
 fn notes(args: &ServeArgs) -> PathBuf {
     let mut name = args.file.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".postcopy-{}", std::process::id()));
+    name.push(format!(".postcopy{}", Record::for_clones()));
     args.state.as_deref().or(args.file.parent()).unwrap_or(Path::new("")).join(name)
 }
 

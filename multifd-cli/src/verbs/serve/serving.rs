@@ -80,12 +80,10 @@ impl Serving<'_> {
     fn conclude(&self, source: &Source, record: Record, begun: Instant, error: Option<Error>) -> Outcome {
         let mut report: Map<String, Value> = report_of(source, &self.server.checkpoint, begun.elapsed());
         let state = record.path().display().to_string();
-        match source.vm() {
-            Whereabouts::Here | Whereabouts::Complete => record.remove(),
-            Whereabouts::InDoubt | Whereabouts::There => {
-                report.insert("state".to_owned(), state.clone().into());
-            }
+        if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
+            report.insert("state".to_owned(), state.clone().into());
         }
+        record.leave(source.vm());
         let Some(error) = error else {
             let figures = PostcopyReport::from(&source.report()).text();
             return Outcome::done(report, format!("{} has everything\n{figures}", self.name()));
