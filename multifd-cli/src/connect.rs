@@ -20,6 +20,8 @@ pub struct PatientConnector {
     uri: Uri,
     connector: Arc<dyn Connect + Send + Sync>,
     limit: Limit<Duration>,
+    /// The option that sets it.
+    limited_by: &'static str,
     is_connected: Arc<AtomicBool>,
 }
 
@@ -36,7 +38,18 @@ impl PatientConnector {
     /// As [`TlsArgs::connector`].
     pub fn new(uri: &Uri, tls: &TlsArgs, limit: Limit<Duration>) -> io::Result<PatientConnector> {
         let connector = tls.connector(uri)?.into();
-        Ok(PatientConnector { uri: uri.clone(), connector, limit, is_connected: Arc::default() })
+        Ok(PatientConnector {
+            uri: uri.clone(),
+            connector,
+            limit,
+            limited_by: "--connect-timeout",
+            is_connected: Arc::default(),
+        })
+    }
+
+    /// The same, where `option` sets the limit.
+    pub fn limited_by(self, option: &'static str) -> PatientConnector {
+        PatientConnector { limited_by: option, ..self }
     }
 
     /// Whether the destination has taken a connection.
@@ -94,7 +107,8 @@ impl Pending for PatientPending {
             let refused = self.connector.may_come(&error) && !self.connector.is_connected();
             let over = deadline.is_some_and(|deadline| Instant::now() + PAUSE > deadline);
             if over && (refused || error.kind() == io::ErrorKind::TimedOut) {
-                let message = format!("{error}; tried for {:.1} s (--connect-timeout)", begun.elapsed().as_secs_f64());
+                let (tried, option) = (begun.elapsed().as_secs_f64(), self.connector.limited_by);
+                let message = format!("{error}; tried for {tried:.1} s ({option})");
                 return Err(io::Error::new(error.kind(), message));
             }
             if !refused || self.attempts.is_stopped_within(PAUSE) {

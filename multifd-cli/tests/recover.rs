@@ -205,7 +205,7 @@ fn a_recovery_that_finds_nobody_says_no_more_than_the_note_knows_and_ends() {
             assert!(report["error"].as_str().unwrap().contains(what), "{report}");
             assert!(report["state"].as_str().unwrap().ends_with("checkpoint.postcopy"), "{report}");
         };
-        // The sender was killed before it was told that the VM was loaded; and a note of another boot says nothing at all.
+        // The sender was killed before it noted anything; and a note of another boot says nothing at all.
         nobody(7, "may have been told to run the VM");
         let note = vm.note();
         let before = note.replace("\"handed-over\": 1", "\"handed-over\": 0");
@@ -224,8 +224,15 @@ fn a_recovery_that_finds_nobody_says_no_more_than_the_note_knows_and_ends() {
         read_until(&mut destination, b"\x08\0\x09\0\0");
         drop((destination, listener));
         assert_eq!(exit_code(&sender.wait_with_output().unwrap()), 8);
-        assert!(vm.note().contains("\"loaded\": 1"));
+        assert!(vm.note().contains("\"lacks-memory\": 1"));
         nobody(8, "the VM is at the destination");
+        nobody(8, "the VM is at the destination");
+        // While another process goes on with it nothing is certain, should it be killed.
+        let listener = UnixListener::bind(vm.dir.join("third")).unwrap();
+        let sender = vm.sender("third", "--recover");
+        read_until(&mut accept(&listener), RECOVERY);
+        drop(sender);
+        nobody(7, "may have been told to run the VM");
     });
 }
 

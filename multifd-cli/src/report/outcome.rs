@@ -47,6 +47,12 @@ impl Outcome {
         });
     }
 
+    /// Takes note of what failed beside the migration. Who reads it must not take the migration for one that failed, and begin again.
+    pub fn worsen_beside(&mut self, message: &str) {
+        let done = if self.exit == Exit::Done { "all is done, but " } else { "" };
+        self.worsen(Exit::Failed, &format!("{done}{message}"));
+    }
+
     /// The JSON object.
     pub fn json(&self) -> Value {
         let mut object = Map::new();
@@ -118,6 +124,18 @@ fn print(text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A restore whose QEMU did not take its settings back said only that, with the status of one that had failed.
+    #[test]
+    fn what_fails_beside_a_migration_does_not_hide_that_it_is_done() {
+        let mut done = Outcome::done(Map::new(), String::new());
+        done.worsen_beside("the settings were not put back");
+        let error = done.error.as_deref();
+        assert_eq!((done.exit, error), (Exit::Failed, Some("all is done, but the settings were not put back")));
+        let mut doubt = Outcome::failed(Exit::InDoubt, "it is not known");
+        doubt.worsen_beside("x");
+        assert_eq!((doubt.exit, doubt.error.as_deref()), (Exit::InDoubt, Some("it is not known; x")));
+    }
 
     #[test]
     fn a_failure_has_its_status_and_reason_in_front() {

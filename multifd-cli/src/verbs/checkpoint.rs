@@ -76,11 +76,11 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
     match monitor.wait_cleared_up(SHORT) {
         // That is said where the settings are put back.
         Err(refusal) if refusal.lost => {}
-        Err(refusal) => outcome.worsen(Exit::Failed, &refusal.message),
+        Err(refusal) => outcome.worsen_beside(&refusal.message),
         Ok(()) => {}
     }
     if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
-        outcome.worsen(Exit::Failed, &refusal.message);
+        outcome.worsen_beside(&refusal.message);
     }
     outcome.report.insert("qemu".to_owned(), look.json());
     outcome.report.entry("mode").or_insert(args.mode.name().into());

@@ -62,7 +62,7 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
         // A QEMU that ended has no settings.
         if outcome.exit == Exit::Done || !refusal.lost {
-            outcome.worsen(Exit::Failed, &refusal.message);
+            outcome.worsen_beside(&refusal.message);
         }
     }
     outcome.report.insert("qemu".to_owned(), look.json());

@@ -146,6 +146,9 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Result<Options, String> 
     Ok(options)
 }
 
+/// How long a destination is waited for, and the option that says so.
+type Patience = (Limit<Duration>, &'static str);
+
 /// A VM that is being sent.
 struct Sending<'a> {
     args: &'a SendArgs,
@@ -166,7 +169,7 @@ impl Sending<'_> {
     fn run(mut self) -> Outcome {
         let display = Display::new(Role::Source, &self.args.output, &self.source.progress());
         let sent = match self.args.postcopy.recover {
-            true => self.recover(self.args.transfer.connect_timeout),
+            true => self.recover(self.at_first()),
             false => self.hand_over(),
         };
         let sent = sent.or_else(|error| self.go_on(error));
@@ -197,7 +200,7 @@ impl Sending<'_> {
     }
 
     fn hand_over(&mut self) -> Result<(), Error> {
-        let connector = self.connector(self.args.transfer.connect_timeout)?;
+        let connector = self.connector(self.at_first())?;
         let (record, qmp) = (&mut self.record, &self.qmp);
         let sent = self.source.hand_over(&connector, &mut || {
             qmp.hands_over();
@@ -207,8 +210,13 @@ impl Sending<'_> {
         sent
     }
 
-    fn recover(&mut self, limit: Limit<Duration>) -> Result<(), Error> {
-        let connector = self.connector(limit)?;
+    /// How long the destination is waited for at first.
+    fn at_first(&self) -> Patience {
+        (self.args.transfer.connect_timeout, "--connect-timeout")
+    }
+
+    fn recover(&mut self, patience: Patience) -> Result<(), Error> {
+        let connector = self.connector(patience)?;
         let recovered = self.source.recover(&connector);
         self.reached |= connector.is_connected();
         recovered
@@ -222,10 +230,10 @@ impl Sending<'_> {
         while self.may_go_on(&error) && !(self.there.has_ended)() {
             led |= is_paused(&error);
             self.qmp.postcopy_pauses();
-            let limit = match (self.next_place(&error, led), self.args.postcopy.recovery_limit()) {
+            let patience = match (self.next_place(&error, led), self.args.postcopy.recovery_limit()) {
                 (Some(to), _) => {
                     (self.to, led) = (to, true);
-                    self.args.transfer.connect_timeout
+                    self.at_first()
                 }
                 (None, Limit(Some(Duration::ZERO))) => break,
                 // It was waited for already (--connect-timeout).
@@ -237,11 +245,11 @@ impl Sending<'_> {
                         limit.0.unwrap_or_default().as_secs_f64(),
                         what_to_type(&self.to)
                     );
-                    limit
+                    (limit, "--recover-timeout")
                 }
             };
             let before = self.pages_sent();
-            match self.recover(limit) {
+            match self.recover(patience) {
                 Ok(()) => return Ok(()),
                 // A destination that takes connections and no pages is not tried again and again.
                 Err(again) if self.pages_sent() == before && !led && !is_paused(&again) => return Err(again),
@@ -281,9 +289,10 @@ impl Sending<'_> {
         report.urgent_pages + report.background_pages + report.prefetched_pages
     }
 
-    fn connector(&self, limit: Limit<Duration>) -> Result<PatientConnector, Error> {
+    /// For `limit`, which `option` sets.
+    fn connector(&self, (limit, option): Patience) -> Result<PatientConnector, Error> {
         let connector = PatientConnector::new(&self.to, &self.args.transfer.link.tls, limit);
-        connector.map_err(|source| Error::Io {
+        connector.map(|connector| connector.limited_by(option)).map_err(|source| Error::Io {
             at: multifd::error::Place { connection: Connection::Main, offset: 0 },
             source,
         })
@@ -301,7 +310,7 @@ impl Sending<'_> {
         if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
             report.insert("state".to_owned(), state.clone().into());
         }
-        record.leave(source.vm());
+        record.leave(source.vm(), error.as_ref());
         let text = PostcopyReport::from(&source.report()).text();
         match (error, unwritten) {
             (None, None) => Outcome::done(report, summary(args, checkpoint, &text)),
@@ -314,6 +323,8 @@ impl Sending<'_> {
                 let unwritten = unwritten.map(|message| format!("; the list of pages could not be written: {message}"));
                 let message =
                     format!("{error}{}{}", advice(&error, args, &there.again, &state), unwritten.unwrap_or_default());
+                // Some errors end with a question.
+                let message = message.replace("?. ", "? ");
                 Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
             }
         }

@@ -13,7 +13,7 @@ use std::{
     time::SystemTime,
 };
 
-use multifd::{checkpoint::Checkpoint, postcopy::Whereabouts};
+use multifd::{checkpoint::Checkpoint, error::Error, postcopy::Whereabouts};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,8 @@ pub struct Record {
     path: PathBuf,
     file: File,
     note: Note,
+    /// Where the VM was before, as far as the note said.
+    found: Whereabouts,
     /// The checkpoint, locked by this process.
     locked: Option<File>,
 }
@@ -37,9 +39,10 @@ struct Note {
     about: String,
     /// 1 once the destination may run the VM. A digit, so that the length stays.
     handed_over: u8,
-    /// 1 once the destination is known to have loaded the VM. Notes of an older version do not say.
+    /// 1 where the destination is known to have loaded the VM and to lack memory, and no process goes on with it. Notes of an older
+    /// version do not say.
     #[serde(default)]
-    loaded: u8,
+    lacks_memory: u8,
     destination: String,
     process: u32,
     /// Of this boot of the host: what was not on disk when it ended is not known. Empty where there is no /proc to tell.
@@ -185,7 +188,7 @@ impl Record {
         }
         let identity = identity().map_err(io(path, "asking for the checkpoint's times"))?;
         let note = Note::new(identity, destination);
-        let record = Record { path: path.to_owned(), file, note, locked: None };
+        let record = Record { path: path.to_owned(), file, note, found: Whereabouts::Here, locked: None };
         if let Err(error) = record.write().and_then(|()| record.sync()) {
             record.remove();
             return Err(io(path, "writing it")(error));
@@ -213,8 +216,11 @@ impl Record {
             return Err(RecordError::Changed { path: path.to_owned(), checkpoint, what });
         }
         note.process = std::process::id();
+        // This process may give it the rest, and die before it notes that.
+        let lacked = std::mem::take(&mut note.lacks_memory);
+        let found = if lacked == 1 { Whereabouts::There } else { Whereabouts::InDoubt };
         let locked = if may_be_clone { None } else { lock_checkpoint(checkpoint.path())? };
-        let record = Record { path: path.to_owned(), file, note, locked };
+        let record = Record { path: path.to_owned(), file, note, found, locked };
         record.write().map_err(io(path, "writing it"))?;
         Ok(record)
     }
@@ -237,21 +243,21 @@ impl Record {
         self.write()
     }
 
-    /// Notes where the VM is when a sender ends: only a destination that has loaded it is certain to have it.
-    pub fn leave(mut self, vm: Whereabouts) {
-        match vm {
-            Whereabouts::Here | Whereabouts::Complete => return self.remove(),
-            Whereabouts::InDoubt => return,
-            Whereabouts::There => self.note.loaded = 1,
+    /// Notes where the VM is when a sender ends, with `error` if it does not have everything.
+    pub fn leave(mut self, vm: Whereabouts, error: Option<&Error>) {
+        if matches!(vm, Whereabouts::Here | Whereabouts::Complete) {
+            return self.remove();
         }
+        // It may not have the VM at all, or all of its memory (`Unacknowledged`).
+        self.note.lacks_memory = matches!(error, Some(Error::Incomplete { .. })).into();
         if let Err(error) = self.write() {
             tracing::warn!(path = ?self.path, %error, "the note of the hand-over says less than is known");
         }
     }
 
-    /// Where the VM of a process that ended is, as far as its note says.
+    /// Where the VM is, as far as the note of the process before said.
     pub fn vm(&self) -> Whereabouts {
-        if self.note.loaded == 1 { Whereabouts::There } else { Whereabouts::InDoubt }
+        self.found
     }
 
     /// Where it is.
@@ -277,7 +283,7 @@ impl Record {
         let ours = locked(path, false).and_then(|file| Ok((read(path, &file)?, file)));
         match ours {
             Ok((Some(note), file)) if note.process == std::process::id() => {
-                Record { path: path.to_owned(), file, note, locked: None }.remove();
+                Record { path: path.to_owned(), file, note, found: Whereabouts::There, locked: None }.remove();
                 !path.exists()
             }
             // Another process goes on with it already.
@@ -339,7 +345,7 @@ impl Note {
             about: "the VM in the checkpoint beside this was handed over by multifd send --postcopy; see --recover"
                 .to_owned(),
             handed_over: 0,
-            loaded: 0,
+            lacks_memory: 0,
             destination: destination.to_owned(),
             process: std::process::id(),
             boot: boot(),

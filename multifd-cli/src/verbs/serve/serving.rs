@@ -83,7 +83,7 @@ impl Serving<'_> {
         if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
             report.insert("state".to_owned(), state.clone().into());
         }
-        record.leave(source.vm());
+        record.leave(source.vm(), error.as_ref());
         let Some(error) = error else {
             let figures = PostcopyReport::from(&source.report()).text();
             return Outcome::done(report, format!("{} has everything\n{figures}", self.name()));
