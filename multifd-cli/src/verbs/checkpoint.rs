@@ -410,7 +410,11 @@ impl Migration<'_> {
                 outcome.text.push_str(&self.closing_line(&state, ends.qemu.as_ref()));
                 outcome.report.insert("guest-state".to_owned(), state.into());
             }
-            Err(refusal) => outcome.worsen(Exit::Failed, &format!("the guest's state is not known: {refusal}")),
+            Err(refusal) => {
+                let complete =
+                    if verdict == Verdict::Done { format!("{file:?} is complete, but ") } else { String::new() };
+                outcome.worsen(Exit::Failed, &format!("{complete}the guest's state is not known: {refusal}"));
+            }
         }
         outcome
     }

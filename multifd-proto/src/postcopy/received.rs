@@ -50,6 +50,23 @@ pub fn encode(pages: u64, received: impl IntoIterator<Item = u64>, out: &mut Vec
     Writer::new(out).u64(END);
 }
 
+/// Appends the bitmap of a block with `pages` pages, all of which were received.
+///
+/// # Panics
+/// If the bitmap does not fit the address space.
+pub fn encode_all(pages: u64, out: &mut Vec<u8>) {
+    let bytes = bitmap_len(pages, 1);
+    Writer::new(out).u64(bytes);
+    let begin = out.len();
+    let full = usize::try_from(pages / 8).expect("the bitmap fits the address space");
+    out.resize(begin + full, 0xff);
+    if !pages.is_multiple_of(8) {
+        out.push((1 << (pages % 8)) - 1);
+    }
+    out.resize(begin + usize::try_from(bytes).expect("the bitmap fits the address space"), 0);
+    Writer::new(out).u64(END);
+}
+
 const END: u64 = 0x0123_4567_89ab_cdef;
 
 #[cfg(test)]
@@ -62,6 +79,16 @@ mod tests {
         let mut bytes = Vec::new();
         encode(3, [0, 2], &mut bytes);
         assert_eq!(bytes, b"\0\0\0\0\0\0\0\x08\x05\0\0\0\0\0\0\0\x01\x23\x45\x67\x89\xab\xcd\xef");
+    }
+
+    #[test]
+    fn all_pages_are_each_of_them() {
+        for pages in [0, 1, 7, 8, 9, 63, 64, 65, 130] {
+            let (mut each, mut all) = (Vec::new(), Vec::new());
+            encode(pages, 0..pages, &mut each);
+            encode_all(pages, &mut all);
+            assert_eq!(all, each, "{pages}");
+        }
     }
 
     #[test]

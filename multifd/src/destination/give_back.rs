@@ -121,8 +121,7 @@ impl Continued<'_> {
                     return Err(Mismatch::BlockSizeUnknown { name: block }.into());
                 };
                 let mut bitmap = Vec::new();
-                let pages = len / PAGE_SIZE;
-                received::encode(pages, 0..pages, &mut bitmap);
+                received::encode_all(len / PAGE_SIZE, &mut bitmap);
                 self.reply(&Message::RecvBitmap { block }, &bitmap)?;
                 Ok(false)
             }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use multifd::{checkpoint::Checkpoint, error::Error, postcopy::Whereabouts};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{AtFlags, FlockOperation, StatxAttributes, StatxFlags, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::{describe, replace::directory_of};
@@ -91,6 +91,12 @@ pub enum RecordError {
          for all of them; --clone starts one more VM from the checkpoint"
     )]
     SeveralNames { checkpoint: PathBuf, names: u64 },
+    /// The same of a file that is mounted by itself.
+    #[error(
+        "{checkpoint:?} is a mount of a single file, which has another name elsewhere, and the note of a hand-over may be beside that one: \
+         --state names the note for all of them; --clone starts one more VM from the checkpoint"
+    )]
+    MountedFile { checkpoint: PathBuf },
     /// There is nothing to recover.
     #[error(
         "there is no {path:?}, which --postcopy writes when it hands a VM over and removes when the destination has \
@@ -143,8 +149,11 @@ impl Record {
     /// That a note beside `checkpoint` is the only one.
     ///
     /// # Errors
-    /// [`RecordError::SeveralNames`]; the kernel's.
+    /// [`RecordError::SeveralNames`], [`RecordError::MountedFile`]; the kernel's.
     pub fn check_names(checkpoint: &Path) -> Result<(), RecordError> {
+        if is_mounted(checkpoint) {
+            return Err(RecordError::MountedFile { checkpoint: checkpoint.to_owned() });
+        }
         match fs::metadata(checkpoint).map_err(io(checkpoint, "looking at it"))?.nlink() {
             0 | 1 => Ok(()),
             names => Err(RecordError::SeveralNames { checkpoint: checkpoint.to_owned(), names }),
@@ -440,6 +449,12 @@ fn lock_checkpoint(path: &Path) -> Result<Option<File>, RecordError> {
     }
 }
 
+/// Whether `path` is where a file is mounted, as containers do it. `false` where the kernel does not tell (before 5.8).
+fn is_mounted(path: &Path) -> bool {
+    let found = rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::TYPE);
+    found.is_ok_and(|found| (found.stx_attributes & found.stx_attributes_mask).contains(StatxAttributes::MOUNT_ROOT))
+}
+
 /// What the file says; `None` where it is empty, as it is before the first word of a process that died.
 fn read(path: &Path, file: &File) -> Result<Option<Note>, RecordError> {
     let mut bytes = Vec::new();
@@ -513,6 +528,26 @@ mod tests {
             let error = Record::check_names(&name).unwrap_err().to_string();
             assert!(error.contains("has 2 names") && error.contains("--state"), "{error}");
         }
+    }
+
+    /// A second VM was started from a file that was mounted elsewhere, once the first sender had died.
+    #[test]
+    fn a_file_that_is_mounted_by_itself_needs_a_place_for_its_note() {
+        let dir = TempDir::new().unwrap();
+        let (file, other) = (dir.join("checkpoint"), dir.join("other"));
+        fs::write(&file, "").unwrap();
+        fs::write(&other, "").unwrap();
+        let mount = std::process::Command::new("mount").arg("--bind").args([&file, &other]).output();
+        if !mount.is_ok_and(|mount| mount.status.success()) {
+            return test_support::skip("this process cannot mount");
+        }
+        let refused = Record::check_names(&other);
+        let unmounted = std::process::Command::new("umount").arg(&other).status();
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("a mount of a single file") && error.contains("--state"), "{error}");
+        assert!(unmounted.unwrap().success());
+        Record::check_names(&file).unwrap();
+        Record::check_names(&other).unwrap();
     }
 
     /// A second VM was started from a file that had got another name, or was mounted at one, while the first got its memory.
