@@ -121,7 +121,8 @@ pub enum Error {
     },
     /// It failed after the source had begun to switch to postcopy, where it gives its VM away before all memory has moved.
     ///
-    /// The VM does not run here. The source still has all of it; from the end of its package on it does not let it run again by itself:
+    /// The VM does not run here. The source still has all of it. Some sources let it run again by themselves: a QEMU from 10.0 on that has
+    /// sent everything, 11.1 also one that has not heard of its package. Others keep it paused:
     /// [`give_back`](crate::destination::give_back).
     #[error("{reason}; {AFTER_RUN}")]
     AfterRun {
@@ -544,8 +545,8 @@ pub enum Mismatch {
 }
 
 /// What follows from a failure in postcopy, and what to do about it.
-const AFTER_RUN: &str = "this was after the source had begun to switch to postcopy: its VM runs nowhere, is whole there and stays \
-     paused (QEMU: postcopy-paused); no part of it runs or will run here";
+const AFTER_RUN: &str = "this was after the source had begun to switch to postcopy: its VM is whole there, and paused (QEMU: \
+     postcopy-paused) unless the source has taken it back (QEMU: failed); no part of it runs or will run here";
 
 fn because(reason: &Option<String>) -> String {
     reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"))

@@ -193,7 +193,7 @@ fn remedy(blocks: &[(BlockName, u64)]) -> String {
     let quoted = |name: &BlockName| format!("'{}'", name.as_str().replace('\'', "'\\''"));
     let blocks: Vec<String> = blocks.iter().map(|(name, bytes)| format!("{}={bytes}", quoted(name))).collect();
     format!(
-        "to have it run there again: multifd give-back URI {}, then in the monitor of the source migrate -r URI and cont",
+        "to have it run there again where it is paused: multifd give-back URI {}, then in the monitor of the source migrate -r URI and cont",
         blocks.join(" ")
     )
 }

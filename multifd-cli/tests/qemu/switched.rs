@@ -269,7 +269,7 @@ fn what_ends_among_the_pages_leaves_no_file_and_the_guest_can_run_on() {
                     false => receive.signal(Signal::INT),
                 }
                 let ended = receive.end();
-                ended.failed(if killed { 1 } else { 3 }, "its VM runs nowhere, is whole there and stays paused");
+                ended.failed(if killed { 1 } else { 3 }, "its VM is whole there, and paused (QEMU: postcopy-paused)");
                 assert_eq!(entries(dir.path()), [""; 0]);
                 if !killed {
                     wait_status(&mut qemu, "postcopy-paused");

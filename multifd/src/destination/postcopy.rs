@@ -2,7 +2,7 @@
 //!
 //! The source discards what it is going to send again, sends the devices in a package, and pushes every discarded page, on main or,
 //! where a page was asked for, on a preempt connection. No page is asked for here. Each comes exactly once; when none is missing the
-//! migration is committed as any other. Until then the VM runs nowhere, and its source does not let it run again by itself.
+//! migration is committed as any other. Until then the VM runs nowhere. A source may let it run again by itself if we fail, or keep it paused.
 
 use std::{collections::BTreeSet, time::Duration};
 

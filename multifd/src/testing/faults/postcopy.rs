@@ -306,7 +306,7 @@ fn a_source_that_ends_behind_the_package_has_the_vm() {
         assert!(received.calls.is_empty());
         // Its end may be noticed as early as with the answer to the first PING.
         let noticed_before = error.starts_with("return path");
-        assert!(noticed_before || error.contains("its VM runs nowhere, is whole there"), "{error}");
+        assert!(noticed_before || error.contains("its VM is whole there, and paused"), "{error}");
     }
 }
 
