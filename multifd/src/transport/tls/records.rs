@@ -1,7 +1,8 @@
 //! The records of an established connection: one [`Sealer`] and one [`Opener`], which share nothing but the next keys.
 //!
-//! Nonces, additional data and padding are rustls's: its [`MessageEncrypter`] and [`MessageDecrypter`] protect each record. What is here
-//! counts records, and changes the keys when a key has protected as many records as it may, or the peer says so.
+//! Nonces and additional data are rustls's, ciphers ring's. Each record is opened by rustls's [`MessageDecrypter`], and in TLS 1.2 sealed by its
+//! [`MessageEncrypter`]; that copies a record twice, so in TLS 1.3 a record is sealed by ring where it lies. What is here counts records, and
+//! changes the keys when a key has protected as many records as it may, or the peer says so.
 
 use std::{
     io,
@@ -12,9 +13,13 @@ use std::{
     },
 };
 
+use ring::aead::{self, Aad, LessSafeKey, UnboundKey};
 use rustls::{
     ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, ProtocolVersion, SupportedCipherSuite,
-    crypto::cipher::{InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundPlainMessage},
+    crypto::cipher::{
+        AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, MessageEncrypter, Nonce, OutboundPlainMessage,
+        make_tls13_aad,
+    },
     kernel::KernelConnection,
 };
 
@@ -71,7 +76,7 @@ impl<D: Send> Rekey for KernelConnection<D> {
 
 /// Protects what is sent.
 pub(super) struct Sealer {
-    cipher: Box<dyn MessageEncrypter>,
+    cipher: Cipher,
     suite: SupportedCipherSuite,
     is_tls13: bool,
     /// Of the next record, under the present key.
@@ -88,13 +93,18 @@ impl Sealer {
     /// # Errors
     /// There is no room for it; the cipher's. No part of the record is to be used then.
     pub(super) fn seal(&mut self, kind: ContentType, record: &mut [u8], len: usize) -> io::Result<usize> {
-        let payload = record[HEADER_LEN..][..len].into();
-        let message = OutboundPlainMessage { typ: kind, version: ProtocolVersion::TLSv1_2, payload };
-        let sealed = self.cipher.encrypt(message, self.sequence).map_err(io::Error::other)?.encode();
+        let sealed = match &mut self.cipher {
+            Cipher::InPlace(cipher) => cipher.seal(kind, record, len, self.sequence)?,
+            Cipher::Copying(cipher) => {
+                let payload = record[HEADER_LEN..][..len].into();
+                let message = OutboundPlainMessage { typ: kind, version: ProtocolVersion::TLSv1_2, payload };
+                let sealed = cipher.encrypt(message, self.sequence).map_err(io::Error::other)?.encode();
+                record.get_mut(..sealed.len()).ok_or_else(no_room)?.copy_from_slice(&sealed);
+                sealed.len()
+            }
+        };
         self.sequence += 1;
-        let room = record.get_mut(..sealed.len()).ok_or_else(|| io::Error::other("no room for a TLS record"))?;
-        room.copy_from_slice(&sealed);
-        Ok(sealed.len())
+        Ok(sealed)
     }
 
     /// Where the key has to be changed before more is sent: changes it, and puts the record that says so at the beginning of `record`, which has
@@ -128,6 +138,53 @@ impl Sealer {
     pub(super) fn limit_records(&mut self, limit: u64) {
         self.limit = limit;
     }
+}
+
+/// What seals the records of one key.
+enum Cipher {
+    /// Of TLS 1.3.
+    InPlace(Box<Tls13Cipher>),
+    /// Of TLS 1.2.
+    Copying(Box<dyn MessageEncrypter>),
+}
+
+/// Seals records of TLS 1.3 where they lie: RFC 8446, 5.2.
+struct Tls13Cipher {
+    key: LessSafeKey,
+    iv: Iv,
+}
+
+impl Tls13Cipher {
+    fn new(secrets: ConnectionTrafficSecrets) -> Result<Tls13Cipher, Error> {
+        let algorithm = match secrets {
+            ConnectionTrafficSecrets::Aes128Gcm { .. } => &aead::AES_128_GCM,
+            ConnectionTrafficSecrets::Aes256Gcm { .. } => &aead::AES_256_GCM,
+            ConnectionTrafficSecrets::Chacha20Poly1305 { .. } => &aead::CHACHA20_POLY1305,
+            _ => return Err(unknown_cipher()),
+        };
+        let (key, iv) = parts(secrets)?;
+        let key = UnboundKey::new(algorithm, key.as_ref()).map_err(|_| unknown_cipher())?;
+        Ok(Tls13Cipher { key: LessSafeKey::new(key), iv })
+    }
+
+    /// As [`Sealer::seal`]; `sequence` is the record's, and no other record of this key has it.
+    fn seal(&self, kind: ContentType, record: &mut [u8], len: usize, sequence: u64) -> io::Result<usize> {
+        // The type follows the content, and both are encrypted. There is no padding.
+        let (inner, tag_len) = (len + 1, self.key.algorithm().tag_len());
+        let (header, body) = record.split_first_chunk_mut::<HEADER_LEN>().ok_or_else(no_room)?;
+        let (content, tag) = body.get_mut(..inner + tag_len).ok_or_else(no_room)?.split_at_mut(inner);
+        content[len] = kind.into();
+        // The additional data is the header.
+        *header = make_tls13_aad(inner + tag_len);
+        let nonce = aead::Nonce::assume_unique_for_key(Nonce::new(&self.iv, sequence).0);
+        let sealed = self.key.seal_in_place_separate_tag(nonce, Aad::from(*header), content);
+        tag.copy_from_slice(sealed.map_err(|_| io::Error::other(Error::EncryptError))?.as_ref());
+        Ok(HEADER_LEN + inner + tag_len)
+    }
+}
+
+fn no_room() -> io::Error {
+    io::Error::other("no room for a TLS record")
 }
 
 /// Takes the protection off what is received.
@@ -190,17 +247,14 @@ impl Opener {
     }
 }
 
-fn encrypter(
-    suite: SupportedCipherSuite,
-    secrets: ConnectionTrafficSecrets,
-) -> Result<Box<dyn MessageEncrypter>, Error> {
-    let (key, iv) = parts(secrets)?;
+fn encrypter(suite: SupportedCipherSuite, secrets: ConnectionTrafficSecrets) -> Result<Cipher, Error> {
     Ok(match suite {
-        SupportedCipherSuite::Tls13(suite) => suite.aead_alg.encrypter(key, iv),
+        SupportedCipherSuite::Tls13(_) => Cipher::InPlace(Box::new(Tls13Cipher::new(secrets)?)),
         SupportedCipherSuite::Tls12(suite) => {
+            let (key, iv) = parts(secrets)?;
             let shape = suite.aead_alg.key_block_shape();
             let (fixed, explicit) = iv.as_ref().split_at(shape.fixed_iv_len);
-            suite.aead_alg.encrypter(key, fixed, &explicit[..shape.explicit_nonce_len])
+            Cipher::Copying(suite.aead_alg.encrypter(key, fixed, &explicit[..shape.explicit_nonce_len]))
         }
     })
 }
@@ -219,15 +273,17 @@ fn decrypter(
     })
 }
 
-fn parts(
-    secrets: ConnectionTrafficSecrets,
-) -> Result<(rustls::crypto::cipher::AeadKey, rustls::crypto::cipher::Iv), Error> {
+fn parts(secrets: ConnectionTrafficSecrets) -> Result<(AeadKey, Iv), Error> {
     match secrets {
         ConnectionTrafficSecrets::Aes128Gcm { key, iv }
         | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
         | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok((key, iv)),
-        _ => Err(Error::General("a cipher of an unknown kind".to_owned())),
+        _ => Err(unknown_cipher()),
     }
+}
+
+fn unknown_cipher() -> Error {
+    Error::General("a cipher of an unknown kind".to_owned())
 }
 
 pub(super) fn invalid(message: String) -> io::Error {
