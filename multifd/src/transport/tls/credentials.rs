@@ -13,7 +13,6 @@ use std::{
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
     client::{Resumption, WebPkiServerVerifier},
-    crypto::ring,
     pki_types::{
         CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
         pem::{self, PemObject},
@@ -22,6 +21,7 @@ use rustls::{
     version::{TLS12, TLS13},
 };
 
+use super::ciphers;
 use crate::transport::socket::context;
 
 /// What a source proves itself with, and whom it trusts.
@@ -56,7 +56,7 @@ impl ClientCredentials {
     /// A file that is missing, cannot be read or used, with its path; a key that other users can read.
     pub fn from_dir(dir: &Path) -> io::Result<ClientCredentials> {
         let files = Files { dir };
-        let provider = Arc::new(ring::default_provider());
+        let provider = Arc::new(ciphers::provider());
         let (roots, lists) = files.authority()?;
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .with_crls(lists)
@@ -89,7 +89,7 @@ impl ServerCredentials {
     /// As [`ClientCredentials::from_dir`].
     pub fn from_dir(dir: &Path, clients: ClientCertificates) -> io::Result<ServerCredentials> {
         let files = Files { dir };
-        let provider = Arc::new(ring::default_provider());
+        let provider = Arc::new(ciphers::provider());
         let builder = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(VERSIONS)
             .map_err(io::Error::other)?;

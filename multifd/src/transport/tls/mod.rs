@@ -10,6 +10,7 @@
 //! is an error. TLS 1.3 is preferred, 1.2 is accepted. No session tickets are sent: a QEMU source never reads from a channel, and its
 //! kernel would drop pages when it closes a connection with unread bytes.
 
+mod ciphers;
 mod credentials;
 mod handshake;
 mod reasons;
