@@ -30,7 +30,9 @@ impl AllowListener {
         let peer = pending.peer();
         self.dropped = self.dropped.saturating_add(1);
         match (ip, self.dropped) {
-            (None, _) => tracing::warn!(peer, "drops a connection that has no address, which --allow asks for"),
+            (None, ..=MOST_WARNINGS) => {
+                tracing::warn!(peer, "drops a connection that has no address, which --allow asks for")
+            }
             (_, ..=MOST_WARNINGS) => {
                 tracing::warn!(peer, "drops a connection from an address that --allow does not name")
             }

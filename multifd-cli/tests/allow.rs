@@ -103,6 +103,25 @@ fn of_connections_that_say_nothing_the_oldest_makes_room() {
     });
 }
 
+/// Each that had to make room was a warning, and again until its thread had noticed: thousands of lines in a second.
+#[test]
+fn connections_without_end_do_not_fill_the_log() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let destination = Guest::start(dir.path(), "f", &format!("{SMALL} --incoming tcp:127.0.0.1:0 --run-for 1ms"));
+        let uri = destination.listening();
+        // More than may be there at a time, however short they are.
+        let silent: Vec<_> = (0..500).map(|_| TcpStream::connect(address(&uri)).unwrap()).collect();
+        let (exit, report) = send(&uri);
+        assert_eq!((exit, &report["status"]), (0, &json!("completed")), "{report}");
+        silent.into_iter().for_each(is_closed);
+        let said = destination.stderr();
+        assert_eq!(destination.end().0, 0);
+        assert_eq!(said.matches("too many connections of strangers").count(), 1, "{said}");
+        assert!(said.matches("none of this migration").count() <= 100, "{said}");
+    });
+}
+
 #[test]
 fn an_address_makes_no_sense_where_there_is_none() {
     for args in [

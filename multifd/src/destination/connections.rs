@@ -41,6 +41,8 @@ struct State {
     interrupted: bool,
     /// None is left in peace.
     stopped: bool,
+    /// It was said that there are too many.
+    crowded: bool,
 }
 
 struct Entry {
@@ -264,15 +266,23 @@ impl State {
         let limit = self.limit(stage);
         let too_many = alike.saturating_sub(limit);
         let (far_too_many, fresh_for) = (alike.saturating_sub(limit.max(OF_ONE_MIGRATION)), self.fresh_for);
+        let mut crowded = self.crowded;
         let oldest = self.open.values_mut().filter(|entry| entry.stage == stage).take(too_many).enumerate();
         for (index, entry) in oldest {
             if index >= far_too_many && entry.came.elapsed() < fresh_for {
                 break;
             }
-            tracing::warn!(limit, "too many connections of strangers: the oldest are dropped");
-            entry.dropped = true;
+            // A thread may not have noticed yet that its connection was dropped.
+            if std::mem::replace(&mut entry.dropped, true) {
+                continue;
+            }
+            // Said once: each is logged when its thread has noticed, as any stranger is.
+            if !std::mem::replace(&mut crowded, true) {
+                tracing::warn!(limit, "too many connections of strangers: the oldest are dropped, from now on");
+            }
             stop_one(&*entry.stopper);
         }
+        self.crowded = crowded;
     }
 }
 

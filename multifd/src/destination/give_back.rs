@@ -17,6 +17,7 @@ use multifd_proto::{
     stream,
 };
 
+use super::greeting::LOGGED_STRANGERS;
 use crate::{
     error::{Connection, Error, Mismatch, Place},
     stop::StopHandle,
@@ -47,11 +48,12 @@ fn accept(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle)
         let at = Place { connection: Connection::Unknown(number), offset: 0 };
         let pending = from.accept(None).map_err(Error::io(at))?;
         let _pending = stop.register_for_now(pending.stopper().map_err(Error::io(at))?);
+        let peer = pending.peer();
         let mut stream = match pending.establish(Some(PATIENCE)) {
             Ok(stream) => stream,
             Err(_) if stop.is_stopped() => return Err(Error::Stopped),
             Err(error) => {
-                tracing::warn!(%error, "drops a connection that is not established");
+                drops(number, &peer, &format!("is not established: {error}"));
                 continue;
             }
         };
@@ -63,11 +65,20 @@ fn accept(from: &mut dyn Listen, blocks: &[(BlockName, u64)], stop: &StopHandle)
         match begins {
             Ok(Beginning::Recovery) => return main.complete(blocks),
             _ if stop.is_stopped() => return Err(Error::Stopped),
-            Ok(_) => tracing::warn!(peer = stream.peer(), "drops a connection that does not continue a migration"),
-            Err(error) => tracing::warn!(peer = stream.peer(), %error, "drops a connection without a word"),
+            Ok(_) => drops(number, &peer, "does not continue a migration"),
+            Err(error) => drops(number, &peer, &format!("does not say what it is: {error}")),
         }
     }
     unreachable!("there are fewer connections")
+}
+
+/// Says that connection `number` is dropped, and why. One that comes again and again must not fill the log.
+fn drops(number: usize, peer: &str, what: &str) {
+    if (number as u64) < LOGGED_STRANGERS {
+        tracing::warn!(peer, what, "drops a connection that is none of this migration");
+    } else {
+        tracing::debug!(peer, what, number, "drops a connection that is none of this migration");
+    }
 }
 
 /// The new main connection.

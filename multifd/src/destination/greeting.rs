@@ -383,4 +383,4 @@ fn equal_in_constant_time(token: &[u8; 16], other: &[u8; 16]) -> bool {
 }
 
 /// Strangers of one migration that are logged as warnings.
-const LOGGED_STRANGERS: u64 = 100;
+pub(super) const LOGGED_STRANGERS: u64 = 100;
