@@ -29,14 +29,33 @@ pub(crate) enum Valid {
 
 impl Authority {
     pub(crate) fn new() -> Authority {
+        let params = Authority::params();
+        Authority { issuer: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap() }
+    }
+
+    /// One that `self` vouches for. What it issues is of use only with [its own certificate](Authority::append) behind it.
+    pub(crate) fn intermediate(&self) -> Authority {
+        let mut params = Authority::params();
+        params.serial_number = Some(serial(INTERMEDIATE));
+        let issuer = CertifiedIssuer::signed_by(params, KeyPair::generate().unwrap(), &self.issuer).unwrap();
+        Authority { issuer }
+    }
+
+    fn params() -> CertificateParams {
         let mut params = CertificateParams::default();
         // Two authorities of one name cannot be told apart before their signatures are checked.
         static AUTHORITIES: AtomicU32 = AtomicU32::new(0);
         params.distinguished_name.push(DnType::CommonName, format!("CA {}", AUTHORITIES.fetch_add(1, Relaxed)));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        Authority { issuer }
+        params
+    }
+
+    /// Appends its certificate to that of `name`.
+    pub(crate) fn append(&self, dir: &Path, name: &str) {
+        let path = dir.join(format!("{name}-cert.pem"));
+        let chain = fs::read_to_string(&path).unwrap() + &self.issuer.pem();
+        fs::write(path, chain).unwrap();
     }
 
     /// Writes `ca-cert.pem`.
@@ -67,8 +86,8 @@ impl Authority {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     }
 
-    /// Writes `ca-crl.pem`, which revokes the certificate of `name`.
-    pub(crate) fn revoke(&self, dir: &Path, name: &str) {
+    /// Writes `ca-crl.pem`, which revokes the certificate of `name` and holds until the year `until`.
+    pub(crate) fn revoke(&self, dir: &Path, name: &str, until: i32) {
         let revoked = RevokedCertParams {
             serial_number: serial(name),
             revocation_time: date_time_ymd(2021, 1, 1),
@@ -77,7 +96,7 @@ impl Authority {
         };
         let list = CertificateRevocationListParams {
             this_update: date_time_ymd(2021, 1, 1),
-            next_update: date_time_ymd(2200, 1, 1),
+            next_update: date_time_ymd(until, 1, 1),
             crl_number: SerialNumber::from_slice(&[1]),
             issuing_distribution_point: None,
             revoked_certs: vec![revoked],
@@ -86,6 +105,9 @@ impl Authority {
         fs::write(dir.join("ca-crl.pem"), list.signed_by(&self.issuer).unwrap().pem().unwrap()).unwrap();
     }
 }
+
+/// As which an intermediate authority is revoked.
+pub(crate) const INTERMEDIATE: &str = "intermediate";
 
 /// The serial number of the certificate of `name`.
 fn serial(name: &str) -> SerialNumber {

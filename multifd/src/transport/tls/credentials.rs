@@ -11,8 +11,8 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
-    client::{Resumption, WebPkiServerVerifier},
+    ClientConfig, Error, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    client::{Resumption, VerifierBuilderError, WebPkiServerVerifier},
     pki_types::{
         CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
         pem::{self, PemObject},
@@ -21,7 +21,7 @@ use rustls::{
     version::{TLS12, TLS13},
 };
 
-use super::ciphers;
+use super::{ciphers, reasons};
 use crate::transport::socket::context;
 
 /// What a source proves itself with, and whom it trusts.
@@ -60,10 +60,10 @@ impl ClientCredentials {
         let (roots, lists) = files.authority()?;
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .with_crls(lists)
-            .only_check_end_entity_revocation()
+            .enforce_revocation_expiration()
             .allow_unknown_revocation_status()
             .build()
-            .map_err(|error| unusable(files.path(CA), error))?;
+            .map_err(|error| files.no_verifier(&error))?;
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(VERSIONS)
             .map_err(io::Error::other)?
@@ -73,7 +73,8 @@ impl ClientCredentials {
             builder.with_no_client_auth()
         } else {
             let (chain, key) = files.identity(CLIENT_CERTIFICATE, CLIENT_KEY)?;
-            builder.with_client_auth_cert(chain, key).map_err(|error| unusable(files.path(CLIENT_KEY), error))?
+            let config = builder.with_client_auth_cert(chain, key);
+            config.map_err(|error| files.no_identity(CLIENT_CERTIFICATE, CLIENT_KEY, &error))?
         };
         config.resumption = Resumption::disabled();
         config.enable_secret_extraction = true;
@@ -99,16 +100,16 @@ impl ServerCredentials {
                 let (roots, lists) = files.authority()?;
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
                     .with_crls(lists)
-                    .only_check_end_entity_revocation()
+                    .enforce_revocation_expiration()
                     .allow_unknown_revocation_status()
                     .build()
-                    .map_err(|error| unusable(files.path(CA), error))?;
+                    .map_err(|error| files.no_verifier(&error))?;
                 builder.with_client_cert_verifier(verifier)
             }
         };
         let (chain, key) = files.identity(SERVER_CERTIFICATE, SERVER_KEY)?;
-        let mut config =
-            builder.with_single_cert(chain, key).map_err(|error| unusable(files.path(SERVER_KEY), error))?;
+        let config = builder.with_single_cert(chain, key);
+        let mut config = config.map_err(|error| files.no_identity(SERVER_CERTIFICATE, SERVER_KEY, &error))?;
         // A QEMU source never reads from a channel: when it closes one with tickets unread, what it sent last is lost.
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
@@ -134,9 +135,15 @@ impl Files<'_> {
         }
         let path = self.path(REVOKED);
         let lists = match read(&path, Secrecy::Public) {
-            Ok(bytes) => CertificateRevocationListDer::pem_slice_iter(&bytes)
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(|error| unusable(&path, error))?,
+            Ok(bytes) => {
+                let lists: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(&bytes).collect();
+                let lists = lists.map_err(|error| unusable(&path, pem_reason(&error)))?;
+                if lists.is_empty() {
+                    // To go on would be to take what was to be refused.
+                    return Err(unusable(&path, "it has no list of revoked certificates in PEM form"));
+                }
+                lists
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error),
         };
@@ -152,11 +159,40 @@ impl Files<'_> {
         let chain = self.certificates(certificate)?;
         let path = self.path(key);
         let bytes = read(&path, Secrecy::Secret)?;
+        // The old form has the passphrase's parameters where base64 is expected.
+        let has_passphrase = bytes.windows(ENCRYPTED.len()).any(|window| window == ENCRYPTED);
         let key = PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| match error {
             pem::Error::NoItemsFound => unusable(&path, "it has no private key in PEM form without a passphrase"),
-            error => unusable(&path, error),
+            _ if has_passphrase => unusable(&path, "its private key has a passphrase; expected one without"),
+            error => unusable(&path, pem_reason(&error)),
         })?;
         Ok((chain, key))
+    }
+
+    /// Why `certificate` and `key` prove nothing.
+    fn no_identity(&self, certificate: &str, key: &str, error: &Error) -> io::Error {
+        match error {
+            Error::InconsistentKeys(_) => {
+                unusable(self.path(key), format_args!("it is not the key of the first certificate in {certificate}"))
+            }
+            Error::InvalidCertificate(reason) => unusable(self.path(certificate), reason),
+            // There is one kind of it here, without a reason.
+            _ => unusable(
+                self.path(key),
+                "its private key cannot be used; expected RSA of 2048 to 8192 bits, ECDSA with P-256 or P-384, or Ed25519",
+            ),
+        }
+    }
+
+    /// Why certificates cannot be verified.
+    fn no_verifier(&self, error: &VerifierBuilderError) -> io::Error {
+        match error {
+            VerifierBuilderError::InvalidCrl(reason) => {
+                let message = format!("a list of revoked certificates {}", reasons::list(reason));
+                unusable(self.path(REVOKED), message)
+            }
+            error => unusable(self.path(CA), error),
+        }
     }
 
     fn certificates(&self, name: &str) -> io::Result<Vec<CertificateDer<'static>>> {
@@ -166,7 +202,7 @@ impl Files<'_> {
         match certificates {
             Ok(certificates) if certificates.is_empty() => Err(unusable(&path, "it has no certificate in PEM form")),
             Ok(certificates) => Ok(certificates),
-            Err(error) => Err(unusable(&path, error)),
+            Err(error) => Err(unusable(&path, pem_reason(&error))),
         }
     }
 }
@@ -217,6 +253,15 @@ fn unusable(path: impl AsRef<Path>, error: impl std::fmt::Display) -> io::Error 
     context(path.as_ref().display())(io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))
 }
 
+/// What is wrong with a file in PEM form.
+fn pem_reason(error: &pem::Error) -> String {
+    match error {
+        pem::Error::MissingSectionEnd { .. } => "it is cut off: a line -----END … is missing".to_owned(),
+        pem::Error::IllegalSectionStart { .. } => "a line -----BEGIN … is damaged".to_owned(),
+        error => error.to_string(),
+    }
+}
+
 const CA: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
 const CLIENT_CERTIFICATE: &str = "client-cert.pem";
@@ -225,6 +270,9 @@ const SERVER_CERTIFICATE: &str = "server-cert.pem";
 const SERVER_KEY: &str = "server-key.pem";
 
 const VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
+
+/// In the head of a private key with a passphrase.
+const ENCRYPTED: &[u8] = b"ENCRYPTED";
 
 /// Longer than any file of certificates that a handshake could carry.
 const MAX_FILE: u64 = 1 << 20;

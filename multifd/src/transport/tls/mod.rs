@@ -43,7 +43,7 @@ pub struct TlsConnector {
 }
 
 impl TlsConnector {
-    /// Connects with `inner`. The destination's certificate has to be for `host`, a name or an address.
+    /// Connects with `inner`. The destination's certificate has to be for `host`, a name or an address, of IPv6 also in brackets.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] where `host` is neither.
@@ -53,7 +53,8 @@ impl TlsConnector {
         host: &str,
     ) -> io::Result<TlsConnector> {
         // The scope of a link-local address means something on this host only.
-        let plain = host.split_once('%').map_or(host, |(address, _)| address);
+        let plain = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let plain = plain.split_once('%').map_or(plain, |(address, _)| address);
         let name = ServerName::try_from(plain.to_owned()).map_err(|_| {
             let message = format!("{host:?} is no host name or address, so no certificate can be for it");
             io::Error::new(io::ErrorKind::InvalidInput, message)

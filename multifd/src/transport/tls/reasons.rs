@@ -1,6 +1,6 @@
 //! Why a connection with TLS is not established, in sentences for operators.
 
-use rustls::{AlertDescription, CertificateError, Error};
+use rustls::{AlertDescription, CertRevocationListError, CertificateError, Error};
 
 /// What the other end is in a handshake.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,6 +22,9 @@ pub(super) fn of(error: &Error, peer: Peer) -> String {
     };
     match error {
         Error::InvalidCertificate(reason) => format!("the certificate of {who} {}", certificate(reason)),
+        Error::InvalidCertRevocationList(reason) => {
+            format!("the certificate of {who} cannot be checked: a list in ca-crl.pem here {}", list(reason))
+        }
         Error::NoCertificatesPresented => {
             // One of another CA is not shown by GnuTLS, and so by a QEMU.
             format!(
@@ -59,7 +62,26 @@ fn certificate(reason: &CertificateError) -> String {
         E::InvalidPurpose | E::InvalidPurposeContext { .. } => {
             format!("is not for this use: {reason}")
         }
+        E::UnsupportedSignatureAlgorithmContext { .. } | E::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            "has a signature of a kind that this end cannot verify; expected RSA of at least 2048 bits with SHA-2, ECDSA with \
+             P-256 or P-384, or Ed25519"
+                .to_owned()
+        }
+        E::Other(reason) if reason.to_string().contains("CaUsedAsEndEntity") => {
+            "is one of a CA: it needs one of its own, that its CA has signed".to_owned()
+        }
         reason => format!("cannot be used: {reason}"),
+    }
+}
+
+/// What is wrong with a list of revoked certificates.
+pub(super) fn list(reason: &CertRevocationListError) -> String {
+    use CertRevocationListError as E;
+    match reason {
+        E::BadSignature => "is not signed by the CA that it names".to_owned(),
+        E::IssuerInvalidForCrl => "is of a CA that may not sign lists (key usage)".to_owned(),
+        E::ParseError => "is damaged, or no list of version 2 with a number (RFC 5280, 5)".to_owned(),
+        reason => format!("cannot be used: {reason:?}"),
     }
 }
 
@@ -114,6 +136,10 @@ mod tests {
 
     #[test]
     fn each_reason_names_who_and_what() {
+        let of_another_kind = CertificateError::UnsupportedSignatureAlgorithmContext {
+            signature_algorithm_id: Vec::new(),
+            supported_algorithms: Vec::new(),
+        };
         let certificate = |reason| of(&Error::InvalidCertificate(reason), Peer::Server);
         for (reason, expected) in [
             (CertificateError::Expired, "the certificate of the destination has expired"),
@@ -122,6 +148,7 @@ mod tests {
             (CertificateError::NotValidForName, "is for another host"),
             (CertificateError::Revoked, "is revoked"),
             (CertificateError::BadEncoding, "cannot be used"),
+            (of_another_kind, "has a signature of a kind that this end cannot verify"),
         ] {
             let sentence = certificate(reason);
             assert!(sentence.contains(expected), "{sentence}");

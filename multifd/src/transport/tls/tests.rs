@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     ram::Ram,
-    testing::certificates::{Authority, Valid, directory},
+    testing::certificates::{Authority, INTERMEDIATE, Valid, directory},
     transport::{Established, RecvHalf, SendHalf, socket::SocketStream},
 };
 
@@ -502,7 +502,14 @@ fn files_that_cannot_be_used_are_named_with_the_reason() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
     assert_eq!(message(&dir), "used", "a group may share a key");
     fs::copy(dir.path().join("client-key.pem"), &key).unwrap();
-    assert_says(&message(&dir), "server-key.pem: ");
+    assert_says(&message(&dir), "server-key.pem: it is not the key of the first certificate in server-cert.pem");
+    fs::write(&key, "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n").unwrap();
+    assert_says(&message(&dir), "server-key.pem: its private key cannot be used; expected RSA of 2048 to 8192 bits");
+    let old = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nAAAA\n";
+    fs::write(&key, format!("{old}-----END RSA PRIVATE KEY-----\n")).unwrap();
+    assert_says(&message(&dir), "server-key.pem: its private key has a passphrase; expected one without");
+    fs::write(&key, "-----BEGIN PRIVATE KEY-----\nAAAA\n").unwrap();
+    assert_says(&message(&dir), "server-key.pem: it is cut off");
     fs::write(&key, "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n").unwrap();
     assert_says(&message(&dir), "server-key.pem: it has no private key in PEM form without a passphrase");
     fs::remove_file(&key).unwrap();
@@ -523,11 +530,64 @@ fn a_revoked_certificate_is_refused() {
     authority.write(dir.path());
     authority.issue(dir.path(), "server", &[HOST], Valid::Now);
     authority.issue(dir.path(), "client", &["source"], Valid::Now);
-    authority.revoke(dir.path(), "client");
+    authority.revoke(dir.path(), "client", 2200);
     let (client, server) = credentials(dir.path());
     let [ours, theirs] = refusal(client, server);
     assert_says(&theirs, "the certificate of the source is revoked (ca-crl.pem)");
     assert_says(&ours, "the certificate of this end is revoked");
+}
+
+/// Only the last certificate of a chain was looked up, so a CA that was revoked could still vouch for anyone.
+#[test]
+fn a_certificate_of_a_revoked_intermediate_authority_is_refused() {
+    let (dir, authority) = (TempDir::new().unwrap(), Authority::new());
+    authority.write(dir.path());
+    let intermediate = authority.intermediate();
+    authority.issue(dir.path(), "server", &[HOST], Valid::Now);
+    intermediate.issue(dir.path(), "client", &["source"], Valid::Now);
+    intermediate.append(dir.path(), "client");
+    let (client, server) = credentials(dir.path());
+    let (ours, theirs) = meet(client, server);
+    assert!(ours.is_ok() && theirs.is_ok(), "it is as good as any before it is revoked");
+    authority.revoke(dir.path(), INTERMEDIATE, 2200);
+    let (client, server) = credentials(dir.path());
+    let [ours, theirs] = refusal(client, server);
+    assert_says(&theirs, "the certificate of the source is revoked (ca-crl.pem)");
+    assert_says(&ours, "the certificate of this end is revoked");
+}
+
+/// A list that has expired may lack what was revoked since, and was taken as if it had said all.
+#[test]
+fn nobody_is_taken_by_a_list_of_revoked_certificates_that_has_expired() {
+    let (dir, authority) = (TempDir::new().unwrap(), Authority::new());
+    authority.write(dir.path());
+    authority.issue(dir.path(), "server", &[HOST], Valid::Now);
+    authority.issue(dir.path(), "client", &["source"], Valid::Now);
+    authority.revoke(dir.path(), "another", 2022);
+    let (client, server) = credentials(dir.path());
+    let [ours, _] = refusal(client, server);
+    assert_says(&ours, "cannot be checked: the list of revoked certificates (ca-crl.pem) has expired");
+}
+
+/// A file without a list, as one in DER form is to a reader of PEM, was taken for a list that revokes nothing.
+#[test]
+fn a_file_without_a_usable_list_of_revoked_certificates_is_refused() {
+    let dir = directory(HOST);
+    let list = dir.path().join("ca-crl.pem");
+    let pem = |content: &str| format!("-----BEGIN X509 CRL-----\n{content}-----END X509 CRL-----\n");
+    for (content, expected) in [
+        (String::new(), "ca-crl.pem: it has no list of revoked certificates in PEM form"),
+        ("0\u{1}\u{1}".to_owned(), "ca-crl.pem: it has no list of revoked certificates in PEM form"),
+        (pem("AAAA\n"), "ca-crl.pem: a list of revoked certificates "),
+        ("-----BEGIN X509 CRL-----\nAAAA\n".to_owned(), "ca-crl.pem: it is cut off"),
+    ] {
+        fs::write(&list, &content).unwrap();
+        let server = ServerCredentials::from_dir(dir.path(), ClientCertificates::Required);
+        let client = ClientCredentials::from_dir(dir.path());
+        for error in [server.err(), client.err()] {
+            assert_says(&error.expect("it is refused").to_string(), expected);
+        }
+    }
 }
 
 #[test]
@@ -538,7 +598,9 @@ fn a_name_that_no_certificate_can_be_for_is_refused() {
         let inner = crate::transport::tcp::TcpConnector::new("127.0.0.1", 1);
         TlsConnector::new(Box::new(inner), client.clone(), host)
     };
-    assert!(connector("fe80::1%eth0").is_ok() && connector("10.0.0.1").is_ok());
+    for address in ["fe80::1%eth0", "10.0.0.1", "::1", "[::1]", "[fe80::1%eth0]"] {
+        assert!(connector(address).is_ok(), "{address}");
+    }
     assert_says(&connector("no host").err().unwrap().to_string(), "is no host name or address");
 }
 
