@@ -111,9 +111,12 @@ impl Drop for Slot {
 /// The client did not ask in time, or asked for too much; the kernel's.
 fn answer(mut connection: impl Connection) -> io::Result<()> {
     let request = request(&mut connection)?;
-    let (status, body) = match request.split(' ').collect::<Vec<_>>()[..] {
-        ["GET", "/metrics" | "/", _] => ("200 OK", super::now()),
-        ["GET", ..] => ("404 Not Found", "the metrics are at /metrics\n".to_owned()),
+    let words: Vec<&str> = request.split(' ').collect();
+    // A query changes nothing: a scraper may be set up to send one.
+    let path = words.get(1).map(|target| target.split_once('?').map_or(*target, |(path, _)| path));
+    let (status, body) = match (&words[..], path) {
+        (["GET", _, _], Some("/metrics" | "/")) => ("200 OK", super::now()),
+        (["GET", ..], _) => ("404 Not Found", "the metrics are at /metrics\n".to_owned()),
         _ => ("405 Method Not Allowed", "expected GET\n".to_owned()),
     };
     connection.set_limits(LONGEST_ANSWER)?;
@@ -168,7 +171,7 @@ mod tests {
             let Uri::Tcp { port, .. } = bound else { panic!("{bound}") };
             let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();
             client.set_limits(Duration::from_secs(60)).unwrap();
-            client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+            client.write_all(b"GET /metrics?job=vm HTTP/1.1\r\n\r\n").unwrap();
             let mut answer = String::new();
             client.read_to_string(&mut answer).unwrap();
             assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{address}: {answer}");
