@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use clap::Args;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use multifd::transport::{Listen, uri::Uri};
 
 use super::MIGRATION;
@@ -68,8 +68,18 @@ impl Default for ListenArgs {
 /// What was expected, for clap.
 fn network(text: &str) -> Result<IpNet, String> {
     let single = || text.parse().ok().map(|address: IpAddr| IpNet::from(address.to_canonical()));
-    let network = text.parse().ok().or_else(single);
+    let network = text.parse().ok().map(canonical).or_else(single);
     network.ok_or_else(|| "expected an address or network, as in 192.0.2.7, 10.0.0.0/8 or fd00::/8".to_owned())
+}
+
+/// The network of IPv4 addresses that `network` means, where it is one of them in IPv6's notation: peers are known by their IPv4
+/// addresses.
+fn canonical(network: IpNet) -> IpNet {
+    let IpNet::V6(mapped) = network else { return network };
+    let address = mapped.addr().to_ipv4_mapped();
+    let v4 =
+        address.zip(mapped.prefix_len().checked_sub(96)).and_then(|(address, len)| Ipv4Net::new(address, len).ok());
+    v4.map_or(network, IpNet::V4)
 }
 
 /// As many as the engine permits by itself.
@@ -88,6 +98,9 @@ mod tests {
             ("::1", "::1/128"),
             ("::ffff:192.0.2.7", "192.0.2.7/32"),
             ("0.0.0.0/0", "0.0.0.0/0"),
+            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::/0", "::/0"),
         ] {
             assert_eq!(network(text).unwrap().to_string(), expected);
         }
