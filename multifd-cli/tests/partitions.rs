@@ -1,5 +1,5 @@
 //! A guest moves between two hosts while the network between them is cut: at a random moment, in one direction or both,
-//! for longer or shorter than every limit.
+//! for longer or shorter than every limit, with TLS or without.
 //!
 //! It never runs on both hosts. In the end it runs on one of them, or it is paused at the source, in doubt, and can be
 //! resumed there if the destination does not run it.
@@ -15,9 +15,9 @@ use std::{
 };
 
 use common::{
-    Guest, LIMIT,
+    Guest, LIMIT, exit_code,
     hosts::{Host, two_hosts},
-    number,
+    number, run,
 };
 use fastrand::Rng;
 use serde_json::{Value, json};
@@ -26,6 +26,9 @@ use test_support::{TempDir, report, skip, time_limit};
 /// Limits that pass while the test watches.
 const OPTIONS: &str = "--guest process --memory 24MiB --working-set 4MiB --write-rate 40MB/s --channels 2 \
                        --stall-timeout 1500ms --pause-timeout 1s";
+
+/// By then the connections of a migration with TLS are established, mostly.
+const HANDSHAKES: Duration = Duration::from_millis(30);
 
 /// One end of the cable: how its host is reached from the other.
 const LEFT: (&str, &str) = ("192.0.2.1", "02:00:00:00:00:01");
@@ -69,10 +72,21 @@ fn a_guest_runs_on_one_host_whenever_the_network_between_them_is_cut() {
         }
         let mut random = Rng::with_seed(seed);
         let mut owners = BTreeMap::new();
+        let dir = TempDir::new().unwrap();
+        let tls = dir.path().join("tls").display().to_string();
+        let made = run(&format!("tls-init {tls} --host {} --quiet", RIGHT.0));
+        assert_eq!(exit_code(&made), 0, "{made:?}");
+        let with_tls = format!("{OPTIONS} --tls-dir {tls}");
         // How long an undisturbed migration takes here: cuts fall before its end.
-        let took = undisturbed(&left, &right);
+        let took = undisturbed(&left, &right, OPTIONS);
         for round in 0..wanted {
-            let owner = partition(&left, &right, &mut random, took, round);
+            // Every other one with TLS, and half of these are cut where the handshakes are.
+            let (options, took) = match round % 4 {
+                0 | 2 => (OPTIONS, took),
+                1 => (&*with_tls, took),
+                _ => (&*with_tls, HANDSHAKES.min(took)),
+            };
+            let owner = partition(&left, &right, &mut random, options, took, round);
             *owners.entry(owner).or_insert(0) += 1;
         }
         report("partitions", &format!("cuts {wanted} (seed {seed}), guests lost 0, doubled 0; {owners:?}"));
@@ -80,17 +94,17 @@ fn a_guest_runs_on_one_host_whenever_the_network_between_them_is_cut() {
 }
 
 /// A guest on the left, and a process that waits for it on the right, at an address.
-fn guests(left: &Host, right: &Host, dir: &TempDir) -> (Guest, Guest, String) {
-    let source = left.guest(dir.path(), "source", OPTIONS);
-    let destination = right.guest(dir.path(), "destination", &format!("{OPTIONS} --incoming tcp:{}:0", RIGHT.0));
+fn guests(left: &Host, right: &Host, dir: &TempDir, options: &str) -> (Guest, Guest, String) {
+    let source = left.guest(dir.path(), "source", options);
+    let destination = right.guest(dir.path(), "destination", &format!("{options} --incoming tcp:{}:0", RIGHT.0));
     let uri = destination.listening();
     source.wait_for(|status| status["state"] == "running");
     (source, destination, uri)
 }
 
-fn undisturbed(left: &Host, right: &Host) -> Duration {
+fn undisturbed(left: &Host, right: &Host, options: &str) -> Duration {
     let dir = TempDir::new().unwrap();
-    let (source, destination, uri) = guests(left, right, &dir);
+    let (source, destination, uri) = guests(left, right, &dir, options);
     let begun = Instant::now();
     source.ask("migrate", json!({ "uri": uri })).unwrap();
     while !runs(&destination.status()) {
@@ -100,14 +114,14 @@ fn undisturbed(left: &Host, right: &Host) -> Duration {
     begun.elapsed()
 }
 
-fn partition(left: &Host, right: &Host, random: &mut Rng, took: Duration, round: u32) -> Owner {
+fn partition(left: &Host, right: &Host, random: &mut Rng, options: &str, took: Duration, round: u32) -> Owner {
     let dir = TempDir::new().unwrap();
-    let (source, destination, uri) = guests(left, right, &dir);
+    let (source, destination, uri) = guests(left, right, &dir, options);
     let cut = [Cut::There, Cut::Back, Cut::Both][random.usize(..3)];
     let wait = Duration::from_micros(random.u64(..took.as_micros() as u64));
     // Shorter than every limit, between them, or longer than all.
     let hold = Duration::from_millis([100, 1200, 4000][random.usize(..3)]);
-    let context = format!("round {round}: {cut:?} after {wait:?} for {hold:?}");
+    let context = format!("round {round}: {cut:?} after {wait:?} for {hold:?}, {options}");
 
     let begun = Instant::now();
     source.ask("migrate", json!({ "uri": uri })).unwrap();
