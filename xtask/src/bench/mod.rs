@@ -16,6 +16,7 @@ mod findings;
 mod growth;
 mod inner;
 mod link;
+mod metrics;
 mod mover;
 mod pace;
 mod page;
@@ -89,6 +90,7 @@ const SECTIONS: &[Section] = &[
     ("checkpoint", "A checkpoint on disk", checkpoint::run),
     ("compression", "Compression", throughput::compression),
     ("tls", "TLS", tls::run),
+    ("metrics", "Metrics", metrics::run),
     ("faults", "Pages that a guest waits for", faults::run),
     ("resumed", "Back at its speed after an instant restore", resumed::run),
     ("link", "A shaped link", link::run),
