@@ -226,6 +226,7 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
     fn migrate(&mut self, trouble: Trouble) -> Outcome {
         let source = self.source.get_or_insert_with(|| WatchedSource::new((self.make_source)()));
         source.plan = Plan::failing(trouble.source_call);
+        let excluded = source.excluded.clone();
         let make_destination = &mut self.make_destination;
         let (listener, connector) = memory::listener(1 << 16);
         let listener = trouble.on_destination.listener(Box::new(listener));
@@ -241,7 +242,7 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
         let (waiting, progress) = (destination.stop_handle(), destination.progress());
         std::thread::scope(|scope| {
             let receiving = scope.spawn(move || {
-                let mut vm = WatchedDestination::new(make_destination());
+                let mut vm = WatchedDestination::new(make_destination(), excluded);
                 vm.plan = Plan::failing(trouble.destination_call);
                 let received = destination.run(&mut vm, Box::new(listener), &mut ()).map(drop);
                 (received, vm.plan.calls(), vm.runs(), vm.into_digest())
@@ -283,8 +284,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        ram::Ram,
+        ram::{BlockName, Ram},
         sections::Sections,
+        sys::guarded,
         testing::vm::{TestDestination, TestSource},
         vm::{SectionId, VmError},
     };
@@ -331,6 +333,25 @@ mod tests {
     }
 
     /// A VM that starts only with the state of every round.
+    /// The suite itself reads all pages at the end, of which the kernel lets nobody read some.
+    #[test]
+    fn memory_that_must_not_be_read_is_not_read() {
+        let excluding = || {
+            let block = guarded::block(BlockName::new("ram").unwrap(), 70 * 4096).unwrap();
+            let mut vm = TestSource::new(Ram::new(4096, vec![block]).unwrap());
+            assert!((0..60).all(|page| vm.writer.write(page, 1000 + page)));
+            (60..70).for_each(|page| guarded::forbid(&vm.ram().page(page).unwrap()));
+            vm.at_excluded = Some(Box::new(|into| {
+                into.set_range(60..70);
+                Ok(())
+            }));
+            vm
+        };
+        let few = Effort { operations: 1 };
+        let report = time_limit(Duration::from_secs(300), || vm_with(few, excluding, destination)).unwrap();
+        assert!(report.at_source > 3 && report.at_destination > 1, "{report:?}");
+    }
+
     struct Complete {
         vm: TestDestination,
         rounds: u64,

@@ -7,6 +7,7 @@ use crate::{
     dirty_bitmap::DirtyBitmap,
     ram::Ram,
     sections::Sections,
+    sync::{Arc, Mutex, lock},
     vm::{DestinationVm, SectionId, SourceVm, Throttled, VmError},
 };
 
@@ -35,15 +36,20 @@ impl Plan {
     }
 }
 
+/// The pages that the source's VM excluded last: no side may read them. Clones are the same set.
+#[derive(Clone, Default)]
+pub(super) struct Excluded(Arc<Mutex<Option<DirtyBitmap>>>);
+
 pub(super) struct WatchedSource<S> {
     vm: S,
     pub(super) plan: Plan,
+    pub(super) excluded: Excluded,
     paused: bool,
 }
 
 impl<S: SourceVm> WatchedSource<S> {
     pub(super) fn new(vm: S) -> WatchedSource<S> {
-        WatchedSource { vm, plan: Plan::default(), paused: false }
+        WatchedSource { vm, plan: Plan::default(), excluded: Excluded::default(), paused: false }
     }
 
     pub(super) fn runs(&self) -> bool {
@@ -52,7 +58,7 @@ impl<S: SourceVm> WatchedSource<S> {
 
     /// A digest of each page.
     pub(super) fn digest(&self) -> Vec<u64> {
-        digest(self.vm.ram())
+        digest(self.vm.ram(), &self.excluded)
     }
 }
 
@@ -80,7 +86,11 @@ impl<S: SourceVm> SourceVm for WatchedSource<S> {
     }
 
     fn excluded(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        self.vm.excluded(into)
+        let mut now = DirtyBitmap::new(self.vm.ram().layout());
+        self.vm.excluded(&mut now)?;
+        into.merge(&now);
+        *lock(&self.excluded.0) = Some(now);
+        Ok(())
     }
 
     fn throttle(&mut self, percent: u8) -> Throttled {
@@ -117,13 +127,15 @@ impl<S: SourceVm> SourceVm for WatchedSource<S> {
 pub(super) struct WatchedDestination<D> {
     vm: D,
     pub(super) plan: Plan,
+    excluded: Excluded,
     started: bool,
     digest: Vec<u64>,
 }
 
 impl<D: DestinationVm> WatchedDestination<D> {
-    pub(super) fn new(vm: D) -> WatchedDestination<D> {
-        WatchedDestination { vm, plan: Plan::default(), started: false, digest: Vec::new() }
+    /// A VM to which one comes that excludes what is in `excluded`.
+    pub(super) fn new(vm: D, excluded: Excluded) -> WatchedDestination<D> {
+        WatchedDestination { vm, plan: Plan::default(), excluded, started: false, digest: Vec::new() }
     }
 
     pub(super) fn runs(&self) -> bool {
@@ -157,7 +169,7 @@ impl<D: DestinationVm> DestinationVm for WatchedDestination<D> {
     fn start(&mut self) -> Result<(), VmError> {
         self.plan.next("start")?;
         // All is in place, and no vCPU runs yet.
-        self.digest = digest(self.vm.ram());
+        self.digest = digest(self.vm.ram(), &self.excluded);
         self.vm.start()?;
         self.started = true;
         Ok(())
@@ -168,12 +180,16 @@ impl<D: DestinationVm> DestinationVm for WatchedDestination<D> {
     }
 }
 
-/// FNV-1a over the words of each page; 0 for a page of zeros.
-fn digest(ram: &Ram) -> Vec<u64> {
+/// FNV-1a over the words of each page; 0 for a page of zeros, and for one that is not to be read.
+fn digest(ram: &Ram, excluded: &Excluded) -> Vec<u64> {
+    let excluded = lock(&excluded.0);
     let mut bytes = vec![0; ram.layout().page_size()];
     let pages = ram.layout().blocks().iter().flat_map(|block| block.page_range());
     pages
         .map(|page| {
+            if excluded.as_ref().is_some_and(|excluded| excluded.contains(page)) {
+                return 0;
+            }
             let range = ram.page(page).expect("a page of a block");
             if range.is_zero() {
                 return 0;
