@@ -95,13 +95,15 @@ impl DirtyLog for VhostLog {
         let end = self.bytes() * 8 * LOG_PAGE;
         for block in ram.blocks() {
             let why = match block.guest_address() {
-                None => "has no guest address, by which vhost marks it",
+                None => "has no guest address, by which vhost marks it (RamBlock::at)".to_owned(),
                 Some(address) if address.checked_add(block.bytes() as u64).is_none_or(|at| at > end) => {
-                    "ends beyond the log of vhost"
+                    format!(
+                        "ends beyond {end:#x}, the end that vhost's log was made for: VhostLog::new takes the highest one"
+                    )
                 }
                 Some(_) => continue,
             };
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{:?} {why}", block.name())));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("RAM block {:?} {why}", block.name())));
         }
         for word in self.words.words() {
             word.store(0, Relaxed);
@@ -209,9 +211,15 @@ mod tests {
             log.stop().unwrap();
             error
         };
-        assert_eq!(refusal(128 * 4096, &ram(4096)), "\"high\" ends beyond the log of vhost");
+        assert_eq!(
+            refusal(128 * 4096, &ram(4096)),
+            "RAM block \"high\" ends beyond 0x80000, the end that vhost's log was made for: VhostLog::new takes the highest one"
+        );
         let lost = Ram::for_test(&[("lost", 1)]);
-        assert_eq!(refusal(1 << 40, &lost), "\"lost\" has no guest address, by which vhost marks it");
+        assert_eq!(
+            refusal(1 << 40, &lost),
+            "RAM block \"lost\" has no guest address, by which vhost marks it (RamBlock::at)"
+        );
     }
 
     #[test]
