@@ -16,7 +16,7 @@ use crate::{
     destination::{self, Destination},
     error::Error,
     progress::Phase,
-    source::{self, Source},
+    source::{self, AtLimit, Source},
     testing::{
         faulty::{Fault, Faults},
         memory,
@@ -233,6 +233,9 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
         let connector = trouble.on_source.connector(Box::new(connector));
         let mut options = source::Options::default();
         options.plan.channels = CHANNELS;
+        // How fast the guest writes, and this machine sends, is not what is tested.
+        options.parameters.limits.rounds = Some(ROUNDS);
+        options.parameters.limits.at_limit = AtLimit::SwitchOver;
         let receiving = destination::Options {
             channels: Some(CHANNELS),
             setup_timeout: Some(Duration::from_secs(3)),
@@ -275,6 +278,8 @@ impl Trouble {
     }
 }
 
+/// After so many the guest is paused, however much it writes.
+const ROUNDS: u64 = 5;
 /// Connections beside main.
 const CHANNELS: u8 = 2;
 
