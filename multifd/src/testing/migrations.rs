@@ -1,5 +1,7 @@
 //! Whole migrations between two threads: what arrives, and what is left behind when something fails.
 
+use std::os::{fd::OwnedFd, unix::net::UnixStream};
+
 use multifd_proto::{
     BlockName, Codec,
     machine::{Dialect, ZeroPages},
@@ -14,7 +16,11 @@ use crate::{
     source::{self, Flush, Source, Untouched},
     testing::memory,
     testing::vm::{TestDestination, TestSource},
-    transport::{Connect, Listen, uri::Uri},
+    transport::{
+        Connect, Listen,
+        fd::{FdConnector, FdListener},
+        uri::Uri,
+    },
 };
 
 const BLOCKS: [(&str, usize); 3] = [("ram", 700), ("rom", 1), ("vga", 130)];
@@ -472,4 +478,32 @@ fn a_channel_sends_as_it_is_what_cannot_be_compressed() {
     });
     assert!(!channel.compresses && channel.switches == 0 && channel.packets_plain >= 16, "{channel:?}");
     assert!(channel.reason.starts_with("sent as they are in the end"), "{channel:?}");
+}
+
+/// As a VMM in a jail gets them: main and each channel opened by another program.
+#[test]
+fn a_vm_moves_over_sockets_that_exist() {
+    let pairs =
+        |count| (0..count).map(|_| UnixStream::pair().unwrap()).map(|(a, b)| (OwnedFd::from(a), OwnedFd::from(b)));
+    for (channels, sockets) in [(0, 1), (1, 2), (4, 5), (4, 7)] {
+        let (ours, theirs): (Vec<_>, Vec<_>) = pairs(sockets).unzip();
+        let listener = FdListener::of(theirs, "unix:/handed/over".parse().unwrap()).unwrap();
+        let mut options = source::Options::default();
+        options.plan.channels = channels;
+        let (mut vm, mut to) = (writing_source(filled()), TestDestination::new(Ram::for_test(&BLOCKS)));
+        let over = (Box::new(listener) as Box<dyn Listen>, &FdConnector::of(ours).unwrap() as &dyn Connect);
+        let (sent, received) = migrate_over(over, &mut vm, &mut to, options, Default::default());
+        sent.unwrap();
+        assert_eq!(received.unwrap().channels, usize::from(channels));
+        assert_same(&vm.writer_ram(), &to.ram);
+    }
+    // One too few.
+    let (ours, theirs): (Vec<_>, Vec<_>) = pairs(4).unzip();
+    let listener = FdListener::of(theirs, "unix:/handed/over".parse().unwrap()).unwrap();
+    let (mut vm, mut to) = (writing_source(filled()), TestDestination::new(Ram::for_test(&BLOCKS)));
+    let over = (Box::new(listener) as Box<dyn Listen>, &FdConnector::of(ours).unwrap() as &dyn Connect);
+    let (sent, received) = migrate_over(over, &mut vm, &mut to, source::Options::default(), Default::default());
+    let error = sent.unwrap_err().to_string();
+    assert!(error.contains("a socket for each, or fewer channels"), "{error}");
+    assert!(received.is_err() && vm.writer.is_running());
 }

@@ -2,9 +2,12 @@
 //!
 //! A listening socket takes any number of connections. A connected one is a single connection: enough for main, not for
 //! channels. A destination can take from it what a QEMU without the capability multifd sends to `fd:N`; a source of ours
-//! has channels, so it needs an address. A pipe or a file is a single connection [without a way back](super::one_way).
+//! has channels, so it needs an address, or a connected socket for each connection: [`FdConnector::of`], and
+//! [`FdListener::of`] where the others of the pairs are. A pipe or a file is a single connection
+//! [without a way back](super::one_way).
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, OwnedFd, RawFd},
     time::Duration,
@@ -41,9 +44,9 @@ pub unsafe fn claim_inherited() {
     unsafe { inherited::claim() }
 }
 
-/// Gives out one connection, once.
+/// Gives out connections that exist, each of them once.
 pub struct FdConnector {
-    stream: Mutex<Option<SocketStream>>,
+    streams: Mutex<VecDeque<SocketStream>>,
 }
 
 impl FdConnector {
@@ -52,7 +55,16 @@ impl FdConnector {
     /// # Errors
     /// As [`SocketStream::new`].
     pub fn new(socket: OwnedFd) -> io::Result<FdConnector> {
-        Ok(FdConnector { stream: Mutex::new(Some(SocketStream::new(socket)?)) })
+        FdConnector::of([socket])
+    }
+
+    /// The connections over `sockets`: main, and one for each of the plan's channels. Which of them becomes main is of no importance.
+    ///
+    /// # Errors
+    /// As [`SocketStream::new`].
+    pub fn of(sockets: impl IntoIterator<Item = OwnedFd>) -> io::Result<FdConnector> {
+        let streams = sockets.into_iter().map(SocketStream::new).collect::<io::Result<_>>()?;
+        Ok(FdConnector { streams: Mutex::new(streams) })
     }
 
     /// The connection over descriptor `number`, which this process inherited and which now belongs to the connection.
@@ -62,17 +74,17 @@ impl FdConnector {
     pub fn inherited(number: RawFd) -> io::Result<FdConnector> {
         let open = || Ok(SocketStream::new(inherited::take(number)?)?.with_peer(Uri::Fd(number).to_string()));
         let stream = open().map_err(context(Uri::Fd(number)))?;
-        Ok(FdConnector { stream: Mutex::new(Some(stream)) })
+        Ok(FdConnector { streams: Mutex::new([stream].into()) })
     }
 }
 
 impl Connect for FdConnector {
     fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        match lock(&self.stream).take() {
+        match lock(&self.streams).pop_front() {
             Some(stream) => Ok(Box::new(Established::new(stream))),
             None => Err(invalid(
                 "a connected socket is one connection, and a source has channels beside main: it needs an address, \
-                 tcp:HOST:PORT, unix:PATH or vsock:CID:PORT, or 0 channels",
+                 tcp:HOST:PORT, unix:PATH or vsock:CID:PORT, or a socket for each, or fewer channels (0: main alone)",
             )),
         }
     }
@@ -86,10 +98,11 @@ pub struct FdListener {
 enum Kind {
     /// It listens.
     Listening(SocketListener),
-    /// It is the only connection.
+    /// They are all the connections.
     Connected {
-        /// `None` once accepted.
-        stream: Option<SocketStream>,
+        /// Those that were not accepted yet.
+        streams: VecDeque<SocketStream>,
+        is_single: bool,
         stopped: StopEvent,
     },
     /// It is a pipe or a file.
@@ -110,10 +123,20 @@ impl FdListener {
         let kind = if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
             Kind::Listening(SocketListener::new(socket, uri)?)
         } else {
-            let stream = Some(SocketStream::new(socket)?.with_peer(uri.to_string()));
-            Kind::Connected { stream, stopped: StopEvent::new()? }
+            return FdListener::of([socket], uri);
         };
         Ok(FdListener { kind })
+    }
+
+    /// The connections that `sockets` are: main, and as many channels as the source has. `uri` is what messages call them.
+    ///
+    /// # Errors
+    /// As [`SocketStream::new`].
+    pub fn of(sockets: impl IntoIterator<Item = OwnedFd>, uri: Uri) -> io::Result<FdListener> {
+        let stream = |socket| Ok(SocketStream::new(socket)?.with_peer(uri.to_string()));
+        let streams = sockets.into_iter().map(stream).collect::<io::Result<VecDeque<_>>>()?;
+        let is_single = streams.len() == 1;
+        Ok(FdListener { kind: Kind::Connected { streams, is_single, stopped: StopEvent::new()? } })
     }
 
     /// As [`new`](Self::new) for the standard input, of which a second descriptor is made.
@@ -136,11 +159,11 @@ impl FdListener {
 }
 
 impl Listen for FdListener {
-    /// After the only connection, this waits as it does for any listener to which no more come.
+    /// After the last connection, this waits as it does for any listener to which no more come.
     fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         match &mut self.kind {
             Kind::Listening(listener) => listener.accept(timeout),
-            Kind::Connected { stream, stopped } => match stream.take() {
+            Kind::Connected { streams, stopped, .. } => match streams.pop_front() {
                 Some(stream) if !stopped.is_set()? => Ok(Box::new(Established::new(stream))),
                 _ => Err(stopped.wait(timeout)?.into()),
             },
@@ -151,8 +174,8 @@ impl Listen for FdListener {
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
         match &mut self.kind {
             Kind::Listening(listener) => listener.try_accept(),
-            Kind::Connected { stream, .. } => {
-                Ok(stream.take().map(|stream| Box::new(Established::new(stream)) as Box<dyn Pending>))
+            Kind::Connected { streams, .. } => {
+                Ok(streams.pop_front().map(|stream| Box::new(Established::new(stream)) as Box<dyn Pending>))
             }
             Kind::OneWay(listener) => listener.try_accept(),
         }
@@ -167,6 +190,10 @@ impl Listen for FdListener {
     }
 
     fn is_single(&self) -> bool {
-        !matches!(self.kind, Kind::Listening(_))
+        match &self.kind {
+            Kind::Listening(_) => false,
+            Kind::Connected { is_single, .. } => *is_single,
+            Kind::OneWay(_) => true,
+        }
     }
 }
