@@ -346,6 +346,25 @@ pub enum Mismatch {
         /// The block.
         name: BlockName,
     },
+    /// Two RAM blocks have bytes in common.
+    #[error("RAM blocks {name:?} and {other:?} overlap in this process; memory belongs to one block")]
+    BlocksOverlap {
+        /// The one with the lower address.
+        name: BlockName,
+        /// The other one.
+        other: BlockName,
+    },
+    /// The memory of a RAM block cannot be had.
+    #[error(
+        "RAM block {name:?} has no memory: the file system of its file is full, its huge pages are used up, or the file is too short"
+    )]
+    BlockWithoutMemory {
+        /// The block.
+        name: BlockName,
+    },
+    /// Another migration reads or writes the memory.
+    #[error("another migration uses the memory of this VM; there can be one at a time")]
+    MemoryInUse,
     /// Two RAM blocks have one name.
     #[error("RAM block {name:?} exists twice")]
     BlockTwice {

@@ -4,11 +4,12 @@
 //! the start. For other memory this is done when the VM was made, and not when its guest is paused: what is absent
 //! is left alone, what may be thrown away is thrown away, and only what is left is read, and cleared where it is not zero.
 
-use std::io;
+use std::{io, ops::Range};
 
 use crate::{
     dirty::untouched::{Kernel, untouched_block},
     dirty_bitmap::DirtyBitmap,
+    error::Mismatch,
     ram::{Backing, Ram, RamBlock},
     stop::StopHandle,
     sys::advice,
@@ -30,15 +31,23 @@ impl CleanMemory {
     }
 
     /// Makes the blocks zero that `wanted` picks, unless they were made so before. Ends early where the migration is stopped.
-    pub(super) fn clean(&mut self, stop: &StopHandle, wanted: impl Fn(usize, &RamBlock) -> bool) {
+    ///
+    /// # Errors
+    /// [`Mismatch::BlockWithoutMemory`]
+    pub(super) fn clean(
+        &mut self,
+        stop: &StopHandle,
+        wanted: impl Fn(usize, &RamBlock) -> bool,
+    ) -> Result<(), Mismatch> {
         let ram = self.ram.clone();
         let mut kernel = None;
         for (index, block) in ram.blocks().iter().enumerate() {
             if !self.done[index] && wanted(index, block) {
                 let kernel = kernel.get_or_insert_with(Kernel::new);
-                self.done[index] = self.clean_block(index, kernel, stop);
+                self.done[index] = self.clean_block(index, kernel, stop)?;
             }
         }
+        Ok(())
     }
 
     /// Whether this is about the memory of `ram`.
@@ -62,13 +71,13 @@ impl CleanMemory {
     }
 
     /// Whether the block reads as zeros now; it does not where the migration was stopped.
-    fn clean_block(&mut self, index: usize, kernel: &mut Kernel, stop: &StopHandle) -> bool {
+    fn clean_block(&mut self, index: usize, kernel: &mut Kernel, stop: &StopHandle) -> Result<bool, Mismatch> {
         let (block, layout) = (&self.ram.blocks()[index], &self.ram.layout().blocks()[index]);
         let name = block.name().as_str();
         match discard(block) {
             Ok(()) => {
                 self.absent.set_range(layout.page_range());
-                return true;
+                return Ok(true);
             }
             Err(error) => tracing::debug!(block = name, %error, "its pages are not thrown away"),
         }
@@ -76,16 +85,38 @@ impl CleanMemory {
             // Correct, and it may take a while, and the memory it costs.
             tracing::warn!(block = name, %error, "it is not known which pages are absent, so all are read");
         }
-        for page in layout.page_range().filter(|&page| !self.absent.contains(page)) {
-            if page % PAGES_BETWEEN_LOOKS == 0 && stop.is_stopped() {
-                return false;
+        let (mut next, end) = (layout.page_range().start, layout.page_range().end);
+        while let Some(start) = (next..end).find(|&page| !self.absent.contains(page)) {
+            if stop.is_stopped() {
+                return Ok(false);
             }
+            let most = end.min(start + PAGES_AT_ONCE);
+            next = (start..most).find(|&page| self.absent.contains(page)).unwrap_or(most);
+            self.clear(block, layout.offset_of(start), start..next)?;
+        }
+        Ok(true)
+    }
+
+    /// Clears those of `pages` that are not zero, none of which is absent. They begin `offset` bytes into `block`.
+    fn clear(&self, block: &RamBlock, offset: u64, pages: Range<u64>) -> Result<(), Mismatch> {
+        let bytes = (pages.end - pages.start) as usize * self.ram.layout().page_size();
+        let range = block.range(offset, bytes).expect("pages of the block");
+        // A page that cannot be had would end the process.
+        match advice::populate_for_reading(range) {
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                return Err(Mismatch::BlockWithoutMemory { name: block.name().clone() });
+            }
+            // A kernel before 5.14, or memory that it does not do this for.
+            Err(error) => tracing::debug!(block = block.name().as_str(), %error, "whether there is room is not known"),
+            Ok(()) => {}
+        }
+        for page in pages {
             let range = self.ram.page(page).expect("a page of the block");
             if !range.is_zero() {
                 range.clear();
             }
         }
-        true
+        Ok(())
     }
 }
 
@@ -102,5 +133,32 @@ fn discard(block: &RamBlock) -> io::Result<()> {
     }
 }
 
-/// 64 MiB of small pages: some milliseconds.
-const PAGES_BETWEEN_LOOKS: u64 = 1 << 14;
+/// 2 MiB of small pages: a huge page where they are together. After so many it is looked whether the migration was stopped.
+const PAGES_AT_ONCE: u64 = 512;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::ram::BlockName;
+
+    /// A file that is too short, as the file system that it is in may be full: an access ends the process.
+    #[test]
+    fn memory_that_cannot_be_had_is_refused_and_not_touched() {
+        let block = RamBlock::memory_file(BlockName::new("ram").unwrap(), 2000 * 4096).unwrap();
+        let Backing::MemoryFile(memory) = block.backing() else { panic!("it was made so") };
+        let file = File::from(memory.descriptor().try_clone_to_owned().unwrap());
+        file.set_len(1500 * 4096).unwrap();
+        let ram = Ram::new(4096, vec![block.backed_by(Backing::Foreign)]).unwrap().not_fresh();
+        let refused = CleanMemory::new(&ram).clean(&StopHandle::new(), |_, _| true);
+        assert_eq!(refused, Err(Mismatch::BlockWithoutMemory { name: BlockName::new("ram").unwrap() }));
+
+        file.set_len(2000 * 4096).unwrap();
+        for page in [0, 511, 512, 1999] {
+            ram.page(page).unwrap().write(&[7; 4096]);
+        }
+        CleanMemory::new(&ram).clean(&StopHandle::new(), |_, _| true).unwrap();
+        assert!((0..2000).all(|page| ram.page(page).unwrap().is_zero()));
+    }
+}

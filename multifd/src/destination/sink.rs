@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     dirty_bitmap::word_masks,
+    error::Mismatch,
     layout::Layout,
     ram::{GuestRange, Ram, RamBlock},
     stop::StopHandle,
@@ -83,16 +84,19 @@ pub(crate) struct MemorySink {
 
 impl MemorySink {
     /// Takes pages into the memory of `clean`, of which the blocks that are not fresh are made zero, if they are not yet.
+    ///
+    /// # Errors
+    /// [`Mismatch::BlockWithoutMemory`]
     pub(crate) fn new(
         mut clean: CleanMemory,
         order: Vec<usize>,
         first_touch: FirstTouch,
         stop: &StopHandle,
-    ) -> MemorySink {
+    ) -> Result<MemorySink, Mismatch> {
         let ram = clean.ram().clone();
         // From here on pages are written: the next migration into this memory finds nothing fresh.
         let fresh: Vec<bool> = ram.blocks().iter().map(RamBlock::take_fresh).collect();
-        clean.clean(stop, |index, block| !fresh[index] && !block.is_lent());
+        clean.clean(stop, |index, block| !fresh[index] && !block.is_lent())?;
         let touched = PageBits::new(ram.layout());
         for (index, layout) in ram.layout().blocks().iter().enumerate() {
             // No page comes to memory that is handed over, and there may be much of it.
@@ -107,7 +111,7 @@ impl MemorySink {
             // Nothing to gain for memory that was touched before.
             Filler::Direct
         };
-        MemorySink { ram, order, touched, filler }
+        Ok(MemorySink { ram, order, touched, filler })
     }
 
     /// The page at `offset` of the source's block `block`, with its number.

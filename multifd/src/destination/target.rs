@@ -21,7 +21,7 @@ use crate::{
     error::{Connection, Error, Mismatch, Place},
     layout::Layout,
     memory::shared::{self, Identity, SharedBlock},
-    ram::{Access, Ram, RamBlock},
+    ram::{Access, InUse, Ram, RamBlock},
     stop::StopHandle,
     sync::Arc,
     sys::protection,
@@ -139,6 +139,8 @@ pub(super) struct VmTarget<'a> {
     stop: StopHandle,
     /// The memory of the VM, once that was made: it must not be another later.
     ram: Option<Ram>,
+    /// No other migration uses it.
+    in_use: Option<InUse>,
     /// The same, once it was [made zero](Self::clean_memory).
     clean: Option<CleanMemory>,
     /// The VM is being made, or was, and does not run: it has to be told if it never will.
@@ -157,7 +159,7 @@ impl<'a> VmTarget<'a> {
         stop: StopHandle,
     ) -> VmTarget<'a> {
         let (taken, lent) = (Vec::new(), Vec::new());
-        VmTarget { vm, page_size, first_touch, stop, ram: None, clean: None, is_made: false, taken, lent }
+        VmTarget { vm, page_size, first_touch, stop, ram: None, in_use: None, clean: None, is_made: false, taken, lent }
     }
 
     /// Finds the blocks that are made of what the source hands over, and sees to it that none of it is written.
@@ -188,12 +190,13 @@ impl<'a> VmTarget<'a> {
     }
 
     /// Makes the memory of the VM read as zeros where that is not known: as early as possible, as it may take a while.
-    fn clean_memory(&mut self) {
+    fn clean_memory(&mut self) -> Result<(), Error> {
         let mut clean = CleanMemory::new(self.vm.ram());
         // A block that is read-only will be refused.
         let wanted = |block: &RamBlock| !block.is_fresh() && !block.is_lent() && block.access() == Access::ReadWrite;
-        clean.clean(&self.stop, |_, block| wanted(block));
+        clean.clean(&self.stop, |_, block| wanted(block))?;
         self.clean = Some(clean);
+        Ok(())
     }
 }
 
@@ -219,9 +222,11 @@ impl Target for VmTarget<'_> {
         if let Some(block) = ram.blocks().iter().find(|block| block.access() != Access::ReadWrite) {
             return Err(Mismatch::BlockReadOnly { name: block.name().clone() }.into());
         }
+        // Before anything is written there.
+        self.in_use = Some(ram.begin_use()?);
         self.protect_memory()?;
         // While the guest runs at the source.
-        self.clean_memory();
+        self.clean_memory()?;
         Ok(answer)
     }
 
@@ -247,7 +252,7 @@ impl Target for VmTarget<'_> {
             return Err(Mismatch::BlockMissing { name: ram.blocks()[missing].name().clone() }.into());
         }
         let clean = self.clean.take().filter(|clean| clean.is_of(ram)).unwrap_or_else(|| CleanMemory::new(ram));
-        Ok(Arc::new(MemorySink::new(clean, order, self.first_touch, &self.stop)))
+        Ok(Arc::new(MemorySink::new(clean, order, self.first_touch, &self.stop)?))
     }
 
     fn section(

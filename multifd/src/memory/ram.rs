@@ -37,19 +37,22 @@ pub struct Ram {
 struct Inner {
     layout: Layout,
     blocks: Vec<RamBlock>,
+    /// A migration reads or writes it: [`InUse`].
+    in_use: AtomicBool,
 }
 
 impl Ram {
     /// Puts `blocks` together, with pages of `page_size` bytes.
     ///
     /// # Errors
-    /// As [`Layout::new`]; also for a block whose address is not a multiple of 8.
+    /// As [`Layout::new`]; also for a block whose address is not a multiple of 8, and for two blocks that have bytes in common.
     pub fn new(page_size: usize, blocks: Vec<RamBlock>) -> Result<Ram, Mismatch> {
         let layout = Layout::new(page_size, blocks.iter().map(|block| (block.name.clone(), block.len as u64)))?;
         if let Some(block) = blocks.iter().find(|block| !(block.base.as_ptr() as usize).is_multiple_of(8)) {
             return Err(Mismatch::BlockAddress { name: block.name.clone() });
         }
-        Ok(Ram { inner: Arc::new(Inner { layout, blocks }) })
+        check_apart(&blocks)?;
+        Ok(Ram { inner: Arc::new(Inner { layout, blocks, in_use: AtomicBool::new(false) }) })
     }
 
     /// One page of zeros.
@@ -106,6 +109,18 @@ impl Ram {
         self
     }
 
+    /// Has the memory for one migration, until the value is dropped.
+    ///
+    /// # Errors
+    /// [`Mismatch::MemoryInUse`]: another migration has it. A destination would make the memory of a running guest zero, and of two
+    /// sources one would let the guest run while the other has paused it.
+    pub(crate) fn begin_use(&self) -> Result<InUse, Mismatch> {
+        match self.inner.in_use.swap(true, Relaxed) {
+            true => Err(Mismatch::MemoryInUse),
+            false => Ok(InUse(self.clone())),
+        }
+    }
+
     /// Whether `other` is a clone of this.
     pub(crate) fn is_same(&self, other: &Ram) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
@@ -133,6 +148,25 @@ impl fmt::Debug for Ram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ram").field("blocks", &self.inner.blocks).finish()
     }
+}
+
+/// The memory of a VM is in use by a migration, and by no other one.
+pub(crate) struct InUse(Ram);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.inner.in_use.store(false, Relaxed);
+    }
+}
+
+/// Makes sure that no byte is in two blocks: they would be sent, and written, as if they were two.
+fn check_apart(blocks: &[RamBlock]) -> Result<(), Mismatch> {
+    let mut places: Vec<_> = blocks.iter().map(|block| (block.address(), block)).collect();
+    places.sort_unstable_by_key(|(address, _)| *address);
+    let overlapping = places.windows(2).find(|pair| pair[1].0 - pair[0].0 < pair[0].1.len as u64);
+    overlapping.map_or(Ok(()), |pair| {
+        Err(Mismatch::BlocksOverlap { name: pair[0].1.name.clone(), other: pair[1].1.name.clone() })
+    })
 }
 
 /// One named range of guest memory that is mapped in this process.
@@ -177,8 +211,9 @@ impl RamBlock {
     /// from here; [`backed_by`](Self::backed_by) says it.
     ///
     /// # Safety
-    /// - `base` points to `len` bytes that stay mapped readable and writable until `owner` is dropped, on a source, too. For
-    ///   memory that is mapped for reading there is [`read_only_from_raw`](Self::read_only_from_raw).
+    /// - `base` points to `len` bytes that stay mapped readable and writable until `owner` is dropped, on a source, too; there, except
+    ///   for what [`excluded`](crate::vm::SourceVm::excluded) names. For memory that is mapped for reading there is
+    ///   [`read_only_from_raw`](Self::read_only_from_raw).
     /// - A part of them that belongs to a file keeps that part of the file: where the file becomes shorter, an access ends
     ///   the process.
     /// - No Rust reference to any of these bytes exists during that time, other than to atomics.
@@ -678,6 +713,22 @@ mod tests {
         let error = stream.read_pages(&[ram.page(0).unwrap()]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
         assert!(ram.page(0).unwrap().is_zero());
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn memory_belongs_to_one_block() {
+        let ram = Ram::for_test(&[("all", 4)]);
+        let part = |name: &str, offset: u64, pages: usize| {
+            let base = ram.blocks()[0].range(offset, 4096).unwrap().base;
+            // SAFETY: the owner is a handle on the memory, of which these are a part.
+            unsafe { RamBlock::from_raw(BlockName::new(name).unwrap(), base, pages * 4096, Box::new(ram.clone())) }
+        };
+        Ram::new(4096, vec![part("high", 8192, 2), part("low", 0, 2)]).unwrap();
+        for (offset, pages) in [(0, 1), (4096, 1), (4096, 3), (0, 4)] {
+            let overlapping = Ram::new(4096, vec![part("other", offset, pages), part("low", 0, 2)]);
+            assert!(matches!(overlapping, Err(Mismatch::BlocksOverlap { .. })), "{offset} {pages}");
+        }
     }
 
     #[test]

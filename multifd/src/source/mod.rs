@@ -77,7 +77,7 @@ use crate::{
     error::{Connection, Error, Place},
     progress::{Event, Observer, Phase, Progress},
     pulse::Pulse,
-    ram::Ram,
+    ram::{InUse, Ram},
     round::{barrier::RoundBarrier, scan::PageScan},
     stop::StopHandle,
     sync::{Arc, Mutex, atomic::AtomicBool},
@@ -140,6 +140,8 @@ impl Source {
 /// The main thread's state.
 struct Run {
     shared: Arc<Shared>,
+    /// No other migration uses the memory, until this one has let the VM go on.
+    _in_use: InUse,
     main: Option<MainChannel>,
     /// By id.
     channels: Vec<Task<Result<SendChannel, Error>>>,
@@ -175,6 +177,7 @@ struct Run {
 impl Run {
     fn new(source: Source, ram: Ram) -> Result<Run, Error> {
         let Source { mut options, handle: Handle { stop, progress, live } } = source;
+        let in_use = ram.begin_use()?;
         if options.peer == Peer::Multifd && options.format.token.is_none() {
             // Connections of an earlier attempt may still be on their way, through a proxy for example: their pages are
             // older than those of this one, and the packets would fit.
@@ -212,6 +215,7 @@ impl Run {
         let report = Report::new(&options, ram.layout());
         let zero_copy = report.zero_copy.as_ref().map(|_| Arc::default());
         Ok(Run {
+            _in_use: in_use,
             convergence: Convergence::new(live.get().limits),
             report,
             peeking: Peeking::default(),

@@ -18,7 +18,7 @@ use crate::{
     destination::{self, Destination},
     dirty::DirtyLog,
     dirty_bitmap::DirtyBitmap,
-    error::Error,
+    error::{Error, Mismatch},
     ram::{GuestRange, Ram},
     sections::Sections,
     source::{self, Source},
@@ -440,4 +440,51 @@ fn a_change_of_parameters_may_ask_for_them() {
     });
     assert_eq!(*told.lock().unwrap(), Some(None), "those in force");
     assert!(done.load(SeqCst));
+}
+
+/// A destination made the memory of a guest that was being migrated zero, and all four sides reported success.
+#[test]
+fn memory_is_used_by_one_migration_at_a_time() {
+    let refusal = |result: Result<(), Error>| match result {
+        Err(Error::Mismatch(Mismatch::MemoryInUse)) => {}
+        other => panic!("{other:?}"),
+    };
+    time_limit(Duration::from_secs(60), move || {
+        let mut from = TestSource::new(Ram::for_test(&BLOCKS));
+        assert!((0..40).all(|page| from.writer.write(page, 100 + page)));
+        let ram = from.ram().clone();
+        let mut tried = false;
+        from.at_drain = Box::new(move |_| {
+            if std::mem::replace(&mut tried, true) {
+                return;
+            }
+            let (_listener, connector) = memory::listener(1 << 16);
+            refusal(Source::new(small()).run(&mut TestSource::new(ram.clone()), &connector, &mut ()).map(drop));
+
+            let (listener, connector) = memory::listener(1 << 16);
+            let mut into = TestDestination::new(ram.clone());
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    let mut other = TestSource::new(Ram::for_test(&BLOCKS));
+                    let sent = Source::new(small()).run(&mut other, &connector, &mut ());
+                    assert!(sent.unwrap_err().to_string().contains("another migration uses the memory of this VM"));
+                    assert!(other.writer.is_running());
+                });
+                refusal(Destination::new(Default::default()).run(&mut into, Box::new(listener), &mut ()).map(drop));
+            });
+            assert_eq!(into.calls(), ["prepare", "abandon"]);
+        });
+        // The second time the memory is free again.
+        for _ in 0..2 {
+            let (listener, connector) = memory::listener(1 << 16);
+            let mut to = TestDestination::new(Ram::for_test(&BLOCKS));
+            std::thread::scope(|scope| {
+                let to = &mut to;
+                scope.spawn(move || Destination::new(Default::default()).run(to, Box::new(listener), &mut ()).unwrap());
+                Source::new(small()).run(&mut from, &connector, &mut ()).unwrap();
+            });
+            assert!((0..40).all(|page| from.ram().page_bytes(page) == to.ram.page_bytes(page)));
+            from.resume().unwrap();
+        }
+    });
 }
