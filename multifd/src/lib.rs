@@ -54,7 +54,7 @@
 //!
 //! # Transports
 //!
-//! [`Uri`](transport::uri::Uri) knows `tcp:`, `unix:` and inherited descriptors; `transport::tls` (feature `tls`) puts TLS around any of
+//! [`Uri`](transport::uri::Uri) knows `tcp:`, `unix:`, `vsock:` and inherited descriptors; [`transport::fd`] takes sockets that exist; `transport::tls` (feature `tls`) puts TLS around any of
 //! them; [`Connect`](transport::Connect), [`Listen`](transport::Listen) and [`Stream`](transport::Stream) are for connections of your own.
 //!
 //! # Towards QEMU

@@ -12,7 +12,8 @@ use crate::threads::ThreadRole;
 /// makes calls before its body (`set_robust_list`, `rseq`, `sigaltstack`, `prctl`, …): a VMM sets its filter in a
 /// closure around the body: `Box::new(move || { set(filter); body() })`.
 ///
-/// A thread that sets its filter below that of another one needs `seccomp` there.
+/// A thread that sets its filter below that of another one needs `seccomp` there, and each other call that the VMM makes before the
+/// body: `sched_setaffinity` in the filter of [`Accept`](ThreadRole::Accept) to pin the threads of connections, for example.
 ///
 /// What is not in it: the calls of the VMM's own code, such as an observer, a subscriber of `tracing`, a transport or an
 /// allocator of its own; those of the thread that looks a host's *name* up, which the resolver of the C library decides; and

@@ -23,7 +23,8 @@ pub trait SourceVm {
     /// [`MAX_DESCRIPTION`] bytes.
     ///
     /// Called once, before any memory is sent, where the destination is one of ours that takes descriptions: not with a
-    /// QEMU, not with a checkpoint, and not with a version of this crate that has none. Their VM is made in another way.
+    /// QEMU, not with a checkpoint, and not with a version of this crate that has none. Their VM is made in another way. What it takes
+    /// counts towards the [`stall_limit`](crate::source::Parameters::stall_limit), with what `prepare` and `agreed` take.
     ///
     /// # Errors
     /// The migration ends; the VM runs on.
@@ -64,7 +65,7 @@ pub trait SourceVm {
     /// that the kernel lets no process read (`PROT_NONE`). [`Ram::pages_at`] turns guest addresses into pages. By default there are none.
     ///
     /// Such a page is neither read nor sent, whatever the log says of it. At the destination it is zero, and takes no memory unless
-    /// an earlier round has sent it. One that is not added any more is in use again: it is sent as a dirty page, so the log need not
+    /// an earlier round has sent it; it has to stay readable and writable there until [`start`](DestinationVm::start) is called. One that is not added any more is in use again: it is sent as a dirty page, so the log need not
     /// report what was written to it meanwhile.
     ///
     /// Called once before each round, also before the last one, when the VM is paused. What is not added has to stay readable until the
