@@ -160,6 +160,31 @@ impl MemorySink {
         outcome
     }
 
+    fn receive_pages(
+        &self,
+        stream: &mut dyn Stream,
+        block: usize,
+        offsets: &[u64],
+        scratch: &mut Scratch,
+    ) -> io::Result<()> {
+        let runs = self.runs(block, offsets)?;
+        let len = offsets.len() * self.ram.layout().page_size();
+        let copies = runs.iter().any(|(_, run, touched)| !touched && self.filler.copies(*run));
+        let all_fresh = runs.iter().all(|(_, _, touched)| !touched);
+        let trial = runs.first().filter(|_| all_fresh).and_then(|(_, run, _)| self.filler.trial(*run, copies));
+        if copies {
+            let bytes = scratch.room(len);
+            stream.read_exact(bytes)?;
+            self.place(&runs, bytes)?;
+        } else {
+            self.receive_into_place(stream, &runs)?;
+        }
+        if let Some(trial) = trial {
+            trial.ends(len as u64);
+        }
+        Ok(())
+    }
+
     fn touch(&self, runs: &[(u64, GuestRange<'_>, bool)]) {
         for (first, run, touched) in runs {
             if !touched {
@@ -187,26 +212,11 @@ impl MemorySink {
 
 impl PageSink for MemorySink {
     fn receive(&self, stream: &mut dyn Stream, block: usize, offsets: &[u64], scratch: &mut Scratch) -> io::Result<()> {
-        let runs = self.runs(block, offsets)?;
-        let len = offsets.len() * self.ram.layout().page_size();
-        let copies = runs.iter().any(|(_, run, touched)| !touched && self.filler.copies(*run));
-        let all_fresh = runs.iter().all(|(_, _, touched)| !touched);
-        let trial = runs.first().filter(|_| all_fresh).and_then(|(_, run, _)| self.filler.trial(*run, copies));
-        if copies {
-            let bytes = scratch.room(len);
-            stream.read_exact(bytes)?;
-            self.place(&runs, bytes)?;
-        } else {
-            self.receive_into_place(stream, &runs)?;
-        }
-        if let Some(trial) = trial {
-            trial.ends(len as u64);
-        }
-        Ok(())
+        self.receive_pages(stream, block, offsets, scratch).map_err(with_cause)
     }
 
     fn store(&self, block: usize, offsets: &[u64], bytes: &[u8]) -> io::Result<()> {
-        self.place(&self.runs(block, offsets)?, bytes)
+        self.place(&self.runs(block, offsets)?, bytes).map_err(with_cause)
     }
 
     fn zero(&self, block: usize, offsets: &[u64]) -> io::Result<()> {
@@ -238,6 +248,17 @@ impl PageSink for MemorySink {
 
     fn fresh_memory(&self) -> Vec<FreshMemory> {
         self.filler.account()
+    }
+}
+
+/// Says what the kernel means where it cannot write to guest memory.
+fn with_cause(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EFAULT | libc::ENOMEM) => {
+            let text = "a page of guest memory cannot be had: its huge pages are used up, or the host or a file system is full";
+            io::Error::new(error.kind(), format!("{text} ({error})"))
+        }
+        _ => error,
     }
 }
 
@@ -304,5 +325,40 @@ impl PageBits {
     /// Number of pages in the set.
     pub(crate) fn count(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.load(Relaxed).count_ones())).sum()
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::{
+        fs::File,
+        io::Write,
+        os::{fd::OwnedFd, unix::net::UnixStream},
+    };
+
+    use super::*;
+    use crate::{
+        ram::{Backing, BlockName},
+        transport::socket::SocketStream,
+    };
+
+    /// A file that is too short, as the file system that it is in may be full.
+    #[test]
+    fn a_page_that_cannot_be_had_is_an_error_and_says_so() {
+        let block = RamBlock::memory_file(BlockName::new("ram").unwrap(), 8 * 4096).unwrap();
+        let Backing::MemoryFile(memory) = block.backing() else { panic!("it was made so") };
+        File::from(memory.descriptor().try_clone_to_owned().unwrap()).set_len(4 * 4096).unwrap();
+        let ram = Ram::new(4096, vec![block]).unwrap();
+        let clean = CleanMemory::new(&ram);
+        let sink = MemorySink::new(clean, vec![0], FirstTouch::Direct, &StopHandle::new()).unwrap();
+        sink.store(0, &[0, 3 * 4096], &[7; 8192]).unwrap();
+        let stored = sink.store(0, &[5 * 4096], &[7; 4096]).unwrap_err();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&[7; 4096]).unwrap();
+        let mut stream = SocketStream::new(OwnedFd::from(ours)).unwrap();
+        let received = sink.receive(&mut stream, 0, &[6 * 4096], &mut Scratch::default()).unwrap_err();
+        for error in [stored, received] {
+            assert!(error.to_string().contains("a page of guest memory cannot be had"), "{error}");
+        }
     }
 }

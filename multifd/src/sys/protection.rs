@@ -34,7 +34,13 @@ fn protect(block: &RamBlock, access: libc::c_int) -> io::Result<()> {
         // SAFETY: all of the range is mapped and is whole pages of the block; no Rust reference to it exists other than to
         // atomics, and a write that comes while it is forbidden is a fault and nothing else.
         if unsafe { libc::mprotect(address, len, access) } < 0 {
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            return Err(match error.kind() {
+                io::ErrorKind::InvalidInput => {
+                    io::Error::new(error.kind(), "it has huge pages, and does not begin and end at one")
+                }
+                _ => error,
+            });
         }
     }
     Ok(())

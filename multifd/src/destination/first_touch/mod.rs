@@ -112,8 +112,14 @@ impl Filler {
         match self {
             Filler::Copy(slices) => slices.fill(range, from, page_size),
             Filler::Direct | Filler::Populate => {
-                range.write(from);
-                Ok(())
+                // To write to a page that cannot be had would end the process. A kernel before 5.14 is not asked.
+                match advice::populate(range) {
+                    Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::ENOMEM)) => Err(error),
+                    _ => {
+                        range.write(from);
+                        Ok(())
+                    }
+                }
             }
         }
     }
