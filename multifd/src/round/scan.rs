@@ -9,7 +9,11 @@
 use crate::{
     dirty_bitmap::DirtyBitmap,
     layout::Layout,
-    sync::{Arc, Mutex, lock},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        lock,
+    },
 };
 
 /// The pages still to be sent in this round. Clones are the same scan.
@@ -23,7 +27,7 @@ struct Shared {
     /// Most pages in a batch.
     capacity: usize,
     /// How many channels share the pages.
-    channels: usize,
+    channels: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -60,7 +64,14 @@ impl PageScan {
     pub(crate) fn new(layout: Layout, capacity: usize, channels: usize) -> PageScan {
         let (dirty, postponed) = (DirtyBitmap::new(&layout), DirtyBitmap::new(&layout));
         let state = State { dirty, postponed, zeros: None, from: 0, left: 0, allowed: 0, packets: 0 };
-        PageScan { shared: Arc::new(Shared { layout, capacity, channels: channels.max(1), state: Mutex::new(state) }) }
+        let channels = AtomicUsize::new(channels.max(1));
+        PageScan { shared: Arc::new(Shared { layout, capacity, channels, state: Mutex::new(state) }) }
+    }
+
+    /// From now on, so many channels share the pages.
+    pub(crate) fn share_among(&self, channels: usize) {
+        // Relaxed: it only says how large batches are.
+        self.shared.channels.store(channels.max(1), Relaxed);
     }
 
     /// Swaps the pages of a new round in: `dirty` becomes empty. Returns how many they are.
@@ -171,7 +182,7 @@ impl PageScan {
 impl Shared {
     /// Most pages of the next batch, where `left` are left: a channel's share of them, where that is not a waste of packets.
     fn most(&self, left: u64) -> usize {
-        let share = usize::try_from(left.div_ceil(self.channels as u64)).unwrap_or(usize::MAX);
+        let share = usize::try_from(left.div_ceil(self.channels.load(Relaxed) as u64)).unwrap_or(usize::MAX);
         share.clamp(self.capacity.div_ceil(SMALLEST_PART), self.capacity)
     }
 }

@@ -42,7 +42,7 @@ impl Backlog {
 
     /// What is on its way on all connections together, the longest of their round trips, and the most that one of them was seen to
     /// carry: they share a path, and each has had it to itself for moments. One that has ended has nothing: the next write to it fails.
-    fn transit(&self) -> Transit {
+    pub(super) fn transit(&self) -> Transit {
         let mut all = Transit::default();
         // Not under the lock: a transport's own meter may stop the migration.
         let meters = self.meters.look(Clone::clone);

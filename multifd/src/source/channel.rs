@@ -173,18 +173,35 @@ impl SendChannel {
         let mut batch = Batch::default();
         let room = Room::new(&shared.ram).map_err(Error::io(self.place()))?;
         let mut ranges = Vec::new();
+        let mut section = 0;
         loop {
             shared.barrier.meet(Party::Channel(self.id), self.place())?;
             // Pairs with the store before main arrives; the barrier orders the two.
             if shared.finished.load(Ordering::Acquire) {
                 return self.device_state(&shared);
             }
-            while shared.scan.next(&mut batch) {
-                self.trace(Step::Take, &batch.pages, &batch.zeros, batch.block);
-                self.send(&shared, &mut batch, &room, &mut ranges)?;
+            if shared.spread.takes(self.id, section)? {
+                while shared.scan.next(&mut batch) {
+                    self.trace(Step::Take, &batch.pages, &batch.zeros, batch.block);
+                    self.send(&shared, &mut batch, &room, &mut ranges)?;
+                    self.spread(&shared);
+                }
+                shared.spread.is_over(section);
             }
             self.sync()?;
             shared.progress.channel_ends_round();
+            section += 1;
+        }
+    }
+
+    /// Finds out whether more channels would be faster.
+    fn spread(&self, shared: &Shared) {
+        if self.id.0 > 0 {
+            return;
+        }
+        let sent = || shared.progress.channel_bytes(shared.options.plan.channels.into()).iter().sum();
+        if let Some(channels) = shared.spread.look(shared.options.clock.now(), sent) {
+            shared.scan.share_among(channels);
         }
     }
 

@@ -30,6 +30,7 @@ mod rounds;
 mod sections;
 mod shared;
 mod shared_memory;
+mod spread;
 mod state_queue;
 mod steering;
 mod switchover;
@@ -70,6 +71,7 @@ use self::{
     sections::FIRST_SECTION_PAGES,
     shared::Shared,
     shared_memory::HandedOver,
+    spread::Spread,
     state_queue::StateQueue,
 };
 use crate::{
@@ -208,6 +210,8 @@ impl Run {
         stop.register(live.steering.stopper());
         let state = StateQueue::new(options.plan.channels);
         stop.register(state.stopper());
+        let spread = Spread::new(channels);
+        stop.register(spread.stopper());
         let pages = ram.layout().pages() - handed_over.as_ref().map_or(0, HandedOver::count);
         progress.set_pages_total(pages);
         let legacy_zeros = (options.qemu.zero_pages == ZeroPages::Legacy).then(|| DirtyBitmap::new(ram.layout()));
@@ -243,6 +247,7 @@ impl Run {
                 copies_because: Mutex::default(),
                 finished: AtomicBool::new(false),
                 state,
+                spread,
             }),
             main: None,
             channels: Vec::new(),
@@ -268,6 +273,7 @@ impl Run {
         self.set_up(vm)?;
         self.enter(Phase::Rounds, observer);
         let mut dirty = self.start_tracking(vm)?;
+        self.begin_to_spread();
         loop {
             self.round(&mut dirty, vm)?;
             match self.decide(&mut dirty, vm, observer)? {

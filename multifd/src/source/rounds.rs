@@ -66,6 +66,7 @@ impl Run {
             self.shared.options.trace.step(|| Step::Section);
         }
         stats.barrier = self.shared.progress.barrier_age();
+        self.end_to_spread();
         self.save_live(vm)?;
         // Zeros known from the beginning say nothing about what was written since.
         self.shared.scan.set_zeros(None);

@@ -1,6 +1,6 @@
 //! What all threads of one source share.
 
-use super::{Live, Options, backlog::Backlog, openings::Openings, state_queue::StateQueue};
+use super::{Live, Options, backlog::Backlog, openings::Openings, spread::Spread, state_queue::StateQueue};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     progress::Progress,
@@ -38,4 +38,6 @@ pub(super) struct Shared {
     pub(super) finished: AtomicBool,
     /// Device state that channels send once there are no more sections.
     pub(super) state: StateQueue,
+    /// Which channels take pages.
+    pub(super) spread: Spread,
 }

@@ -22,17 +22,24 @@ pub(super) struct Far<C, L> {
     look: L,
     /// What each path carries, if it can tell.
     carries: Option<u64>,
+    /// How far away the destination is.
+    round_trip: Duration,
     dialed: AtomicU64,
 }
 
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
     pub(super) fn new(inner: C, look: L) -> Far<C, L> {
-        Far { inner, look, carries: None, dialed: AtomicU64::new(0) }
+        Far { inner, look, carries: None, round_trip: Duration::ZERO, dialed: AtomicU64::new(0) }
     }
 
     /// The same, with connections that tell that their path carries so many bytes per second.
     pub(super) fn carrying(self, carries: Option<u64>) -> Far<C, L> {
         Far { carries, ..self }
+    }
+
+    /// The same, whose destination is so far away.
+    pub(super) fn away(self, round_trip: Duration) -> Far<C, L> {
+        Far { round_trip, ..self }
     }
 
     /// How many connections were begun.
@@ -44,8 +51,8 @@ impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Connect for Far<C, L> {
     fn dial(&self) -> io::Result<Box<dyn Pending>> {
         let look = (self.look)(self.dialed.fetch_add(1, SeqCst)).map(Arc::new);
-        let carries = self.carries;
-        Ok(wrapped(self.inner.dial()?, move |inner| Ok(Box::new(FarStream { inner, look, carries }))))
+        let (carries, round_trip) = (self.carries, self.round_trip);
+        Ok(wrapped(self.inner.dial()?, move |inner| Ok(Box::new(FarStream { inner, look, carries, round_trip }))))
     }
 }
 
@@ -53,16 +60,18 @@ struct FarStream {
     inner: Box<dyn Stream>,
     look: Option<Arc<Look>>,
     carries: Option<u64>,
+    round_trip: Duration,
 }
 
 struct FarMeter {
     look: Arc<Look>,
     carries: Option<u64>,
+    round_trip: Duration,
 }
 
 impl Meter for FarMeter {
     fn transit(&self) -> io::Result<Transit> {
-        let transit = Transit::new((self.look)()?, Duration::ZERO);
+        let transit = Transit::new((self.look)()?, self.round_trip);
         Ok(self.carries.map_or(transit, |rate| transit.carrying(rate)))
     }
 }
@@ -101,8 +110,8 @@ impl Stream for FarStream {
     }
 
     fn meter(&self) -> io::Result<Option<Box<dyn Meter>>> {
-        let carries = self.carries;
-        Ok(self.look.clone().map(|look| Box::new(FarMeter { look, carries }) as Box<dyn Meter>))
+        let (carries, round_trip) = (self.carries, self.round_trip);
+        Ok(self.look.clone().map(|look| Box::new(FarMeter { look, carries, round_trip }) as Box<dyn Meter>))
     }
 
     fn peer(&self) -> String {

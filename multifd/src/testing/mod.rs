@@ -27,7 +27,7 @@ mod convergence;
 mod distance;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod excluded;
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(all(test, not(loom)))]
 mod far;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod faults;
@@ -55,6 +55,8 @@ pub(crate) mod registered;
 mod shuttle;
 #[cfg(all(test, shuttle))]
 mod shuttle_postcopy;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod spread;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod state_packets;
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -41,6 +41,7 @@ use crate::{
     stop::StopHandle,
     sync::{Arc, Mutex, lock, thread},
     testing::broken::Broken,
+    testing::far::Far,
     testing::machine,
     testing::memory,
     testing::trace::Trace,
@@ -486,6 +487,30 @@ fn memory_is_equal_in_every_mode() {
             outcome.assert_migrated();
             let seen = outcome.assert_allowed();
             assert!(seen.started && seen.applied >= pages().len(), "{seen:?}");
+        });
+    }
+}
+
+/// A destination whose source lets a few channels take pages at first, and the others wait for their turn.
+fn far() -> Beside {
+    let away = Duration::from_millis(1);
+    let connect = move |inner| Box::new(Far::new(inner, |_| Some(Box::new(|| Ok(0)) as _)).away(away)) as _;
+    Beside { connect: Box::new(connect), ..Default::default() }
+}
+
+/// Whether a channel has its turn or none, and however the migration ends meanwhile.
+#[test]
+fn channels_that_wait_for_their_turn_leave_one_guest() {
+    for (name, mode) in [("FLUSH early", EARLY), ("per section", PER_SECTION), ("one step", ONE_STEP)] {
+        let mode = Mode { channels: 3, ..mode };
+        explore(&format!("channels in turn, {name}"), 300, move || {
+            let outcome = migrate(source_vm(), TestDestination::new(ram()), mode, mode.source(), receiving(), far());
+            outcome.assert_migrated();
+            outcome.assert_allowed();
+        });
+        explore_endings(&format!("channels in turn, a cancel, {name}"), 150, move || {
+            let beside = Beside { cancel_source: true, cancel_after: thread_rng().gen_range(0..60), ..far() };
+            migrate(source_vm(), TestDestination::new(ram()), mode, mode.source(), receiving(), beside)
         });
     }
 }
