@@ -330,6 +330,24 @@ mod tests {
         assert_eq!(error, "\"/no/such/directory\": opening the directory: No such file or directory (os error 2)");
     }
 
+    #[test]
+    fn a_name_that_cannot_be_looked_for_is_not_taken_for_a_free_one() {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.join("file"), "").unwrap();
+        let error = PendingFile::create(&dir.join("file/x"), false).err().unwrap().to_string();
+        assert!(error.ends_with("/file/x\": looking for it: Not a directory (os error 20)"), "{error}");
+    }
+
+    #[test]
+    fn contents_that_cannot_be_put_on_disk_are_an_error() {
+        let dir = TempDir::new().unwrap();
+        let mut pending = create(&dir.join("x"), false, false).unwrap();
+        pending.sync().unwrap();
+        pending.file = Arc::new(directory::look(dir.path()).unwrap().0);
+        let error = pending.sync().unwrap_err().to_string();
+        assert!(error.ends_with("/x\": writing it to disk: Bad file descriptor (os error 9)"), "{error}");
+    }
+
     /// A file system with defects.
     #[derive(Clone, Default)]
     struct Defects {
@@ -467,6 +485,19 @@ mod tests {
             let error = reported.unwrap_err().to_string();
             assert!(error.contains("/x\" is complete and has its name, but"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_file_that_was_replaced_for_good_is_said_to_be() {
+        let found = (0..20).find_map(|first| {
+            let defects = Defects { fail: first..first + 1, plain_renames: true, no_hard_links: true };
+            publish(&defects, Some("old"), true)
+                .0
+                .err()
+                .filter(|error| matches!(error, CheckpointError::Published { .. }))
+        });
+        let error = found.unwrap().to_string();
+        assert!(error.contains("this file system keeps no file that is replaced"), "{error}");
     }
 
     /// Some file systems never write a directory to disk on request. Every checkpoint on them was reported as failed.

@@ -42,7 +42,7 @@ impl Backlog {
 
     /// What is on its way on all connections together, the longest of their round trips, and the most that one of them was seen to
     /// carry: they share a path, and each has had it to itself for moments. One that has ended has nothing: the next write to it fails.
-    pub(super) fn transit(&self) -> Transit {
+    fn transit(&self) -> Transit {
         let mut all = Transit::default();
         // Not under the lock: a transport's own meter may stop the migration.
         let meters = self.meters.look(Clone::clone);
@@ -52,6 +52,13 @@ impl Backlog {
             all.carries = all.carries.max(one.carries);
         }
         all
+    }
+
+    /// How far away the destination is at least: the shortest round trip of any connection, zero where one cannot tell.
+    pub(super) fn distance(&self) -> Duration {
+        let meters = self.meters.look(Clone::clone);
+        let known = meters.iter().filter_map(|meter| meter.transit().ok());
+        known.map(|transit| transit.round_trip).min().unwrap_or_default()
     }
 
     /// As [`Watched::rest`].

@@ -138,7 +138,7 @@ impl Run {
     /// Before round 0. Channels that compress are there for the sake of the processors.
     pub(super) fn begin_to_spread(&self) {
         if self.shared.options.format.compression == Compression::None {
-            self.shared.spread.begin(self.shared.backlog.transit().round_trip, self.now());
+            self.shared.spread.begin(self.shared.backlog.distance(), self.now());
             self.shared.scan.share_among(self.shared.spread.used());
         }
     }
