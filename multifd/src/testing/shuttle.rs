@@ -494,7 +494,7 @@ fn memory_is_equal_in_every_mode() {
 /// A destination whose source lets a few channels take pages at first, and the others wait for their turn.
 fn far() -> Beside {
     let away = Duration::from_millis(1);
-    let connect = move |inner| Box::new(Far::new(inner, |_| Some(Box::new(|| Ok(0)) as _)).away(away)) as _;
+    let connect = move |inner| Box::new(Far::new(inner, |_| Some(Box::new(|| Ok(0u64)) as _)).away(away)) as _;
     Beside { connect: Box::new(connect), ..Default::default() }
 }
 
