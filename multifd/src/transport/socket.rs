@@ -13,6 +13,7 @@ use std::{
 };
 
 use rustix::{
+    fs::{OFlags, fcntl_getfl},
     io::{Errno, ioctl_fionbio},
     net::{
         AddressFamily, Shutdown, SocketFlags, SocketType, accept_with, listen, shutdown,
@@ -256,12 +257,17 @@ pub struct SocketListener {
     _path: Option<OwnPath>,
     /// In non-blocking mode, so that a connection which vanished between poll and accept cannot block the latter.
     socket: OwnedFd,
+    /// It was in blocking mode, and gets that back.
+    was_blocking: bool,
     stopped: StopEvent,
     uri: Uri,
 }
 
 impl SocketListener {
     /// Accepts connections from `socket`, which is bound and is told to listen. `uri` is where it can be reached.
+    ///
+    /// The socket is in non-blocking mode as long as the listener lives, and all its duplicates with it, also in other processes. After that it
+    /// has the mode that it had. Its queue may be longer than it was.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for anything but a stream socket; the kernel's.
@@ -273,13 +279,25 @@ impl SocketListener {
         check_stream_socket(&socket)?;
         // Linux also changes the backlog of a socket that listens already.
         listen(&socket, BACKLOG)?;
+        let stopped = StopEvent::new()?;
+        let was_blocking = !fcntl_getfl(&socket)?.contains(OFlags::NONBLOCK);
         ioctl_fionbio(&socket, true)?;
-        Ok(SocketListener { socket, stopped: StopEvent::new()?, uri, _path: path })
+        Ok(SocketListener { socket, was_blocking, stopped, uri, _path: path })
     }
 
     /// Where it can be reached, with the port that the kernel chose.
     pub fn uri(&self) -> &Uri {
         &self.uri
+    }
+}
+
+impl Drop for SocketListener {
+    fn drop(&mut self) {
+        if self.was_blocking
+            && let Err(error) = ioctl_fionbio(&self.socket, false)
+        {
+            tracing::warn!(uri = %self.uri, %error, "the listener does not have its mode back");
+        }
     }
 }
 
@@ -415,3 +433,30 @@ const UNSENT: usize = 128 << 10;
 /// Room for main and 255 channels that connect before the first is accepted, and for strays. The kernel drops what does
 /// not fit while the peer believes to be connected, so this errs on the large side; `net.core.somaxconn` caps it.
 pub(super) const BACKLOG: i32 = 1024;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::{
+        io::Write,
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    /// A VMM that went on with its own listener after a migration got `EAGAIN` from `accept`.
+    #[test]
+    fn a_listener_that_was_taken_over_has_its_mode_back() {
+        let ours = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = ours.local_addr().unwrap();
+        let is_blocking = || !fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK);
+        for blocking in [true, false] {
+            ours.set_nonblocking(!blocking).unwrap();
+            let mut listener = SocketListener::new(ours.try_clone().unwrap().into(), Uri::from(address)).unwrap();
+            TcpStream::connect(address).unwrap().write_all(b"x").unwrap();
+            let mut read = [0];
+            assert_eq!(listener.accept(None).unwrap().establish(None).unwrap().read(&mut read).unwrap(), 1);
+            drop(listener);
+            assert_eq!(is_blocking(), blocking);
+        }
+    }
+}
