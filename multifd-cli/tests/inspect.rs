@@ -349,8 +349,10 @@ fn an_interrupted_inspection_leaves_nothing_behind_and_says_so() {
             [(&["--extract", "ram", "-o", to][..], extracts as IsAtWork), (&["--digest"], digests)]
         {
             for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-                let mut command = Command::new(env!("CARGO_BIN_EXE_multifd"));
-                command.arg("inspect").arg(&path).arg("--json").args(more);
+                // Whatever started the tests may ignore it, as nohup does.
+                let mut command = Command::new("env");
+                command.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_multifd"), "inspect"]);
+                command.arg(&path).arg("--json").args(more);
                 let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
                 while !is_at_work(dir.path(), child.id()) {
                     thread::sleep(Duration::from_millis(5));

@@ -268,8 +268,8 @@ impl Migration<'_> {
         Ends { received, qemu, cause }
     }
 
-    /// Waits for the end of the receiver, which has been cancelled or gets the rest from a QEMU that is done. A QEMU that says so without
-    /// having sent anything ends the wait, and so does an interrupt, with its reason in `cause`.
+    /// Waits for the end of the receiver, which has been cancelled or gets the rest from a QEMU that is done. An interrupt cancels it, and so does
+    /// a QEMU that says so without having sent anything; why is in `cause`, unless something else was before.
     fn receive_rest(
         &self,
         end: &mpsc::Receiver<Received>,
@@ -278,25 +278,23 @@ impl Migration<'_> {
         cause: &mut Option<Refusal>,
     ) -> Received {
         let begun = Instant::now();
+        let limit = self.args.stall_timeout.0.map_or(END_LIMIT, |limit| limit.min(END_LIMIT));
         loop {
             match end.recv_timeout(POLL_INTERVAL) {
                 Ok(received) => return received,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the thread sends before it ends"),
             }
-            if cause.is_some() {
-                continue;
-            }
-            let limit = self.args.stall_timeout.0.map_or(END_LIMIT, |limit| limit.min(END_LIMIT));
-            if self.interrupts.seen() {
-                *cause = Some(Refusal::new(Exit::Cancelled, Error::Cancelled.to_string()));
+            let reason = if self.interrupts.seen() {
+                Refusal::new(Exit::Cancelled, Error::Cancelled.to_string())
             } else if self.nothing_came(progress, begun, Some(limit)) {
-                *cause = Some(self.no_connection("says that its migration is completed"));
-            }
-            if cause.is_some() {
-                // Without effect once the file has its name.
-                stop.cancel();
-            }
+                self.no_connection("says that its migration is completed")
+            } else {
+                continue;
+            };
+            cause.get_or_insert(reason);
+            // Without effect once the file has its name, and the second time.
+            stop.cancel();
         }
     }
 
