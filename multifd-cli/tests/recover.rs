@@ -192,12 +192,12 @@ fn a_vm_that_was_not_handed_over_does_not_go_on() {
 }
 
 /// It said that the VM is at the destination and nothing is lost, of a sender that had not heard that from anybody; and a recovery that
-/// finds nobody took `--recover-timeout` on top of `--connect-timeout`, which was not for that.
+/// reaches no destination took `--recover-timeout` on top of `--connect-timeout`, which was not for that.
 #[test]
-fn a_recovery_that_finds_nobody_says_no_more_than_the_note_knows_and_ends() {
+fn a_recovery_that_reaches_no_destination_says_no_more_than_the_note_knows_and_ends() {
     time_limit(LIMIT, || {
         let vm = HandedOver::new();
-        let nobody = |status: i64, what: &str| {
+        let recovers = |status: i64, what: &str| {
             let how = "send --json --recover --connect-timeout 100ms --recover-timeout 1000h";
             let output = run(&format!("{how} {} unix:{}", vm.file.display(), vm.dir.join("nowhere").display()));
             let report = json(&output.stdout);
@@ -206,13 +206,13 @@ fn a_recovery_that_finds_nobody_says_no_more_than_the_note_knows_and_ends() {
             assert!(report["state"].as_str().unwrap().ends_with("checkpoint.postcopy"), "{report}");
         };
         // The sender was killed before it noted anything; and a note of another boot says nothing at all.
-        nobody(7, "may have been told to run the VM");
+        recovers(7, "may have been told to run the VM");
         let note = vm.note();
         let before = note.replace("\"handed-over\": 1", "\"handed-over\": 0");
         let (begin, end) = before.split_once("\"boot\": \"").unwrap();
         let other_boot = format!("{begin}\"boot\": \"x{end}");
         fs::write(vm.dir.join("checkpoint.postcopy"), other_boot).unwrap();
-        nobody(7, "may have been told to run the VM");
+        recovers(7, "may have been told to run the VM");
         // A recovery that the destination answers is certain, and notes it.
         let listener = UnixListener::bind(vm.dir.join("again")).unwrap();
         let uri = format!("unix:{}", vm.dir.join("again").display());
@@ -225,14 +225,14 @@ fn a_recovery_that_finds_nobody_says_no_more_than_the_note_knows_and_ends() {
         drop((destination, listener));
         assert_eq!(exit_code(&sender.wait_with_output().unwrap()), 8);
         assert!(vm.note().contains("\"lacks-memory\": 1"));
-        nobody(8, "the VM is at the destination");
-        nobody(8, "the VM is at the destination");
+        recovers(8, "the VM is at the destination");
+        recovers(8, "the VM is at the destination");
         // While another process goes on with it nothing is certain, should it be killed.
         let listener = UnixListener::bind(vm.dir.join("third")).unwrap();
         let sender = vm.sender("third", "--recover");
         read_until(&mut accept(&listener), RECOVERY);
         drop(sender);
-        nobody(7, "may have been told to run the VM");
+        recovers(7, "may have been told to run the VM");
     });
 }
 

@@ -338,7 +338,7 @@ mod tests {
     }
 
     /// A VM that starts only with the state of every round.
-    /// The suite itself reads all pages at the end, of which the kernel lets nobody read some.
+    /// The suite itself reads all pages at the end, of which some cannot be read.
     #[test]
     fn memory_that_must_not_be_read_is_not_read() {
         let excluding = || {

@@ -843,7 +843,7 @@ fn a_recovery_is_not_kept_by_a_destination_that_says_other_things_than_bitmaps()
 /// Nothing listens: the VM is where it was said to be, and a source that was not told where that is does not know. It said that
 /// nothing is lost, of a VM of which it had not heard.
 #[test]
-fn a_recovery_that_finds_nobody_leaves_a_vm_where_it_was_said_to_be() {
+fn a_recovery_that_reaches_no_destination_leaves_a_vm_where_it_was_said_to_be() {
     let dir = TempDir::new().unwrap();
     let (listener, connector): (MemoryListener, MemoryConnector) = memory::listener(ROOM);
     drop(listener);

@@ -180,7 +180,7 @@ fn is_little(transit: Transit) -> bool {
 }
 
 /// Round trips that are shorter do not leave the host, or hardly.
-const NEAR: Duration = Duration::from_millis(1);
+pub(super) const NEAR: Duration = Duration::from_millis(1);
 /// Bytes on all connections together.
 const LITTLE: u64 = 64 << 10;
 /// Between two looks at the meters: often enough to be no part of what is waited for.

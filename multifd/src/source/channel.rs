@@ -186,7 +186,7 @@ impl SendChannel {
                     self.send(&shared, &mut batch, &room, &mut ranges)?;
                     self.spread(&shared);
                 }
-                shared.spread.is_over(section);
+                shared.spread.handed_out(section);
             }
             self.sync()?;
             shared.progress.channel_ends_round();

@@ -558,7 +558,7 @@ fn a_certificate_of_a_revoked_intermediate_authority_is_refused() {
 
 /// A list that has expired may lack what was revoked since, and was taken as if it had said all.
 #[test]
-fn nobody_is_taken_by_a_list_of_revoked_certificates_that_has_expired() {
+fn no_one_passes_a_list_of_revoked_certificates_that_has_expired() {
     let (dir, authority) = (TempDir::new().unwrap(), Authority::new());
     authority.write(dir.path());
     authority.issue(dir.path(), "server", &[HOST], Valid::Now);
