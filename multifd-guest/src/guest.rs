@@ -5,7 +5,7 @@
 //! side knows what memory has to be, and on request a digest of every page.
 
 use std::{
-    io::{self, Read},
+    io::Read,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,14 +23,18 @@ use crate::kvm::{self, KvmCpus};
 use crate::{
     body::{Body, BodyError, BodyWriter},
     log::{self, Chosen, DirtyLogChoice},
-    memory::{self, Backing, MAX_WORKERS, Memory, field},
+    memory::{self, Backing, MAX_WORKERS, Memory},
     pace::Rate,
     pattern::{CheckReport, PAGE_SIZE, Pattern, Position, Writes},
-    process::{self, ProcessCpus, reported},
-    sys::Mapping,
+    process::{self, ProcessCpus},
     verify::{self, VerifyReport},
     view::{GuestView, View},
     worker::Reins,
+};
+
+pub use crate::{
+    error::GuestError,
+    monitor::{Monitor, Status},
 };
 
 /// What guest to make.
@@ -631,191 +635,12 @@ impl Cpus {
     }
 }
 
-/// Follows a guest while others have it.
-#[derive(Clone)]
-pub struct Monitor {
-    control: Arc<Mapping>,
-    reins: Vec<Arc<Reins>>,
-    pattern: Pattern,
-    last: Option<(Instant, u64)>,
-}
-
-impl Monitor {
-    /// What the guest reports at this moment, with the speed since the previous call.
-    pub fn status(&mut self) -> Status {
-        let now = Instant::now();
-        let sum = |field| (0..self.reins.len()).map(|index| reported(&self.control, index, field)).sum();
-        let pages_written: u64 = sum(field::PAGES_DONE);
-        let since = self.last.replace((now, pages_written));
-        let pages_per_second = since.map_or(0.0, |(then, pages)| {
-            pages_written.saturating_sub(pages) as f64 / (now - then).as_secs_f64().max(1e-9)
-        });
-        Status {
-            passes: self.passes(),
-            pages_written,
-            pages_per_second,
-            wrong_words: sum(field::WRONG_WORDS),
-            register_errors: sum(field::REGISTER_ERRORS),
-            report_errors: sum(field::REPORT_ERRORS),
-            failure: self.reins.iter().find_map(|reins| reins.failure()),
-        }
-    }
-
-    /// Waits until each CPU has gone `passes` more times over its whole share. Returns whether it has: not when the time
-    /// is over, the guest is paused, or a CPU ended.
-    pub fn wait_passes(&self, passes: u64, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
-        let targets: Vec<u64> =
-            (0..self.reins.len()).map(|index| self.pages_done(index) + passes * self.share(index)).collect();
-        self.reins.iter().zip(targets).all(|(reins, target)| reins.wait_done(target, deadline))
-    }
-
-    /// Complete passes of the CPU that has made the fewest.
-    fn passes(&self) -> u64 {
-        (0..self.reins.len()).map(|index| self.pages_done(index) / self.share(index)).min().unwrap_or(0)
-    }
-
-    fn pages_done(&self, index: usize) -> u64 {
-        reported(&self.control, index, field::PAGES_DONE)
-    }
-
-    fn share(&self, index: usize) -> u64 {
-        let share = self.pattern.share(index as u64, self.reins.len() as u64);
-        share.end - share.start
-    }
-}
-
-/// What a guest reports about itself.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Status {
-    /// Complete passes over the working set.
-    pub passes: u64,
-    /// Pages written since the beginning, over all passes.
-    pub pages_written: u64,
-    /// The same per second, since the previous status of the same monitor; 0 for the first.
-    pub pages_per_second: f64,
-    /// Words that were not what the previous pass had left there.
-    pub wrong_words: u64,
-    /// How often the counter in a vector register was wrong at the end of a pass.
-    pub register_errors: u64,
-    /// How often a CPU's page in the control block was not what the CPU had written there.
-    pub report_errors: u64,
-    /// Why a CPU ended, if one did.
-    pub failure: Option<String>,
-}
-
-impl Status {
-    /// All that the guest found wrong.
-    pub fn guest_errors(&self) -> u64 {
-        self.wrong_words + self.register_errors + self.report_errors
-    }
-}
-
-/// Why a guest cannot be made, checked, saved or loaded.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum GuestError {
-    /// The configuration makes no sense.
-    #[error("{why}")]
-    Config {
-        /// What is wrong.
-        why: String,
-    },
-    /// KVM is not there, or does not do what it should.
-    #[error("{why}")]
-    NoKvm {
-        /// What is wrong.
-        why: String,
-    },
-    /// The dirty log that was asked for does not work here.
-    #[error("{why}")]
-    NoDirtyLog {
-        /// What is missing.
-        why: String,
-    },
-    /// A CPU ended by itself.
-    #[error("a CPU of the guest has ended: {why}")]
-    CpuEnded {
-        /// Why.
-        why: String,
-    },
-    /// The guest would have to stand still for this.
-    #[error("the guest runs")]
-    Runs,
-    /// The source has another kind of guest.
-    #[error("the source runs {theirs}, this is {ours}")]
-    OtherGuest {
-        /// What the source has.
-        theirs: String,
-        /// What this is.
-        ours: String,
-    },
-    /// The source's memory has another shape.
-    #[error("the source's guest has {theirs} pages with a working set of {working_set}, this one has {ours} pages")]
-    OtherMemory {
-        /// The source's pages.
-        theirs: u64,
-        /// Its working set.
-        working_set: u64,
-        /// Our pages.
-        ours: u64,
-    },
-    /// A section for a device that is not there, or for the second time.
-    #[error("section {:?} instance {} version {} does not belong to {ours}", id.name, id.instance, id.version)]
-    UnexpectedSection {
-        /// The section.
-        id: SectionId,
-        /// What this is.
-        ours: String,
-    },
-    /// The state of a device never came.
-    #[error("section {:?} instance {} never came", id.name, id.instance)]
-    MissingSection {
-        /// The section.
-        id: SectionId,
-    },
-    /// State came before the configuration that says how to read it.
-    #[error("the state of a CPU came before the section {CONFIG_SECTION:?}")]
-    ConfigNotFirst,
-    /// A section's body is wrong.
-    #[error("section {name:?}: {source}")]
-    Section {
-        /// The section.
-        name: String,
-        /// What is wrong with it.
-        source: BodyError,
-    },
-    /// A body is wrong.
-    #[error(transparent)]
-    Body(#[from] BodyError),
-    /// The state of a vCPU.
-    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    #[error(transparent)]
-    State(#[from] crate::kvm::StateError),
-    /// The kernel refused.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
-impl GuestError {
-    pub(crate) fn no_log(why: impl std::fmt::Display) -> GuestError {
-        GuestError::NoDirtyLog { why: why.to_string() }
-    }
-
-    fn in_section(self, id: &SectionId) -> GuestError {
-        match self {
-            GuestError::Body(source) => GuestError::Section { name: id.name.clone(), source },
-            other => other,
-        }
-    }
-}
-
 fn in_section(id: &SectionId) -> impl FnOnce(BodyError) -> GuestError {
     move |source| GuestError::Section { name: id.name.clone(), source }
 }
 
 /// Name and version of the section that says what guest this is.
-const CONFIG_SECTION: &str = "multifd-guest/config";
+pub(crate) const CONFIG_SECTION: &str = "multifd-guest/config";
 const CONFIG_VERSION: u32 = 1;
 const CONFIG_FORMAT: u16 = 1;
 const KIND: u16 = 1;
@@ -1062,7 +887,7 @@ mod tests {
             guest.run();
             assert!(guest.wait_passes(1, LIMIT));
             guest.stop().unwrap();
-            let word = guest.memory.control.word(memory::worker_page(0) + field::PAGES_DONE);
+            let word = guest.memory.control.word(memory::worker_page(0) + memory::field::PAGES_DONE);
             word.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
             guest.run();
             assert!(guest.wait_passes(1, LIMIT));

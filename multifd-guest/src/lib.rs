@@ -10,6 +10,7 @@
 //!           /        \
 //!   kvm/mod.rs    process.rs     who writes; state as sections; how it is stopped exactly
 //!           \        /
+//!   monitor.rs · error.rs        what a guest says of itself; why there is none
 //!   worker.rs · pace.rs          pause, throttle, write rate: one worker's reins
 //!   pattern.rs · memory.rs       what memory has to be; where it is
 //! ```
@@ -17,12 +18,14 @@
 #![deny(unsafe_code)]
 
 pub mod body;
+mod error;
 pub mod guest;
 pub mod host_kvm;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 pub mod log;
 pub mod memory;
+mod monitor;
 pub mod pace;
 pub mod pattern;
 pub mod process;

@@ -46,8 +46,13 @@
 //! | `08` | COMMAND       | see [`crate::command`]                                               |
 //! | `7e` | footer        | 32-bit id of the section that ends                                   |
 
+mod elements;
+mod item;
+
 use std::collections::HashMap;
 
+use self::elements::{capabilities, configuration, element_name, footer, go, header, tail, text, unexpected};
+pub use self::item::{Item, Section, SectionKind};
 use crate::command::{BodyLength, Command, PostcopyAdvice};
 use crate::extension::{self, Extension, Offer};
 use crate::ids::{BlockName, escape, name_text};
@@ -806,141 +811,6 @@ impl MainDecoder {
     }
 }
 
-/// One item of main.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Item {
-    /// Magic and version.
-    Header,
-    /// The configuration, which names the machine type. It has no footer.
-    Configuration {
-        /// The machine type with its version, never an alias.
-        machine: String,
-    },
-    /// Subsection of the configuration: the page size as a power of two, where the architecture has several.
-    ConfigPageBits(u32),
-    /// Subsection of the configuration: capabilities that change the layout of the stream.
-    ConfigCapabilities(Vec<String>),
-    /// Subsection of the configuration: the VM's uuid, with capability `validate-uuid`.
-    ConfigUuid([u8; 16]),
-    /// Subsection of the configuration: what an end of this implementation offers.
-    ConfigOffer(Offer),
-    /// A command. That of a package has the package as its payload, DESCRIBE the description, SHARED_MEMORY the list.
-    Command(Command),
-    /// The START section of `ram` begins; the block list follows.
-    RamStart {
-        /// The section's id, which PART, END and footers refer to.
-        section_id: u32,
-        /// The sum of the lengths of all blocks.
-        total: u64,
-    },
-    /// One RAM block. In a mapped-ram file its bitmap and pages are the payload.
-    Block(BlockEntry),
-    /// The block list is complete.
-    BlocksEnd,
-    /// A PART or END section of `ram` begins.
-    RamPart {
-        /// Whether it is the END section.
-        end: bool,
-    },
-    /// A page of zeros.
-    ZeroPage {
-        /// Index of the block in [`MainDecoder::blocks`].
-        block: usize,
-        /// Offset inside the block: aligned and in bounds.
-        offset: u64,
-    },
-    /// A page, which is the payload.
-    Page {
-        /// Index of the block in [`MainDecoder::blocks`].
-        block: usize,
-        /// Offset inside the block: aligned and in bounds.
-        offset: u64,
-        /// Length of the payload: one page.
-        len: usize,
-    },
-    /// A difference to the page's content so far, which is the payload; see [`xbzrle::apply`].
-    Xbzrle {
-        /// Index of the block in [`MainDecoder::blocks`].
-        block: usize,
-        /// Offset inside the block: aligned and in bounds.
-        offset: u64,
-        /// Length of the payload: at most a page.
-        len: usize,
-    },
-    /// A page as a complete zlib stream, which is the payload.
-    CompressPage {
-        /// Index of the block in [`MainDecoder::blocks`].
-        block: usize,
-        /// Offset inside the block: aligned and in bounds.
-        offset: u64,
-        /// Length of the payload: at most two pages.
-        len: usize,
-    },
-    /// Sync point of the per-round dialect.
-    Flush,
-    /// End of the body of a `ram` section; sync point of the per-section dialect.
-    Eos,
-    /// The footer of the section that was read before; its id is the right one.
-    Footer {
-        /// The section's id.
-        section_id: u32,
-    },
-    /// The head of a section other than `ram`. The body follows, of a length that only its device knows.
-    Section(Section),
-    /// The end of the VM's state.
-    Eof,
-    /// The description of the devices as JSON, which is the payload; see [`crate::vmdesc`].
-    VmDescription {
-        /// Length of the payload, at most [`MAX_VMDESC`].
-        len: usize,
-    },
-}
-
-impl Item {
-    /// How many bytes directly behind the item belong to it. The decoder does not want to see them.
-    pub const fn payload_len(&self) -> u64 {
-        match self {
-            Self::Page { len, .. }
-            | Self::Xbzrle { len, .. }
-            | Self::CompressPage { len, .. }
-            | Self::VmDescription { len } => *len as u64,
-            Self::Command(Command::Packaged { len } | Command::Describe { len } | Command::SharedMemory { len }) => {
-                *len as u64
-            }
-            Self::Block(BlockEntry { mapped_ram: Some(header), used_len, .. }) => header.bytes_behind(*used_len),
-            _ => 0,
-        }
-    }
-}
-
-/// The head of a section.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Section {
-    /// Which part of the section this is.
-    pub kind: SectionKind,
-    /// A number that the source chose.
-    pub id: u32,
-    /// The name under which the device's state is known.
-    pub name: String,
-    /// Which one of several devices with this name.
-    pub instance: u32,
-    /// Version of the body's layout.
-    pub version: u32,
-}
-
-/// Which part of a section it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SectionKind {
-    /// The first of several.
-    Start,
-    /// One in the middle.
-    Part,
-    /// The last.
-    End,
-    /// The whole section at once, as all ordinary devices have it.
-    Full,
-}
-
 /// An error with the position of the item it was found in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("at byte {offset} of main: {source}")]
@@ -949,114 +819,6 @@ pub struct StreamError {
     pub offset: u64,
     /// What is wrong with it.
     pub source: ProtocolError,
-}
-
-fn header(reader: &mut Reader<'_>) -> Result<Item, Stop> {
-    let magic = reader.u32()?;
-    if magic != MAGIC {
-        return Err(DecodeError::BadMagic { expected: MAGIC, found: magic }.into());
-    }
-    let version = reader.u32()?;
-    if version != VERSION {
-        return Err(DecodeError::BadVersion { what: "stream", expected: VERSION, found: version }.into());
-    }
-    Ok(Item::Header)
-}
-
-fn configuration(reader: &mut Reader<'_>) -> Result<Item, Stop> {
-    let byte = reader.u8()?;
-    if matches!(byte, START | FULL | COMMAND) {
-        // Their sections have no footers either.
-        return Err(Mismatch::NoConfiguration.into());
-    }
-    if byte != CONFIGURATION {
-        return Err(unexpected(element_name(byte)?, "instead of the configuration"));
-    }
-    let len = reader.u32()?;
-    if len > MAX_MACHINE {
-        let what = "length of the machine type";
-        return Err(Violation::ConfigurationTooLong { what, len: len.into(), limit: MAX_MACHINE.into() }.into());
-    }
-    let machine = text("machine type", reader.bytes(len as usize)?)?.to_owned();
-    Ok(Item::Configuration { machine })
-}
-
-fn capabilities(reader: &mut Reader<'_>) -> Result<Vec<String>, Stop> {
-    let count = reader.u32()?;
-    if count > MAX_CAPABILITIES {
-        let (len, limit) = (count.into(), MAX_CAPABILITIES.into());
-        return Err(Violation::ConfigurationTooLong { what: "number of capabilities", len, limit }.into());
-    }
-    let mut names = Vec::new();
-    for _ in 0..count {
-        let name = text("capability", reader.pstr()?)?;
-        if name != X_IGNORE_SHARED && name != MAPPED_RAM {
-            return Err(Mismatch::Capability { name: escape(name.as_bytes()) }.into());
-        }
-        names.push(name.to_owned());
-    }
-    Ok(names)
-}
-
-fn footer(reader: &mut Reader<'_>, section: u32) -> Result<Item, Stop> {
-    let byte = reader.u8()?;
-    if byte != FOOTER {
-        return Err(Violation::FooterMissing { section, found: byte }.into());
-    }
-    let found = reader.u32()?;
-    if found != section {
-        return Err(Violation::BadFooter { expected: section, found }.into());
-    }
-    Ok(Item::Footer { section_id: section })
-}
-
-/// The answer to READY, behind the end of the stream.
-fn go(reader: &mut Reader<'_>) -> Result<Item, Stop> {
-    reader.u8()?;
-    match Command::read(reader)? {
-        Command::Go => Ok(Item::Command(Command::Go)),
-        other => Err(unexpected(other.name(), "after the end of the stream")),
-    }
-}
-
-fn tail(reader: &mut Reader<'_>) -> Result<Item, Stop> {
-    let byte = reader.u8()?;
-    if byte != VMDESCRIPTION {
-        return Err(unexpected(element_name(byte)?, "after EOF"));
-    }
-    let len = reader.u32()?;
-    if len > MAX_VMDESC {
-        return Err(Violation::VmDescriptionTooLong { len: len.into(), limit: MAX_VMDESC.into() }.into());
-    }
-    Ok(Item::VmDescription { len: len as usize })
-}
-
-/// A name other than a block's: UTF-8, not empty.
-fn text<'a>(what: &'static str, bytes: &'a [u8]) -> Result<&'a str, DecodeError> {
-    match std::str::from_utf8(bytes) {
-        Ok(text) if !text.is_empty() => Ok(text),
-        _ => Err(DecodeError::NameInvalid { what, name: escape(bytes) }),
-    }
-}
-
-fn unexpected(element: &'static str, place: &'static str) -> Stop {
-    Violation::UnexpectedElement { element, place }.into()
-}
-
-fn element_name(byte: u8) -> Result<&'static str, DecodeError> {
-    Ok(match byte {
-        EOF => "EOF",
-        START => "SECTION_START",
-        PART => "SECTION_PART",
-        END => "SECTION_END",
-        FULL => "SECTION_FULL",
-        SUBSECTION => "subsection",
-        VMDESCRIPTION => "VMDESCRIPTION",
-        CONFIGURATION => "configuration",
-        COMMAND => "COMMAND",
-        FOOTER => "footer",
-        _ => return Err(DecodeError::UnknownElement { byte }),
-    })
 }
 
 /// `QEVM`, the first four bytes of main.

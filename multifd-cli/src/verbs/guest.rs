@@ -3,6 +3,9 @@
 //! One loop decides everything: it waits for events, and whatever blocks runs in a thread of its own that sends one.
 //! While a migration is under way its thread has the guest; status comes from a monitor that works meanwhile.
 
+mod answers;
+mod ending;
+
 use std::{
     io,
     sync::mpsc::{self, RecvTimeoutError},
@@ -16,28 +19,24 @@ use multifd::{
     stop::StopHandle,
     threads,
     transport::uri::Uri,
-    vm::SourceVm,
 };
-use multifd_guest::{
-    guest::{Guest, Monitor, Status},
-    pattern::CheckReport,
-};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use multifd_guest::guest::{Guest, Monitor};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
+pub use self::ending::{Account, Compared};
 use crate::{
-    args::{GuestArgs, Incoming, Origin},
+    args::{GuestArgs, Incoming},
     connect::PatientConnector,
     exit::Exit,
     files,
     lend::lend,
     listening,
     progress::Display,
-    qmp::{self, Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
-    report::{Audit, ChannelCompression, MigrationReport, Outcome, fields, millis},
+    qmp::{Command, Commands, End, Listening, Qmp, Role, RunState, Settings, Watched},
+    report::{Audit, ChannelCompression, MigrationReport, Outcome, fields},
     signals::{self, Hangup},
-    table, terminal,
+    terminal,
 };
 
 /// Runs the guest until it has left, failed to come, or is told to end.
@@ -119,42 +118,6 @@ enum State {
     Paused,
     /// It is gone.
     Migrated,
-}
-
-/// What the guest found out about itself while it was here.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub struct Account {
-    /// Passes over its memory when it came, or when the last attempt to migrate it ended.
-    pub guest_passes_before: u64,
-    /// The same at the end.
-    pub guest_passes_after: u64,
-    /// What the guest found wrong itself.
-    pub guest_errors: u64,
-    /// Pages compared with what they have to be, at the end.
-    pub pages_checked: u64,
-    /// How many of them were different.
-    pub pages_wrong: u64,
-    /// The pause as the guest saw it, in milliseconds: from the moment at which it stopped at the source until each of its CPUs had
-    /// written a page here, without `verify-time`. Of a guest that came and writes, by the clocks of both hosts.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest_pause: Option<f64>,
-    /// The longest that one of its CPUs took for a few pages in the first second here, waiting included, in milliseconds.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest_longest_wait: Option<f64>,
-}
-
-/// The comparison with the source's digests.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub struct Compared {
-    /// All pages of all blocks.
-    pub pages_compared: u64,
-    /// How many of them were different.
-    pub pages_different: u64,
-    /// The first of those.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub differences: Vec<(String, u64)>,
 }
 
 struct Session<'a> {
@@ -488,98 +451,6 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The answer to a command, and whether it was the last.
-    fn answer(&mut self, command: &Command) -> (Result<Value, String>, bool) {
-        let answer = match command {
-            Command::GuestStatus => Ok(self.status()),
-            Command::Migrate(uri) => self.answer_migrate(uri),
-            Command::Incoming(incoming) => self.answer_incoming(incoming),
-            // In no state that a migration of it has.
-            Command::Pause | Command::Recover(_) | Command::Resume(_) => Err("this guest takes no postcopy".to_owned()),
-            Command::Cancel => Ok(self.cancel()),
-            Command::Stop => self.answer_stop(),
-            Command::Cont => self.answer_cont(),
-            Command::GuestResume => self.answer_resume(),
-            Command::GuestFinish { passes, within } => self.answer_finish(*passes, *within),
-            Command::Quit => match (&self.stop, self.state) {
-                // It ends with the migration.
-                (Some(_), State::Incoming) => Ok(self.cancel()),
-                (Some(_), _) => Err("a migration is under way; cancel it first".to_owned()),
-                (None, _) => return (Ok(json!({})), true),
-            },
-        };
-        (answer, false)
-    }
-
-    /// Without effect where no migration is under way, as in QEMU.
-    fn cancel(&self) -> Value {
-        if let Some(stop) = &self.stop {
-            self.qmp.cancelling();
-            stop.cancel();
-        }
-        json!({})
-    }
-
-    fn answer_migrate(&mut self, uri: &Uri) -> Result<Value, String> {
-        match self.state {
-            State::Running => {}
-            State::Outgoing => return Err("There's a migration process in progress".to_owned()),
-            State::Stopped => return Err("the guest is paused; expected cont before it is migrated".to_owned()),
-            State::Incoming | State::Paused | State::Migrated => return Err("the guest does not run here".to_owned()),
-        }
-        self.deadline = None;
-        let mut options = self.args.transfer.source_options(MACHINE);
-        self.qmp.settings().apply_to(&mut options);
-        self.send(uri.clone(), options);
-        Ok(json!({}))
-    }
-
-    fn answer_incoming(&mut self, incoming: &qmp::Incoming) -> Result<Value, String> {
-        match (self.state, &self.args.incoming, &self.stop) {
-            (State::Incoming, Some(Incoming::Defer), None) if self.failure.is_none() => {}
-            (_, None, _) => return Err(qmp::NOT_INCOMING.to_owned()),
-            _ => return Err(qmp::INCOMING_HAS_BEGUN.to_owned()),
-        }
-        let Origin::Uri(uri) = &incoming.from else {
-            return Err(format!("{}: a guest comes over several connections; expected tcp, unix or fd", incoming.from));
-        };
-        self.args.listen.allow.check(Some(uri))?;
-        self.receive(uri).map_err(|error| error.to_string())?;
-        self.stays_after_failure = incoming.stays;
-        Ok(json!({}))
-    }
-
-    fn answer_stop(&mut self) -> Result<Value, String> {
-        match (self.state, &mut self.guest) {
-            (State::Running, Some(guest)) => {
-                guest.stop().map_err(|error| error.to_string())?;
-                self.set_state(State::Stopped);
-                Ok(json!({}))
-            }
-            (State::Stopped | State::Paused | State::Migrated, _) => Ok(json!({})),
-            _ => Err("a migration has the guest; cancel it first".to_owned()),
-        }
-    }
-
-    fn answer_cont(&mut self) -> Result<Value, String> {
-        match (self.state, &mut self.guest) {
-            (State::Stopped, Some(guest)) => {
-                guest.run();
-                self.set_state(State::Running);
-                Ok(json!({}))
-            }
-            (State::Running | State::Outgoing, _) => Ok(json!({})),
-            // Clients say cont after a migration that failed, without a look at the destination.
-            (State::Paused, _) => {
-                Err("the guest is paused in doubt: it may run at the destination. x-guest-resume resumes \
-                                       it once it is known that it does not"
-                    .to_owned())
-            }
-            (State::Migrated, _) => Err("the guest has left".to_owned()),
-            _ => Err("Guest is waiting for an incoming migration".to_owned()),
-        }
-    }
-
     /// Whether clients are connected, who may want to see how the migration went. Then the process ends when they have gone,
     /// or one says quit.
     fn stays_for_clients(&self) -> bool {
@@ -606,34 +477,6 @@ impl<'a> Session<'a> {
         });
     }
 
-    fn answer_finish(&mut self, passes: u64, within: f64) -> Result<Value, String> {
-        let within = Duration::try_from_secs_f64(within).map_err(|error| error.to_string())?;
-        match self.state {
-            State::Running => {
-                self.after_passes(passes, within, Event::Finish).map_err(|error| error.to_string())?;
-            }
-            // The source may know that we have the guest before this loop does.
-            State::Incoming => self.finish_when_here = Some((passes, within)),
-            State::Stopped | State::Outgoing | State::Paused | State::Migrated => {
-                return Err("the guest does not stay here".to_owned());
-            }
-        }
-        Ok(json!({}))
-    }
-
-    /// Resumes a guest that is paused in doubt.
-    fn answer_resume(&mut self) -> Result<Value, String> {
-        match (self.state, &mut self.guest) {
-            (State::Paused, Some(guest)) => {
-                guest.resume().map_err(|error| error.to_string())?;
-                self.set_state(State::Running);
-                self.failure = None;
-                Ok(json!({}))
-            }
-            _ => Err("the guest is not paused in doubt here".to_owned()),
-        }
-    }
-
     /// Has `event` sent when the guest has made `passes`, or the time is over.
     ///
     /// # Errors
@@ -647,114 +490,6 @@ impl<'a> Session<'a> {
             let _ = events.send(event);
         };
         threads::spawn("passes", wait).map(drop)
-    }
-
-    fn status(&mut self) -> Value {
-        let status = self.monitor.status();
-        let mut object = Map::new();
-        object.insert("state".to_owned(), serde_json::to_value(self.state).unwrap_or_default());
-        object.insert("passes".to_owned(), status.passes.into());
-        object.insert("pages-written".to_owned(), status.pages_written.into());
-        object.insert("guest-errors".to_owned(), status.guest_errors().into());
-        if let Some((exit, error)) = &self.failure {
-            object.insert("status".to_owned(), exit.status().into());
-            object.insert("error".to_owned(), error.clone().into());
-            if *exit == Exit::InDoubt {
-                object.insert("in-doubt".to_owned(), true.into());
-            }
-        }
-        Value::Object(object)
-    }
-
-    /// Stops the guest, where it is ours, looks at all of its memory, and reports.
-    fn finish(mut self) -> Outcome {
-        let mut text = String::new();
-        if self.state == State::Migrated {
-            text.push_str("The guest has left.\n");
-            self.details.iter().for_each(|line| text.push_str(&format!("  {line}\n")));
-        }
-        let mut outcome = Outcome::done(std::mem::take(&mut self.report), text);
-        if let Some((exit, message)) = self.failure.take() {
-            outcome.exit = exit;
-            outcome.error = Some(message);
-        }
-        if matches!(self.state, State::Running | State::Stopped) {
-            match self.account() {
-                Ok((account, check)) => {
-                    outcome.report.extend(fields(&account));
-                    self.judge(&account, &check, &mut outcome);
-                }
-                Err(message) => {
-                    outcome.exit = Exit::Failed;
-                    outcome.error = Some(message);
-                }
-            }
-        }
-        if let Some(compared) = &self.compared {
-            outcome.report.extend(fields(compared));
-        }
-        outcome
-    }
-
-    /// What became of the guest.
-    fn account(&mut self) -> Result<(Account, CheckReport), String> {
-        let guest = self.guest.as_mut().ok_or("a migration has the guest")?;
-        guest.stop().map_err(|error| error.to_string())?;
-        let check = guest.check_all().map_err(|error| error.to_string())?;
-        let registers = guest.registers_agree().map_err(|error| error.to_string())?;
-        let status: Status = self.monitor.status();
-        if let Some(failure) = status.failure {
-            return Err(format!("a CPU of the guest has ended: {failure}"));
-        }
-        let account = Account {
-            guest_passes_before: self.passes_before,
-            guest_passes_after: status.passes,
-            guest_errors: status.guest_errors() + u64::from(!registers),
-            pages_checked: check.pages_compared,
-            pages_wrong: check.pages_different,
-            guest_pause: guest.view().map(|view| millis(view.pause)),
-            guest_longest_wait: guest.view().map(|view| millis(view.longest_wait)),
-        };
-        Ok((account, check))
-    }
-
-    /// Says in words what the figures mean, and whether they are bad.
-    fn judge(&self, account: &Account, check: &CheckReport, outcome: &mut Outcome) {
-        let Account { guest_passes_before, guest_passes_after, guest_errors, .. } = account;
-        outcome.text.push_str(&format!(
-            "The guest went over its memory in passes {guest_passes_before} to {guest_passes_after} here and found {guest_errors} \
-             errors; {} of {} pages have wrong contents.\n",
-            table::grouped(account.pages_wrong),
-            table::grouped(account.pages_checked),
-        ));
-        if let (Some(pause), Some(wait)) = (account.guest_pause, account.guest_longest_wait) {
-            outcome.text.push_str(&format!(
-                "It saw a pause of {} on its way here, and waited for {} at most in the second after.\n",
-                table::milliseconds(pause),
-                table::milliseconds(wait)
-            ));
-        }
-        let mut wrong = Vec::new();
-        if *guest_errors > 0 {
-            wrong.push(format!("the guest found {guest_errors} errors in its memory or registers"));
-        }
-        if account.pages_wrong > 0 {
-            wrong.push(check.to_string());
-        }
-        if let Some(compared) = self.compared.as_ref().filter(|compared| compared.pages_different > 0) {
-            let Compared { pages_compared, pages_different, differences } = compared;
-            wrong.push(format!(
-                "{pages_different} of {pages_compared} pages differ from the source, the first of them {differences:?}"
-            ));
-        }
-        if let Some(audit) = &self.audit {
-            outcome.text.push_str(&format!("{}.\n", audit.text()));
-            wrong.extend((audit.stale_writes > 0).then(|| audit.text()));
-        }
-        if !wrong.is_empty() {
-            outcome.exit = Exit::Different;
-            outcome.error = Some(wrong.join("; "));
-        }
     }
 
     fn say(&self, line: &str) {

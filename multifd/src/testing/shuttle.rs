@@ -11,34 +11,38 @@
 //! Random schedules alone are not enough: they switch threads all the time, and an old page is overtaken only when one
 //! channel stands still for long. PCT gives threads priorities and changes them a few times.
 
+mod failing;
+mod legacy;
+mod vanishing;
+mod watching;
+
 use std::{
-    io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::atomic::{AtomicU64 as Plain, Ordering::Relaxed as PlainRelaxed},
     time::{Duration, Instant},
 };
 
-use multifd_proto::{
-    command::Command,
-    encoder::MainEncoder,
-    machine::{Dialect, ZeroPages},
-    packet::Prefix,
-};
+use multifd_proto::machine::{Dialect, ZeroPages};
 use shuttle::{
     Config, FailurePersistence, Runner,
     rand::{Rng, thread_rng},
     scheduler::{PctScheduler, RandomScheduler},
 };
 
+use self::{
+    failing::Fault,
+    legacy::Legacy,
+    vanishing::Vanishing,
+    watching::{Watched, WatchingConnector},
+};
 use crate::{
     clock::Clock,
     destination::{self, Destination},
     dirty_bitmap::DirtyBitmap,
     error::Error,
     progress::Phase,
-    ram::{GuestRange, Ram},
+    ram::Ram,
     source::{self, Flush, Peer, Source},
-    stop::StopHandle,
     sync::{Arc, Mutex, lock, thread},
     testing::broken::Broken,
     testing::far::Far,
@@ -46,7 +50,7 @@ use crate::{
     testing::memory,
     testing::trace::Trace,
     testing::vm::{TestDestination, TestSource, Writer},
-    transport::{Connect, Listen, Pending, RecvHalf, SendHalf, Stopper, Stream, wrapped},
+    transport::{Connect, Listen},
     vm::SourceVm,
 };
 
@@ -795,447 +799,4 @@ fn tracking_that_is_rearmed_after_reading_is_caught() {
         migrate(vm, TestDestination::new(ram()), EARLY, EARLY.source(), receiving(), Beside::default())
             .assert_migrated();
     });
-}
-
-/// Channels whose last packet of a section carries SYNC.
-struct Legacy(Box<dyn Connect>);
-
-impl Connect for Legacy {
-    fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        Ok(wrapped(self.0.dial()?, |inner| Ok(Box::new(LegacyStream { inner, held: None }))))
-    }
-}
-
-struct LegacyStream<S: ?Sized = dyn Stream> {
-    /// A packet that was not sent yet: SYNC may be next.
-    held: Option<(Vec<u8>, Vec<u8>)>,
-    inner: Box<S>,
-}
-
-impl<S: SendHalf + ?Sized> LegacyStream<S> {
-    fn send_held(&mut self) -> io::Result<()> {
-        match self.held.take() {
-            Some((header, payload)) => {
-                self.inner.write(&header, &[])?;
-                if payload.is_empty() { Ok(()) } else { self.inner.write(&payload, &[]) }
-            }
-            None => Ok(()),
-        }
-    }
-}
-
-impl<S: SendHalf + ?Sized> SendHalf for LegacyStream<S> {
-    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        let prefix = header.first_chunk().map(Prefix::decode);
-        let Some(Ok(prefix)) = prefix.filter(|_| header.len() > 100) else {
-            // Main, or a hello.
-            return self.inner.write(header, pages);
-        };
-        if let (true, Some((held, _))) = (prefix.sync(), &mut self.held) {
-            // The flags are the third word of a packet.
-            for (held, sync) in held[8..12].iter_mut().zip(&header[8..12]) {
-                *held |= sync;
-            }
-            // Both had a number, and the packet has the later one, as with QEMU 7.2.
-            held[24..32].copy_from_slice(&header[24..32]);
-            return self.send_held();
-        }
-        self.send_held()?;
-        // No SYNC follows device state.
-        if prefix.sync() || prefix.device_state() {
-            return self.inner.write(header, pages);
-        }
-        let mut payload = Vec::new();
-        for page in pages {
-            let begin = payload.len();
-            payload.resize(begin + page.len(), 0);
-            page.read(&mut payload[begin..]);
-        }
-        self.held = Some((header.to_vec(), payload));
-        Ok(())
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.inner.finish()
-    }
-}
-
-impl RecvHalf for LegacyStream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
-
-impl Stream for LegacyStream {
-    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
-        let LegacyStream { held, inner } = *self;
-        let (inner, receives) = inner.split()?;
-        Ok((Box::new(LegacyStream { held, inner }), receives))
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.stopper()
-    }
-
-    fn peer(&self) -> String {
-        self.inner.peer()
-    }
-}
-/// Connections of a process that is no more at one byte: what was written is read, and then all of them have ended.
-struct Vanishing {
-    inner: memory::MemoryConnector,
-    /// Bytes that are still written, on all connections together.
-    left: Arc<Mutex<usize>>,
-    all: Arc<Mutex<Vec<Box<dyn Stopper>>>>,
-}
-
-impl Connect for Vanishing {
-    fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        let (left, all) = (self.left.clone(), self.all.clone());
-        Ok(wrapped(self.inner.dial()?, move |inner| {
-            lock(&all).push(inner.stopper()?);
-            Ok(Box::new(VanishingStream { inner, left, all }))
-        }))
-    }
-}
-
-struct VanishingStream<S: ?Sized = dyn Stream> {
-    left: Arc<Mutex<usize>>,
-    all: Arc<Mutex<Vec<Box<dyn Stopper>>>>,
-    inner: Box<S>,
-}
-
-impl<S: SendHalf + ?Sized> SendHalf for VanishingStream<S> {
-    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        let mut bytes = header.to_vec();
-        for page in pages {
-            let begin = bytes.len();
-            bytes.resize(begin + page.len(), 0);
-            page.read(&mut bytes[begin..]);
-        }
-        let now = {
-            let mut left = lock(&self.left);
-            let now = bytes.len().min(*left);
-            *left -= now;
-            now
-        };
-        self.inner.write(&bytes[..now], &[])?;
-        if now < bytes.len() {
-            lock(&self.all).iter().for_each(|connection| connection.stop());
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.inner.finish()
-    }
-}
-
-impl RecvHalf for VanishingStream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
-
-impl Stream for VanishingStream {
-    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
-        let VanishingStream { left, all, inner } = *self;
-        let (inner, receives) = inner.split()?;
-        Ok((Box::new(VanishingStream { left, all, inner }), receives))
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.stopper()
-    }
-
-    fn peer(&self) -> String {
-        self.inner.peer()
-    }
-}
-/// An operation on connections of one side that fails, and breaks them.
-struct Fault {
-    /// Which connection, in the order in which they are opened; main is the first. `None` for all together.
-    connection: Option<usize>,
-    /// Operations that succeed.
-    left: Mutex<usize>,
-    opened: Mutex<usize>,
-    broken: Mutex<Vec<Box<dyn Stopper>>>,
-}
-
-impl Fault {
-    fn new(connection: Option<usize>, after: usize) -> Arc<Fault> {
-        let (opened, broken) = (Mutex::new(0), Mutex::new(Vec::new()));
-        Arc::new(Fault { connection, left: Mutex::new(after), opened, broken })
-    }
-
-    fn at_source(self: Arc<Fault>) -> Beside {
-        let connect = move |inner| Box::new(FailingConnector { inner, fault: self.clone() }) as _;
-        Beside { connect: Box::new(connect), ..Default::default() }
-    }
-
-    fn at_destination(self: Arc<Fault>) -> Beside {
-        let listen = move |inner| Box::new(FailingListener { inner, fault: self.clone() }) as _;
-        Beside { listen: Box::new(listen), ..Default::default() }
-    }
-
-    /// Has the fault happen to `pending`, if it is the one.
-    fn apply(self: &Arc<Fault>, pending: Box<dyn Pending>) -> Box<dyn Pending> {
-        let index = {
-            let mut opened = lock(&self.opened);
-            *opened += 1;
-            *opened - 1
-        };
-        if self.connection.is_some_and(|connection| connection != index) {
-            return pending;
-        }
-        let fault = self.clone();
-        wrapped(pending, move |inner| {
-            let stopper = inner.stopper()?;
-            lock(&fault.broken).push(stopper);
-            Ok(Box::new(FailingStream { inner, fault }))
-        })
-    }
-
-    fn operation(&self) -> io::Result<()> {
-        let succeeds = {
-            let mut left = lock(&self.left);
-            let succeeds = *left > 0;
-            *left = left.saturating_sub(1);
-            succeeds
-        };
-        if succeeds {
-            return Ok(());
-        }
-        lock(&self.broken).iter().for_each(|connection| connection.stop());
-        Err(io::ErrorKind::ConnectionReset.into())
-    }
-}
-
-struct FailingConnector {
-    inner: memory::MemoryConnector,
-    fault: Arc<Fault>,
-}
-
-impl Connect for FailingConnector {
-    fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        Ok(self.fault.apply(self.inner.dial()?))
-    }
-}
-
-struct FailingListener {
-    inner: memory::MemoryListener,
-    fault: Arc<Fault>,
-}
-
-impl Listen for FailingListener {
-    fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
-        Ok(self.fault.apply(self.inner.accept(timeout)?))
-    }
-
-    fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
-        Ok(self.inner.try_accept()?.map(|pending| self.fault.apply(pending)))
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.stopper()
-    }
-}
-
-struct FailingStream<S: ?Sized = dyn Stream> {
-    fault: Arc<Fault>,
-    inner: Box<S>,
-}
-
-impl<S: SendHalf + ?Sized> SendHalf for FailingStream<S> {
-    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.fault.operation()?;
-        self.inner.write(header, pages)
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.inner.finish()
-    }
-}
-
-impl<S: RecvHalf + ?Sized> RecvHalf for FailingStream<S> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.fault.operation()?;
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.fault.operation()?;
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
-
-impl Stream for FailingStream {
-    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
-        let FailingStream { fault, inner } = *self;
-        let (sends, receives) = inner.split()?;
-        let sends = FailingStream { fault: fault.clone(), inner: sends };
-        Ok((Box::new(sends), Box::new(FailingStream { fault, inner: receives })))
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.stopper()
-    }
-
-    fn peer(&self) -> String {
-        self.inner.peer()
-    }
-}
-/// Connections of a source, and what is to happen at some of their operations.
-struct WatchingConnector {
-    inner: Box<dyn Connect>,
-    watched: Watched,
-}
-
-#[derive(Clone)]
-struct Watched {
-    /// Set when GO is written.
-    go: Arc<Mutex<bool>>,
-    at_go: AtGo,
-    /// Operations before `cancelled` are.
-    left: Arc<Mutex<usize>>,
-    cancelled: Vec<StopHandle>,
-    /// Of the source and of the destination.
-    stops: [StopHandle; 2],
-    cancelling: Arc<Mutex<Vec<thread::JoinHandle<()>>>>,
-}
-
-impl Watched {
-    fn operation(&self) {
-        if self.cancelled.is_empty() {
-            return;
-        }
-        let now = {
-            let mut left = lock(&self.left);
-            let now = *left == 0;
-            *left = left.wrapping_sub(1);
-            now
-        };
-        if now {
-            self.cancelled.iter().for_each(|stop| self.cancel(stop));
-        }
-    }
-
-    /// At some later moment of the schedule.
-    fn cancel(&self, stop: &StopHandle) {
-        let stop = stop.clone();
-        lock(&self.cancelling).push(thread::spawn(move || stop.cancel()));
-    }
-}
-
-impl Connect for WatchingConnector {
-    fn dial(&self) -> io::Result<Box<dyn Pending>> {
-        self.watched.operation();
-        let watched = self.watched.clone();
-        Ok(wrapped(self.inner.dial()?, move |inner| {
-            let stopper = std::sync::Arc::from(inner.stopper()?);
-            Ok(Box::new(WatchingStream { watched, stopper, inner }))
-        }))
-    }
-}
-
-struct WatchingStream<S: ?Sized = dyn Stream> {
-    watched: Watched,
-    stopper: std::sync::Arc<dyn Stopper>,
-    inner: Box<S>,
-}
-
-impl<S: SendHalf + ?Sized> WatchingStream<S> {
-    fn break_off(&self) -> io::Result<()> {
-        self.stopper.stop();
-        Err(io::ErrorKind::ConnectionReset.into())
-    }
-
-    fn go(&mut self, go: &[u8]) -> io::Result<()> {
-        *lock(&self.watched.go) = true;
-        let [source, destination] = &self.watched.stops;
-        match self.watched.at_go {
-            AtGo::Lost => return self.break_off(),
-            AtGo::Cut => {
-                self.inner.write(&go[..go.len() - 1], &[])?;
-                return self.break_off();
-            }
-            AtGo::DestinationCancelled => self.watched.cancel(destination),
-            _ => {}
-        }
-        self.inner.write(go, &[])?;
-        match self.watched.at_go {
-            AtGo::Reset => self.stopper.stop(),
-            AtGo::Failed => return Err(io::ErrorKind::ConnectionReset.into()),
-            AtGo::SourceCancelled => self.watched.cancel(source),
-            _ => {}
-        }
-        Ok(())
-    }
-}
-
-impl<S: SendHalf + ?Sized> SendHalf for WatchingStream<S> {
-    fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.watched.operation();
-        if pages.is_empty() && header == MainEncoder::default().command(&Command::Go).bytes {
-            return self.go(header);
-        }
-        self.inner.write(header, pages)
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.inner.finish()
-    }
-}
-
-impl<S: RecvHalf + ?Sized> RecvHalf for WatchingStream<S> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.watched.operation();
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
-
-impl Stream for WatchingStream {
-    fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
-        let WatchingStream { watched, stopper, inner } = *self;
-        let (sends, receives) = inner.split()?;
-        let sends = WatchingStream { watched: watched.clone(), stopper: stopper.clone(), inner: sends };
-        Ok((Box::new(sends), Box::new(WatchingStream { watched, stopper, inner: receives })))
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.stopper()
-    }
-
-    fn peer(&self) -> String {
-        self.inner.peer()
-    }
 }
