@@ -128,7 +128,7 @@ fn discard(block: &RamBlock) -> io::Result<()> {
     match block.backing() {
         _ if block.is_pinned() => Err(io::Error::other("devices hold them")),
         Backing::Anonymous => advice::discard_private(block.whole()),
-        Backing::MemoryFile(file) if !file.memory().is_huge => advice::discard_shared(block.whole()),
+        Backing::MemoryFile(file) if file.memory().huge_page.is_none() => advice::discard_shared(block.whole()),
         _ => Err(io::Error::other("it is not known that they can be")),
     }
 }

@@ -53,7 +53,7 @@ pub(crate) fn untouched_block(ram: &Ram, index: usize, kernel: &mut Kernel, into
     let mut target = Target { block, layout, page_size: ram.layout().page_size() as u64, into };
     if let Backing::MemoryFile(file) = block.backing() {
         return match file.memory() {
-            memory if memory.is_huge => huge_file(kernel, file, &mut target),
+            memory if memory.huge_page.is_some() => huge_file(kernel, file, &mut target),
             memory if memory.has_own_position => file_holes(file, &mut target),
             _ => residency::absent(block.whole()).map(|absent| target.add_all(absent)),
         };

@@ -52,7 +52,7 @@ impl MemoryFile {
 
     /// A memory file of small pages, whose position is of no importance to any other part of the process.
     pub(super) fn own(file: File) -> MemoryFile {
-        MemoryFile { memory: SharedMemory { file, has_own_position: true, is_huge: false }, offset: 0, as_given: None }
+        MemoryFile { memory: SharedMemory { file, has_own_position: true, huge_page: None }, offset: 0, as_given: None }
     }
 
     pub(crate) fn memory(&self) -> &SharedMemory {

@@ -180,6 +180,8 @@ pub struct RamBlock {
     backing: Backing,
     pinned: bool,
     guest_address: Option<u64>,
+    /// Bytes in a page of the kernel's, where the VMM has said so.
+    kernel_page: Option<u64>,
     /// It is the memory of a VM of another process.
     lent: AtomicBool,
     /// Keeps the mapping alive for as long as anybody can reach the block.
@@ -234,6 +236,7 @@ impl RamBlock {
             backing: Backing::Foreign,
             pinned: false,
             guest_address: None,
+            kernel_page: None,
             lent: AtomicBool::new(false),
             _owner: owner,
         }
@@ -278,6 +281,15 @@ impl RamBlock {
     #[must_use]
     pub fn at(self, guest_address: u64) -> RamBlock {
         RamBlock { guest_address: Some(guest_address), ..self }
+    }
+
+    /// The same block, which the kernel backs with pages of `bytes`: 2 MiB or 1 GiB where it was mapped with such (hugetlbfs, `MAP_HUGETLB`).
+    ///
+    /// Without this it is looked up in `/proc/self/smaps`; a memory file that is [known](Backing::MemoryFile) says it by itself. A
+    /// destination chooses by it how a page gets its first content. Said wrongly, that takes longer, and no byte differs.
+    #[must_use]
+    pub fn with_kernel_pages(self, bytes: u64) -> RamBlock {
+        RamBlock { kernel_page: Some(bytes), ..self }
     }
 
     /// The same block, which is only read from now on.
@@ -391,6 +403,15 @@ impl RamBlock {
     /// Where the guest has the first byte of the block, if the VMM has said so: [`at`](Self::at).
     pub fn guest_address(&self) -> Option<u64> {
         self.guest_address
+    }
+
+    /// Bytes in a page by which the kernel backs the block, if it is known without looking:
+    /// [`with_kernel_pages`](Self::with_kernel_pages), or huge pages of a memory file.
+    pub fn kernel_page_size(&self) -> Option<u64> {
+        self.kernel_page.or_else(|| match &self.backing {
+            Backing::MemoryFile(file) => file.memory().huge_page,
+            _ => None,
+        })
     }
 
     /// The name of the block.

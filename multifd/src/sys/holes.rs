@@ -15,8 +15,8 @@ pub(crate) struct SharedMemory {
     pub(crate) file: File,
     /// Whether looking for holes moves no position but our own.
     pub(crate) has_own_position: bool,
-    /// Whether it is made of huge pages; then the kernel does not tell its holes.
-    pub(crate) is_huge: bool,
+    /// Bytes in a huge page, where it is made of such; then the kernel does not tell its holes.
+    pub(crate) huge_page: Option<u64>,
 }
 
 /// Opens a memfd, or a file in a tmpfs or hugetlbfs, once more, so that looking for holes does not move the caller's
@@ -43,7 +43,8 @@ pub(crate) fn open_shared_memory(file: BorrowedFd<'_>) -> io::Result<SharedMemor
     let opened = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let has_own_position = opened.is_ok();
     let file = opened.or_else(|_| file.try_clone_to_owned().map(File::from))?;
-    Ok(SharedMemory { file, has_own_position, is_huge: kind == hugetlbfs })
+    let huge_page = if kind == hugetlbfs { u64::try_from(system.f_bsize).ok() } else { None };
+    Ok(SharedMemory { file, has_own_position, huge_page })
 }
 
 /// Bytes for which the file has memory, wherever they are mapped.

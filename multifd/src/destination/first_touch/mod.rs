@@ -144,11 +144,20 @@ fn for_each_block(ram: &Ram, what: &str, advise: impl Fn(GuestRange<'_>) -> io::
     }
 }
 
-/// Whether any block may be backed by pages larger than the smallest, as the kernel describes its mapping.
+/// Whether any block may be backed by pages larger than the smallest, as the VMM says or the kernel describes its mapping.
 fn has_huge_pages(ram: &Ram) -> bool {
+    let said = ram.blocks().iter().map(|block| block.kernel_page_size().map(|bytes| bytes > LARGEST_FILLED));
+    let said: Vec<Option<bool>> = said.collect();
+    if said.contains(&Some(true)) || !said.contains(&None) {
+        return said.contains(&Some(true));
+    }
     let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps") else { return false };
-    ram.blocks().iter().any(|block| mapping_is_huge(&smaps, block.address()))
+    let unsaid = ram.blocks().iter().zip(&said).filter(|(_, said)| said.is_none());
+    unsaid.into_iter().any(|(block, _)| mapping_is_huge(&smaps, block.address()))
 }
+
+/// The largest page of the kernel's that it fills from a copy: its smallest, on any machine.
+const LARGEST_FILLED: u64 = 64 << 10;
 
 /// Whether the mapping that `address` lies in has huge pages now, or gets them at a page fault.
 fn mapping_is_huge(smaps: &str, address: u64) -> bool {
@@ -162,7 +171,7 @@ fn mapping_is_huge(smaps: &str, address: u64) -> bool {
         } else if inside {
             let number = rest.split_whitespace().next().and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
             match word {
-                "KernelPageSize:" if number > 64 => return true,
+                "KernelPageSize:" if number << 10 > LARGEST_FILLED => return true,
                 "THPeligible:" => return number == 1,
                 _ => {}
             }
@@ -173,10 +182,13 @@ fn mapping_is_huge(smaps: &str, address: u64) -> bool {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
+    use std::os::fd::AsFd;
+
     use multifd_proto::BlockName;
+    use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
-    use crate::ram::RamBlock;
+    use crate::ram::{Backing, MemoryFile, RamBlock};
 
     /// Found by a sanitizer, whose heap begins at a page: the kernel refused the copy, and the migration failed.
     #[test]
@@ -229,6 +241,32 @@ THPeligible:           1\n\
 7f0000800000-7f0000a00000 rw-s 00000000 00:0f 123   /anon_hugepage\n\
 KernelPageSize:     2048 kB\n\
 THPeligible:           0\n";
+
+    #[test]
+    fn what_a_vmm_says_of_its_pages_is_not_looked_up() {
+        let is_huge = |said: [Option<u64>; 2]| {
+            let blocks = ["a", "b"].into_iter().zip(said).map(|(name, pages)| {
+                let block = RamBlock::anonymous(BlockName::new(name).unwrap(), 4 << 20).unwrap();
+                pages.into_iter().fold(block, RamBlock::with_kernel_pages)
+            });
+            has_huge_pages(&Ram::new(4096, blocks.collect()).unwrap())
+        };
+        assert!(is_huge([Some(4096), Some(2 << 20)]));
+        assert!(is_huge([None, Some(1 << 30)]));
+        assert!(!is_huge([Some(4096), Some(16 << 10)]));
+    }
+
+    /// A memory file knows its pages; nothing of it is said by the VMM.
+    #[test]
+    fn a_file_of_huge_pages_says_how_large_they_are() {
+        let file = memfd_create(c"ram", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+        let Ok(file) = file else { return test_support::skip("no huge pages") };
+        let memory = MemoryFile::new(file.as_fd(), 0).unwrap();
+        let block = RamBlock::anonymous(BlockName::new("ram").unwrap(), 4096).unwrap();
+        assert_eq!(block.backed_by(Backing::MemoryFile(memory)).kernel_page_size(), Some(2 << 20));
+        let small = RamBlock::memory_file(BlockName::new("ram").unwrap(), 4096).unwrap();
+        assert_eq!(small.kernel_page_size(), None);
+    }
 
     #[test]
     fn the_kernel_tells_which_mapping_has_huge_pages() {
