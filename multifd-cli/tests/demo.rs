@@ -104,6 +104,18 @@ fn a_kvm_guest_moves_with_any_number_of_channels_and_at_full_speed() {
 }
 
 #[test]
+fn a_kvm_guest_of_several_vcpus_moves_with_either_log() {
+    if kvm_or_skip() {
+        for cpus in [1, 2, 4, 8] {
+            for log in ["bitmap", "ring"] {
+                let report = moves(&format!("--guest kvm --cpus {cpus} --dirty-log {log} --write-rate 20MB/s"));
+                assert_eq!(report["dirty-log"], log, "{cpus} vCPUs");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_guest_moves_in_every_mode() {
     for (mode, name, value) in [
         ("--sync per-section", "dialect", "per-section"),

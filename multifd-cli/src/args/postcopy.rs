@@ -13,14 +13,14 @@ use crate::units::{self, Limit};
 #[command(next_help_heading = "Postcopy")]
 pub struct PostcopyArgs {
     /// Have the destination run the VM at once and get its memory while it runs. Needs a QEMU with capability postcopy-ram
-    /// on; it has multifd off, and no more options of its own.
+    /// on and multifd off (restore sets both).
     #[arg(long)]
     pub postcopy: bool,
     /// Go on with a VM that --postcopy has handed over and whose sender died. The QEMU has to listen again
-    /// (migrate-recover); it says which pages it lacks.
+    /// (migrate-recover, which restore tells it); it says which pages it lacks.
     #[arg(long, conflicts_with_all = ["postcopy", "prefetch", "clone"])]
     pub recover: bool,
-    /// Send pages that the guest waits for over a connection of their own. Needs capability postcopy-preempt there.
+    /// Send pages that the guest waits for over a connection of their own. Needs capability postcopy-preempt there (restore sets it).
     #[arg(long)]
     pub preempt: bool,
     /// Send the pages that this file lists first, in its order. --record-faults writes one.

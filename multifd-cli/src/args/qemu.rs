@@ -94,16 +94,13 @@ pub struct RestoreArgs {
     /// unix:PATH,server=on,wait=off.
     #[arg(value_name = "unix:QMP", value_parser = unix_uri)]
     pub qmp: Uri,
-    /// Let the guest run at once, and bring its memory while it runs.
-    #[arg(long, help_heading = MIGRATION)]
-    pub postcopy: bool,
-    /// Send pages that the guest waits for over a connection of their own.
-    #[arg(long, requires = "postcopy", help_heading = MIGRATION)]
-    pub preempt: bool,
     /// FILE lacks memory that its QEMU shared (x-ignore-shared), and this QEMU maps the same file, unchanged since: restore the
     /// rest. QEMU is asked whether it shares such memory; nothing here can tell what is in it, and with other content the guest is lost.
-    #[arg(long, conflicts_with = "postcopy", help_heading = MIGRATION)]
+    #[arg(long, conflicts_with_all = ["postcopy", "recover"], help_heading = MIGRATION)]
     pub ignore_shared: bool,
+    /// Running at once.
+    #[command(flatten)]
+    pub postcopy: PostcopyArgs,
     /// The connection to QEMU.
     #[command(flatten)]
     pub monitor: MonitorArgs,
@@ -266,16 +263,11 @@ impl CheckpointArgs {
 }
 
 impl RestoreArgs {
-    /// The same for `multifd send`.
-    pub fn as_postcopy(&self) -> PostcopyArgs {
-        PostcopyArgs { postcopy: self.postcopy, preempt: self.preempt, ..PostcopyArgs::default() }
-    }
-
     /// # Errors
     /// What was expected, for clap.
     pub(super) fn check(&self) -> Result<(), String> {
         self.transfer.check()?;
-        self.as_postcopy().check(&self.transfer)?;
+        self.postcopy.check(&self.transfer)?;
         self.monitor.check(&self.transfer.link.tls)?;
         if self.transfer.channels == Some(0) {
             return Err("a restore sets QEMU up for channels; expected '--channels 1' or more".to_owned());

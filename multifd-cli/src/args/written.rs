@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Incoming, ObserveArgs, Origin, Verb};
+use super::{Incoming, ObserveArgs, Origin, Verb, postcopy::PostcopyArgs};
 use crate::{metrics::Target, replace::directory_of, verbs};
 
 /// A file, and what names it.
@@ -54,21 +54,25 @@ fn files(verb: &Verb) -> (Vec<Named>, Vec<Named>) {
         Verb::Checkpoint(args) => others.push(("--output <FILE>", args.file.clone())),
         Verb::Send(args) => {
             others.push(("<FILE>", args.file.clone()));
-            let postcopy = &args.postcopy;
-            written.extend(postcopy.record_faults.clone().map(|path| ("--record-faults <LIST>", path)));
-            if postcopy.is_asked_for() {
-                let note = postcopy.state.clone().unwrap_or_else(|| verbs::note_of(&args.file));
-                others.push(("--state <PATH>", note));
-            }
+            of_postcopy(&args.postcopy, &args.file, &mut written, &mut others);
         }
         Verb::Restore(args) => {
             others.push(("<FILE>", args.file.clone()));
-            others.extend(args.postcopy.then(|| ("--state <PATH>", verbs::note_of(&args.file))));
+            of_postcopy(&args.postcopy, &args.file, &mut written, &mut others);
         }
         Verb::Serve(args) => others.push(("<FILE>", args.file.clone())),
         _ => {}
     }
     (written, others)
+}
+
+/// Adds the files of a postcopy of `file`.
+fn of_postcopy(postcopy: &PostcopyArgs, file: &Path, written: &mut Vec<Named>, others: &mut Vec<Named>) {
+    written.extend(postcopy.record_faults.clone().map(|path| ("--record-faults <LIST>", path)));
+    if postcopy.is_asked_for() {
+        let note = postcopy.state.clone().unwrap_or_else(|| verbs::note_of(file));
+        others.push(("--state <PATH>", note));
+    }
 }
 
 /// Where a file at `path` is or would be, by whatever name: two paths of one place are equal.

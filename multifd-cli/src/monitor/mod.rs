@@ -116,6 +116,19 @@ impl Monitor {
         self.client.execute(command, arguments).map_err(|error| explain(&self.path, &error))
     }
 
+    /// Runs `command`, which may not be run twice, although QEMU's main loop may be waiting for a page of the guest: out of band,
+    /// where QEMU has that.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute_once`].
+    pub fn execute_beside(&mut self, command: &str, arguments: Value) -> Result<Value, Refusal> {
+        let answer = match self.client.is_out_of_band() {
+            true => self.client.execute_out_of_band(command, arguments),
+            false => self.client.execute(command, arguments),
+        };
+        answer.map_err(|error| explain(&self.path, &error))
+    }
+
     /// Runs `command` if the QEMU has it.
     ///
     /// # Errors
@@ -179,8 +192,8 @@ impl Monitor {
 /// Connects; the interrupt number `interrupt` ends the wait.
 fn open(path: &Path, limit: Duration, interrupts: &Interrupts, interrupt: u32) -> Result<Client, Error> {
     let interrupts = interrupts.clone();
-    let mut client =
-        Client::builder().limit(limit).interrupted(move || interrupts.count() >= interrupt).connect(path)?;
+    let is_over = move || interrupts.count() >= interrupt;
+    let mut client = Client::builder().limit(limit).interrupted(is_over).out_of_band().connect(path)?;
     client.set_limit(limit);
     Ok(client)
 }
@@ -221,8 +234,10 @@ fn explain(path: &Path, error: &Error) -> Refusal {
 pub struct Meeting {
     /// What QEMU is given.
     pub uri: Uri,
-    /// Keeps others out, and is removed with its socket.
-    _directory: Option<tempfile::TempDir>,
+    /// Keeps others out, and is removed with its sockets.
+    directory: Option<tempfile::TempDir>,
+    /// How many sockets it has had.
+    places: u32,
 }
 
 impl Meeting {
@@ -232,16 +247,24 @@ impl Meeting {
     /// The directory cannot be made.
     pub fn at(uri: Option<&Uri>) -> io::Result<Meeting> {
         if let Some(uri) = uri {
-            return Ok(Meeting { uri: uri.clone(), _directory: None });
+            return Ok(Meeting { uri: uri.clone(), directory: None, places: 1 });
         }
         let directory = private_directory()?;
         let uri = Uri::Unix(directory.path().join("migration"));
-        Ok(Meeting { uri, _directory: Some(directory) })
+        Ok(Meeting { uri, directory: Some(directory), places: 1 })
+    }
+
+    /// Moves on, for one more connection: in the private directory to a socket that was not there before.
+    pub fn move_on(&mut self) {
+        if let Some(directory) = &self.directory {
+            self.places += 1;
+            self.uri = Uri::Unix(directory.path().join(self.places.to_string()));
+        }
     }
 
     /// Whether only processes of this user can get there.
     pub fn is_private(&self) -> bool {
-        self._directory.is_some()
+        self.directory.is_some()
     }
 }
 

@@ -14,7 +14,7 @@ use multifd_qmp::Status;
 use serde_json::{Value, json};
 
 use super::{
-    postcopy::{self, There, record::Record},
+    postcopy::{self, Broken, There, record::Record},
     send,
 };
 use crate::{
@@ -40,37 +40,73 @@ pub fn run(args: &RestoreArgs) -> Outcome {
 fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     let Uri::Unix(path) = &args.qmp else { unreachable!("the command line takes nothing else") };
     let interrupts = Interrupts::listen()?;
-    let checkpoint = send::open(&args.file, args.postcopy, &Stop::default(), &args.output)
+    let checkpoint = send::open(&args.file, args.postcopy.is_asked_for(), &Stop::default(), &args.output)
         .map_err(|error| Refusal::new(Exit::from(&error), error.to_string()))?;
+    if args.postcopy.recover {
+        let monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
+        return Ok(recover(args, &checkpoint, monitor, Meeting::at(args.monitor.listen.as_ref())?));
+    }
     send::check_memory(&args.file, args.ignore_shared, &checkpoint)
         .map_err(|(exit, message)| Refusal::new(exit, message))?;
     let mut monitor = Monitor::connect(path, args.monitor.qmp_timeout, &interrupts)?;
     let look = monitor.look()?;
     check(&look, &checkpoint)?;
-    let meeting = Meeting::at(args.monitor.listen.as_ref())?;
+    let mut meeting = Meeting::at(args.monitor.listen.as_ref())?;
     let (mut changed, mut qemu_tls, mut wanted) = (Changed::default(), QemuTls::default(), wanted(args));
     let tls = (&args.transfer.link.tls, args.monitor.qemu_tls_creds.as_deref());
     let prepared = qemu_tls
         .prepare(&mut monitor, &mut wanted, tls, QemuIs::Destination)
         .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
     let mut outcome = match prepared {
-        Ok(()) => migrate(args, &checkpoint, &look, &mut monitor, &meeting, &interrupts)
+        Ok(()) => migrate(args, &checkpoint, &look, &mut monitor, &mut meeting, &interrupts)
             .unwrap_or_else(|refusal| Outcome::failed(refusal.exit, refusal)),
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
+    outcome.report.insert("qemu".to_owned(), look.json());
+    if outcome.report.contains_key("state") {
+        // The migration goes on, or may, and with these settings.
+        return Ok(outcome);
+    }
     if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
         // A QEMU that ended has no settings.
         if outcome.exit == Exit::Done || !refusal.lost {
             outcome.worsen_beside(&refusal.message);
         }
     }
-    outcome.report.insert("qemu".to_owned(), look.json());
     Ok(outcome)
+}
+
+/// Goes on with the VM that a process which has ended handed over to this QEMU. QEMU is asked for nothing before it listens: its main loop
+/// may be waiting for a page.
+fn recover(args: &RestoreArgs, checkpoint: &Checkpoint, mut monitor: Monitor, mut meeting: Meeting) -> Outcome {
+    let sends = as_send(args, meeting.uri.clone(), None);
+    run_at_once(args, &sends, checkpoint, &mut monitor, &mut meeting)
+}
+
+/// Sends a checkpoint, or the rest of it, to a QEMU that runs the VM meanwhile, and asks QEMU what has become of it.
+fn run_at_once(
+    args: &RestoreArgs,
+    sends: &SendArgs,
+    checkpoint: &Checkpoint,
+    monitor: &mut Monitor,
+    meeting: &mut Meeting,
+) -> Outcome {
+    let to_go_on = format!("multifd restore {} {} --recover", args.file.display(), args.qmp);
+    let there = There { to_go_on, after_break: &mut || after_break(monitor, meeting) };
+    let sent = postcopy::run(sends, checkpoint, there);
+    monitor.put_in_order();
+    // Where nothing was tried, QEMU has nothing to say.
+    if sent.report.is_empty() { sent } else { settle(sent, monitor, meeting, &args.file) }
 }
 
 /// Whether the checkpoint fits into the QEMU.
 fn check(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
+    if look.migration == Status::PostcopyPaused {
+        let message =
+            "QEMU has a VM already, which lacks a part of its memory (postcopy-paused); --recover goes on with it";
+        return Err(Refusal::new(Exit::Failed, message));
+    }
     if look.state != "inmigrate" {
         let message = format!(
             "the QEMU's guest is {}; expected one that waits for a VM, started with the options of the checkpoint's QEMU and \
@@ -158,8 +194,8 @@ fn check_shared(look: &Look, checkpoint: &Checkpoint) -> Result<(), Refusal> {
 }
 
 fn wanted(args: &RestoreArgs) -> Wanted {
-    if args.postcopy {
-        return Wanted::postcopy(args.preempt);
+    if args.postcopy.postcopy {
+        return Wanted::postcopy(args.postcopy.preempt);
     }
     let compression = args.transfer.compression.map_or("none", |compression| match compression.required() {
         Some(method) => crate::report::compression_name(method),
@@ -175,26 +211,27 @@ fn migrate(
     checkpoint: &Checkpoint,
     look: &Look,
     monitor: &mut Monitor,
-    meeting: &Meeting,
+    meeting: &mut Meeting,
     interrupts: &Interrupts,
 ) -> Result<Outcome, Refusal> {
     let uri = listen(monitor, meeting)?;
     if interrupts.seen() {
         return Err(Refusal::new(Exit::Cancelled, format!("{}. {START_AGAIN}", Error::Cancelled)));
     }
-    let args = as_send(args, uri, look);
-    if args.postcopy.is_asked_for() {
-        // Nothing is left of a private directory when this ends, so QEMU cannot listen there again.
-        let again = if meeting.is_private() { Uri::Unix("PATH".into()) } else { args.uri.clone() };
-        let sent = postcopy::run(&args, checkpoint, There { again, has_ended: &mut || has_ended(monitor) });
-        monitor.put_in_order();
-        return Ok(settle(sent, monitor, meeting, &args.file));
+    let uuid = is_uuid(&look.uuid).then(|| crate::args::uuid(&look.uuid).ok()).flatten();
+    let sends = as_send(args, uri, uuid);
+    if args.postcopy.postcopy {
+        let mut sent = run_at_once(args, &sends, checkpoint, monitor, meeting);
+        if sent.report.is_empty() {
+            sent.error = sent.error.map(|error| postcopy::sentences(&error, START_AGAIN));
+        }
+        return Ok(sent);
     }
-    let Some(options) = send::options(&args, checkpoint) else {
+    let Some(options) = send::options(&sends, checkpoint) else {
         let message = format!("the version of machine type {:?} is not known; --sync says how", checkpoint.machine());
         return Err(Refusal::new(Exit::Usage, message));
     };
-    let sent = send::send(&args, checkpoint, options);
+    let sent = send::send(&sends, checkpoint, options);
     monitor.put_in_order();
     let sent = sent.map_err(|error| Refusal::new(Exit::Failed, error.to_string()))?;
     Ok(settle(sent, monitor, meeting, &args.file))
@@ -219,6 +256,25 @@ fn listen(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
         }
         Refusal { message, ..refusal }
     })?;
+    place(monitor, meeting)
+}
+
+/// Has QEMU, whose connection broke while its guest ran, wait for the source once more.
+///
+/// # Errors
+/// It has not noticed, has ended, or refuses it for another reason.
+fn listen_again(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
+    let arguments = json!({ "uri": meeting.uri.to_string() });
+    let listening = monitor.execute_beside("migrate-recover", arguments);
+    listening.map_err(|refusal| {
+        let message = monitor::with_advice(&refusal.message, meeting);
+        Refusal { message, ..refusal }
+    })?;
+    place(monitor, meeting)
+}
+
+/// Where QEMU listens that was told to.
+fn place(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
     let Uri::Tcp { host, port: 0 } = &meeting.uri else { return Ok(meeting.uri.clone()) };
     let (_, answer) = monitor.migration()?;
     let port = answer["socket-address"][0]["port"].as_str().and_then(|port| port.parse().ok());
@@ -229,8 +285,7 @@ fn listen(monitor: &mut Monitor, meeting: &Meeting) -> Result<Uri, Refusal> {
 }
 
 /// The same as `multifd send`.
-fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
-    let uuid = is_uuid(&look.uuid).then(|| crate::args::uuid(&look.uuid).ok()).flatten();
+fn as_send(args: &RestoreArgs, uri: Uri, uuid: Option<[u8; 16]>) -> SendArgs {
     SendArgs {
         file: args.file.clone(),
         uri,
@@ -239,7 +294,7 @@ fn as_send(args: &RestoreArgs, uri: Uri, look: &Look) -> SendArgs {
         peer: Some(crate::args::Peer::Qemu),
         uuid,
         ignore_shared: args.ignore_shared,
-        postcopy: args.as_postcopy(),
+        postcopy: args.postcopy.clone(),
         observe: args.observe.clone(),
         output: args.output.clone(),
     }
@@ -313,18 +368,27 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
     sent
 }
 
-/// Whether QEMU, to which the connection broke, has ended its migration. It learns of that about when we do.
-fn has_ended(monitor: &mut Monitor) -> bool {
+/// Has QEMU, to which the connection broke, wait for the next one, unless its migration is over.
+fn after_break(monitor: &mut Monitor, meeting: &mut Meeting) -> Broken {
+    meeting.move_on();
     let begun = Instant::now();
-    while begun.elapsed() < BREAK_LIMIT {
-        match monitor.migration() {
-            Ok((status, _)) if status.is_final() => return true,
-            Ok((Status::PostcopyPaused, _)) => return false,
-            Ok(_) => thread::sleep(POLL_INTERVAL),
-            Err(refusal) => return refusal.gone,
+    loop {
+        let refusal = match listen_again(monitor, meeting) {
+            Ok(uri) => return Broken::Listens(uri),
+            Err(refusal) => refusal,
+        };
+        if !refusal.refused {
+            return Broken::Ended(refusal.exit, refusal.message);
         }
+        match monitor.migration() {
+            Ok((Status::Completed, _)) => return Broken::Ended(Exit::Failed, COMPLETED.to_owned()),
+            Ok((status, _)) if !status.is_final() && begun.elapsed() < BREAK_LIMIT => {}
+            _ => return Broken::Ended(Exit::Failed, format!("{refusal}; {PAUSED_EXPECTED}")),
+        }
+        // It learns that the connection is gone about when we do, but where the network is dead.
+        let _ = monitor.execute_beside("migrate-pause", json!({}));
+        thread::sleep(POLL_INTERVAL);
     }
-    false
 }
 
 /// QEMU knows where the VM is, so the note of a hand-over in doubt has served its purpose.
@@ -343,7 +407,7 @@ fn wait_end(monitor: &mut Monitor) -> Result<(Status, Value), Refusal> {
     let deadline = Instant::now() + END_LIMIT;
     loop {
         let (status, answer) = monitor.migration()?;
-        if status.is_final() || Instant::now() >= deadline {
+        if status.is_final() || status == Status::PostcopyPaused || Instant::now() >= deadline {
             return Ok((status, answer));
         }
         thread::sleep(POLL_INTERVAL);
@@ -356,6 +420,12 @@ fn is_uuid(text: &str) -> bool {
 
 /// What to do with a QEMU that has been told to wait for a VM, and has not got it.
 const START_AGAIN: &str = "This QEMU takes no second migration: end it with quit, and start it again";
+/// Of a QEMU that goes on with no VM.
+const PAUSED_EXPECTED: &str =
+    "expected the QEMU that the VM was handed over to, whose query-migrate says postcopy-paused";
+/// Of a QEMU whose VM lacks nothing.
+const COMPLETED: &str = "QEMU says that its migration is completed: if it is the QEMU that the VM was handed over to, the VM has \
+                         everything, and the note of the hand-over can be removed";
 /// How long a QEMU may take to notice that the connection is gone.
 const BREAK_LIMIT: Duration = Duration::from_secs(2);
 /// How long a QEMU may take to end a migration that is over.

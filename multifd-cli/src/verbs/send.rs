@@ -12,7 +12,7 @@ use multifd::{
 };
 use multifd_proto::machine::{MachineDefaults, ZeroPages};
 
-use super::postcopy::{self, There};
+use super::postcopy::{self, Broken, There};
 use crate::{
     advice,
     args::{OutputArgs, SendArgs},
@@ -35,7 +35,9 @@ pub fn run(args: &SendArgs) -> Outcome {
         Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
     if args.postcopy.is_asked_for() {
-        let there = There { again: args.uri.clone(), has_ended: &mut || false };
+        let (at_qemu, file) = (postcopy::what_to_type(&args.uri), args.file.display());
+        let to_go_on = format!("{at_qemu}, then: multifd send {file} URI --recover");
+        let there = There { to_go_on, after_break: &mut || Broken::NotAsked };
         return postcopy::run(args, &checkpoint, there);
     }
     if let Err(refused) = check_memory(&args.file, args.ignore_shared, &checkpoint) {

@@ -13,7 +13,8 @@ use test_support::{TempDir, time_limit};
 
 use crate::{
     harness::{LIMIT, Multifd, TEST_LIMIT, assert_goes_on, assert_same_memory, receive_uri},
-    postcopy::{Recoverable, checkpoint, figure, monitor_of, send, told_until},
+    postcopy::{checkpoint, figure, send},
+    recovery::{Recoverable, monitor_of, told_until},
     switched::{SOURCES, send_pages_slowly, wait_status},
 };
 

@@ -19,7 +19,8 @@ use test_support::{TempDir, report, time_limit};
 
 use crate::{
     harness::{LIMIT, MIB, Multifd, TEST_LIMIT, assert_goes_on, entries, vm},
-    postcopy::{Recoverable, checkpoint, figure},
+    postcopy::{checkpoint, figure},
+    recovery::Recoverable,
     tls::{certificates, encrypt},
 };
 

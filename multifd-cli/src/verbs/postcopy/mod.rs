@@ -43,10 +43,20 @@ use crate::{
 
 /// What is known of a destination beside its connections.
 pub struct There<'a> {
-    /// Where it may listen once this process has ended.
-    pub again: Uri,
-    /// Asked when a connection broke: whether it will not listen again.
-    pub has_ended: &'a mut dyn FnMut() -> bool,
+    /// What an operator types to go on with the VM once this process has ended; options follow.
+    pub to_go_on: String,
+    /// Asked when a connection broke, and before a recovery begins.
+    pub after_break: &'a mut dyn FnMut() -> Broken,
+}
+
+/// What a destination does whose connection broke.
+pub enum Broken {
+    /// It listens again if the operator has it do so.
+    NotAsked,
+    /// It listens again, there.
+    Listens(Uri),
+    /// It takes no other connection: how to end then, and why.
+    Ended(Exit, String),
 }
 
 /// Hands the VM in `checkpoint` over, or goes on with one that was.
@@ -95,11 +105,22 @@ pub fn run<'a>(args: &'a SendArgs, checkpoint: &'a Checkpoint, there: There<'a>)
     };
     match record {
         Ok(record) => {
+            let mut to = args.uri.clone();
             if postcopy.recover {
                 source.set_vm(record.vm());
+                match (there.after_break)() {
+                    Broken::NotAsked => {}
+                    Broken::Listens(place) => to = place,
+                    Broken::Ended(exit, why) => {
+                        record.leave_as_found();
+                        qmp.finish_as(End::Failed(why.clone()), RunState::Paused);
+                        return Outcome::failed(exit, why);
+                    }
+                }
             }
-            let (qmp, to, begun) = (qmp.clone(), args.uri.clone(), Instant::now());
-            Sending { args, checkpoint, source, record, qmp, desk, to, there, reached: false, begun }.run()
+            let (qmp, begun) = (qmp.clone(), Instant::now());
+            Sending { args, checkpoint, source, record, qmp, desk, to, there, reached: false, is_reached: false, begun }
+                .run()
         }
         Err(error) => {
             qmp.finish_as(End::Failed(error.to_string()), RunState::Paused);
@@ -162,6 +183,8 @@ struct Sending<'a> {
     there: There<'a>,
     /// A destination has taken a connection.
     reached: bool,
+    /// The same, in the last attempt.
+    is_reached: bool,
     begun: Instant,
 }
 
@@ -218,7 +241,8 @@ impl Sending<'_> {
     fn recover(&mut self, patience: Patience) -> Result<(), Error> {
         let connector = self.connector(patience)?;
         let recovered = self.source.recover(&connector);
-        self.reached |= connector.is_connected();
+        self.is_reached = connector.is_connected();
+        self.reached |= self.is_reached;
         recovered
     }
 
@@ -227,10 +251,11 @@ impl Sending<'_> {
     fn go_on(&mut self, mut error: Error) -> Result<(), Error> {
         let mut led = false;
         let mut gain = Gain::default();
-        while self.may_go_on(&error) && !(self.there.has_ended)() {
+        while self.may_go_on(&error) {
             led |= is_paused(&error);
             self.qmp.postcopy_pauses();
-            let patience = match (self.next_place(&error, led), self.args.postcopy.recovery_limit()) {
+            let limit = self.args.postcopy.recovery_limit();
+            let patience = match (self.next_place(&error, led), limit) {
                 (Some(to), _) => {
                     (self.to, led) = (to, true);
                     self.at_first()
@@ -240,22 +265,33 @@ impl Sending<'_> {
                 (None, _) if !self.reached && !led => break,
                 (None, _) if led => break,
                 (None, limit) => {
-                    tracing::warn!(
-                        "{error}; tries for {} s to go on: have the QEMU listen again, {}",
-                        limit.0.unwrap_or_default().as_secs_f64(),
-                        what_to_type(&self.to)
-                    );
+                    match (self.there.after_break)() {
+                        Broken::Ended(..) => break,
+                        Broken::Listens(to) => {
+                            tracing::warn!("{error}; the QEMU listens again, goes on there");
+                            self.to = to;
+                        }
+                        Broken::NotAsked => tracing::warn!(
+                            "{error}; tries for {} s to go on: have the QEMU listen again, {}",
+                            limit.0.unwrap_or_default().as_secs_f64(),
+                            what_to_type(&self.to)
+                        ),
+                    }
                     (limit, "--recover-timeout")
                 }
             };
             let before = self.pages_sent();
             match self.recover(patience) {
                 Ok(()) => return Ok(()),
-                // A destination that takes connections and no pages is not tried again and again.
-                Err(again) if self.pages_sent() == before && !led && !is_paused(&again) => return Err(again),
-                // Nor is one that says each time that it has got none of them.
-                Err(again) if gain.is_missing(self.source.report().lacking) && !led => return Err(again),
-                Err(again) => error = again,
+                // It was waited for.
+                Err(again) if !self.is_reached && !led && !is_paused(&again) => return Err(again),
+                Err(again) => {
+                    let in_vain = gain.is_missing(self.source.report().lacking, self.pages_sent() > before);
+                    if in_vain && !led {
+                        return Err(again);
+                    }
+                    error = again;
+                }
             }
         }
         Err(error)
@@ -321,10 +357,11 @@ impl Sending<'_> {
             }
             (Some(error), unwritten) => {
                 let unwritten = unwritten.map(|message| format!("; the list of pages could not be written: {message}"));
-                let message =
-                    format!("{error}{}{}", advice(&error, args, &there.again, &state), unwritten.unwrap_or_default());
-                // Some errors end with a question.
-                let message = message.replace("?. ", "? ");
+                let message = match advice(&error, args, &there.to_go_on, &state) {
+                    Some(advice) => sentences(&error.to_string(), &advice),
+                    None => error.to_string(),
+                };
+                let message = message + &unwritten.unwrap_or_default();
                 Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
             }
         }
@@ -336,20 +373,22 @@ impl Sending<'_> {
 struct Gain {
     /// The fewest pages that it lacked when it was asked.
     least: Option<u64>,
-    /// Recoveries in a row after which it lacked no fewer.
+    /// Recoveries in a row in which nothing was sent, or after which it lacked no fewer.
     in_vain: u32,
 }
 
 impl Gain {
-    /// Takes note of a recovery that failed, before which the destination lacked `lacking` pages, if it said so. Returns whether
-    /// recoveries bring it nothing: a connection may break before a page arrives, but not each time.
-    fn is_missing(&mut self, lacking: Option<u64>) -> bool {
-        match (self.least, lacking) {
-            (Some(least), Some(lacking)) if lacking >= least => self.in_vain += 1,
-            (_, Some(lacking)) => (self.least, self.in_vain) = (Some(lacking), 0),
-            // It was not reached, and that has a limit of its own.
-            (_, None) => {}
-        }
+    /// Takes note of a recovery that failed, before which the destination lacked `lacking` pages, if it said so, and in which pages were
+    /// `sent` or none. Returns whether recoveries bring it nothing: a connection may break before a page arrives, but not each time.
+    fn is_missing(&mut self, lacking: Option<u64>, sent: bool) -> bool {
+        let lacks_fewer = match (self.least, lacking) {
+            (Some(least), Some(lacking)) => lacking < least,
+            (None, Some(_)) => true,
+            // It did not get as far as to say so.
+            (_, None) => false,
+        };
+        self.least = self.least.into_iter().chain(lacking).min();
+        self.in_vain = if sent && lacks_fewer { 0 } else { self.in_vain + 1 };
         self.in_vain >= MOST_IN_VAIN
     }
 }
@@ -394,32 +433,38 @@ fn is_paused(error: &Error) -> bool {
     }
 }
 
-/// What to do now, where there is something to do.
-fn advice(error: &Error, args: &SendArgs, again: &Uri, state: &str) -> String {
+/// What to do now, where there is something to do. `to_go_on` is what an operator types.
+fn advice(error: &Error, args: &SendArgs, to_go_on: &str, state: &str) -> Option<String> {
     let recover = || {
         let preempt = if args.postcopy.preempt { " --preempt" } else { "" };
         let default = Record::place(&args.file, false).display().to_string();
         let state = if state == default { String::new() } else { format!(" --state {state}") };
-        format!("{}, then: multifd send {} URI --recover{preempt}{state}", what_to_type(again), args.file.display())
+        format!("{to_go_on}{preempt}{state}")
     };
-    match error {
+    let advice = match error {
         Error::Incomplete { .. } => format!(
-            ". The guest waits for the next page that it does not have, and nothing is lost while that QEMU and the file are \
-             there. To go on, at the QEMU (status postcopy-paused): {}",
+            "The guest waits for the next page that it does not have, and nothing is lost while that QEMU (status \
+             postcopy-paused) and the file are there. To go on: {}",
             recover()
         ),
         Error::InDoubt { .. } => format!(
-            ". It {} to run the VM and has not said that it did. If that QEMU is there (status postcopy-paused): {}. If \
+            "It {} to run the VM and has not said that it did. If that QEMU is there (status postcopy-paused): {}. If \
              it has ended, remove {state} and start again",
             if args.postcopy.recover { "may have been told" } else { "was told" },
             recover()
         ),
         Error::Unacknowledged { .. } => {
-            format!(". {LOOK_THERE}, and {state} can be removed; if it says postcopy-paused: {}", recover())
+            format!("{LOOK_THERE}, and {state} can be removed; if it says postcopy-paused: {}", recover())
         }
-        Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => format!(". {NOT_SET_UP}"),
-        _ => String::new(),
-    }
+        Error::Unconfirmed | Error::Refused { .. } | Error::Io { .. } => NOT_SET_UP.to_owned(),
+        _ => return None,
+    };
+    Some(advice)
+}
+
+/// `first` and `second`, one behind the other; the first may end with a question.
+pub fn sentences(first: &str, second: &str) -> String {
+    format!("{first}{} {second}", if first.ends_with('?') { "" } else { "." })
 }
 
 /// Of a VM that did not begin to run.
@@ -443,8 +488,10 @@ mod tests {
     #[test]
     fn recoveries_that_bring_nothing_come_to_an_end() {
         let mut gain = Gain::default();
-        let lacking = [vec![None, Some(50)], vec![Some(50); 9], vec![Some(49), None], vec![Some(70); 9], vec![Some(1)]];
-        assert!(lacking.concat().into_iter().all(|lacking| !gain.is_missing(lacking)), "fewer each time, or not asked");
-        assert_eq!((0..20).position(|_| gain.is_missing(Some(1))), Some(9));
+        let lacking = [vec![None, Some(50)], vec![Some(50); 9], vec![Some(49), None], vec![Some(70); 8], vec![Some(1)]];
+        assert!(lacking.concat().into_iter().all(|lacking| !gain.is_missing(lacking, true)), "fewer each time");
+        assert_eq!((0..20).position(|_| gain.is_missing(Some(1), true)), Some(9));
+        let mut gain = Gain::default();
+        assert_eq!((0..20).position(|index| gain.is_missing(Some(50 - index), false)), Some(9), "none were sent");
     }
 }

@@ -264,6 +264,14 @@ impl Record {
         }
     }
 
+    /// Leaves the note of a VM that was to be recovered, to which nothing was done.
+    pub fn leave_as_found(mut self) {
+        self.note.lacks_memory = (self.found == Whereabouts::There).into();
+        if let Err(error) = self.write() {
+            tracing::warn!(path = ?self.path, %error, "the note of the hand-over says less than is known");
+        }
+    }
+
     /// Where the VM is, as far as the note of the process before said.
     pub fn vm(&self) -> Whereabouts {
         self.found
