@@ -341,7 +341,7 @@ impl Sending<'_> {
             let written = lists::write(list, &self.source.faults(), self.checkpoint.machine());
             written.err().map(|error| format!("{list:?}: {error}"))
         });
-        let Sending { args, source, record, checkpoint, there, .. } = self;
+        let Sending { args, source, record, checkpoint, there, to, .. } = self;
         let state = record.path().display().to_string();
         if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
             report.insert("state".to_owned(), state.clone().into());
@@ -349,7 +349,7 @@ impl Sending<'_> {
         record.leave(source.vm(), error.as_ref());
         let text = PostcopyReport::from(&source.report()).text();
         match (error, unwritten) {
-            (None, None) => Outcome::done(report, summary(args, checkpoint, &text)),
+            (None, None) => Outcome::done(report, summary(args, checkpoint, &to, &text)),
             (None, Some(message)) => {
                 let message =
                     format!("the destination has everything, but the list of pages could not be written: {message}");
@@ -414,12 +414,12 @@ pub fn report_of(source: &Source, checkpoint: &Checkpoint, elapsed: Duration) ->
     report
 }
 
-fn summary(args: &SendArgs, checkpoint: &Checkpoint, text: &str) -> String {
+fn summary(args: &SendArgs, checkpoint: &Checkpoint, to: &Uri, text: &str) -> String {
     format!(
         "sent {} from {} to {}; the destination has everything\n{text}",
         printable::line(checkpoint.machine()),
         args.file.display(),
-        args.uri,
+        to,
     )
 }
 
