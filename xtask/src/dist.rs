@@ -5,21 +5,65 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
+    time::Duration,
 };
 
 use test_support::TempDir;
 
+use crate::step::{self, Outcome};
 use crate::test::{cargo, root};
 
-/// Makes all of it below `target/dist`.
+/// Makes all of it below `target/dist`; with `--check`, only what [`check`] does.
 pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    if !arguments.is_empty() {
-        return Err("usage: cargo xtask dist".to_owned());
+    match arguments {
+        [] => {}
+        [only] if only == "--check" => {
+            return match check() {
+                Outcome::Passed => Ok(ExitCode::SUCCESS),
+                Outcome::Failed(reason) | Outcome::Skipped(reason) => Err(reason),
+            };
+        }
+        _ => return Err("usage: cargo xtask dist [--check]".to_owned()),
     }
+    if make(Profile::Release, &root().join("target/dist"))? == Tried::No {
+        println!("=== not tried alone: that needs root");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The same of a build that takes a fraction of the time, below `target/dist-check`: a step of `cargo xtask test`.
+pub fn check() -> Outcome {
+    if output(Command::new("dpkg-deb").arg("--version")).is_err() {
+        return Outcome::Skipped("dpkg-deb is not installed".to_owned());
+    }
+    match make(Profile::Dev, &root().join("target/dist-check")) {
+        Ok(Tried::Yes) => Outcome::Passed,
+        Ok(Tried::No) => {
+            Outcome::Skipped("made, but not tried alone in an empty directory: that needs root".to_owned())
+        }
+        Err(reason) => Outcome::Failed(reason),
+    }
+}
+
+/// What the binary is built for: users, or this check.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Profile {
+    Release,
+    Dev,
+}
+
+/// Whether the package was tried.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tried {
+    Yes,
+    No,
+}
+
+/// Makes all of it below `dist`.
+fn make(profile: Profile, dist: &Path) -> Result<Tried, String> {
     let (target, reason) = target();
     println!("=== a static binary for {target}: {reason}");
-    let binary = build(&target)?;
-    let dist = root().join("target/dist");
+    let binary = build(&target, profile)?;
     let tree = dist.join("tree");
     let _ = fs::remove_dir_all(&tree);
     fill(&tree, &binary)?;
@@ -29,8 +73,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     println!("=== {}", package.display());
     control(&tree)?;
     done(Command::new("dpkg-deb").args(["--build", "--root-owner-group"]).arg(&tree).arg(&package))?;
-    try_alone(&package)?;
-    Ok(ExitCode::SUCCESS)
+    try_alone(&package)
 }
 
 /// What to build for, and why.
@@ -54,14 +97,18 @@ fn target() -> (String, String) {
 }
 
 /// Builds the command, without anything that it would have to find where it runs.
-fn build(target: &str) -> Result<PathBuf, String> {
+fn build(target: &str, profile: Profile) -> Result<PathBuf, String> {
+    let (profile, directory) = match profile {
+        Profile::Release => ("release", "release"),
+        Profile::Dev => ("dev", "debug"),
+    };
     let mut command = cargo();
-    command.args(["build", "--release", "--locked", "--package", "multifd-cli", "--target", target]);
+    command.args(["build", "--profile", profile, "--locked", "--package", "multifd-cli", "--target", target]);
     if target.ends_with("gnu") {
         command.env("RUSTFLAGS", "-C target-feature=+crt-static");
     }
     done(&mut command)?;
-    let binary = root().join("target").join(target).join("release/multifd");
+    let binary = root().join("target").join(target).join(directory).join("multifd");
     let interpreter = output(Command::new("readelf").arg("-l").arg(&binary))?;
     match interpreter.contains("INTERP") {
         true => Err(format!("{} is not static: it asks for an interpreter", binary.display())),
@@ -108,7 +155,7 @@ fn control(tree: &Path) -> Result<(), String> {
 }
 
 /// Unpacks `package` into an empty directory and runs what is in it, with that, /dev and /proc as its whole world.
-fn try_alone(package: &Path) -> Result<(), String> {
+fn try_alone(package: &Path) -> Result<Tried, String> {
     let alone = TempDir::new().map_err(|error| format!("a temporary directory: {error}"))?;
     done(Command::new("dpkg-deb").arg("--extract").arg(package).arg(alone.path()))?;
     for directory in ["dev", "proc", "tmp"] {
@@ -121,8 +168,7 @@ fn try_alone(package: &Path) -> Result<(), String> {
         command
     };
     if output(&mut inside(&["--version"])).is_err_and(|error| error.contains("not permitted")) {
-        println!("=== not tried alone: that needs root");
-        return Ok(());
+        return Ok(Tried::No);
     }
     println!("=== alone in an empty directory");
     done(&mut inside(&["--version"]))?;
@@ -131,7 +177,7 @@ fn try_alone(package: &Path) -> Result<(), String> {
         let demo = ["demo", "--guest", "process", "--memory", "16MiB", "--after", "1ms", "--progress", "never"];
         done(&mut inside(&[&demo, tls].concat()))?;
     }
-    Ok(())
+    Ok(Tried::Yes)
 }
 
 fn name(kind: &str) -> String {
@@ -176,9 +222,10 @@ fn make_parent(path: &Path) -> Result<(), String> {
 
 /// Runs `command`, which has to succeed.
 fn done(command: &mut Command) -> Result<(), String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let status = command.stdin(Stdio::null()).status().map_err(|error| format!("{program}: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{program} failed: {status}: {command:?}")) }
+    match step::command(command, LIMIT) {
+        Outcome::Passed => Ok(()),
+        Outcome::Failed(reason) | Outcome::Skipped(reason) => Err(reason),
+    }
 }
 
 /// What `command` prints.
@@ -190,6 +237,9 @@ fn output(command: &mut Command) -> Result<String, String> {
         false => Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim())),
     }
 }
+
+/// For each command; a release build takes the longest.
+const LIMIT: Duration = Duration::from_secs(1800);
 
 const ALONE: &str =
     r#"mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" /usr/bin/multifd "$@""#;

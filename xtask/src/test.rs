@@ -10,6 +10,7 @@ use std::{env, fs};
 
 use test_support::{REPORTS, SKIPPED_FILE, TempDir, in_ci};
 
+use crate::dist;
 use crate::proof;
 use crate::step::{self, Outcome, Steps};
 use crate::totals::Totals;
@@ -58,6 +59,7 @@ pub fn run(arguments: &[String]) -> Result<ExitCode, String> {
     steps.run("protocol text", check_protocol_text);
     if !quick {
         steps.run("packages", package);
+        steps.run("static binary", dist::check);
     }
 
     let reasons = fs::read_to_string(&skipped).unwrap_or_default();
