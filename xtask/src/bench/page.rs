@@ -88,12 +88,13 @@ fn readme(root: &Path, directory: &Path) -> Result<(), String> {
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
     let Ok(table) = fs::read_to_string(directory.join("summary.md")) else { return Ok(()) };
     // Where these sections were measured.
-    let [rows, present, sparse, busy] =
-        ["summary-rows.md", "summary-present.md", "summary-sparse.md", "summary-busy.md"]
+    let [rows, present, checkpoint, sparse, busy] =
+        ["summary-rows.md", "summary-present.md", "summary-checkpoint.md", "summary-sparse.md", "summary-busy.md"]
             .map(|name| fs::read_to_string(directory.join(name)).unwrap_or_default());
     let Some((before, rest)) = text.split_once(BEGIN) else { return Ok(()) };
     let Some((_, after)) = rest.split_once(END) else { return Ok(()) };
-    let text = format!("{before}{BEGIN}\n\n{}\n{rows}{present}\n{}{busy}\n\n{END}{after}", table.trim(), sparse.trim());
+    let rows = rows + &present + &checkpoint;
+    let text = format!("{before}{BEGIN}\n\n{}\n{rows}\n{}{busy}\n\n{END}{after}", table.trim(), sparse.trim());
     fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
@@ -140,7 +141,7 @@ fn notes(root: &Path) -> String {
 }
 
 /// The sections that the table in `README.md` is made of.
-const IN_README: &[&str] = &["throughput", "present", "backing", "sparse"];
+const IN_README: &[&str] = &["throughput", "present", "backing", "checkpoint", "sparse"];
 const BEGIN: &str = "<!-- written by cargo xtask bench -->";
 const END: &str = "<!-- end -->";
 
