@@ -174,3 +174,17 @@ fn a_doubt_that_the_monitor_does_not_settle_keeps_the_note() {
         assert!(dir.join("checkpoint.postcopy").exists() && report["state"].is_string());
     });
 }
+
+/// QEMU 10.0 and 11.1 end the migration as completed, and stay `inmigrate`, where they cannot take a disk. That was exit status 0.
+#[test]
+fn a_guest_that_qemu_does_not_start_is_no_success() {
+    time_limit(LIMIT, || {
+        let (dir, status, report) = restored(&pong(3), json!({ "status": "completed" }), "inmigrate");
+        assert_eq!(status, 1, "{report}");
+        assert_eq!(report["guest-state"], "inmigrate");
+        let error = report["error"].as_str().unwrap();
+        assert!(error.contains("has not started it") && error.contains("stderr"), "{error}");
+        assert!(error.contains("end it with quit"), "{error}");
+        assert!(!dir.join("checkpoint.postcopy").exists());
+    });
+}

@@ -305,13 +305,7 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
     let end = wait_end(monitor);
     match (sent.exit, end) {
         (Exit::Done, Ok((Status::Completed, _))) => {
-            match monitor.wait_run_state(END_LIMIT, |state| state != "inmigrate") {
-                Ok(state) => {
-                    sent.text.push_str(&format!("  the guest is {state} there\n"));
-                    sent.report.insert("guest-state".to_owned(), state.into());
-                }
-                Err(refusal) => sent.worsen(Exit::Failed, &format!("QEMU has the VM, but: {refusal}")),
-            }
+            note_guest(&mut sent, monitor, file);
         }
         // It has it, though its answer was lost.
         (Exit::InDoubt, Ok((Status::Completed, _))) => {
@@ -320,9 +314,7 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
             sent.text = format!("restored {}; QEMU says so on its monitor ({doubt})\n", file.display());
             forget_hand_over(&mut sent);
             sent.report.insert("confirmed-by".to_owned(), "qmp".into());
-            if let Ok(state) = monitor.run_state() {
-                sent.report.insert("guest-state".to_owned(), state.into());
-            }
+            note_guest(&mut sent, monitor, file);
         }
         (exit, Ok((Status::Failed | Status::Cancelled, answer))) => {
             let reason = monitor::reason(&answer, meeting);
@@ -366,6 +358,28 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
         _ => {}
     }
     sent
+}
+
+/// Notes what QEMU does with the guest that it has. One that it does not start, though the migration is completed, is no success.
+fn note_guest(sent: &mut Outcome, monitor: &mut Monitor, file: &Path) {
+    match monitor.wait_run_state(END_LIMIT, |state| state != "inmigrate") {
+        Ok(state) => {
+            if state == "inmigrate" {
+                sent.worsen(
+                    Exit::Failed,
+                    &format!(
+                        "QEMU has the VM, and has not started it: its guest is still inmigrate, and cont does not change that. Most \
+                         likely it could not take a disk that another process has open; its stderr says why. The VM is in {file:?} as \
+                         before. {START_AGAIN}"
+                    ),
+                );
+            }
+            let why = if state == "paused" { PAUSED } else { "" };
+            sent.text.push_str(&format!("  the guest is {state} there{why}\n"));
+            sent.report.insert("guest-state".to_owned(), state.into());
+        }
+        Err(refusal) => sent.worsen(Exit::Failed, &format!("QEMU has the VM, but: {refusal}")),
+    }
 }
 
 /// Has QEMU, to which the connection broke, wait for the next one, unless its migration is over.
@@ -426,6 +440,9 @@ const PAUSED_EXPECTED: &str =
 /// Of a QEMU whose VM lacks nothing.
 const COMPLETED: &str = "QEMU says that its migration is completed: if it is the QEMU that the VM was handed over to, the VM has \
                          everything, and the note of the hand-over can be removed";
+/// Nothing on the monitor tells these apart. (Where it could not take a disk, QEMU 7.2 says `paused`, and 10.0 and 11.1 stay `inmigrate`.)
+const PAUSED: &str = ": it was when it was checkpointed, or the QEMU was started with -S, or could not take a disk (its stderr says so); \
+                      cont has it run";
 /// How long a QEMU may take to notice that the connection is gone.
 const BREAK_LIMIT: Duration = Duration::from_secs(2);
 /// How long a QEMU may take to end a migration that is over.
