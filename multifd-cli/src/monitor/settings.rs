@@ -49,6 +49,7 @@ impl Wanted {
         for (name, on) in &mut wanted.capabilities {
             *on |= *name == "background-snapshot";
         }
+        wanted.capabilities.extend(OFF_IN_A_SNAPSHOT.iter().map(|&name| (name, false)));
         wanted
     }
 
@@ -177,3 +178,7 @@ const OFF: &[&str] = &[
     "xbzrle",
     "zero-copy-send",
 ];
+
+/// Capabilities that mean nothing in a snapshot, and with which QEMU refuses `background-snapshot`.
+const OFF_IN_A_SNAPSHOT: &[&str] =
+    &["auto-converge", "dirty-limit", "late-block-activate", "postcopy-blocktime", "validate-uuid"];
