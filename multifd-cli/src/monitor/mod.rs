@@ -184,8 +184,19 @@ impl Monitor {
 
     fn reconnect(&mut self) -> Result<(), Error> {
         let allowed = if self.in_order { self.interrupts.count().max(1) + 1 } else { 1 };
-        self.client = open(&self.path, self.limit.min(RECONNECT_LIMIT), &self.interrupts, allowed)?;
-        Ok(())
+        let limit = self.limit.min(RECONNECT_LIMIT);
+        let deadline = Instant::now() + limit;
+        loop {
+            match open(&self.path, limit, &self.interrupts, allowed) {
+                Ok(client) => {
+                    self.client = client;
+                    return Ok(());
+                }
+                // A process that is ending still listens for a moment.
+                Err(Error::Closed { .. }) if Instant::now() < deadline => thread::sleep(POLL_INTERVAL),
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

@@ -351,6 +351,18 @@ fn settle(mut sent: Outcome, monitor: &mut Monitor, meeting: &Meeting, file: &Pa
             sent.exit = Exit::Failed;
             sent.error = Some(format!("QEMU has ended, so the guest does not run there ({was}); its stderr says why"));
         }
+        // Its guest has run, and may have powered off.
+        (Exit::Incomplete, Err(refusal)) if refusal.gone => {
+            sent.exit = Exit::Failed;
+            sent.report.remove("incomplete");
+            let note =
+                sent.report.get("state").and_then(Value::as_str).unwrap_or("the note of the hand-over").to_owned();
+            sent.error = Some(format!(
+                "QEMU has ended, and with it the VM, which ran there and lacked a part of its memory: the guest powered off, or QEMU's \
+                 stderr says why. The VM is in {} as before; to start it again, remove {note}",
+                file.display()
+            ));
+        }
         (_, Err(refusal)) if refusal.gone => {
             let was = sent.error.take().unwrap_or_default();
             sent.error = Some(format!("{was}; QEMU has ended, its stderr says why"));

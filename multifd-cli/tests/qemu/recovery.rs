@@ -339,6 +339,30 @@ fn a_restore_into_11_1_goes_on_by_itself() {
     a_restore_goes_on_by_itself(Version::V11_1, "pc-i440fx-11.1", false);
 }
 
+/// It was said to wait for its memory, with nothing lost.
+#[test]
+fn a_vm_whose_qemu_ends_during_a_restore_is_not_said_to_wait() {
+    let Some(installed) = Installed::require(Version::V10_0) else { return };
+    time_limit(TEST_LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let file = dir.join("checkpoint");
+        let source = checkpoint(&installed, "pc-i440fx-10.0", &file, &dir);
+        let mut destination = Recoverable::waiting(&installed, "pc-i440fx-10.0", false, &dir);
+        let restoring = restore_at_second_monitor(&dir, false, &["--postcopy", "--max-bandwidth=2MB/s"]);
+        destination.qemu.qmp().wait_run_state("running", LIMIT).unwrap();
+        destination.qemu.kill().unwrap();
+        let ended = restoring.end();
+        ended.failed(1, "QEMU has ended, and with it the VM");
+        assert!(ended.report["incomplete"].is_null(), "{}", ended.report);
+        // It is started again as it was, once that is meant.
+        let _ = fs::remove_file(dir.join("second-monitor"));
+        let mut destination = Recoverable::waiting(&installed, "pc-i440fx-10.0", false, &dir);
+        fs::remove_file(dir.join("checkpoint.postcopy")).unwrap();
+        restore_at_second_monitor(&dir, false, &["--postcopy"]).done();
+        assert_goes_on(&source, &mut destination.qemu);
+    });
+}
+
 /// A restore of the checkpoint in `dir` into the QEMU of a [`Recoverable`].
 fn restore_at_second_monitor(dir: &TempDir, preempt: bool, more: &[&str]) -> Multifd {
     let (file, monitor) = (dir.join("checkpoint"), dir.join("second-monitor"));
