@@ -636,8 +636,6 @@ fn recovers(mut source: Source, destination: impl FnOnce(&mut MemoryListener) + 
     })
 }
 
-/// Another process than the one that handed the VM over.
-
 /// Writes a checkpoint of one block of `bytes` of which its first page has content, and the file as little.
 fn sparse_checkpoint(dir: &TempDir, bytes: u64) -> PathBuf {
     let entry = BlockEntry::new(name("pc.ram"), bytes);

@@ -171,7 +171,8 @@ mod tests {
     fn the_row_sets_ours_beside_the_faster_way_of_qemu() {
         let row = |speed, cpu| {
             let mut row = Row::default();
-            (row.speed.push(speed), row.cpu.push(cpu));
+            row.speed.push(speed);
+            row.cpu.push(cpu);
             row
         };
         let text = summary(&row(1.5, 0.8), &row(2.0, 0.4), &row(3.0, 0.2));

@@ -2,6 +2,7 @@
 
 use super::*;
 
+/// Another process than the one that handed the VM over.
 #[test]
 fn a_recovery_sends_exactly_what_is_missing() {
     for options in [Options::default(), preempt()] {
