@@ -14,6 +14,7 @@ use multifd_proto::{
 
 use super::{
     injected::{self, Attempt, Guest, Owner, Plans, migrate, settle},
+    late::receive_with_reset,
     script::*,
 };
 use crate::{
@@ -126,6 +127,18 @@ fn a_packet_that_comes_too_early_or_was_not_agreed_on_is_refused() {
     let message = "device-state packet for \"live\" instance 4: device state on channels is taken from no QEMU; unplug this device \
                    before the migration";
     refused("not agreed on", &wires, options(), channel_at(0, BEHIND), message);
+}
+
+/// Bytes behind one packet are read with it, and are the beginning of one that may not follow.
+#[test]
+fn a_reset_within_a_packet_whose_beginning_was_read_with_the_one_before_is_no_end() {
+    let second = state(&StatePacket { number: 1, ..FIRST });
+    let read = 100;
+    let channel = channel().then(state(&FIRST)).then(&second[..read]);
+    let error = receive_with_reset(&main_with(None, &[3, 3]), 1, &channel).unwrap_err();
+    let Error::Io { at, source } = &error else { panic!("{error}") };
+    assert_eq!(*at, channel_at(0, channel.bytes.len()), "{error}");
+    assert_eq!(source.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
 }
 
 #[test]

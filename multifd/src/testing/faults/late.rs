@@ -351,7 +351,7 @@ fn what_a_channel_sends_after_the_last_sync_point_is_refused_or_ignored() {
 
 /// Lets a destination hear `main`, whose last `late` bytes come when the channel has had time to end, and a channel that is reset behind
 /// all that it says.
-fn receive_with_reset(main: &Wire, late: usize, channel: &Wire) -> Result<Report, Error> {
+pub(super) fn receive_with_reset(main: &Wire, late: usize, channel: &Wire) -> Result<Report, Error> {
     time_limit(Duration::from_secs(60), || {
         let (listener, connector) = memory::listener(1 << 24);
         let mut stream = connector.connect().unwrap();

@@ -11,7 +11,7 @@ use std::{
 use multifd_proto::{
     encoder::MainEncoder,
     extension::{Extensions, Offer},
-    packet::Hello,
+    packet::{HELLO_LEN, Hello},
 };
 use test_support::{TempDir, time_limit};
 
@@ -20,6 +20,7 @@ use crate::{
     destination::{Destination, Options},
     error::Error,
     source::{self, Source},
+    testing::faulty::Faults,
     testing::memory,
     testing::vm::{TestDestination, TestSource},
     transport::{Connect, Stream, uri::Uri},
@@ -320,5 +321,82 @@ fn channels_whose_main_does_not_come_are_dropped_and_the_destination_waits_on() 
                 assert!(matches!(receiving.join().unwrap(), Err(Error::Cancelled)));
             });
         }
+    });
+}
+
+/// Main, the first channel, and how the destination for it ends that lacks the channel.
+fn without_its_channel(channel: &Wire, comes_before_main: bool) -> String {
+    time_limit(Duration::from_secs(60), || {
+        let (listener, connector) = memory::listener(1 << 16);
+        let setup_timeout = Some(Duration::from_millis(300));
+        let destination = Destination::new(Options { channels: Some(1), setup_timeout, ..Options::default() });
+        let progress = destination.progress();
+        let listener = Faults::new().with_resets().listener(Box::new(listener));
+        let mut vm = TestDestination::new(guarded_ram());
+        thread::scope(|scope| {
+            let receiving = scope.spawn(|| destination.run(&mut vm, Box::new(listener), &mut ()));
+            let mut alone = None;
+            if comes_before_main {
+                alone = open(&connector, channel);
+                let alone = alone.as_mut().expect("it stays open");
+                assert_eq!(alone.read(&mut [0]).unwrap(), 0, "it is dropped");
+            }
+            let main = open(&connector, &Wire::main());
+            while progress.snapshot().main_bytes == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if !comes_before_main {
+                alone = open(&connector, channel);
+            }
+            let error = receiving.join().unwrap().expect_err("its channel is missing");
+            drop((main, alone));
+            error.to_string()
+        })
+    })
+}
+
+/// All the same to the migration, and not to who has to find out why a channel is missing.
+#[test]
+fn what_ended_a_channel_before_its_first_packet_is_told() {
+    let says = "says hello as channel 0 and";
+    let silent = without_its_channel(&Wire::channel(0), true);
+    assert!(silent.contains(&format!("{says} says nothing more, and its main does not come")), "{silent}");
+    let early = without_its_channel(&Wire::channel(0).sync(), true);
+    assert!(early.contains(&format!("{says} is at its first packet, and its main does not come")), "{early}");
+    let half = without_its_channel(&Wire::channel(0).then(*b"\x11\x22"), true);
+    assert!(half.contains(&format!("{says} breaks: ")), "{half}");
+    let reset = without_its_channel(&Wire::channel(0).ends(), false);
+    assert!(reset.contains(&format!("{says} breaks: ")), "{reset}");
+}
+
+/// Main has limits of its own, and a source is as slow with its channels as with main.
+#[test]
+fn a_channel_may_be_silent_for_longer_than_the_set_up_takes_where_main_is_there() {
+    time_limit(Duration::from_secs(60), || {
+        let (listener, connector) = memory::listener(1 << 16);
+        let setup_timeout = Duration::from_millis(300);
+        let options = Options { channels: Some(1), setup_timeout: Some(setup_timeout), ..Options::default() };
+        let destination = Destination::new(options);
+        let progress = destination.progress();
+        let mut vm = TestDestination::new(guarded_ram());
+        let start = main_start().bytes.len();
+        let main = Wire::main().then(&main_end().bytes).bytes;
+        let report = thread::scope(|scope| {
+            let receiving = scope.spawn(|| destination.run(&mut vm, Box::new(listener), &mut ()));
+            let mut stream = connector.connect().unwrap();
+            stream.write(&main[..start], &[]).unwrap();
+            while progress.snapshot().main_bytes == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let channel = Wire::channel(0).sync().then(pages(&[0x1000])).sync();
+            let mut slow = connector.connect().unwrap();
+            slow.write(&channel.bytes[..HELLO_LEN], &[]).unwrap();
+            thread::sleep(2 * setup_timeout);
+            slow.write(&channel.bytes[HELLO_LEN..], &[]).unwrap();
+            stream.write(&main[start..], &[]).unwrap();
+            answers_on(stream);
+            receiving.join().unwrap().unwrap()
+        });
+        assert_eq!(report.channels, 1);
     });
 }
