@@ -425,8 +425,23 @@ mod tests {
         pages.iter().for_each(|&page| bitmap.set(page));
         assert!(bitmap.iter().eq(pages));
         assert!(pages.iter().all(|&page| bitmap.next(page) == Some(page)));
+        assert_eq!(bitmap.words()[..4], [1 << 63 | 0b11, 1, 0, 1 << (200 - 192)]);
+        assert_eq!(bitmap.words().len() as u64 * 64, bitmap.bits());
         bitmap.clear();
         assert_eq!(bitmap, DirtyBitmap::new(&layout));
+    }
+
+    /// The number behind them may be of a page, too.
+    #[test]
+    fn pages_are_taken_up_to_the_end_and_not_with_it() {
+        let layout = layout(&[200]);
+        for end in [8, 10, 64, 100, 128] {
+            let mut bitmap = DirtyBitmap::full(&layout);
+            let mut taken = Vec::new();
+            assert_eq!(bitmap.take(8, end, usize::MAX, &mut taken), end);
+            assert!(taken.into_iter().eq(8..end));
+            assert_eq!(bitmap.next(8), Some(end));
+        }
     }
 
     /// A block of whole words ends where the next one begins, and no number lies between.
