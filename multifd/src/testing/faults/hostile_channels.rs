@@ -1,5 +1,5 @@
 //! Each rule that a channel can break: the migration ends with the rule, the channel and the byte, and nothing was
-//! written outside of a block.
+//! written outside of a block. And what is told of channels that break none.
 
 use multifd_proto::{
     packet::{self, Compression, PacketHeader},
@@ -220,6 +220,39 @@ fn a_channel_that_goes_on_without_its_sync_holds_the_round_until_it_ends() {
     assert!(error.to_string().ends_with("channel 0 ended without the SYNC packet of round 1"), "{error}");
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
     assert_eq!(received.calls, Vec::<&str>::new(), "nothing behind the round was loaded");
+}
+
+#[test]
+fn each_page_is_counted_in_its_own_round() {
+    let mut rounds = main_start();
+    rounds.flush().eos().footer(1);
+    for _ in 0..2 {
+        rounds.ram_part(1, false).flush().eos().footer(1);
+    }
+    let main = Wire::from_encoder(&rounds).then(&main_end().bytes);
+    let channel = Wire::channel(0).sync().then(pages(&[0x1000])).sync().then(pages(&[0x2000, 0x3000])).sync().sync();
+    let report = receive(&[main, channel], Options::default()).outcome.unwrap();
+    let normal: Vec<u64> = report.rounds.iter().map(|round| round.normal).collect();
+    assert_eq!(normal, [1, 2, 0]);
+}
+
+/// A packet without content says a method all the same, and a source may have chosen none for it.
+#[test]
+fn the_compression_that_is_told_is_that_of_the_first_content() {
+    let zeros = packet(&PacketHeader { sync: false, block: "ram", zero: &[0x2000], ..PacketHeader::sync_packet(1) });
+    let ram = Ram::for_test(&[("page", 1)]);
+    let mut payload = Vec::new();
+    let mut compressor = crate::compress::Compressor::new(Compression::Zstd, 1).unwrap();
+    compressor.compress(&[ram.page(0).unwrap()], &mut payload).unwrap();
+    let payload_len = payload.len() as u32;
+    let header = PacketHeader { block: "ram", normal: &[0x1000], payload_len, ..PacketHeader::sync_packet(2) };
+    let content = packet(&PacketHeader { sync: false, compression: Compression::Zstd, ..header });
+    let channel = Wire::channel(0).sync().then(zeros).then(content).then(payload).sync();
+    let main = Wire::main().then(&main_end().bytes);
+    let report = receive(&[main.clone(), channel], Options::default()).outcome.unwrap();
+    assert_eq!(report.compression, Some(Compression::Zstd));
+    let nothing = Wire::channel(0).sync().sync();
+    assert_eq!(receive(&[main, nothing], Options::default()).outcome.unwrap().compression, None);
 }
 
 /// Nothing but zeros in all blocks.

@@ -11,6 +11,7 @@ use std::{
 use multifd_proto::{
     Codec,
     encoder::MainEncoder,
+    packet::PacketHeader,
     return_path::Message,
     stream::{Section, SectionKind},
 };
@@ -24,7 +25,7 @@ use crate::{
     source::{self, Source},
     testing::memory,
     testing::vm::TestDestination,
-    transport::uri::Uri,
+    transport::{Connect, uri::Uri},
 };
 
 /// Who receives.
@@ -222,4 +223,31 @@ fn a_channel_that_was_too_many_is_named_where_the_source_goes_silent() {
         "a connection said it is channel 3, 1 channels were expected; it was dropped, and then: the peer moved";
     assert!(error.to_string().starts_with(expected), "{error}");
     assert!(error.is_peers_fault());
+}
+
+/// Zero pages are packets without a payload.
+#[test]
+fn a_source_that_sends_nothing_but_zero_pages_is_not_silent() {
+    time_limit(LIMIT, || {
+        let stall_limit = Duration::from_secs(2);
+        let (listener, connector) = memory::listener(1 << 20);
+        let options = Options { stall_limit: Some(stall_limit), ..one_channel() };
+        let mut vm = TestDestination::new(guarded_ram());
+        thread::scope(|scope| {
+            let receiving = scope.spawn(|| Destination::new(options).run(&mut vm, Box::new(listener), &mut ()));
+            let mut main = connector.connect().unwrap();
+            main.write(&Wire::main().then(&main_end().bytes).bytes, &[]).unwrap();
+            let mut channel = connector.connect().unwrap();
+            channel.write(&Wire::channel(0).sync().bytes, &[]).unwrap();
+            let header = PacketHeader { block: "ram", zero: &[0x1000], ..PacketHeader::sync_packet(1) };
+            let zeros = packet(&PacketHeader { sync: false, ..header });
+            for _ in 0..30 {
+                thread::sleep(stall_limit / 20);
+                let _ = channel.write(&zeros, &[]);
+            }
+            let _ = channel.write(&packet(&PacketHeader::sync_packet(0)), &[]);
+            answers_on(main);
+            assert_eq!(receiving.join().unwrap().unwrap().channels, 1);
+        });
+    });
 }
