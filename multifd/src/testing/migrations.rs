@@ -7,14 +7,17 @@ use multifd_proto::{
     machine::{Dialect, ZeroPages},
     packet::Compression,
     return_path::Message,
+    rounds::Party,
 };
 
 use crate::{
     destination::{self, Destination, FirstTouch},
     error::Error,
     ram::{Ram, RamBlock},
+    round::trace::Step,
     source::{self, Flush, Source, Untouched},
     testing::memory,
+    testing::trace::Trace,
     testing::vm::{TestDestination, TestSource},
     transport::{
         Connect, Listen,
@@ -135,8 +138,18 @@ fn untouched_pages_are_not_sent_or_sent_as_zeros_without_being_read() {
         let mut options = source::Options::default();
         options.format.untouched = untouched;
         options.qemu.zero_pages = zero_pages;
+        let trace = Trace::recording();
+        options.trace = trace.clone();
         let (sent, received) = migrate(&mut vm, &mut to, options, destination::Options::default());
         received.unwrap();
+        if zero_pages == ZeroPages::Legacy {
+            // A QEMU before 9.0 does not know them there, and would not put them into place.
+            let on_channels = trace.steps().into_iter().filter_map(|step| match step {
+                Step::Send(Party::Channel(_), pages) => Some(pages),
+                _ => None,
+            });
+            assert!(on_channels.flatten().all(|page| !(100..300).contains(&page)), "a zero page on a channel");
+        }
         assert_eq!(sent.unwrap().skipped, if untouched == Untouched::Skip { 200 } else { 0 });
         for page in 0..700 {
             let expected = if (100..300).contains(&page) { vec![0; 4096] } else { ram.page_bytes(page) };

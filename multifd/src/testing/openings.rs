@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    sync::atomic::{AtomicU64, Ordering::SeqCst},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
@@ -15,6 +18,7 @@ use super::{
     vm::{TestDestination, TestSource},
 };
 use crate::{
+    clock::Clock,
     destination::{self, Destination},
     error::{Connection, Error, Place},
     ram::Ram,
@@ -36,7 +40,15 @@ fn migrate(
     connector: &dyn Connect,
     channels: u8,
 ) -> (Result<source::Report, Error>, Result<destination::Report, Error>, TestSource) {
-    let mut options = source::Options::default();
+    migrate_with(listener, connector, channels, source::Options::default())
+}
+
+fn migrate_with(
+    listener: Box<dyn Listen>,
+    connector: &dyn Connect,
+    channels: u8,
+    mut options: source::Options,
+) -> (Result<source::Report, Error>, Result<destination::Report, Error>, TestSource) {
     options.plan.channels = channels;
     let mut vm = TestSource::new(filled());
     time_limit(Duration::from_secs(120), || {
@@ -91,6 +103,39 @@ fn a_channel_that_is_never_heard_fails_the_migration_in_the_end() {
     );
     assert!(received.is_err() && vm.writer.is_running());
     assert_eq!(connector.dialed(), 1 + 16);
+}
+
+/// A channel whose hello is there at look number `heard_at`, with four seconds for that and looks that are a second apart. Returns what
+/// became of the migration, and how many connections and looks there were.
+fn heard_late(heard_at: u64) -> (Result<source::Report, Error>, u64, u64) {
+    let (listener, connector) = memory::listener(100_000);
+    let looks = Arc::new(AtomicU64::new(0));
+    let clock = {
+        let looks = looks.clone();
+        Clock::from_fn(move || Duration::from_secs(100 + looks.load(SeqCst)))
+    };
+    let look = looks.clone();
+    let connector = Far::new(connector, move |dialed| {
+        let (look, begun) = (look.clone(), look.load(SeqCst));
+        (dialed > 0).then(|| -> Look {
+            Box::new(move || Ok(if look.fetch_add(1, SeqCst) + 1 - begun >= heard_at { 0 } else { 64 }))
+        })
+    });
+    let options = source::Options { clock, ..source::Options::default() };
+    let (sent, received, vm) = migrate_with(Box::new(listener), &connector, 1, options);
+    assert_eq!((sent.is_ok(), vm.writer.is_running()), (received.is_ok(), received.is_err()));
+    (sent, connector.dialed(), looks.load(SeqCst))
+}
+
+#[test]
+fn a_hello_has_four_seconds_to_be_there_and_no_more() {
+    let (sent, dialed, _) = heard_late(5);
+    sent.unwrap();
+    assert_eq!(dialed, 2);
+    let (sent, dialed, looks) = heard_late(6);
+    let error = sent.unwrap_err().to_string();
+    assert!(error.ends_with("the destination's host answers, and does not take the first bytes"), "{error}");
+    assert_eq!((dialed, looks), (1 + 16, 5 * 16));
 }
 
 /// Cuts the first channel at one of its writes.
