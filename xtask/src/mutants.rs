@@ -177,6 +177,7 @@ const GROUPS: &[Group] = &[
         files: &["multifd/src/source/channel.rs", "multifd/src/destination/channel.rs"],
         tests: &[
             "testing::migrations",
+            "source::channel",
             THEN,
             "hostile_channels",
             "close_order",
@@ -189,6 +190,7 @@ const GROUPS: &[Group] = &[
             "faults::source_gone",
             "testing::openings",
             "faults::strangers",
+            "checkpoint::tests",
         ],
     },
     Group {

@@ -166,6 +166,10 @@ fn only_a_channel_that_does_not_count_yet_is_dialed_again() {
         let moves = dialed == 3;
         assert_eq!((sent.is_ok(), received.is_ok(), vm.writer.is_running()), (moves, moves, !moves), "{sent:?}");
         assert_eq!(connector.dialed.load(SeqCst), dialed);
+        if let Err(error) = sent {
+            // Behind the hello.
+            assert!(matches!(&error, Error::Io { at: Place { offset: 64, .. }, .. }), "{error}");
+        }
     }
 }
 
