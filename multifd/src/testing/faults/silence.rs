@@ -229,7 +229,7 @@ fn a_channel_that_was_too_many_is_named_where_the_source_goes_silent() {
 #[test]
 fn a_source_that_sends_nothing_but_zero_pages_is_not_silent() {
     time_limit(LIMIT, || {
-        let stall_limit = Duration::from_secs(2);
+        let stall_limit = Duration::from_secs(4);
         let (listener, connector) = memory::listener(1 << 20);
         let options = Options { stall_limit: Some(stall_limit), ..one_channel() };
         let mut vm = TestDestination::new(guarded_ram());
