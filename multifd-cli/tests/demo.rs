@@ -107,7 +107,7 @@ fn a_kvm_guest_moves_with_any_number_of_channels_and_at_full_speed() {
 fn a_kvm_guest_of_several_vcpus_moves_with_either_log() {
     if kvm_or_skip() {
         for cpus in [1, 2, 4, 8] {
-            for log in ["bitmap", "ring"] {
+            for log in ["kvm-dirty-log", "kvm-dirty-ring"] {
                 let report = moves(&format!("--guest kvm --cpus {cpus} --dirty-log {log} --write-rate 20MB/s"));
                 assert_eq!(report["dirty-log"], log, "{cpus} vCPUs");
             }
