@@ -148,10 +148,13 @@ pub fn python_with(module: &str, package: &str) -> Result<PathBuf, String> {
     if has_module(&ours) { Ok(ours) } else { Err(format!("{package} was installed and does not run")) }
 }
 
-/// Packs the public crates and builds them from their packages alone.
+/// Packs the public crates, builds them from their packages alone, and does all that publishing them does but the upload.
 fn package() -> Outcome {
     let mut package = cargo();
-    package.arg("package");
+    match publishes_several() {
+        true => package.args(["publish", "--dry-run"]),
+        false => package.arg("package"),
+    };
     for name in PUBLIC {
         package.args(["--package", name]);
     }
@@ -168,6 +171,15 @@ fn package() -> Outcome {
     let outcome = step::command(&mut package, LONG);
     let _ = fs::remove_dir_all(&directory);
     outcome
+}
+
+/// Whether this cargo publishes several packages that need each other, as 1.90 and later ones do.
+fn publishes_several() -> bool {
+    let version = cargo().arg("--version").output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    // "cargo 1.95.0 (f2d3ce0bd 2026-03-21)"
+    let version = version.unwrap_or_default();
+    let mut numbers = version.split_whitespace().nth(1).unwrap_or_default().split('.').map(str::parse::<u32>);
+    matches!((numbers.next(), numbers.next()), (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (1, 90))
 }
 
 /// The cargo that runs this, in the workspace.
