@@ -59,7 +59,7 @@ impl Side {
 pub enum Event {
     /// Source main opens a section with these dirty pages.
     Opens { section: u8, dirty: u8 },
-    /// Somebody reaches a meeting point.
+    /// A party reaches a meeting point.
     Meets { side: Side, party: Who, at: Meeting },
     /// Source main takes a page out of the round.
     Postpones { page: u8 },

@@ -93,8 +93,14 @@ fn run_at_once(
     meeting: &mut Meeting,
 ) -> Outcome {
     let to_go_on = format!("multifd restore {} {} --recover", args.file.display(), args.qmp);
-    let there = There { to_go_on, after_break: &mut || after_break(monitor, meeting) };
-    let sent = postcopy::run(sends, checkpoint, there);
+    // Of a VM that another process sent, it is not known that this process is the only one.
+    let mut is_ours = !sends.postcopy.recover;
+    let mut after_break = || {
+        let broken = after_break(monitor, meeting, is_ours);
+        is_ours |= matches!(broken, Broken::Listens(_));
+        broken
+    };
+    let sent = postcopy::run(sends, checkpoint, There { to_go_on, after_break: &mut after_break });
     monitor.put_in_order();
     // Where nothing was tried, QEMU has nothing to say.
     if sent.report.is_empty() { sent } else { settle(sent, monitor, meeting, &args.file) }
@@ -394,10 +400,11 @@ fn note_guest(sent: &mut Outcome, monitor: &mut Monitor, file: &Path) {
     }
 }
 
-/// Has QEMU, to which the connection broke, wait for the next one, unless its migration is over.
-fn after_break(monitor: &mut Monitor, meeting: &mut Meeting) -> Broken {
+/// Has QEMU, to which the connection broke, wait for the next one, unless its migration is over. A connection that QEMU still has is given up
+/// where it `is_ours`: another sender may be at work on it, perhaps of another VM.
+fn after_break(monitor: &mut Monitor, meeting: &mut Meeting, is_ours: bool) -> Broken {
     meeting.move_on();
-    let begun = Instant::now();
+    let (begun, mut paused) = (Instant::now(), false);
     loop {
         let refusal = match listen_again(monitor, meeting) {
             Ok(uri) => return Broken::Listens(uri),
@@ -411,8 +418,12 @@ fn after_break(monitor: &mut Monitor, meeting: &mut Meeting) -> Broken {
             Ok((status, _)) if !status.is_final() && begun.elapsed() < BREAK_LIMIT => {}
             _ => return Broken::Ended(Exit::Failed, format!("{refusal}; {PAUSED_EXPECTED}")),
         }
-        // It learns that the connection is gone about when we do, but where the network is dead.
-        let _ = monitor.execute_beside("migrate-pause", json!({}));
+        // It learns that the connection is gone about when we do, but where the network is dead. Not before, and once: a 7.2 may end where
+        // it is told so while it recovers.
+        if is_ours && begun.elapsed() > NOTICE_LIMIT && !paused {
+            paused = true;
+            let _ = monitor.execute_beside("migrate-pause", json!({}));
+        }
         thread::sleep(POLL_INTERVAL);
     }
 }
@@ -447,15 +458,17 @@ fn is_uuid(text: &str) -> bool {
 /// What to do with a QEMU that has been told to wait for a VM, and has not got it.
 const START_AGAIN: &str = "This QEMU takes no second migration: end it with quit, and start it again";
 /// Of a QEMU that goes on with no VM.
-const PAUSED_EXPECTED: &str =
-    "expected the QEMU that the VM was handed over to, whose query-migrate says postcopy-paused";
+const PAUSED_EXPECTED: &str = "expected the QEMU that the VM was handed over to, whose query-migrate says postcopy-paused. If it says postcopy-active, another process may \
+     be sending; if none is, QMP migrate-pause has it give up its connection";
 /// Of a QEMU whose VM lacks nothing.
 const COMPLETED: &str = "QEMU says that its migration is completed: if it is the QEMU that the VM was handed over to, the VM has \
                          everything, and the note of the hand-over can be removed";
 /// Nothing on the monitor tells these apart. (Where it could not take a disk, QEMU 7.2 says `paused`, and 10.0 and 11.1 stay `inmigrate`.)
 const PAUSED: &str = ": it was when it was checkpointed, or the QEMU was started with -S, or could not take a disk (its stderr says so); \
                       cont has it run";
-/// How long a QEMU may take to notice that the connection is gone.
-const BREAK_LIMIT: Duration = Duration::from_secs(2);
+/// How long a QEMU may take to notice by itself that the connection is gone.
+const NOTICE_LIMIT: Duration = Duration::from_secs(1);
+/// How long it may take until it listens again.
+const BREAK_LIMIT: Duration = Duration::from_secs(3);
 /// How long a QEMU may take to end a migration that is over.
 const END_LIMIT: Duration = Duration::from_secs(10);

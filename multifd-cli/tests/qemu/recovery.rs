@@ -309,6 +309,8 @@ fn a_restore_goes_on_by_itself(version: Version, machine: &str, preempt: bool) {
         let mut restoring = restore_at_second_monitor(&dir, preempt, &["--postcopy", "--max-bandwidth=4MB/s"]);
         destination.qemu.qmp().wait_run_state("running", LIMIT).unwrap();
         for _ in 0..3 {
+            // A QEMU 7.2 has ended where it was told so while it recovered.
+            thread::sleep(Duration::from_millis(500));
             let deadline = Instant::now() + LIMIT;
             // Refused while it is being recovered.
             while let Err(error) = destination.monitor.execute_out_of_band("migrate-pause", json!({})) {
@@ -337,6 +339,34 @@ fn a_restore_into_10_0_goes_on_by_itself() {
 #[test]
 fn a_restore_into_11_1_goes_on_by_itself() {
     a_restore_goes_on_by_itself(Version::V11_1, "pc-i440fx-11.1", false);
+}
+
+/// A sender that is at work, perhaps with another VM, is not cut off by a recovery at the wrong monitor.
+#[test]
+fn a_recovery_leaves_a_qemu_alone_that_another_process_sends_to() {
+    let Some(installed) = Installed::require(Version::V10_0) else { return };
+    time_limit(TEST_LIMIT, || {
+        let (dir, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        let file = dir.join("checkpoint");
+        let source = checkpoint(&installed, "pc-i440fx-10.0", &file, &dir);
+        // What a sender to another QEMU has left.
+        fs::copy(&file, other.join("checkpoint")).unwrap();
+        let lost = Recoverable::waiting(&installed, "pc-i440fx-10.0", false, &other);
+        let begun = restore_at_second_monitor(&other, false, &["--postcopy", "--max-bandwidth=2MB/s"]);
+        wait_handed_over(&other.join("checkpoint"));
+        begun.signal(Signal::KILL);
+        drop((begun, lost));
+        let mut destination = Recoverable::waiting(&installed, "pc-i440fx-10.0", false, &dir);
+        let sending = restore_at_second_monitor(&dir, false, &["--postcopy", "--max-bandwidth=4MB/s"]);
+        destination.qemu.qmp().wait_run_state("running", LIMIT).unwrap();
+        drop(destination.monitor);
+        let (file, monitor) = (other.join("checkpoint"), dir.join("monitor"));
+        let wrong = ["restore", &file.display().to_string(), &format!("unix:{}", monitor.display()), "--recover"];
+        Multifd::start(wrong).end().failed(1, "another process may be sending");
+        assert_eq!(figure(&sending.done(), "recoveries"), 0);
+        assert_goes_on(&source, &mut destination.qemu);
+        assert!(other.join("checkpoint.postcopy").exists());
+    });
 }
 
 /// It was said to wait for its memory, with nothing lost.

@@ -253,20 +253,22 @@ impl Record {
     }
 
     /// Notes where the VM is when a sender ends, with `error` if it does not have everything.
-    pub fn leave(mut self, vm: Whereabouts, error: Option<&Error>) {
+    pub fn leave(self, vm: Whereabouts, error: Option<&Error>) {
         if matches!(vm, Whereabouts::Here | Whereabouts::Complete) {
             return self.remove();
         }
         // It may not have the VM at all, or all of its memory (`Unacknowledged`).
-        self.note.lacks_memory = matches!(error, Some(Error::Incomplete { .. })).into();
-        if let Err(error) = self.write() {
-            tracing::warn!(path = ?self.path, %error, "the note of the hand-over says less than is known");
-        }
+        self.leave_lacking(matches!(error, Some(Error::Incomplete { .. })));
     }
 
     /// Leaves the note of a VM that was to be recovered, to which nothing was done.
-    pub fn leave_as_found(mut self) {
-        self.note.lacks_memory = (self.found == Whereabouts::There).into();
+    pub fn leave_as_found(self) {
+        let lacked = self.found == Whereabouts::There;
+        self.leave_lacking(lacked);
+    }
+
+    fn leave_lacking(mut self, lacks_memory: bool) {
+        self.note.lacks_memory = lacks_memory.into();
         if let Err(error) = self.write() {
             tracing::warn!(path = ?self.path, %error, "the note of the hand-over says less than is known");
         }
