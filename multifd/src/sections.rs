@@ -11,21 +11,22 @@ use multifd_proto::{
     vmdesc::{OpaqueSection, VmDescription},
 };
 
-use crate::{section_body::chunk_head, vm::VmError};
+use crate::{destination::STATE_WINDOW, section_body::chunk_head, vm::VmError};
 
 /// Takes the device state of a VM, one section after the other, in the order in which it is to be loaded. Passed to
 /// [`SourceVm::save`](crate::vm::SourceVm::save).
 ///
 /// What is added is sent in pieces of some 64 KiB, and not kept, unless the VM
 /// [writes memory](crate::vm::SourceVm::save_writes_memory) while it is asked: then all of it waits for the last pages. Between two ends
-/// of this version a section of more than 1 MiB that `save` adds travels over all channels.
+/// of this version a section of more than 1 MiB that `save` adds travels over the channels, and where the destination is far away (a round
+/// trip of 1 ms and more) one of more than 512 bytes.
 pub struct Sections<'a> {
     /// Not sent yet.
     encoder: MainEncoder,
     /// Sends what it is given; `None` where all is kept.
     send: Option<Piecewise<'a>>,
     /// Takes large sections to the channels; `None` where everything stays on main.
-    packets: Option<&'a mut dyn StatePackets>,
+    channels: Option<Channels<'a>>,
     /// Id of the next section.
     next_id: u32,
     /// Name, instance, version and body length of each section.
@@ -51,7 +52,7 @@ pub(crate) struct Terms {
 
 /// Sends state in packets on the channels.
 pub(crate) trait StatePackets {
-    /// A buffer with [`HEAD_LEN`] bytes in it, behind which at most [`PACKET_STATE`] bytes of state go.
+    /// A buffer with [`HEAD_LEN`] bytes in it, behind which the state goes.
     fn buffer(&mut self) -> io::Result<Vec<u8>>;
 
     /// Sends the state in `packet`, a part of the section `name` and `instance`, after all that were sent before.
@@ -59,6 +60,26 @@ pub(crate) trait StatePackets {
 
     /// `buffer` is not needed.
     fn give_back(&mut self, buffer: Vec<u8>);
+}
+
+/// Which state goes over the channels, and in what packets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Packing {
+    /// The most state of a section that stays on main.
+    pub(crate) on_main: usize,
+    /// The most state in a packet.
+    pub(crate) packet: usize,
+}
+
+impl Packing {
+    /// Near, main is as fast as a channel.
+    pub(crate) const NEAR: Packing = Packing { on_main: PACKET_STATE, packet: PACKET_STATE };
+    /// Far away main, which has carried next to nothing before the pause, takes a round trip for each few packets, and the channels have found
+    /// the speed of the path. Each has a part of it only, so packets are short enough for all of them to have some.
+    pub(crate) const FAR: Packing = match cfg!(any(loom, shuttle)) {
+        true => Packing { on_main: 3, packet: 5 },
+        false => Packing { on_main: 512, packet: 64 << 10 },
+    };
 }
 
 /// Sends one piece after the other.
@@ -71,7 +92,7 @@ impl<'a> Sections<'a> {
         Sections {
             encoder,
             send: None,
-            packets: None,
+            channels: None,
             next_id,
             devices,
             replayed: None,
@@ -91,9 +112,9 @@ impl<'a> Sections<'a> {
         Sections { room, ..self }
     }
 
-    /// Sends large sections by `packets`.
-    pub(crate) fn with_packets(self, packets: &'a mut dyn StatePackets) -> Sections<'a> {
-        Sections { packets: Some(packets), ..self }
+    /// Sends sections that `packing` does not leave on main by `packets`.
+    pub(crate) fn with_packets(self, packets: &'a mut dyn StatePackets, packing: Packing) -> Sections<'a> {
+        Sections { channels: Some(Channels { packets, packing, untold: 0, untold_bytes: 0 }), ..self }
     }
 
     /// How often [`SourceVm::save_live`](crate::vm::SourceVm::save_live) has been called in this migration before this call. 0:
@@ -114,7 +135,7 @@ impl<'a> Sections<'a> {
     /// A name that is empty or longer than 255 bytes; a section before that was not written to its end; the connection's.
     pub fn section(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
         self.may_begin()?;
-        if self.packets.is_some() && body.len() > PACKET_STATE {
+        if self.is_for_channels(body.len()) {
             let mut out = self.packeted(name, instance, version, Some(body.len() as u64))?;
             out.write_all(body)?;
             return out.finish();
@@ -131,7 +152,7 @@ impl<'a> Sections<'a> {
     /// As [`section`](Self::section).
     pub fn framed(&mut self, name: &str, instance: u32, version: u32, body: &[u8]) -> io::Result<()> {
         self.may_begin()?;
-        if self.packets.is_some() && body.len() + 8 > PACKET_STATE {
+        if self.is_for_channels(body.len() + 8) {
             let mut out = self.packeted(name, instance, version, Some(body.len() as u64 + 8))?;
             out.write_all(&(body.len() as u64).to_be_bytes())?;
             out.write_all(body)?;
@@ -155,7 +176,7 @@ impl<'a> Sections<'a> {
         write: &mut dyn FnMut(&mut dyn Write) -> Result<(), VmError>,
     ) -> Result<(), VmError> {
         self.may_begin()?;
-        if self.packets.is_some() {
+        if self.channels.is_some() {
             let mut out = self.packeted(name, instance, version, None)?;
             write(&mut out)?;
             return Ok(out.finish()?);
@@ -209,7 +230,12 @@ impl<'a> Sections<'a> {
         }
     }
 
-    /// Begins a section whose state is sent in packets, if it is more than one has room for.
+    /// Whether `len` bytes of state go over the channels.
+    fn is_for_channels(&self, len: usize) -> bool {
+        self.channels.as_ref().is_some_and(|channels| len > channels.packing.on_main)
+    }
+
+    /// Begins a section whose state is sent in packets, if it is [for the channels](Self::is_for_channels).
     fn packeted<'s, 'n>(
         &'s mut self,
         name: &'n str,
@@ -273,12 +299,24 @@ impl<'a> Sections<'a> {
         {
             send(&self.encoder.bytes)?;
             self.encoder.bytes.clear();
+            if let Some(channels) = &mut self.channels {
+                (channels.untold, channels.untold_bytes) = (0, 0);
+            }
         }
         Ok(())
     }
 }
 
-/// The body of a section that goes over the channels, unless it fits into one packet: then it goes over main, and its length is known.
+/// The way to the channels.
+struct Channels<'a> {
+    packets: &'a mut dyn StatePackets,
+    packing: Packing,
+    /// Packets on their way of which main has not spoken, and bytes in them.
+    untold: u64,
+    untold_bytes: usize,
+}
+
+/// The body of a section that goes over the channels, unless it is so short that it stays on main: then its length is known.
 struct Packeted<'s, 'a, 'n> {
     sections: &'s mut Sections<'a>,
     name: &'n str,
@@ -292,9 +330,9 @@ struct Packeted<'s, 'a, 'n> {
     sent: u64,
 }
 
-impl Packeted<'_, '_, '_> {
-    fn packets(&mut self) -> &mut dyn StatePackets {
-        &mut **self.sections.packets.as_mut().expect("only then it is made")
+impl<'a> Packeted<'_, 'a, '_> {
+    fn channels(&mut self) -> &mut Channels<'a> {
+        self.sections.channels.as_mut().expect("only then it is made")
     }
 
     /// Sends the packet, and says on main that it comes.
@@ -303,19 +341,26 @@ impl Packeted<'_, '_, '_> {
             self.sections.begin(self.name, self.instance, self.version, BodyLength::Packets(self.len))?;
         }
         let packet = std::mem::take(&mut self.packet);
-        let head = chunk_head(u32::try_from(packet.len() - HEAD_LEN).expect("a packet has at most PACKET_STATE bytes"));
+        let len = packet.len() - HEAD_LEN;
+        let head = chunk_head(u32::try_from(len).expect("a packet has at most PACKET_STATE bytes"));
         let (name, instance) = (self.name, self.instance);
-        self.packets().send(name, instance, packet);
+        let channels = self.channels();
+        channels.packets.send(name, instance, packet);
+        (channels.untold, channels.untold_bytes) = (channels.untold + 1, channels.untold_bytes + len);
+        let is_due = channels.untold == MOST_UNTOLD || channels.untold_bytes >= PACKET_STATE;
         self.sent += 1;
         self.sections.body(&head)?;
-        // At once: the destination has room for so many packets only that main has not spoken of.
-        self.sections.send_from(1)
+        self.sections.send_from(if is_due { 1 } else { PIECE })
     }
 
     /// Ends the body.
     fn finish(mut self) -> io::Result<()> {
         let Packeted { name, instance, version, .. } = self;
-        if self.sent > 0 {
+        let state = self.packet.len().saturating_sub(HEAD_LEN);
+        if self.sent > 0 || self.sections.is_for_channels(state) {
+            if self.sent == 0 {
+                self.len = Some(state as u64);
+            }
             if !self.packet.is_empty() {
                 self.send_packet()?;
             }
@@ -329,7 +374,7 @@ impl Packeted<'_, '_, '_> {
         self.sections.body(state)?;
         self.sections.end(name, instance, version, state.len() as u64)?;
         if !packet.is_empty() {
-            self.packets().give_back(packet);
+            self.channels().packets.give_back(packet);
         }
         Ok(())
     }
@@ -340,13 +385,14 @@ impl Write for Packeted<'_, '_, '_> {
         if bytes.is_empty() {
             return Ok(0);
         }
-        if self.packet.len() == HEAD_LEN + PACKET_STATE {
+        let most = HEAD_LEN + self.channels().packing.packet;
+        if self.packet.len() == most {
             self.send_packet()?;
         }
         if self.packet.is_empty() {
-            self.packet = self.packets().buffer()?;
+            self.packet = self.channels().packets.buffer()?;
         }
-        let n = bytes.len().min(HEAD_LEN + PACKET_STATE - self.packet.len());
+        let n = bytes.len().min(most - self.packet.len());
         self.sections.take_room(n)?;
         self.packet.extend_from_slice(&bytes[..n]);
         Ok(n)
@@ -457,6 +503,8 @@ pub const LIVE_ROOM: u64 = 256 << 20;
 pub(crate) const RAM_SECTION: u32 = 1;
 /// The most state in one packet on a channel. Under model checkers, which have no patience for a megabyte, a few bytes.
 pub(crate) const PACKET_STATE: usize = if cfg!(any(loom, shuttle)) { 8 } else { MAX_STATE as usize };
+/// So many packets may be on their way before main speaks of them. The destination has room for twice as many.
+const MOST_UNTOLD: u64 = STATE_WINDOW / 2;
 /// Bytes that are collected before they are sent.
 const PIECE: usize = 64 << 10;
 /// The most bytes that are sent at once: progress and the limit of silence see each.
@@ -564,7 +612,7 @@ mod tests {
             Ok(())
         };
         let terms = Terms { says_lengths: true, ..Terms::default() };
-        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept);
+        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept, Packing::NEAR);
         out.section("known", 4, 2, &long).unwrap();
         out.section("short", 4, 2, short).unwrap();
         out.section_from("written", 4, 2, &mut |out| Ok(long.chunks(999).try_for_each(|part| out.write_all(part))?))
@@ -595,12 +643,48 @@ mod tests {
         assert!(of("framed") == [&(short.len() as u64).to_be_bytes()[..], short].concat());
     }
 
+    /// Main speaks of them before there are more than the destination has room for, and not of each by itself.
+    #[test]
+    fn far_away_short_sections_travel_in_short_packets_of_which_main_speaks_now_and_then() {
+        let Packing { on_main, packet } = Packing::FAR;
+        let long: Vec<u8> = (0..40 * packet + 7).map(|at| (at / 5) as u8).collect();
+        let (mut told, mut kept) = (Vec::new(), Kept::default());
+        let mut send = |piece: &[u8]| {
+            told.push(piece.to_vec());
+            Ok(())
+        };
+        let terms = Terms { says_lengths: true, ..Terms::default() };
+        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept, Packing::FAR);
+        out.section("stays", 4, 2, &long[..on_main]).unwrap();
+        out.section("travels", 4, 2, &long[..on_main + 1]).unwrap();
+        out.section_from("written", 4, 2, &mut |out| Ok(out.write_all(&long[..on_main + 1])?)).unwrap();
+        out.section("long", 4, 2, &long).unwrap();
+        let (rest, _) = out.into_parts(4096).unwrap();
+
+        let heads = |lens: &[usize]| lens.iter().flat_map(|&len| chunk_head(len as u32)).collect::<Vec<u8>>();
+        let one = heads(&[on_main + 1, 0]);
+        let mut all = vec![packet; 40];
+        all.extend([7, 0]);
+        let packets = |len: usize| BodyLength::Packets(Some(len as u64));
+        let expected = [
+            section_of(BodyLength::Bytes(on_main as u64), 2, "stays", &long[..on_main]),
+            section_of(packets(on_main + 1), 3, "travels", &one),
+            // All of it is there before it is sent.
+            section_of(packets(on_main + 1), 4, "written", &one),
+            section_of(packets(long.len()), 5, "long", &heads(&all)),
+        ];
+        assert!([told.concat(), rest].concat() == expected.concat());
+        assert_eq!(kept.0.iter().map(|(.., state)| state.len()).max(), Some(packet));
+        assert!(kept.0.iter().flat_map(|(.., state)| state.clone()).skip(2 * (on_main + 1)).eq(long));
+        assert_eq!((kept.0.len(), told.len()), (43, 43 / MOST_UNTOLD as usize));
+    }
+
     #[test]
     fn a_section_in_packets_that_was_not_written_to_its_end_makes_no_stream() {
         let mut kept = Kept::default();
         let mut send = |_: &[u8]| Ok(());
         let terms = Terms { says_lengths: true, ..Terms::default() };
-        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept);
+        let mut out = Sections::sent(terms, &mut send).with_packets(&mut kept, Packing::NEAR);
         let fails = |out: &mut dyn Write| -> Result<(), VmError> {
             out.write_all(b"half")?;
             Err("the device is busy".into())

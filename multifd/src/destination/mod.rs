@@ -43,7 +43,6 @@ use multifd_proto::{command::BodyLength, extension::Offer};
 
 #[cfg(feature = "__bench")]
 pub(crate) use self::first_touch::Filler;
-#[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) use self::state_window::WINDOW as STATE_WINDOW;
 use self::{
     accept::Acceptor, named::NamedPages, recovery::Recoveries, shared::Shared, switchover_ack::AckTiming,

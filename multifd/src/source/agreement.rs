@@ -9,9 +9,8 @@ use crate::{
 };
 
 impl Run {
-    /// Waits for what a destination of ours takes of the offer, hands memory over, has it make its VM, and tells `vm` its answer. A QEMU is
-    /// asked nothing.
-    pub(super) fn agree(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
+    /// Waits for what a destination of ours takes of the offer, hands memory over, and has it make its VM. A QEMU is asked nothing.
+    pub(super) fn propose(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
         if self.shared.options.peer == Peer::Multifd {
             self.extensions = self.return_path().wait_for_agreement()?;
         }
@@ -25,7 +24,14 @@ impl Run {
             return Err(Error::vm("describe itself")(text.into()));
         };
         self.return_path().expect_prepared();
-        self.main().describe(len, &description)?;
+        self.main().describe(len, &description)
+    }
+
+    /// Waits until the destination has made its VM, and tells `vm` its answer.
+    pub(super) fn agree(&mut self, vm: &mut dyn SourceVm) -> Result<(), Error> {
+        if !self.extensions.contains(Extension::Prepare) {
+            return Ok(());
+        }
         let answer = self.return_path().wait_for_prepared()?;
         vm.agreed(&answer).map_err(Error::vm("take the destination's answer"))
     }

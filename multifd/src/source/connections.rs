@@ -7,14 +7,17 @@ use crate::{
     error::{Connection, Error, Mismatch, Place},
     sync::lock,
     transport::{Connect, end_if_untaken},
+    vm::SourceVm,
 };
 
 impl Run {
     /// Opens main, with its first bytes: a destination may take the first connection for main, and may wait for those bytes
-    /// before it accepts the next. Then opens all channels.
-    pub(super) fn connect(&mut self, to: &dyn Connect) -> Result<(), Error> {
+    /// before it accepts the next. Then opens all channels; while they are on their way both ends begin to agree.
+    pub(super) fn connect(&mut self, vm: &mut dyn SourceVm, to: &dyn Connect) -> Result<(), Error> {
         self.connect_main(to)?;
-        self.open_channels(to)
+        self.dial_channels(to)?;
+        self.propose(vm)?;
+        self.await_channels(to)
     }
 
     fn connect_main(&mut self, to: &dyn Connect) -> Result<(), Error> {

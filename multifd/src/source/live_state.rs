@@ -40,7 +40,7 @@ impl Run {
             return Ok(());
         }
         let asked = "send its state while it runs";
-        let ((left, room), (rest, _)) = self.send_sections(asked, LIVE_ROOM, false, |out| {
+        let ((left, room), (rest, _)) = self.send_sections(asked, LIVE_ROOM, None, |out| {
             let left = vm.save_live(out)?;
             if out.is_replay() {
                 return Err("state of another source is not sent while the guest runs".into());

@@ -268,7 +268,7 @@ impl Run {
         self.enter(Phase::Connect, observer);
         let live = self.shared.live.clone();
         self.shared.pulse.watch(self.watchdog.timers(), move || live.get().stall_limit, &self.shared.stop);
-        self.connect(to)?;
+        self.connect(vm, to)?;
         self.enter(Phase::Setup, observer);
         self.set_up(vm)?;
         self.enter(Phase::Rounds, observer);

@@ -80,15 +80,19 @@ impl Openings {
 }
 
 impl Run {
-    /// Opens all channels at the same time, each in its own thread, and waits until they are open.
-    pub(super) fn open_channels(&mut self, to: &dyn Connect) -> Result<(), Error> {
-        let channels = self.shared.options.plan.channels;
-        for id in (0..channels).map(ChannelId) {
+    /// Opens all channels at the same time, each in its own thread.
+    pub(super) fn dial_channels(&mut self, to: &dyn Connect) -> Result<(), Error> {
+        for id in (0..self.shared.options.plan.channels).map(ChannelId) {
             let task = self.open_channel(to, Attempt { id, before: 0 })?;
             self.channels.push(task);
         }
+        Ok(())
+    }
+
+    /// Waits until all channels are open.
+    pub(super) fn await_channels(&mut self, to: &dyn Connect) -> Result<(), Error> {
         let mut open = 0;
-        while open < channels {
+        while open < self.shared.options.plan.channels {
             match self.shared.openings.next()? {
                 Report::Open => open += 1,
                 Report::Lost(attempt, error) => self.open_again(to, attempt, error)?,

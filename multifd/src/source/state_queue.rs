@@ -63,6 +63,13 @@ impl StateQueue {
         Ok(buffer)
     }
 
+    /// Leaves to the channels what was kept, in its order.
+    pub(super) fn add_all(&self, kept: KeptState) {
+        for (name, instance, packet) in kept.packets {
+            self.add(&name, instance, packet);
+        }
+    }
+
     /// Numbers `packet`, of the section `name` and `instance`, and leaves it to the channels.
     fn add(&self, name: &str, instance: u32, mut packet: Vec<u8>) {
         let len = u32::try_from(packet.len() - HEAD_LEN).expect("a packet has at most PACKET_STATE bytes of state");
@@ -84,7 +91,12 @@ impl StateQueue {
 
     /// The packet in `buffer` was written, or is not needed.
     pub(super) fn give_back(&self, buffer: Vec<u8>) {
-        self.watched.update(|queue| queue.free.push(buffer));
+        self.watched.update(|queue| {
+            // Those that were kept are as many as the VM has made.
+            if queue.free.len() < queue.made {
+                queue.free.push(buffer);
+            }
+        });
     }
 
     /// No packet follows: channels end when those that wait were written.
@@ -115,6 +127,24 @@ impl StatePackets for QueuedState<'_> {
     fn give_back(&mut self, buffer: Vec<u8>) {
         self.queue.give_back(buffer);
     }
+}
+
+/// Packets that wait for the last pages, with room for their heads.
+#[derive(Default)]
+pub(super) struct KeptState {
+    packets: Vec<(String, u32, Vec<u8>)>,
+}
+
+impl StatePackets for KeptState {
+    fn buffer(&mut self) -> io::Result<Vec<u8>> {
+        Ok(vec![0; HEAD_LEN])
+    }
+
+    fn send(&mut self, name: &str, instance: u32, packet: Vec<u8>) {
+        self.packets.push((name.to_owned(), instance, packet));
+    }
+
+    fn give_back(&mut self, _buffer: Vec<u8>) {}
 }
 
 /// More channels than these do not get a buffer each: with many, all of them are not busy at once.

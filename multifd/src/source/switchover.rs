@@ -2,19 +2,26 @@
 
 use std::{cell::Cell, io};
 
-use super::{Run, state_queue::QueuedState};
+use super::{
+    Run,
+    backlog::NEAR,
+    state_queue::{KeptState, QueuedState},
+};
 use crate::{
     dirty_bitmap::DirtyBitmap,
     error::Error,
     progress::{Event, Observer},
     pulse::Pulse,
-    sections::Sections,
+    sections::{Packing, Sections},
     sync::atomic::Ordering,
     vm::{SourceVm, VmError, check_memory},
 };
 
 /// Sections that were not sent yet, and the vmdescription.
 pub(super) type Saved = (Vec<u8>, Vec<u8>);
+
+/// What was saved before the last pages, and state that goes over the channels.
+pub(super) type SavedFirst = (Saved, KeptState);
 
 impl Run {
     /// From here on, memory does not change.
@@ -84,22 +91,30 @@ impl Run {
     }
 
     /// Asks a VM for its state that writes memory meanwhile: before the last drain, which reports these writes.
-    pub(super) fn save_first(&mut self, vm: &mut dyn SourceVm) -> Result<Option<Saved>, Error> {
+    pub(super) fn save_first(&mut self, vm: &mut dyn SourceVm) -> Result<Option<SavedFirst>, Error> {
         if !vm.save_writes_memory() {
             return Ok(None);
         }
         let begun = self.now();
+        let mut kept = KeptState::default();
         let mut sections = Sections::kept(self.terms());
+        if let Some(packing) = self.packing() {
+            sections = sections.with_packets(&mut kept, packing);
+        }
         let saved = vm.save(&mut sections).and_then(|()| Ok(sections.into_parts(self.page_size())?));
         self.report.downtime.devices = self.now() - begun;
-        saved.map(Some).map_err(Error::vm("save its state"))
+        saved.map(|saved| Some((saved, kept))).map_err(Error::vm("save its state"))
     }
 
     /// Sends the state of vCPUs and devices, which may have been `saved`, up to the last byte that may still be taken back.
-    pub(super) fn devices(&mut self, vm: &mut dyn SourceVm, saved: Option<Saved>) -> Result<(), Error> {
+    pub(super) fn devices(&mut self, vm: &mut dyn SourceVm, saved: Option<SavedFirst>) -> Result<(), Error> {
         let begun = self.now();
         let (rest, vmdescription) = match saved {
-            Some(saved) => saved,
+            Some((saved, kept)) => {
+                // All of them, before main speaks of any: the channels take them while it does.
+                self.shared.state.add_all(kept);
+                saved
+            }
             None => self.save(vm)?,
         };
         self.main().sections(&rest, vmdescription)?;
@@ -113,18 +128,24 @@ impl Run {
 
     /// Asks the VM for its state and sends it piece by piece. Returns what was not sent, and the vmdescription.
     fn save(&mut self, vm: &mut dyn SourceVm) -> Result<Saved, Error> {
-        let ((), saved) =
-            self.send_sections("save its state", u64::MAX, self.sends_state_packets(), |out| vm.save(out))?;
+        let packing = self.packing();
+        let ((), saved) = self.send_sections("save its state", u64::MAX, packing, |out| vm.save(out))?;
         Ok(saved)
     }
 
-    /// Has `add` add sections of at most `room` bytes of state, and sends them piece by piece, large ones `in_packets` on the channels.
+    /// What of the state goes over the channels, if any of it may.
+    fn packing(&self) -> Option<Packing> {
+        let by_distance = || if self.shared.backlog.distance() < NEAR { Packing::NEAR } else { Packing::FAR };
+        self.sends_state_packets().then(by_distance)
+    }
+
+    /// Has `add` add sections of at most `room` bytes of state, and sends them piece by piece, by `packing` on the channels.
     /// Returns what it returned, and what was not sent. `what` is what the VM is asked for.
     pub(super) fn send_sections<R>(
         &mut self,
         what: &'static str,
         room: u64,
-        in_packets: bool,
+        packing: Option<Packing>,
         add: impl FnOnce(&mut Sections<'_>) -> Result<R, VmError>,
     ) -> Result<(R, Saved), Error> {
         let (page_size, terms) = (self.page_size(), self.terms());
@@ -142,8 +163,8 @@ impl Run {
         };
         let mut packets = QueuedState { queue: &shared.state, failure: &failure };
         let mut sections = Sections::sent(terms, &mut send).with_room(room);
-        if in_packets {
-            sections = sections.with_packets(&mut packets);
+        if let Some(packing) = packing {
+            sections = sections.with_packets(&mut packets, packing);
         }
         let added = add(&mut sections).and_then(|added| Ok((added, sections.into_parts(page_size)?)));
         // What the VM ran into was a connection.
