@@ -200,7 +200,12 @@ impl SendChannel {
             return;
         }
         let sent = || shared.progress.channel_bytes(shared.options.plan.channels.into()).iter().sum();
-        if let Some(channels) = shared.spread.look(shared.options.clock.now(), sent) {
+        let left = || {
+            let counted = shared.progress.snapshot();
+            let pages = counted.round_pages.saturating_sub(counted.round_done);
+            pages * shared.ram.layout().page_size() as u64
+        };
+        if let Some(channels) = shared.spread.look(shared.options.clock.now(), sent, left) {
             shared.scan.share_among(channels);
         }
     }
