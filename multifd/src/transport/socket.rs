@@ -314,6 +314,8 @@ impl Listen for SocketListener {
     }
 
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
+        // The mode is one of all duplicates: another listener on one of them puts back what it found when it ends.
+        ioctl_fionbio(&self.socket, true)?;
         loop {
             match accept_with(&self.socket, SocketFlags::CLOEXEC) {
                 Ok(socket) => {
@@ -458,5 +460,23 @@ mod tests {
             drop(listener);
             assert_eq!(is_blocking(), blocking);
         }
+    }
+
+    /// The first of two migrations that share a listener put the mode back, and the other one could wait for a connection that a third
+    /// process had taken, in a call that neither a limit nor a stop ends.
+    #[test]
+    fn a_listener_whose_duplicate_has_its_mode_back_never_waits_in_accept() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let ours = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = ours.local_addr().unwrap();
+            let listen = || SocketListener::new(ours.try_clone().unwrap().into(), Uri::from(address)).unwrap();
+            let (first, mut second) = (listen(), listen());
+            drop(first);
+            assert!(!fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK), "it is as it was before the first");
+            assert!(second.try_accept().unwrap().is_none());
+            let stopper = second.stopper().unwrap();
+            stopper.stop();
+            assert_eq!(second.accept(None).err().unwrap().kind(), io::ErrorKind::Interrupted);
+        });
     }
 }
