@@ -164,6 +164,36 @@ pub fn elsewhere_text(blocks: &[Block]) -> String {
     )
 }
 
+/// The devices of which a part of the state came in packets on channels, as `packeted-devices` of the report; nothing where there are none.
+pub fn packeted_json(checkpoint: &Checkpoint) -> Option<Value> {
+    let devices: Vec<Value> = checkpoint
+        .packeted_devices()
+        .iter()
+        .map(|device| {
+            json!({
+                "name": device.name, "instance": device.instance, "packets": device.packets, "bytes": device.bytes,
+            })
+        })
+        .collect();
+    (!devices.is_empty()).then(|| json!(devices))
+}
+
+/// The same for people.
+pub fn packeted_text(checkpoint: &Checkpoint) -> String {
+    let devices = checkpoint.packeted_devices();
+    if devices.is_empty() {
+        return String::new();
+    }
+    let lines = devices.iter().map(|device| {
+        let name = printable::line(&device.name).to_string();
+        format!("    {name} instance {}: {} packets, {}\n", device.instance, device.packets, table::bytes(device.bytes))
+    });
+    format!(
+        "\n  Device state that came in packets on channels; only multifd send and multifd restore, with channels, carry it to a QEMU:\n{}",
+        lines.collect::<String>()
+    )
+}
+
 /// Device state, cut into sections as far as its description allows.
 pub struct Devices<'a> {
     early: &'a [u8],

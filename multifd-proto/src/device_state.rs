@@ -1,7 +1,8 @@
 //! Device-state packets: parts of the state of one device, on the channels.
 //!
 //! The header is QEMU's (`MultiFDPacketDeviceState_t`), where only devices of the VFIO class send such packets, with a payload of
-//! their own. Those are [refused by name](device_state_refusal). Between two ends that agreed on the extension
+//! their own. A VM cannot take what it does not understand: there they are [refused by name](device_state_refusal). A checkpoint keeps
+//! each as it is ([`OpaquePacket`]). Between two ends that agreed on the extension
 //! [`StatePackets`](crate::extension::Extension::StatePackets) the payload has a number in front of the state:
 //!
 //! | offset | size | field                                                                       |
@@ -58,14 +59,47 @@ impl<'a> StatePacket<'a> {
     pub fn encode_into(&self, head: &mut [u8]) {
         assert_eq!(head.len(), HEAD_LEN, "the head has a size of its own");
         head.fill(0);
-        head[..4].copy_from_slice(&MAGIC.to_be_bytes());
-        head[4..8].copy_from_slice(&VERSION.to_be_bytes());
-        head[8..12].copy_from_slice(&DEVICE_STATE.to_be_bytes());
-        // The last byte of the field is a NUL.
-        head[NAME_AT..INSTANCE_AT - 1][..self.name.len()].copy_from_slice(self.name.as_bytes());
-        head[INSTANCE_AT..][..4].copy_from_slice(&self.instance.to_be_bytes());
-        head[INSTANCE_AT + 4..][..4].copy_from_slice(&(NUMBER_LEN + self.len).to_be_bytes());
+        encode_header(head, self.name, self.instance, NUMBER_LEN + self.len);
         head[DEVICE_STATE_LEN..].copy_from_slice(&self.number.to_be_bytes());
+    }
+}
+
+/// The header of a packet whose payload only the device understands that has sent it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpaquePacket<'a> {
+    /// The name of the section.
+    pub name: &'a str,
+    /// The instance of the section.
+    pub instance: u32,
+    /// Bytes of payload that follow: 1 to [`MAX_OPAQUE`].
+    pub len: u32,
+}
+
+impl<'a> OpaquePacket<'a> {
+    /// Checks the header of a packet; `header` is [`DEVICE_STATE_LEN`] bytes long.
+    ///
+    /// # Errors
+    /// It is too short, no device-state packet, has no name or one that does not end, or an impossible length.
+    pub fn decode(header: &'a [u8]) -> Result<OpaquePacket<'a>, ProtocolError> {
+        let Header { name, instance, payload_len: len } = Header::decode(header)?;
+        if header[INSTANCE_AT - 1] != 0 && !header[NAME_AT..INSTANCE_AT].contains(&0) {
+            return Err(DecodeError::BlockNameInvalid { name: escape(&header[NAME_AT..INSTANCE_AT]) }.into());
+        }
+        let name = name_text(name)?;
+        match len {
+            1..=MAX_OPAQUE => Ok(OpaquePacket { name, instance, len }),
+            size => Err(Violation::OpaquePacketSize { size, limit: MAX_OPAQUE }.into()),
+        }
+    }
+
+    /// The header as QEMU sends it.
+    ///
+    /// # Panics
+    /// The name is longer than 255 bytes.
+    pub fn encode(&self) -> [u8; DEVICE_STATE_LEN] {
+        let mut header = [0; DEVICE_STATE_LEN];
+        encode_header(&mut header, self.name, self.instance, self.len);
+        header
     }
 }
 
@@ -77,6 +111,17 @@ pub fn device_state_refusal(header: &[u8]) -> ProtocolError {
         }
         Err(error) => error.into(),
     }
+}
+
+/// Writes the header as QEMU has it over the zeros in `head`.
+fn encode_header(head: &mut [u8], name: &str, instance: u32, payload_len: u32) {
+    head[..4].copy_from_slice(&MAGIC.to_be_bytes());
+    head[4..8].copy_from_slice(&VERSION.to_be_bytes());
+    head[8..12].copy_from_slice(&DEVICE_STATE.to_be_bytes());
+    // The last byte of the field is a NUL.
+    head[NAME_AT..INSTANCE_AT - 1][..name.len()].copy_from_slice(name.as_bytes());
+    head[INSTANCE_AT..][..4].copy_from_slice(&instance.to_be_bytes());
+    head[INSTANCE_AT + 4..][..4].copy_from_slice(&payload_len.to_be_bytes());
 }
 
 /// The header as QEMU has it.
@@ -108,6 +153,9 @@ pub const HEAD_LEN: usize = DEVICE_STATE_LEN + NUMBER_LEN as usize;
 
 /// The most state in one packet.
 pub const MAX_STATE: u32 = 1 << 20;
+
+/// The most payload of an [`OpaquePacket`]. No known device has more than a few MiB in one.
+pub const MAX_OPAQUE: u32 = 256 << 20;
 
 const NUMBER_LEN: u32 = 8;
 const NAME_AT: usize = 12;
@@ -161,6 +209,33 @@ mod tests {
             let error = StatePacket::decode(&head).unwrap_err();
             assert!(matches!(error, ProtocolError::Decode(DecodeError::BlockNameInvalid { .. })), "{error}");
         }
+    }
+
+    #[test]
+    fn a_header_with_an_opaque_payload_survives_the_wire_and_is_checked() {
+        let longest = "n".repeat(255);
+        for (name, len) in [("0000:00:02.0/vfio", 1), (&longest, MAX_OPAQUE)] {
+            let packet = OpaquePacket { name, instance: 7, len };
+            let header = packet.encode();
+            assert_eq!(OpaquePacket::decode(&header), Ok(packet));
+            let error = OpaquePacket::decode(&header[..275]).unwrap_err();
+            assert_eq!(error, DecodeError::Truncated { needed: 1 }.into());
+        }
+        let header = |change: &dyn Fn(&mut [u8])| {
+            let mut header = OpaquePacket { name: "gpu", instance: 0, len: 8 }.encode();
+            change(&mut header);
+            OpaquePacket::decode(&header).map(|packet| packet.len)
+        };
+        for size in [0, MAX_OPAQUE + 1, u32::MAX] {
+            let refused = Violation::OpaquePacketSize { size, limit: MAX_OPAQUE };
+            assert_eq!(header(&|bytes| bytes[272..276].copy_from_slice(&size.to_be_bytes())), Err(refused.into()));
+        }
+        for name in [&b"\0"[..], b"\xff\0", &[b'n'; 256]] {
+            let error = header(&|bytes| bytes[12..12 + name.len()].copy_from_slice(name)).unwrap_err();
+            assert!(matches!(error, ProtocolError::Decode(DecodeError::BlockNameInvalid { .. })), "{error}");
+        }
+        // What stands behind the NUL is of no meaning.
+        assert_eq!(header(&|bytes| bytes[16..268].fill(7)), Ok(8));
     }
 
     #[test]

@@ -317,8 +317,8 @@ pub enum Violation {
     },
     /// A packet with device state instead of pages, which only some assigned devices use.
     #[error(
-        "device-state packet for \"{name}\" instance {instance}: device state on channels is taken from no QEMU; unplug this device \
-         before the migration"
+        "device-state packet for \"{name}\" instance {instance}: nothing here can take a part of its state from a channel; a checkpoint \
+         of a QEMU's whole VM can (multifd receive, multifd checkpoint), or unplug this device before the migration"
     )]
     DeviceStatePacketRefused {
         /// The section it belongs to, escaped.
@@ -334,6 +334,29 @@ pub enum Violation {
         /// The most that is taken.
         limit: u32,
     },
+    /// A device-state packet without payload, or with more than one may have.
+    #[error("device-state packet with {size} bytes, expected 1 to {limit}")]
+    OpaquePacketSize {
+        /// The length that the packet says.
+        size: u32,
+        /// The most that is taken.
+        limit: u32,
+    },
+    /// More device-state packets than are kept, or of more sections.
+    #[error("device state comes in more packets, or for more sections, than are kept: {limit}")]
+    TooManyStatePackets {
+        /// The limit.
+        limit: u64,
+    },
+    /// More device state in packets than is kept.
+    #[error("more than {limit} bytes of device state on channels")]
+    TooMuchPacketedState {
+        /// The limit.
+        limit: u64,
+    },
+    /// A record of a device-state packet in a file that ends in its middle, or is of no channel.
+    #[error("the record of a device-state packet is cut, or names no channel")]
+    KeptPacketCut,
     /// A number that another device-state packet has had.
     #[error("device-state packet {number} came before")]
     StatePacketTwice {

@@ -119,6 +119,15 @@ pub enum Error {
         /// What came in place of the confirmation.
         reason: Box<Error>,
     },
+    /// A channel broke that may have had more device state, after the source was told that its VM is safe. The source still has the VM, paused;
+    /// what was kept of it may not be all.
+    #[error(
+        "{reason}: a part of the device state on channels may be missing, and the source was told before that all is here; its VM is still there, paused"
+    )]
+    StateOnChannels {
+        /// How it broke.
+        reason: Box<Error>,
+    },
     /// It failed after the source had begun to switch to postcopy, where it gives its VM away before all memory has moved.
     ///
     /// The VM does not run here. The source still has all of it. Some sources let it run again by themselves: a QEMU from 10.0 on that has
@@ -540,6 +549,17 @@ pub enum Mismatch {
     /// A source that has no channels was told to compress.
     #[error("pages that main carries are not compressed; expected at least 1 channel, or no compression")]
     CompressionNeedsChannels,
+    /// A stream carries device-state packets again, which QEMU sends on channels that do not compress.
+    #[error(
+        "the state of device {name:?} instance {instance} is in packets that are sent on channels without compression; expected at least 1 \
+         channel, and no compression"
+    )]
+    PacketsNeedChannels {
+        /// The section of the device.
+        name: String,
+        /// Its instance.
+        instance: u32,
+    },
     /// Another number of channels was expected.
     #[error("{opened} channels were opened, {expected} were expected")]
     Channels {

@@ -171,6 +171,21 @@ pub(super) struct File {
     pub stream_offset: Option<u64>,
 }
 
+/// The state of one device that came in packets on channels.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "kebab-case", deny_unknown_fields)]
+#[expect(dead_code, reason = "types for the schema")]
+pub(super) struct PacketedDevice {
+    /// The name of its section.
+    pub name: String,
+    /// The instance.
+    pub instance: u32,
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of their payloads.
+    pub bytes: u64,
+}
+
 /// A RAM block.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "kebab-case", deny_unknown_fields)]
@@ -376,6 +391,8 @@ report! {
         ram_blocks: Option<Vec<RamBlock>>,
         /// RAM blocks whose memory is not here, where there are any: this is not a whole VM.
         memory_elsewhere: Option<Vec<String>>,
+        /// Devices of which a part of the state came in packets on channels, where there are any: only a way with channels carries it.
+        packeted_devices: Option<Vec<PacketedDevice>>,
         /// Bytes of device state.
         device_state_bytes: Option<u64>,
         /// SHA-256 of it, where it was asked for.

@@ -191,6 +191,10 @@ fn mapped_ram(args: &ConvertArgs, image: Image, preamble: Vec<u8>, stop: &Stop) 
         writer = writer.whole_only();
     }
     let begin = writer.stream_offset();
+    if let Content::Checkpoint(checkpoint) = &image.content {
+        // It goes through a plain stream.
+        checkpoint.check_needs_no_channels()?;
+    }
     match image.content {
         Content::Stream(stream) => receive(args, stream, &mut writer, stop)?,
         Content::Checkpoint(checkpoint) => copy(args, &checkpoint, &mut writer, stop)?,
@@ -228,6 +232,7 @@ fn stream(args: &ConvertArgs, image: Image, preamble: &[u8], stop: &Stop) -> Res
         let mut out = StreamOut::new(stop)?;
         let checkpoint = image.into_checkpoint(&std::env::temp_dir(), stop, &args.output)?;
         whole_for_libvirt(args, &checkpoint)?;
+        checkpoint.check_needs_no_channels()?;
         let written = out.write_all(preamble).and_then(|()| checkpoint.write_stream(&mut out));
         written.map_err(|error| format!("writing to the standard output: {error}"))?;
         let length = out.written();

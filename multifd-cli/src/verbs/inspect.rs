@@ -136,6 +136,9 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint, stop: &Stop) 
     report.insert("capabilities".to_owned(), json!(checkpoint.capabilities()));
     report.insert("uuid".to_owned(), json!(checkpoint.uuid().as_ref().map(describe::uuid)));
     add_state(&mut report, args, &blocks, &devices, (checkpoint.sections(), checkpoint.vmdescription()));
+    if let Some(packeted) = describe::packeted_json(checkpoint) {
+        report.insert("packeted-devices".to_owned(), packeted);
+    }
     let mut text = format!(
         "{}: checkpoint (mapped-ram migration file), {}, {} on disk\n  machine {}\n",
         args.path.display(),
@@ -148,6 +151,7 @@ fn inspect_checkpoint(args: &InspectArgs, checkpoint: &Checkpoint, stop: &Stop) 
     }
     text.push_str(&describe::blocks_text(&blocks));
     text.push_str(&describe::elsewhere_text(&blocks));
+    text.push_str(&describe::packeted_text(checkpoint));
     text.push_str(&devices.text(args.devices));
     text.push_str(&extracted.unwrap_or_default());
     Ok(Outcome::done(report, text))
@@ -275,7 +279,8 @@ fn stream_json(account: &Account) -> Map<String, Value> {
         .map(|channel| {
             json!({
                 "id": channel.id.0, "bytes": channel.bytes, "packets": channel.packets, "sync": channel.sync,
-                "sync-with-pages": channel.sync_with_pages, "empty": channel.empty, "stale-size": channel.stale_size,
+                "sync-with-pages": channel.sync_with_pages, "empty": channel.empty, "device-state": channel.state,
+                "stale-size": channel.stale_size,
                 "normal": channel.normal, "duplicate": channel.zero, "payload": channel.payload,
                 "compression": channel.compression.map(compression_name),
             })

@@ -135,6 +135,19 @@ pub enum CheckpointError {
         /// The blocks whose memory is elsewhere.
         blocks: BlockNames,
     },
+    /// A part of the state of a device came in packets on the channels, and what was asked for has no channels.
+    #[error(
+        "{path:?} has state of device {name:?} instance {instance} that came in packets on channels, and this way has none to send it on: \
+         multifd send with channels, or multifd restore, carry it to a QEMU"
+    )]
+    NeedsChannels {
+        /// The file.
+        path: PathBuf,
+        /// The section of the device.
+        name: String,
+        /// Its instance.
+        instance: u32,
+    },
     /// RAM blocks that cannot be handled.
     #[error("{path:?}: {source}")]
     Ram {

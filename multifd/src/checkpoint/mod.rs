@@ -1,7 +1,8 @@
 //! Checkpoints: a VM in one file, which is a mapped-ram migration stream as QEMU writes and reads it.
 //!
 //! ```text
-//! header, configuration { mapped-ram, uuid } · [early devices] · START ram { name, length, header | bitmap | pages; … } · early devices
+//! header, configuration { mapped-ram, uuid } · [early devices] · START ram { name, length, header | bitmap | pages; … } · [packets]
+//!     · early devices
 //!     · END ram · FULL device … · end of state · vmdescription
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 mod directory;
 mod error;
+mod kept_packets;
 mod kind;
 mod output;
 mod page_file;
@@ -34,6 +36,8 @@ mod forged_ends;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod one_way_tests;
 #[cfg(all(test, not(any(loom, shuttle))))]
+mod packets_tests;
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod snapshots;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
@@ -43,12 +47,13 @@ pub(crate) use self::{
     page_file::PageFile,
     pages::FilePages,
     read::Stamp,
-    tail::{Tail, section_beside_ram},
+    tail::{QUIET, Tail, section_beside_ram},
 };
 pub use multifd_proto::vmdesc::CutError;
 
 pub use self::{
     error::{BlockNames, CheckpointError},
+    kept_packets::{KeptPackets, PacketedDevice},
     page_file::DirectWrites,
     read::{BlockReader, Checkpoint, CheckpointBlock},
     source::CheckpointSource,

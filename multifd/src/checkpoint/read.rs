@@ -13,14 +13,17 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName, ProtocolError, Step,
+    BlockName, ProtocolError, Step, Violation,
     bodies::BodyScanner,
     encoder::MainEncoder,
     ram::BlockEntry,
-    stream::{Item, MainDecoder, SectionKind, StreamError},
+    stream::{Item, MainDecoder, Section, SectionKind, StreamError},
 };
 
-use super::{CheckpointError, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, Tail, kind, tail::check_early_state};
+use super::{
+    CheckpointError, KeptPackets, MAX_DEVICE_STATE, MAX_RAM, PAGE_SIZE, PacketedDevice, Tail, kept_packets, kind,
+    tail::check_early_state,
+};
 use crate::{beside_ram::BesideRam, dirty_bitmap::DirtyBitmap, layout::Layout};
 
 /// A checkpoint that was opened and checked.
@@ -169,6 +172,29 @@ impl Checkpoint {
         }
     }
 
+    /// The devices of which a part of the state came in packets on channels, opaque to all but the device; none, mostly. Only a way with
+    /// channels carries them.
+    pub fn packeted_devices(&self) -> &[PacketedDevice] {
+        self.stream.packets.as_ref().map_or(&[], KeptPackets::devices)
+    }
+
+    /// Verifies that a way without channels can carry all of it.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NeedsChannels`].
+    pub fn check_needs_no_channels(&self) -> Result<(), CheckpointError> {
+        match self.packeted_devices().first() {
+            None => Ok(()),
+            Some(PacketedDevice { name, instance, .. }) => {
+                Err(CheckpointError::NeedsChannels { path: self.path.clone(), name: name.clone(), instance: *instance })
+            }
+        }
+    }
+
+    pub(super) fn packets(&self) -> Option<&KeptPackets> {
+        self.stream.packets.as_ref()
+    }
+
     /// The numbering of all pages.
     pub fn layout(&self) -> &Layout {
         &self.layout
@@ -305,6 +331,8 @@ struct Stream {
     ram_section: u32,
     /// Each with a mapped-ram header that was checked.
     blocks: Vec<BlockEntry>,
+    /// Device-state packets, where there are any.
+    packets: Option<KeptPackets>,
     beside_ram: BesideRam,
     tail: Tail,
 }
@@ -361,6 +389,10 @@ impl FileReader<'_> {
                     stream.tail = self.tail(stream.beside_ram.early())?;
                     return Ok(stream);
                 }
+                Item::Section(section) if section.name == kept_packets::SECTION => {
+                    let taken = self.packets(begin, &section, &mut stream.packets)?;
+                    decoder.body_taken(taken);
+                }
                 Item::Section(section) => {
                     let ram_section = decoder.ram_section();
                     let scanner = BodyScanner::new(&section, ram_section);
@@ -398,6 +430,28 @@ impl FileReader<'_> {
             Err(Some(end)) => Err(self.longer_than(self.at + end as u64)),
             Err(None) => Err(self.truncated()),
         }
+    }
+
+    /// The section of device-state packets, whose head is at `begin`. Returns the length of its body.
+    fn packets(
+        &mut self,
+        begin: u64,
+        section: &Section,
+        packets: &mut Option<KeptPackets>,
+    ) -> Result<u64, CheckpointError> {
+        if packets.is_some() || section.kind != SectionKind::Full || section.version != 1 {
+            let (element, place) = ("section multifd/device-state", "a second time, in parts, or of a newer version");
+            return Err(self.refused(begin, Violation::UnexpectedElement { element, place }));
+        }
+        self.need(kept_packets::LENGTH_LEN as usize)?;
+        let len = u64::from_be_bytes(*self.buf.first_chunk().expect("as many as are needed"));
+        self.skip(kept_packets::LENGTH_LEN);
+        if len > self.len - self.at {
+            return Err(self.truncated());
+        }
+        *packets = Some(KeptPackets::read(self.file, self.path, self.at, len)?);
+        self.skip(len);
+        Ok(kept_packets::LENGTH_LEN + len)
     }
 
     /// The body of a section beside `ram`, whose end `scanner` finds, with `before` bytes of others before it.

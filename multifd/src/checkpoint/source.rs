@@ -98,7 +98,12 @@ impl Checkpoint {
             None => Vec::new(),
             Some(_) => self.blocks().iter().map(CheckpointBlock::listed).collect(),
         };
-        options.qemu.replay = Replay { ram_section: self.ram_section(), beside_ram: self.beside_ram().clone(), listed };
+        options.qemu.replay = Replay {
+            ram_section: self.ram_section(),
+            beside_ram: self.beside_ram().clone(),
+            listed,
+            packets: self.packets().cloned(),
+        };
         options.format.untouched = Untouched::Name;
         options.qemu.flush = Flush::Late;
     }

@@ -11,6 +11,8 @@ use multifd_proto::{
     command::Command, encoder::MainEncoder, machine::MachineDefaults, ram::BlockEntry, stream::X_IGNORE_SHARED,
 };
 
+#[cfg(doc)]
+use super::CheckpointError;
 use super::{Checkpoint, PAGE_SIZE, pending::PendingFile};
 use crate::{error::Error, stop::StopHandle};
 
@@ -19,8 +21,9 @@ impl Checkpoint {
     /// memory is [elsewhere](Self::memory_elsewhere) says so, and QEMU takes it with `x-ignore-shared` on.
     ///
     /// # Errors
-    /// Those of `out`, and of the file, which say so.
+    /// Those of `out`, and of the file, which say so. [`CheckpointError::NeedsChannels`], as the source of the error.
     pub fn write_stream(&self, out: &mut dyn Write) -> io::Result<()> {
+        self.check_needs_no_channels().map_err(io::Error::other)?;
         let mut encoder = MainEncoder::default();
         self.beginning(&mut encoder);
         let mut part = Vec::with_capacity(READ_SIZE);
@@ -40,6 +43,7 @@ impl Checkpoint {
     /// [`Error::Cancelled`] when `stop` was told to; [`Error::Checkpoint`]. The file is not there then, and one that was to be
     /// replaced still is, unless the error is [`Published`](super::CheckpointError::Published).
     pub fn save_stream(&self, path: &Path, replace: bool, preamble: &[u8], stop: &StopHandle) -> Result<u64, Error> {
+        self.check_needs_no_channels()?;
         let mut pending = PendingFile::create(path, replace)?;
         let mut out = UntilStopped { out: &**pending.file(), stop, written: 0 };
         let written = out.write_all(preamble).and_then(|()| self.write_stream(&mut out)).map(|()| out.written);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use multifd_proto::{
-    BlockName,
+    BlockName, Violation,
     command::{BodyLength, Command},
     encoder::MainEncoder,
     machine::MachineDefaults,
@@ -22,12 +22,15 @@ use multifd_proto::{
 };
 
 use super::{
-    Checkpoint, CheckpointError, DirectWrites, FilePages, MAX_RAM, PAGE_SIZE, Tail, output::Output,
-    pending::PendingFile, tail,
+    Checkpoint, CheckpointError, DirectWrites, FilePages, MAX_RAM, PAGE_SIZE, Tail,
+    kept_packets::{self, PacketsFile},
+    output::Output,
+    pending::PendingFile,
+    tail,
 };
 use crate::{
     beside_ram::BesideRam,
-    destination::{Body, Destination, MainReader, PageSink, Report, StreamHead, Target},
+    destination::{Body, Destination, MainReader, OpaqueSink, PageSink, Report, StreamHead, Target},
     error::Error,
     progress::Observer,
     sync::Arc,
@@ -44,6 +47,8 @@ pub struct Writer {
     ram: Option<ReceivedRam>,
     beside_ram: BesideRam,
     tail: Tail,
+    /// Of the VM, once everything has arrived.
+    uuid: Option<[u8; 16]>,
 }
 
 /// What came before the first page, and the pages.
@@ -53,6 +58,8 @@ struct ReceivedRam {
     /// Blocks in the order of the stream, with the place of their pages.
     blocks: Vec<BlockEntry>,
     pages: Arc<FilePages>,
+    /// Device-state packets, where the file can have some.
+    packets: Option<Arc<PacketsFile>>,
 }
 
 impl ReceivedRam {
@@ -90,7 +97,7 @@ impl Writer {
     fn into_output(file: Output) -> Writer {
         let (beside_ram, tail) = (BesideRam::default(), Tail::default());
         let direct = DirectWrites::Auto;
-        Writer { file, direct, preamble: Vec::new(), whole_only: false, ram: None, beside_ram, tail }
+        Writer { file, direct, preamble: Vec::new(), whole_only: false, ram: None, beside_ram, tail, uuid: None }
     }
 
     /// Says whether pages are written past the page cache; [`DirectWrites::Auto`] where it is not said. Of no effect on a
@@ -165,9 +172,9 @@ impl Writer {
         Ok((metadata.len(), metadata.blocks() * 512))
     }
 
-    /// Writes everything but the pages.
-    fn write_stream(&self, uuid: Option<[u8; 16]>) -> Result<(), CheckpointError> {
-        let Some(ram) = &self.ram else { return Ok(()) };
+    /// Writes everything but the pages. Returns where it ends.
+    fn write_stream(&self, uuid: Option<[u8; 16]>) -> Result<u64, CheckpointError> {
+        let Some(ram) = &self.ram else { return Ok(0) };
         let file: &File = self.file.file();
         let write = |bytes: &[u8], at| file.write_all_at(bytes, at).map_err(self.file.error("writing to it"));
         let is_whole = !ram.lists_addresses() || ram.elsewhere().next().is_none();
@@ -192,12 +199,22 @@ impl Writer {
             ram.pages.write_bitmap(index, bitmap_offset).map_err(self.file.error("writing to it"))?;
             at = placed.next_entry(entry.used_len);
         }
-        out.eos().footer(ram.section).raw(self.beside_ram.behind_ram_start()).raw(self.beside_ram.in_parts());
+        out.eos().footer(ram.section);
+        if let Some(packets) = &ram.packets
+            && let Some(end) = packets.finish().map_err(self.file.error("writing to it"))?
+        {
+            write(&out.bytes, at)?;
+            debug_assert_eq!(at + out.bytes.len() as u64, packets.begin());
+            out.bytes.clear();
+            at = end;
+        }
+        out.raw(self.beside_ram.behind_ram_start()).raw(self.beside_ram.in_parts());
         if MachineDefaults::of(&ram.machine).is_some_and(|defaults| defaults.switchover_start) {
             out.command(&Command::SwitchoverStart);
         }
         out.ram_part(ram.section, true).eos().footer(ram.section).raw(&self.tail.to_bytes());
-        write(&out.bytes, at)
+        write(&out.bytes, at)?;
+        Ok(at + out.bytes.len() as u64)
     }
 }
 
@@ -223,6 +240,11 @@ impl Writer {
     }
 
     fn keep_beside_ram(&mut self, section: &Section, main: &mut MainReader) -> Result<(), Error> {
+        if section.name == kept_packets::SECTION {
+            // In the file it would be read as packets.
+            let (element, place) = ("section multifd/device-state", "on main: only a checkpoint file has it");
+            return Err(Error::protocol(main.place())(Violation::UnexpectedElement { element, place }));
+        }
         let bytes = tail::section_beside_ram(section, main, self.beside_ram.bytes())?;
         self.beside_ram.push(section, &bytes, self.ram.is_some());
         Ok(())
@@ -258,8 +280,31 @@ impl Target for Writer {
         file.reserve(at);
         let pages = Arc::new(FilePages::new(file, path, head.layout.clone(), first)?);
         let (machine, section) = (head.machine.clone(), head.ram_section);
-        self.ram = Some(ReceivedRam { machine, section, blocks, pages: pages.clone() });
+        // libvirt has a QEMU load the file by itself, and the place behind blocks that are left out is not known yet.
+        let packets = (self.preamble.is_empty() && !lists_addresses).then(|| {
+            let begin = at + MainEncoder::default().eos().footer(section).bytes.len() as u64;
+            Arc::new(PacketsFile::new(self.file.file().clone(), self.file.path(), begin, section))
+        });
+        self.ram = Some(ReceivedRam { machine, section, blocks, pages: pages.clone(), packets });
         Ok(pages)
+    }
+
+    fn opaque_sink(&self) -> Option<Arc<dyn OpaqueSink>> {
+        let packets = self.ram.as_ref()?.packets.clone()?;
+        Some(packets)
+    }
+
+    /// They are behind the end of the file, which is complete without them.
+    fn late_packets(&mut self, all: bool) -> Result<(), Error> {
+        let Some(packets) = self.ram.as_ref().and_then(|ram| ram.packets.clone()) else { return Ok(()) };
+        if !all {
+            return Ok(packets.forget_late().map_err(self.file.error("leaving out a device-state packet"))?);
+        }
+        tracing::warn!("device state came on channels after a pause; the checkpoint is completed with it");
+        packets.unite().map_err(self.file.error("putting device-state packets into place"))?;
+        let end = self.write_stream(self.uuid)?;
+        self.file.file().set_len(end).map_err(self.file.error("ending it"))?;
+        Ok(self.file.sync()?)
     }
 
     fn section(
@@ -321,8 +366,12 @@ impl Target for Writer {
             let path = self.file.path().to_owned();
             return Err(CheckpointError::MemoryElsewhere { path, blocks: blocks.into() }.into());
         }
-        self.write_stream(uuid)?;
+        self.uuid = uuid;
+        let end = self.write_stream(uuid)?;
         if let Some(ram) = &self.ram {
+            if let Some(packets) = &ram.packets {
+                packets.seal(end);
+            }
             ram.pages.punch_holes();
         }
         Ok(self.file.sync()?)

@@ -8,13 +8,13 @@ use std::io;
 use multifd_proto::{
     BlockName, ChannelId, Mismatch, ProtocolError, Violation,
     channel_end::{End, Meaning, Reached, meaning},
-    device_state::{self, StatePacket},
+    device_state::{self, OpaquePacket, StatePacket},
     packet::{self, Compression, Hello, PREFIX_LEN, Prefix, RamPacket},
     rounds::{Party, Sync},
 };
 
 use super::{
-    PageSink, Scratch,
+    OpaqueSink, PageSink, Scratch,
     connections::Stage,
     greeting::{Refused, is_timeout, unlimited},
     shared::{Pages, Shared},
@@ -139,6 +139,7 @@ impl<'a> ReceiveChannel<'a> {
         match (meaning(reached, end), ended) {
             (Meaning::Fatal | Meaning::Replace, Err(error)) | (_, Err(error @ Error::Stopped)) => Err(error),
             (_, ended) => {
+                self.shared.opaque.channel_ended(ended.is_err().then(|| self.place()));
                 if let Err(error) = ended {
                     tracing::debug!(channel = %self.id, %error, "a channel ends that has brought all");
                 }
@@ -199,6 +200,7 @@ impl<'a> ReceiveChannel<'a> {
         self.shared.options.trace.step(|| Step::Arrive(Party::Channel(self.id)));
         self.shared.welcome(&self.hello);
         self.shared.state.channel_joined();
+        self.shared.opaque.channel_joined();
         self.shared.progress.add_channel_bytes(self.id, self.received);
         self.rounds = 1;
         Ok(true)
@@ -270,7 +272,10 @@ impl<'a> ReceiveChannel<'a> {
     fn state(&mut self, place: Place) -> Result<(), Error> {
         let window = self.shared.state.clone();
         if !window.is_agreed() {
-            return Err(Error::protocol(place)(device_state::device_state_refusal(&self.header)));
+            return match self.pages.as_ref().and_then(|pages| pages.opaque.clone()) {
+                Some(sink) => self.opaque_state(&*sink, place),
+                None => Err(Error::protocol(place)(device_state::device_state_refusal(&self.header))),
+            };
         }
         if !self.shared.rounds_are_over() {
             let (element, at) = ("device-state packet", "before the last round is over");
@@ -303,6 +308,44 @@ impl<'a> ReceiveChannel<'a> {
         Ok(())
     }
 
+    /// Keeps the device-state packet whose header is at `place`: nothing here understands it. It is no page and may come in any round;
+    /// what is on the channel before it was taken.
+    fn opaque_state(&mut self, sink: &dyn OpaqueSink, place: Place) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        if !shared.opaque.may_come(shared.rounds_are_over()) {
+            let (element, at) = ("device-state packet", "after the last round");
+            return Err(Error::protocol(place)(Violation::UnexpectedElement { element, place: at }));
+        }
+        shared.opaque.begin();
+        let header = &self.header[..packet::DEVICE_STATE_LEN];
+        let packet = OpaquePacket::decode(header).map_err(Error::protocol(place))?;
+        let len = packet.len as usize;
+        let mut to = sink.reserve(self.id, header, &packet)?.map_err(Error::protocol(place))?;
+        // What was read with the header.
+        let behind = packet::DEVICE_STATE_LEN..self.filled;
+        let here = behind.len().min(len);
+        sink.write(&self.header[behind.start..behind.start + here], to)?;
+        self.ahead = behind.len() - here;
+        self.header.copy_within(behind.start + here..self.filled, 0);
+        to += here as u64;
+        self.received += (packet::DEVICE_STATE_LEN + here) as u64;
+        let mut left = len - here;
+        while left > 0 {
+            self.payload.resize(left.min(PIECE), 0);
+            self.stream.read_exact(&mut self.payload).map_err(Error::io(self.place()))?;
+            sink.write(&self.payload, to)?;
+            let taken = self.payload.len();
+            (to, left) = (to + taken as u64, left - taken);
+            self.received += taken as u64;
+            shared.pulse.add(taken);
+        }
+        self.within = false;
+        shared.pulse.add(packet::DEVICE_STATE_LEN + here);
+        shared.progress.add_channel_bytes(self.id, (packet::DEVICE_STATE_LEN + len) as u64);
+        shared.opaque.end();
+        Ok(())
+    }
+
     /// Waits until the round of the last SYNC is over: only then anything of the next one may be applied.
     fn pass(&mut self) -> Result<(), Error> {
         self.shared.pass(self.arrived.take())?;
@@ -329,7 +372,7 @@ impl<'a> ReceiveChannel<'a> {
             self.shared.begin(self.id, place)?;
         }
         self.packets += 1;
-        let Some(Pages { layout, sink, audit }) = self.pages.clone() else {
+        let Some(Pages { layout, sink, audit, .. }) = self.pages.clone() else {
             return Err(Error::protocol(place)(Violation::PageBeforeFirstSync));
         };
         let name = packet.block_name().map_err(Error::protocol(place))?;
@@ -428,6 +471,9 @@ impl<'a> ReceiveChannel<'a> {
         Place { connection: Connection::Channel(self.id), offset: self.received + further as u64 }
     }
 }
+
+/// Bytes of an opaque payload that are in memory at a time.
+const PIECE: usize = 1 << 20;
 
 /// The position of the block called `name`.
 fn find(layout: &Layout, name: &str) -> Result<usize, ProtocolError> {

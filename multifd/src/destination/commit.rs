@@ -32,6 +32,9 @@ impl Run {
             }
             _ => self.nothing_is_missing()?,
         }
+        if self.report.mode == Mode::Live {
+            self.opaque_state_is_here()?;
+        }
         // A source without uuid names one of zeros.
         let named = lock(&self.shared.seen).uuid.filter(|uuid| *uuid != [0; 16]);
         // What it takes to make everything durable is not the source's silence.
@@ -132,6 +135,9 @@ impl Run {
         if let Err(error) = self.main().await_close(timeout, &mut rest, MAX_DEVICE_STATE) {
             tracing::debug!(%error, "while waiting for the source to close main");
         }
-        if rest.is_empty() { Ok(()) } else { target.rest(&rest) }
+        if !rest.is_empty() {
+            target.rest(&rest)?;
+        }
+        self.opaque_state_ends(target)
     }
 }

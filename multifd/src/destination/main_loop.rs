@@ -100,6 +100,7 @@ impl Run {
                     return Err(Mismatch::Channels { opened, expected }.into());
                 }
                 lock(&self.shared.seen).main_token = offer.token;
+                self.shared.opaque.is_of_ours();
                 self.offer = Some(offer);
             }
             _ => {}
@@ -265,7 +266,8 @@ impl Run {
             true => Some(Arc::new(Audit::new(layout.clone())?)),
             false => None,
         };
-        *lock(&self.shared.pages) = Some(Pages { layout, sink: sink.clone(), audit: self.audit.clone() });
+        let (sink_of_pages, audit, opaque) = (sink.clone(), self.audit.clone(), target.opaque_sink());
+        *lock(&self.shared.pages) = Some(Pages { layout, sink: sink_of_pages, audit, opaque });
         self.sink = Some(sink);
         Ok(())
     }

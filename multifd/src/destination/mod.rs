@@ -21,6 +21,7 @@ mod main_reader;
 mod main_watch;
 mod members;
 mod named;
+mod opaque_state;
 mod options;
 mod packeted_body;
 mod postcopy;
@@ -51,6 +52,7 @@ use self::{
 pub(crate) use self::{
     bounded_body::take_bounded,
     main_reader::{MainReader, more_bytes},
+    opaque_state::OpaqueSink,
     sink::{PageBits, PageSink, Scratch},
     target::{Body, StreamHead, Target},
 };
@@ -150,6 +152,8 @@ struct Run {
     ack_timing: AckTiming,
     /// Pages named on main.
     main_pages: u64,
+    /// Device-state packets that are made to last.
+    opaque_packets: u64,
     /// Pages of main that are going to be put into place together.
     gathered: main_pages::Gathered,
     /// What the source offered, and what both ends agreed on.
@@ -209,6 +213,7 @@ impl Run {
             return_path: false,
             ack_timing,
             main_pages: 0,
+            opaque_packets: 0,
             gathered: main_pages::Gathered::default(),
             offer: None,
             section_length: None,

@@ -12,6 +12,7 @@ use multifd_proto::{
 use super::{
     Options, PageSink,
     connections::Connections,
+    opaque_state::{Opaque, OpaqueState},
     postcopy::{Switch, SwitchStopper},
     state_window::StateWindow,
 };
@@ -59,6 +60,8 @@ pub(super) struct Shared {
     pub(super) newer_packets: AtomicBool,
     /// Device state that comes on channels.
     pub(super) state: StateWindow,
+    /// Device state that comes on channels and is kept as it is.
+    pub(super) opaque: OpaqueState,
     /// The switch to postcopy.
     pub(super) switch: Arc<Switch>,
     /// Ends every connection: they outlive the migration's own end by [`StopHandle`].
@@ -73,6 +76,8 @@ pub(super) struct Pages {
     pub(super) layout: Arc<Layout>,
     pub(super) sink: Arc<dyn PageSink>,
     pub(super) audit: Option<Arc<Audit>>,
+    /// Where device-state packets go that nothing here understands, if there is a place for them.
+    pub(super) opaque: Option<Opaque>,
 }
 
 /// What the connections have said so far.
@@ -127,10 +132,12 @@ impl Shared {
             channel_pages: AtomicU64::new(0),
             newer_packets: AtomicBool::new(false),
             state: StateWindow::default(),
+            opaque: OpaqueState::default(),
             connections,
         });
         shared.stop.register(Box::new(shared.barrier.clone()));
         shared.stop.register(shared.state.stopper());
+        shared.stop.register(shared.opaque.stopper());
         #[cfg(any(test, feature = "__broken-variants"))]
         shared.stop.register(Box::new(shared.loose.clone()));
         shared.stop.register(Box::new(MainSlotStopper(shared.clone())));

@@ -11,7 +11,7 @@ use multifd_proto::{
 };
 
 use super::{
-    FirstTouch, MainReader, PageSink,
+    FirstTouch, MainReader, OpaqueSink, PageSink,
     bounded_body::{BoundedBody, known},
     clean::CleanMemory,
     packeted_body::PacketedBody,
@@ -88,6 +88,17 @@ pub(crate) trait Target {
 
     /// Says where the pages of `head` go, or that they do not fit.
     fn open_ram(&mut self, head: &StreamHead) -> Result<Arc<dyn PageSink>, Error>;
+
+    /// Where device-state packets go that nothing here understands. Asked once, when the RAM was opened; `None`: they are refused.
+    fn opaque_sink(&self) -> Option<Arc<dyn OpaqueSink>> {
+        None
+    }
+
+    /// Packets have come since everything was made to last, and the source was told so: `all` that it has sent, or the last of them is cut.
+    fn late_packets(&mut self, all: bool) -> Result<(), Error> {
+        let _ = all;
+        Ok(())
+    }
 
     /// Takes the body of `section`, which `main` gives next, or also all that follows. All pages are in place if
     /// `ram_ended`. The source says its length `len` only to a target that [takes descriptions](Self::takes_descriptions).

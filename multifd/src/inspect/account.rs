@@ -122,6 +122,8 @@ pub struct ChannelAccount {
     pub sync_with_pages: u64,
     /// Packets with neither pages nor SYNC.
     pub empty: u64,
+    /// Packets of device state.
+    pub state: u64,
     /// Packets without payload whose size field says otherwise.
     pub stale_size: u64,
     /// Pages with content.

@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Read};
 
 use multifd_proto::{
     BlockName, ChannelId, Mismatch, Violation,
-    device_state::{self, StatePacket, device_state_refusal},
+    device_state::{self, OpaquePacket, StatePacket},
     packet::{self, Compression, HELLO_LEN, Hello, PREFIX_LEN, Prefix, RamPacket},
 };
 
@@ -59,6 +59,7 @@ impl Channel {
                 sync: 0,
                 sync_with_pages: 0,
                 empty: 0,
+                state: 0,
                 stale_size: 0,
                 normal: 0,
                 zero: 0,
@@ -136,7 +137,7 @@ impl Channel {
     /// Passes over a packet of device state, of which the header was read.
     fn device_state(&mut self, at: Place) -> Result<Packet, Error> {
         if !self.may_have_state {
-            return Err(Error::protocol(at)(device_state_refusal(&self.header)));
+            return self.opaque_state(at);
         }
         let rest = &mut self.header[packet::DEVICE_STATE_LEN..device_state::HEAD_LEN];
         self.bytes.read_exact(rest).map_err(Error::io(at))?;
@@ -144,7 +145,22 @@ impl Channel {
         self.payload.resize(packet.len as usize, 0);
         self.bytes.read_exact(&mut self.payload).map_err(Error::io(at))?;
         self.account.packets += 1;
+        self.account.state += 1;
         self.account.bytes += (device_state::HEAD_LEN + self.payload.len()) as u64;
+        Ok(Packet::Empty)
+    }
+
+    /// Passes over a packet that only its device understands.
+    fn opaque_state(&mut self, at: Place) -> Result<Packet, Error> {
+        let header = &self.header[..packet::DEVICE_STATE_LEN];
+        let len = u64::from(OpaquePacket::decode(header).map_err(Error::protocol(at))?.len);
+        let taken = io::copy(&mut self.bytes.by_ref().take(len), &mut io::sink()).map_err(Error::io(at))?;
+        if taken < len {
+            return Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() });
+        }
+        self.account.packets += 1;
+        self.account.state += 1;
+        self.account.bytes += packet::DEVICE_STATE_LEN as u64 + len;
         Ok(Packet::Empty)
     }
 

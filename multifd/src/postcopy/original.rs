@@ -27,11 +27,13 @@ impl Original {
     /// The VM in `checkpoint`, and how each clone of it is handed over.
     ///
     /// # Errors
-    /// The kernel's; [`CheckpointError::MemoryElsewhere`](crate::checkpoint::CheckpointError::MemoryElsewhere); and
+    /// The kernel's; [`CheckpointError::MemoryElsewhere`](crate::checkpoint::CheckpointError::MemoryElsewhere);
+    /// [`CheckpointError::NeedsChannels`](crate::checkpoint::CheckpointError::NeedsChannels); and
     /// [`CheckpointError::BeingWritten`](crate::checkpoint::CheckpointError::BeingWritten) where a process has the file open for
     /// writing, as far as the kernel tells.
     pub fn new(checkpoint: &Checkpoint, options: Options) -> Result<Original, Error> {
         checkpoint.check_whole()?;
+        checkpoint.check_needs_no_channels()?;
         let pages = FilePages::new(checkpoint)?;
         let blocks = pages.layout().blocks();
         let blocks = blocks.iter().map(|block| BlockEntry::new(block.name().clone(), block.bytes())).collect();

@@ -188,6 +188,10 @@ impl SendChannel {
                 }
                 shared.spread.handed_out(section);
             }
+            // Pairs with the store before main arrives, as above.
+            if shared.last_section.load(Ordering::Acquire) {
+                self.kept_packets(&shared)?;
+            }
             self.sync()?;
             shared.progress.channel_ends_round();
             section += 1;
@@ -208,6 +212,19 @@ impl SendChannel {
         if let Some(channels) = shared.spread.look(shared.options.clock.now(), sent, left) {
             shared.scan.share_among(channels);
         }
+    }
+
+    /// Sends the device-state packets of an earlier stream that go on this channel. Its destination has taken all sections that came
+    /// before the rounds, which the barrier of the first of them is behind; that of the last one is the proof that it has these.
+    fn kept_packets(&mut self, shared: &Shared) -> Result<(), Error> {
+        let Some(packets) = &shared.options.qemu.replay.packets else { return Ok(()) };
+        packets.send(self.id, shared.options.plan.channels, |piece| {
+            let place = self.place();
+            shared.live.limiter.take(piece.len() as u64);
+            self.stream().write(piece, &[]).map_err(Error::io(place))?;
+            self.count(piece.len() as u64);
+            Ok(())
+        })
     }
 
     /// Sends device state until there is no more. A channel that has no pages has not found the speed of the path.

@@ -32,6 +32,18 @@ impl Options {
             _ => Ok(()),
         }
     }
+
+    /// Whether device-state packets of an earlier stream can be sent.
+    pub(super) fn check_kept_packets(&self) -> Result<(), Error> {
+        let Some(device) = self.qemu.replay.packets.as_ref().and_then(|packets| packets.devices().first()) else {
+            return Ok(());
+        };
+        // QEMU itself sends them uncompressed only.
+        match self.is_main_alone() || self.format.compression != Compression::None {
+            true => Err(Mismatch::PacketsNeedChannels { name: device.name.clone(), instance: device.instance }.into()),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Run {

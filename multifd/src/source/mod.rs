@@ -191,6 +191,7 @@ impl Run {
             // Such a stream has no FLUSH.
             options.qemu.dialect = Dialect::PerSection;
         }
+        options.check_kept_packets()?;
         let handed_over = match options.plan.hand_over {
             true => Some(HandedOver::of(&ram, options.peer)?),
             false => None,
@@ -246,6 +247,7 @@ impl Run {
                 zero_copy,
                 copies_because: Mutex::default(),
                 finished: AtomicBool::new(false),
+                last_section: AtomicBool::new(false),
                 state,
                 spread,
             }),

@@ -12,6 +12,7 @@ use multifd_proto::{
 use super::{parameters::Parameters, postponed::PEEK_EVERY};
 use crate::{
     beside_ram::BesideRam,
+    checkpoint::KeptPackets,
     clock::Clock,
     round::trace::Trace,
     sections::RAM_SECTION,
@@ -215,12 +216,14 @@ pub struct Replay {
     /// The block list of a VM of which a part of the memory is elsewhere, with the address of each block: it is listed in place
     /// of the blocks of `ram`, which has those whose memory is sent. Empty where all of it is sent.
     pub listed: Vec<BlockEntry>,
+    /// Device-state packets of the earlier stream. They are sent as they came, on the channels, before the end of the last round.
+    pub packets: Option<KeptPackets>,
 }
 
 impl Default for Replay {
     /// Nothing.
     fn default() -> Replay {
-        Replay { ram_section: RAM_SECTION, beside_ram: BesideRam::default(), listed: Vec::new() }
+        Replay { ram_section: RAM_SECTION, beside_ram: BesideRam::default(), listed: Vec::new(), packets: None }
     }
 }
 

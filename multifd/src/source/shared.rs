@@ -36,6 +36,8 @@ pub(super) struct Shared {
     pub(super) copies_because: Mutex<Option<String>>,
     /// No section follows; read by channels after the barrier has opened, which orders it.
     pub(super) finished: AtomicBool,
+    /// The section that opens next is the last one; read by channels after the barrier has opened, which orders it.
+    pub(super) last_section: AtomicBool,
     /// Device state that channels send once there are no more sections.
     pub(super) state: StateQueue,
     /// Which channels take pages.

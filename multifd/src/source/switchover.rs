@@ -57,6 +57,7 @@ impl Run {
         let mut stats = self.open_round(dirty, false);
         self.main().switchover_start()?;
         self.main().ram_end()?;
+        self.shared.last_section.store(true, Ordering::Release);
         // Nothing is written, and no round follows for what would wait.
         self.section(u64::MAX, None)?;
         stats.took = self.now() - begun;

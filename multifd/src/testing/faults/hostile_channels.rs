@@ -116,8 +116,8 @@ fn a_packet_with_device_state_is_refused_by_name() {
     bad[..12].copy_from_slice(&pages_but(&[0], 8, DEVICE_STATE)[..12]);
     bad[12..16].copy_from_slice(b"vfio");
     bad[271] = 3;
-    let message = "device-state packet for \"vfio\" instance 3: device state on channels is taken from no QEMU; unplug this device \
-                   before the migration";
+    let message = "device-state packet for \"vfio\" instance 3: nothing here can take a part of its state from a channel; a checkpoint \
+                   of a QEMU's whole VM can (multifd receive, multifd checkpoint), or unplug this device before the migration";
     refused("device state", &behind_first_sync(bad), Options::default(), channel_at(0, SECOND), message);
 }
 

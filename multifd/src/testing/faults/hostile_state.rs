@@ -124,8 +124,8 @@ fn a_packet_that_comes_too_early_or_was_not_agreed_on_is_refused() {
     // Main waits in the last round, and says nothing of state.
     let main = Wire::from_encoder(&main_of_ours());
     let wires = [main, channel().then(state(&FIRST))];
-    let message = "device-state packet for \"live\" instance 4: device state on channels is taken from no QEMU; unplug this device \
-                   before the migration";
+    let message = "device-state packet for \"live\" instance 4: nothing here can take a part of its state from a channel; a checkpoint \
+                   of a QEMU's whole VM can (multifd receive, multifd checkpoint), or unplug this device before the migration";
     refused("not agreed on", &wires, options(), channel_at(0, BEHIND), message);
 }
 
