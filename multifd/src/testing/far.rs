@@ -24,12 +24,16 @@ pub(super) struct Far<C, L> {
     carries: Option<u64>,
     /// How far away the destination is.
     round_trip: Duration,
+    /// Called before pages are written, by the thread that does.
+    at_pages: Option<AtPages>,
     dialed: AtomicU64,
 }
 
+type AtPages = Arc<dyn Fn() + Send + Sync>;
+
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
     pub(super) fn new(inner: C, look: L) -> Far<C, L> {
-        Far { inner, look, carries: None, round_trip: Duration::ZERO, dialed: AtomicU64::new(0) }
+        Far { inner, look, carries: None, round_trip: Duration::ZERO, at_pages: None, dialed: AtomicU64::new(0) }
     }
 
     /// The same, with connections that tell that their path carries so many bytes per second.
@@ -42,6 +46,11 @@ impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
         Far { round_trip, ..self }
     }
 
+    /// The same, with something that each thread does before it writes pages.
+    pub(super) fn at_pages(self, at_pages: impl Fn() + Send + Sync + 'static) -> Far<C, L> {
+        Far { at_pages: Some(Arc::new(at_pages)), ..self }
+    }
+
     /// How many connections were begun.
     pub(super) fn dialed(&self) -> u64 {
         self.dialed.load(SeqCst)
@@ -51,8 +60,9 @@ impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Connect for Far<C, L> {
     fn dial(&self) -> io::Result<Box<dyn Pending>> {
         let look = (self.look)(self.dialed.fetch_add(1, SeqCst)).map(Arc::new);
-        let (carries, round_trip) = (self.carries, self.round_trip);
-        Ok(wrapped(self.inner.dial()?, move |inner| Ok(Box::new(FarStream { inner, look, carries, round_trip }))))
+        let (carries, round_trip, at_pages) = (self.carries, self.round_trip, self.at_pages.clone());
+        let far = move |inner| Ok(Box::new(FarStream { inner, look, carries, round_trip, at_pages }) as _);
+        Ok(wrapped(self.inner.dial()?, far))
     }
 }
 
@@ -61,6 +71,7 @@ struct FarStream {
     look: Option<Arc<Look>>,
     carries: Option<u64>,
     round_trip: Duration,
+    at_pages: Option<AtPages>,
 }
 
 struct FarMeter {
@@ -78,6 +89,9 @@ impl Meter for FarMeter {
 
 impl SendHalf for FarStream {
     fn write(&mut self, header: &[u8], pages: &[GuestRange<'_>]) -> io::Result<()> {
+        if let Some(at_pages) = self.at_pages.as_ref().filter(|_| !pages.is_empty()) {
+            at_pages();
+        }
         self.inner.write(header, pages)
     }
 

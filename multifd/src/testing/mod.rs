@@ -65,3 +65,5 @@ mod steering;
 mod transports;
 #[cfg(all(test, not(loom)))]
 pub(crate) mod vm;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod written;

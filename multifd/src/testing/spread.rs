@@ -1,6 +1,10 @@
 //! Destinations that are far away, to which a few channels take pages at first.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Condvar, Mutex},
+    thread,
+    time::Duration,
+};
 
 use test_support::time_limit;
 
@@ -18,11 +22,21 @@ use crate::{
     },
 };
 
-const PAGES: u64 = 700;
+const PAGES: u64 = 2000;
 const CHANNELS: u8 = 8;
 
 /// Migrates a guest that writes over eight channels to a destination that is `round_trip` away. Returns what each channel sent.
 fn migrate(round_trip: Duration, options: source::Options, cancel: bool) -> (Result<(), Error>, Vec<u64>) {
+    migrate_with(round_trip, options, cancel, || ())
+}
+
+/// The same, and each thread calls `at_pages` before it sends pages.
+fn migrate_with(
+    round_trip: Duration,
+    options: source::Options,
+    cancel: bool,
+    at_pages: impl Fn() + Send + Sync + 'static,
+) -> (Result<(), Error>, Vec<u64>) {
     let mut vm = TestSource::new(Ram::for_test(&[("ram", PAGES as usize)]));
     (0..PAGES).for_each(|page| assert!(vm.writer.write(page, page + 1)));
     let mut drains = 0;
@@ -35,7 +49,7 @@ fn migrate(round_trip: Duration, options: source::Options, cancel: bool) -> (Res
     let (progress, stop) = (source.progress(), source.stop_handle());
     // It is asked for by each channel when it is open, and behind round 0.
     let looks = AtomicU64::new(0);
-    let look = std::sync::Arc::new(move || {
+    let look = Arc::new(move || {
         if cancel && looks.fetch_add(1, SeqCst) > u64::from(CHANNELS) + 1 {
             stop.cancel();
         }
@@ -47,10 +61,11 @@ fn migrate(round_trip: Duration, options: source::Options, cancel: bool) -> (Res
             move || look()
         }) as _)
     })
-    .away(round_trip);
+    .away(round_trip)
+    .at_pages(at_pages);
     let ram = Ram::for_test(&[("ram", PAGES as usize)]);
     let outcome = time_limit(Duration::from_secs(60), || {
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let there = scope.spawn(|| {
                 let mut to = TestDestination::new(ram.clone());
                 Destination::new(destination::Options::default()).run(&mut to, Box::new(listener), &mut ()).map(drop)
@@ -93,6 +108,30 @@ fn a_few_channels_take_the_pages_of_a_destination_that_is_far_away() {
     outcome.unwrap();
     assert!(bytes[4..].iter().copied().all(is_idle), "{bytes:?}");
     assert!(bytes[..4].iter().sum::<u64>() > PAGES * 4096, "{bytes:?}");
+}
+
+/// Settling and a measurement are over after two packets of channel 0, and more are tried then. The first four leave pages to them.
+#[test]
+fn more_channels_take_pages_where_round_0_takes_long() {
+    let far = source::Options { clock: counting(Duration::from_millis(20)), ..options() };
+    let others = Arc::new((Mutex::new(false), Condvar::new()));
+    let packets = AtomicU64::new(0);
+    let at_pages = move || {
+        let name = thread::current().name().and_then(|name| name.strip_prefix("multifd-ch")?.parse::<u8>().ok());
+        let channel = name.expect("a channel has its name");
+        let (have_begun, begin) = &*others;
+        let mut have_begun = have_begun.lock().unwrap();
+        if channel >= 4 {
+            *have_begun = true;
+            begin.notify_all();
+        } else if channel > 0 || packets.fetch_add(1, SeqCst) > 5 {
+            // Long enough for any machine; then the test fails.
+            drop(begin.wait_timeout_while(have_begun, Duration::from_secs(20), |have_begun| !*have_begun).unwrap());
+        }
+    };
+    let (outcome, bytes) = migrate_with(Duration::from_millis(20), far, false, at_pages);
+    outcome.unwrap();
+    assert!(!bytes[4..].iter().copied().all(is_idle), "{bytes:?}");
 }
 
 #[test]

@@ -48,3 +48,19 @@ fn a_source_like_qemu_7_2_is_not_given_permission() {
     let channel = Wire::channel(0).then(&sync).then(&sync);
     assert_eq!(answers_to(5000, "pc-i440fx-7.2", SwitchoverAck::Auto, &channel), [Message::Shut(0)]);
 }
+
+/// Each round has a page, on a channel: such a source has something to send, and does not wait.
+#[test]
+fn a_source_whose_pages_come_on_channels_is_not_given_permission() {
+    let mut main = Wire::from_encoder(main_start().flush().eos().footer(1));
+    let mut channel = Wire::channel(0).sync().sync();
+    for _ in 0..600 {
+        let mut encoder = multifd_proto::encoder::MainEncoder::default();
+        main = main.then(encoder.ram_part(1, false).flush().eos().footer(1).bytes.as_slice());
+        channel = channel.then(pages(&[0])).sync();
+    }
+    let wires = [main.then(&main_end().bytes), channel];
+    let received = receive(&wires, Options::default());
+    received.outcome.unwrap();
+    assert_eq!(received.answers, [Message::Shut(0)]);
+}
