@@ -8,10 +8,13 @@
 //! The commit has a model of its own, since it needs one connection only and every kind of bad luck at every moment:
 //! partitions, deaths, resets, failed writes, limits and cancels. Both sides decide by [`multifd_proto::commit`].
 //!
-//! [`protocol`] and [`commit`] are the models, [`search`] visits all their states, [`variants`] and [`commit::variants`] list
+//! Device state has one as well: in packets on the channels, on main while the guest runs, and up to the end of the stream.
+//!
+//! [`protocol`], [`commit`] and [`devices`] are the models, [`search`] visits all their states, [`variants`] and [`commit::variants`] list
 //! what is asked of them: each protocol as it is, and with single parts left out.
 
 pub mod commit;
+pub mod devices;
 pub mod protocol;
 pub mod search;
 pub mod variants;

@@ -2,13 +2,15 @@
 
 use std::{
     env,
+    fmt::Display,
     io::{self, Write},
     process::ExitCode,
     time::Instant,
 };
 
 use multifd_model::{
-    commit::variants::{CommitVariant, CommitVerdict, commits, mutants},
+    commit::variants::{CommitVerdict, commits, mutants},
+    devices::variants::{DeviceVariant, devices, devices_done_wrong},
     variants::{Effort, Variant, Verdict, late_channels, protocols, removals},
 };
 
@@ -58,12 +60,42 @@ fn main() -> ExitCode {
             "model | {largest} (channels × rounds × pages) | {states} states | {caught} of {harmful} | {seconds:.0} s"
         ),
     );
+    wrong += device_state(traces);
     wrong += commit(traces);
     if wrong > 0 {
         eprintln!("{wrong} verdicts are not as expected");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// Explores device state on its way, and returns how many verdicts are not as expected.
+fn device_state(traces: bool) -> usize {
+    let begun = Instant::now();
+    let (mut states, mut caught, mut wrong) = (0, 0, 0);
+    let (devices, done_wrong) = (devices(), devices_done_wrong());
+    for (title, variants) in [("device state", &devices), ("device state, done wrong", &done_wrong)] {
+        println!("\n| {title} | verdict | states | steps |\n|---|---|---|---|");
+        for variant in variants {
+            let DeviceVariant { name, expected, .. } = variant;
+            let verdict = variant.verdict();
+            states += verdict.states;
+            wrong += usize::from(!verdict.is(*expected));
+            caught += usize::from(expected.is_some() && verdict.is(*expected));
+            let is_expected = verdict.is(*expected);
+            print_harm_row(name, verdict.harm.as_ref(), is_expected, (verdict.states, verdict.steps));
+            print_steps(verdict.harm.as_ref(), traces);
+        }
+    }
+    let harmful = done_wrong.iter().filter(|variant| variant.expected.is_some()).count();
+    let seconds = begun.elapsed().as_secs_f64();
+    test_support::report(
+        "proof",
+        &format!(
+            "model | device state on its way, a failure in any state | {states} states | {caught} of {harmful} | {seconds:.0} s"
+        ),
+    );
+    wrong
 }
 
 /// Explores the commit, and returns how many verdicts are not as expected.
@@ -79,8 +111,9 @@ fn commit(traces: bool) -> usize {
             states += verdict.states;
             wrong += usize::from(!verdict.is(variant.expected));
             caught += usize::from(variant.expected.is_some() && verdict.is(variant.expected));
-            print_commit_row(variant, &verdict);
-            print_commit_trace(&verdict, traces);
+            let is_expected = verdict.is(variant.expected);
+            print_harm_row(variant.name, verdict.harm.as_ref(), is_expected, (verdict.states, verdict.steps));
+            print_steps(verdict.harm.as_ref(), traces);
             outcomes.push((variant.name, verdict));
         }
     }
@@ -96,17 +129,22 @@ fn commit(traces: bool) -> usize {
     wrong
 }
 
-fn print_commit_row(variant: &CommitVariant, verdict: &CommitVerdict) {
-    let answer = match &verdict.harm {
+fn print_harm_row<H: Display, E>(
+    name: &str,
+    harm: Option<&(H, Vec<E>)>,
+    is_expected: bool,
+    (states, steps): (usize, usize),
+) {
+    let answer = match harm {
         None => "no harm".to_owned(),
         Some((harm, trace)) => format!("**{harm}**, in {} steps", trace.len()),
     };
-    let unexpected = if verdict.is(variant.expected) { "" } else { " (UNEXPECTED)" };
-    println!("| {} | {answer}{unexpected} | {} | {} |", variant.name, verdict.states, verdict.steps);
+    let unexpected = if is_expected { "" } else { " (UNEXPECTED)" };
+    println!("| {name} | {answer}{unexpected} | {states} | {steps} |");
 }
 
-fn print_commit_trace(verdict: &CommitVerdict, wanted: bool) {
-    if let (true, Some((harm, trace))) = (wanted, &verdict.harm) {
+fn print_steps<H: Display, E: Display>(harm: Option<&(H, Vec<E>)>, wanted: bool) {
+    if let (true, Some((harm, trace))) = (wanted, harm) {
         println!();
         for (number, event) in trace.iter().enumerate() {
             println!("    {:>2}  {event}", number + 1);
