@@ -41,6 +41,12 @@ pub struct DeviceModel {
     pub buffers: usize,
     /// What fits into a connection.
     pub capacity: usize,
+    /// So many channels take packets; the others end when the rounds are over.
+    pub taking: usize,
+    /// So many packets are queued until main speaks of them; of fewer at the end.
+    pub untold: u8,
+    /// All packets are queued before main speaks of the first: their state was kept until the last round was over.
+    pub kept: bool,
     /// The destination cannot read device state, which on main looks like the end of the stream: a checkpoint. Without packets.
     pub opaque: bool,
     /// Whether one thing goes wrong, at any moment.
@@ -64,8 +70,6 @@ pub enum DeviceDefect {
     LastFirst,
     /// Channels do not wait for room.
     NoRoom,
-    /// Main speaks of the packets of a section when it has queued all of them.
-    HeadsKeptBack,
     /// A channel ends when the queue is empty.
     EmptyIsTheEnd,
     /// Main does not say that no packet follows.
@@ -227,20 +231,30 @@ impl DeviceModel {
                 program.extend((!self.is(DeviceDefect::NoPong)).then_some(Op::Await(Answer::Pong(round))));
             }
         }
+        let mut puts = Vec::new();
+        let mut written = Vec::new();
+        let (mut queued, mut told) = (0, Vec::new());
         for (section, &packets) in (0..).zip(&self.sections) {
             if packets == 0 {
-                program.push(Op::Write(Item::Body(section)));
+                told.push(Op::Write(Item::Body(section)));
                 continue;
             }
-            let puts = (0..packets).map(|part| Op::Put(section, part));
-            let heads = (0..packets).map(|_| Op::Write(Item::Len));
-            program.push(Op::Write(Item::Head(section)));
-            match self.is(DeviceDefect::HeadsKeptBack) {
-                true => program.extend(puts.chain(heads)),
-                false => program.extend(puts.zip(heads).flat_map(|(put, head)| [put, head])),
+            told.push(Op::Write(Item::Head(section)));
+            for part in 0..packets {
+                match self.kept {
+                    true => puts.push(Op::Put(section, part)),
+                    false => written.push(Op::Put(section, part)),
+                }
+                queued += 1;
+                told.push(Op::Write(Item::Len));
+                if queued == self.untold {
+                    queued = 0;
+                    written.append(&mut told);
+                }
             }
-            program.push(Op::Write(Item::SectionEnd));
+            told.push(Op::Write(Item::SectionEnd));
         }
+        program.extend(puts.into_iter().chain(written).chain(told));
         program.extend([Op::Write(Item::End), Op::Write(Item::Token)]);
         program.extend((!self.is(DeviceDefect::NotClosed)).then_some(Op::Close));
         program.extend((!self.is(DeviceDefect::NoJoin)).then_some(Op::Join));
@@ -287,7 +301,7 @@ impl DeviceModel {
             Op::Await(_) => {}
             Op::Put(section, part) => {
                 let held = state.senders.iter().filter(|sender| sender.held.is_some()).count();
-                if state.queue.len() + held < self.buffers {
+                if state.queue.len() + held < self.buffers || self.kept {
                     let number = if self.is(DeviceDefect::NumbersBeginAgain) { part } else { state.next_number };
                     next.queue.push_back(Packet { number, section, part });
                     next.next_number += 1;
@@ -350,6 +364,7 @@ impl DeviceModel {
             return self.write(state, next, channel, Item::State(packet), out);
         }
         let taken = match self.is(DeviceDefect::LastFirst) {
+            _ if channel >= self.taking => None,
             true => next.queue.pop_back(),
             false => next.queue.pop_front(),
         };
@@ -358,7 +373,7 @@ impl DeviceModel {
                 next.senders[channel].held = Some(packet);
                 out.push((DeviceEvent::TakesPacket { channel, section: packet.section, part: packet.part }, next));
             }
-            None if state.closed || self.is(DeviceDefect::EmptyIsTheEnd) => {
+            None if state.closed || channel >= self.taking || self.is(DeviceDefect::EmptyIsTheEnd) => {
                 next.senders[channel].over = true;
                 out.push((DeviceEvent::HasNoMore { channel }, next));
             }
