@@ -13,6 +13,7 @@
 
 mod failing;
 mod legacy;
+mod state;
 mod vanishing;
 mod watching;
 
@@ -318,7 +319,9 @@ impl Outcome {
         assert_same(&self.vm, &self.to);
         let findings = self.received.as_ref().unwrap().audit.as_ref().unwrap();
         assert_eq!(findings.stale_writes, 0, "a page differs in its round: {:?}", findings.first);
-        assert_eq!(self.to.calls(), ["prepare", "load", "load", "start"]);
+        let loads = vec!["load"; 2 + self.to.live.len()];
+        assert_eq!(self.to.calls(), [&["prepare"], &loads[..], &["start"]].concat());
+        state::assert_state(&self.vm, &self.to);
         assert!(!self.vm.writer.is_running(), "the VM belongs to the destination");
     }
 
