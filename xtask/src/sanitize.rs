@@ -48,6 +48,10 @@ fn sanitize(name: &str, tests: &[String]) -> Outcome {
     for variable in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN"] {
         test.env_remove(variable);
     }
+    // More memory than there is is refused, as it is without: a test asks for it.
+    for variable in ["ASAN_OPTIONS", "TSAN_OPTIONS"] {
+        test.env(variable, "allocator_may_return_null=1");
+    }
     test.env("RUSTFLAGS", format!("-Zsanitizer={name}")).current_dir(root());
     step::command(&mut test, LIMIT)
 }
