@@ -110,10 +110,11 @@ fn a_few_channels_take_the_pages_of_a_destination_that_is_far_away() {
     assert!(bytes[..4].iter().sum::<u64>() > PAGES * 4096, "{bytes:?}");
 }
 
-/// Settling and a measurement are over after two packets of channel 0, and more are tried then. The first four leave pages to them.
+/// Settling is over before the first packet of channel 0, and a measurement after its second: more are tried then. The first four leave
+/// pages to them.
 #[test]
 fn more_channels_take_pages_where_round_0_takes_long() {
-    let far = source::Options { clock: counting(Duration::from_millis(20)), ..options() };
+    let far = source::Options { clock: counting(Duration::from_millis(200)), ..options() };
     let others = Arc::new((Mutex::new(false), Condvar::new()));
     let packets = AtomicU64::new(0);
     let at_pages = move || {
@@ -124,7 +125,7 @@ fn more_channels_take_pages_where_round_0_takes_long() {
         if channel >= 4 {
             *have_begun = true;
             begin.notify_all();
-        } else if channel > 0 || packets.fetch_add(1, SeqCst) > 5 {
+        } else if channel > 0 || packets.fetch_add(1, SeqCst) > 1 {
             // Long enough for any machine; then the test fails.
             drop(begin.wait_timeout_while(have_begun, Duration::from_secs(20), |have_begun| !*have_begun).unwrap());
         }
