@@ -169,17 +169,19 @@ impl Trial {
             self.before = None;
             return used;
         }
-        if self.before.is_none() && !self.is_wide(used, rate) && !self.is_worth_it(left, rate) {
+        let more = used.saturating_mul(FACTOR).min(channels);
+        if self.before.is_none() && !self.is_wide(used, rate) && !self.is_worth_it(more - used, left, rate) {
             return used;
         }
         self.before = Some((used, rate));
-        used.saturating_mul(FACTOR).min(channels)
+        more
     }
 
-    /// Whether what is `left` takes so long that a trial is worth what it costs: channels that carry their first pages are slow, and where they
-    /// get in each other's way the end of the round waits for them.
-    fn is_worth_it(&self, left: u64, rate: f64) -> bool {
-        left as f64 >= rate * (self.settling + self.measuring).as_secs_f64() * WORTH
+    /// Whether what is `left` is so much that a trial of `added` channels is worth what it costs: each takes a packet and is slow with
+    /// its first, and where they get in each other's way the end of the round waits for them.
+    fn is_worth_it(&self, added: usize, left: u64, rate: f64) -> bool {
+        let trial = rate * (self.settling + self.measuring).as_secs_f64() + added as f64 * PACKET;
+        left as f64 >= trial * WORTH
     }
 
     /// Whether so much is on its way on each of `used` channels that a lost packet holds much up: then there are too few, also where
@@ -196,9 +198,11 @@ const FACTOR: usize = 4;
 const WIDE: f64 = 128e3;
 /// By how much more channels have to be faster.
 const GAIN: f64 = 1.25;
-/// A trial is begun where at least so many more could follow. (16 channels at 100 Mbit/s and 100 ms, of which 4 fill the path: with a trial in
-/// the middle of 24 MiB three of five migrations took 4.4 to 4.8 s in place of 3.2.)
+/// A trial is begun where at least so many times its bytes are left. (16 channels at 100 Mbit/s and 100 ms, of which 4 fill the path: with a
+/// trial in the middle of 24 MiB three of five migrations took 4.4 to 4.8 s in place of 3.2.)
 const WORTH: f64 = 8.0;
+/// Bytes of a full packet; of one page in tests, whose guests are small.
+const PACKET: f64 = if cfg!(test) { 4096.0 } else { 512.0 * 1024.0 };
 /// How long what was found holds.
 const AGAIN: Duration = Duration::from_secs(10);
 /// Of a settling or a measurement.
@@ -237,8 +241,9 @@ mod tests {
             assert!(spread.look(Duration::from_secs(1), || 0, || left).is_none());
             spread.look(Duration::from_secs(2), || rate, || left)
         };
-        assert_eq!(after(1_119_000, 1_000_000), None);
-        assert_eq!(after(1_121_000, 1_000_000), Some(16));
+        let packets = 12 * 8 * PACKET as u64;
+        assert_eq!(after(packets + 1_119_000, 1_000_000), None);
+        assert_eq!(after(packets + 1_121_000, 1_000_000), Some(16));
         assert_eq!(after(0, 105_000_000), Some(16), "there are too few");
     }
 
