@@ -26,7 +26,7 @@ pub enum Exit {
     DoesNotConverge = 5,
     /// Memory has wrong contents.
     Different = 6,
-    /// It is not known which side has the guest, and it is paused here; or whether the destination has all of its memory.
+    /// It is not known which side has the guest, and it is paused here; or whether the destination has all of its memory, or all of its device state.
     InDoubt = 7,
     /// The VM is at the destination, which lacks a part of its memory: it can go on.
     Incomplete = 8,
@@ -55,7 +55,7 @@ impl From<&Error> for Exit {
             Error::DoesNotConverge { .. } => Exit::DoesNotConverge,
             Error::NotResumed { first, .. } => Exit::from(&**first),
             Error::AfterRun { reason, .. } => Exit::from(&**reason),
-            Error::InDoubt { .. } | Error::Unacknowledged { .. } => Exit::InDoubt,
+            Error::InDoubt { .. } | Error::Unacknowledged { .. } | Error::StateOnChannels { .. } => Exit::InDoubt,
             Error::Incomplete { .. } => Exit::Incomplete,
             error if error.is_peers_fault() => Exit::Peer,
             _ => Exit::Failed,
@@ -318,6 +318,7 @@ mod tests {
             (Error::Unconfirmed, Exit::Failed),
             (Error::InDoubt { reason: Box::new(Error::Unconfirmed) }, Exit::InDoubt),
             (Error::Unacknowledged { reason: Box::new(Error::Unconfirmed) }, Exit::InDoubt),
+            (Error::StateOnChannels { reason: Box::new(Error::Unconfirmed) }, Exit::InDoubt),
         ] {
             assert_eq!(Exit::from(&error), exit, "{error}");
         }

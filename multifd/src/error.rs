@@ -119,8 +119,8 @@ pub enum Error {
         /// What came in place of the confirmation.
         reason: Box<Error>,
     },
-    /// A channel broke that may have had more device state, after the source was told that its VM is safe. The source still has the VM, paused;
-    /// what was kept of it may not be all.
+    /// A channel broke that may have had more device state, or was not closed, after the source was told that its VM is safe. The source still has
+    /// the VM, paused; what was kept of it may not be all.
     #[error(
         "{reason}: a part of the device state on channels may be missing, and the source was told before that all is here; its VM is still there, paused"
     )]

@@ -163,6 +163,11 @@ enum Verdict {
     InDoubt,
 }
 
+/// Whether a file that has its name may not be complete, or not be on disk, where its receiver ended by `error`.
+fn may_lack_something(error: &Error) -> bool {
+    matches!(error, Error::Checkpoint(_) | Error::StateOnChannels { .. })
+}
+
 impl Verdict {
     fn of(qemu: Option<Status>, is_published: bool) -> Verdict {
         match (qemu, is_published) {
@@ -422,11 +427,15 @@ impl Migration<'_> {
         let interrupted = || self.interrupts.seen();
         let mut outcome = match &ends.received.result {
             Ok(report) => receive::described(&self.args.as_receive(), report, false, &interrupted),
-            // It was told nothing in the end; the file is complete all the same.
-            Err(_) => {
+            Err(error) => {
                 let mut report = self.partial(ends, progress, begun);
                 report.insert("checkpoint".to_owned(), receive::file_report(&self.args.file));
-                Outcome::done(report, format!("received {}\n", self.args.file.display()))
+                let mut outcome = Outcome::done(report, format!("received {}\n", self.args.file.display()));
+                if may_lack_something(error) {
+                    outcome.worsen(Exit::from(error), &error.to_string());
+                }
+                // Else QEMU was told nothing in the end; the file is complete all the same.
+                outcome
             }
         };
         if let Some((_, answer)) = &ends.qemu {
@@ -543,5 +552,13 @@ mod tests {
         ] {
             assert_eq!(Verdict::of(qemu, is_published), verdict, "{qemu:?} {is_published}");
         }
+    }
+
+    /// Each error behind a file that had its name counted as one of the answer: device state that had not come was no failure.
+    #[test]
+    fn a_file_that_may_lack_something_is_no_success() {
+        let lost = || Box::new(Error::Unconfirmed);
+        assert!(may_lack_something(&Error::StateOnChannels { reason: lost() }));
+        assert!(!may_lack_something(&Error::Unacknowledged { reason: lost() }));
     }
 }

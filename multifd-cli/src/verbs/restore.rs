@@ -9,7 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use multifd::{checkpoint::Checkpoint, error::Error, transport::uri::Uri};
+use multifd::{
+    checkpoint::Checkpoint,
+    error::{Error, Mismatch},
+    source::Compression,
+    transport::uri::Uri,
+};
 use multifd_qmp::Status;
 use serde_json::{Value, json};
 
@@ -211,6 +216,21 @@ fn wanted(args: &RestoreArgs) -> Wanted {
     if args.ignore_shared { wanted.ignoring_shared() } else { wanted }
 }
 
+/// Whether device-state packets in the checkpoint can be sent so: before QEMU listens, which it does once.
+fn check_packets(args: &RestoreArgs, checkpoint: &Checkpoint) -> Result<(), Refusal> {
+    if args.postcopy.postcopy {
+        return checkpoint.check_needs_no_channels().map_err(|error| Refusal::new(Exit::Failed, error.to_string()));
+    }
+    let compresses = args.transfer.compression.is_some_and(|chosen| chosen.required() != Some(Compression::None));
+    match checkpoint.packeted_devices().first() {
+        Some(device) if compresses || args.transfer.channels() == 0 => {
+            let error = Mismatch::PacketsNeedChannels { name: device.name.clone(), instance: device.instance };
+            Err(Refusal::new(Exit::Failed, error.to_string()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Has QEMU listen, sends the checkpoint, and asks QEMU what has become of it.
 fn migrate(
     args: &RestoreArgs,
@@ -220,6 +240,7 @@ fn migrate(
     meeting: &mut Meeting,
     interrupts: &Interrupts,
 ) -> Result<Outcome, Refusal> {
+    check_packets(args, checkpoint)?;
     let uri = listen(monitor, meeting)?;
     if interrupts.seen() {
         return Err(Refusal::new(Exit::Cancelled, format!("{}. {START_AGAIN}", Error::Cancelled)));

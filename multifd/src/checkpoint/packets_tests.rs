@@ -79,6 +79,8 @@ struct Peers {
     beside: Vec<u8>,
     channels: Vec<Vec<u8>>,
     late: Vec<Vec<u8>>,
+    /// The channels stay open until the receiver has ended.
+    stays: bool,
 }
 
 impl Peers {
@@ -101,6 +103,7 @@ impl Peers {
         time_limit(LIMIT, move || {
             let (listener, connector) = memory::listener(1 << 23);
             let (answered, is_answered) = mpsc::channel::<()>();
+            let (over, is_over) = mpsc::channel::<()>();
             let source = thread::spawn(move || {
                 let mut opened: Vec<Box<dyn Stream>> = Vec::new();
                 for bytes in std::iter::once(&main(&self.beside)).chain(&self.channels) {
@@ -117,10 +120,18 @@ impl Peers {
                     for (stream, late) in opened[1..].iter_mut().zip(&self.late) {
                         let _ = stream.write(late, &[]);
                     }
+                    if self.stays {
+                        opened.remove(0);
+                        let _ = is_over.recv();
+                    }
                 }
             });
-            let options = destination::Options { channels: Some(channels), ..Default::default() };
+            let mut options = destination::Options { channels: Some(channels), ..Default::default() };
+            if self.stays {
+                options.close_timeout = Duration::from_millis(50);
+            }
             let received = writer.receive(Destination::new(options), Box::new(listener), &mut ());
+            drop(over);
             source.join().unwrap();
             assert!(received.is_err() || is_answered.try_recv().is_err());
             received.map(drop)
@@ -257,6 +268,19 @@ fn a_packet_that_is_cut_after_the_answer_is_an_error_and_leaves_the_file_as_it_w
     let cut = packet(NIC, 9, 5_000_000)[..4_000_000].to_vec();
     let error = receive(Peers::good().with_late(&[cut]), &path).unwrap_err();
     assert!(matches!(error, Error::StateOnChannels { .. }), "{error}");
+    assert!(packets(&path) == good_packets());
+    assert_whole(&path);
+}
+
+/// Only their end tells that no more comes. It was a warning.
+#[test]
+fn channels_that_stay_open_leave_it_in_doubt_whether_all_came() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.join("x");
+    let stays = Peers { stays: true, ..Peers::good() }.with_late(&[packet("late", 0, 10)]);
+    let error = receive(stays, &path).unwrap_err();
+    assert!(matches!(error, Error::StateOnChannels { .. }), "{error}");
+    assert!(error.to_string().contains("the source does not close its channels"), "{error}");
     assert!(packets(&path) == good_packets());
     assert_whole(&path);
 }

@@ -3,7 +3,10 @@
 //! Nothing on the wire says how many there are, and nothing orders channels after the last sync point. A source of ours sends all of them
 //! before that point (`KeptPackets::send`), so there the last barrier is the proof. Of a QEMU's it is
 //! the rule of main's end (`checkpoint::tail`) once more: the source is answered when no channel is within a packet and none has
-//! brought one for [`QUIET`]; after that each channel is read to its end, what still comes is kept, and one that breaks is an error.
+//! brought one for [`QUIET`]; after that each channel is read to its end, and what still comes is kept. One that breaks or does not end is an
+//! error: it is not known whether all came.
+
+use std::io;
 
 use multifd_proto::{ChannelId, Violation, device_state::OpaquePacket, machine::MachineDefaults};
 
@@ -91,11 +94,6 @@ impl OpaqueState {
         });
     }
 
-    /// Whether a packet is on its way.
-    fn is_within(&self) -> bool {
-        self.watched.look(|counts| counts.begun != counts.here)
-    }
-
     /// How many packets have come.
     fn begun(&self) -> u64 {
         self.watched.look(|counts| counts.begun)
@@ -130,7 +128,7 @@ impl OpaqueState {
     fn check(&self) -> Result<(), Error> {
         match self.watched.look(|counts| counts.broken) {
             None => Ok(()),
-            Some(at) => Err(Error::Io { at, source: std::io::ErrorKind::UnexpectedEof.into() }),
+            Some(at) => Err(Error::Io { at, source: io::ErrorKind::UnexpectedEof.into() }),
         }
     }
 }
@@ -147,7 +145,8 @@ impl Run {
     /// The source has its answer and ends its connections: keeps what still comes until then.
     ///
     /// # Errors
-    /// A channel broke that may have had more; what `target` runs into.
+    /// [`Error::StateOnChannels`]: a channel broke that may have had more, or the source has not closed all of them within `close_timeout`; what
+    /// `target` runs into.
     pub(super) fn opaque_state_ends(&mut self, target: &mut dyn Target) -> Result<(), Error> {
         let is_kept = lock(&self.shared.pages).as_ref().is_some_and(|pages| pages.opaque.is_some());
         // Older machine types have none.
@@ -157,37 +156,29 @@ impl Run {
             return Ok(());
         }
         let ended = opaque.await_end(Deadline::after(Some(self.shared.options.close_timeout)));
-        let are_late = opaque.begun() > self.opaque_packets;
-        let ended = match ended {
-            Ok(ended) => ended,
-            Err(error) => {
-                if are_late && let Err(error) = target.late_packets(false) {
-                    tracing::warn!(%error, "what came of a device-state packet is left in the file");
-                }
-                return Err(Error::StateOnChannels { reason: Box::new(error) });
-            }
-        };
         if opaque.begun() == 0 {
             return Ok(());
         }
-        if !ended && opaque.is_within() {
-            // It would be kept as if all of it had come.
-            let _ = target.late_packets(false);
-            let at = self.main().place();
-            let cut = Error::Io { at, source: std::io::ErrorKind::TimedOut.into() };
-            return Err(Error::StateOnChannels { reason: Box::new(cut) });
-        }
-        if !ended {
-            tracing::warn!(
-                "the source does not close its channels: that no more device state comes on them is known by their silence alone"
-            );
-        }
-        match are_late {
-            true => target.late_packets(true),
+        let at = self.main().place();
+        let all_came = match ended {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::Io { at, source: io::Error::new(io::ErrorKind::TimedOut, STAYS_OPEN) }),
+            Err(error) => Err(error),
+        };
+        let kept = match opaque.begun() > self.opaque_packets {
+            true => target.late_packets(all_came.is_ok()),
             false => Ok(()),
+        };
+        let Err(error) = all_came else { return kept };
+        if let Err(error) = kept {
+            tracing::warn!(%error, "what came of the last device-state packets is left in the file");
         }
+        Err(Error::StateOnChannels { reason: Box::new(error) })
     }
 }
+
+/// Why it is not known whether all is here.
+const STAYS_OPEN: &str = "the source does not close its channels";
 
 impl Counts {
     /// Whether no packet is on its way for certain.

@@ -94,7 +94,7 @@ pub(crate) trait Target {
         None
     }
 
-    /// Packets have come since everything was made to last, and the source was told so: `all` that it has sent, or the last of them is cut.
+    /// Packets have come since everything was made to last, and the source was told so: `all` that it has sent, or else they are left out.
     fn late_packets(&mut self, all: bool) -> Result<(), Error> {
         let _ = all;
         Ok(())

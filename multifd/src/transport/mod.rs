@@ -16,6 +16,7 @@ use crate::{ram::GuestRange, sync::Arc};
 pub mod conformance;
 mod descriptors;
 pub mod fd;
+mod listen_mode;
 mod look_up;
 pub mod one_way;
 mod pending;

@@ -13,7 +13,6 @@ use std::{
 };
 
 use rustix::{
-    fs::{OFlags, fcntl_getfl},
     io::{Errno, ioctl_fionbio},
     net::{
         AddressFamily, Shutdown, SocketFlags, SocketType, accept_with, listen, shutdown,
@@ -22,8 +21,8 @@ use rustix::{
 };
 
 use super::{
-    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, descriptors, stop_event::StopEvent,
-    unix::OwnPath, uri::Uri, vsock,
+    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, descriptors, listen_mode::ListenMode,
+    stop_event::StopEvent, unix::OwnPath, uri::Uri, vsock,
 };
 use crate::{
     host,
@@ -255,10 +254,9 @@ impl AsFd for SocketStream {
 pub struct SocketListener {
     /// Removes the path of a unix socket, while it is open.
     _path: Option<OwnPath>,
-    /// In non-blocking mode, so that a connection which vanished between poll and accept cannot block the latter.
+    /// In non-blocking mode, so that a connection which another process took between poll and accept cannot block the latter.
     socket: OwnedFd,
-    /// It was in blocking mode, and gets that back.
-    was_blocking: bool,
+    mode: ListenMode,
     stopped: StopEvent,
     uri: Uri,
 }
@@ -266,8 +264,8 @@ pub struct SocketListener {
 impl SocketListener {
     /// Accepts connections from `socket`, which is bound and is told to listen. `uri` is where it can be reached.
     ///
-    /// The socket is in non-blocking mode as long as the listener lives, and all its duplicates with it, also in other processes. After that it
-    /// has the mode that it had. Its queue may be longer than it was.
+    /// The socket is in non-blocking mode as long as any listener of this process on one of its duplicates lives, and all duplicates with it, also
+    /// in other processes. After that it has the mode that it had before the first. Its queue may be longer than it was.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for anything but a stream socket; the kernel's.
@@ -280,9 +278,8 @@ impl SocketListener {
         // Linux also changes the backlog of a socket that listens already.
         listen(&socket, BACKLOG)?;
         let stopped = StopEvent::new()?;
-        let was_blocking = !fcntl_getfl(&socket)?.contains(OFlags::NONBLOCK);
-        ioctl_fionbio(&socket, true)?;
-        Ok(SocketListener { socket, was_blocking, stopped, uri, _path: path })
+        let mode = ListenMode::take(&socket)?;
+        Ok(SocketListener { socket, mode, stopped, uri, _path: path })
     }
 
     /// Where it can be reached, with the port that the kernel chose.
@@ -293,9 +290,7 @@ impl SocketListener {
 
 impl Drop for SocketListener {
     fn drop(&mut self) {
-        if self.was_blocking
-            && let Err(error) = ioctl_fionbio(&self.socket, false)
-        {
+        if let Err(error) = self.mode.give_back(&self.socket) {
             tracing::warn!(uri = %self.uri, %error, "the listener does not have its mode back");
         }
     }
@@ -314,7 +309,7 @@ impl Listen for SocketListener {
     }
 
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
-        // The mode is one of all duplicates: another listener on one of them puts back what it found when it ends.
+        // Another process may have put the mode of its duplicate back.
         ioctl_fionbio(&self.socket, true)?;
         loop {
             match accept_with(&self.socket, SocketFlags::CLOEXEC) {
@@ -443,6 +438,8 @@ mod tests {
         net::{TcpListener, TcpStream},
     };
 
+    use rustix::fs::{OFlags, fcntl_getfl};
+
     use super::*;
 
     /// A VMM that went on with its own listener after a migration got `EAGAIN` from `accept`.
@@ -463,20 +460,25 @@ mod tests {
     }
 
     /// The first of two migrations that share a listener put the mode back, and the other one could wait for a connection that a third
-    /// process had taken, in a call that neither a limit nor a stop ends.
+    /// process had taken, in a call that neither a limit nor a stop ends. Then the second left the mode as it had found it: changed.
     #[test]
-    fn a_listener_whose_duplicate_has_its_mode_back_never_waits_in_accept() {
+    fn two_listeners_on_one_socket_never_wait_in_accept_and_the_last_puts_the_mode_back() {
         test_support::time_limit(Duration::from_secs(60), || {
             let ours = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = ours.local_addr().unwrap();
             let listen = || SocketListener::new(ours.try_clone().unwrap().into(), Uri::from(address)).unwrap();
+            let is_blocking = || !fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK);
             let (first, mut second) = (listen(), listen());
             drop(first);
-            assert!(!fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK), "it is as it was before the first");
+            assert!(!is_blocking(), "the second still listens");
+            // As another process does at the end of its listener.
+            ioctl_fionbio(&ours, false).unwrap();
             assert!(second.try_accept().unwrap().is_none());
             let stopper = second.stopper().unwrap();
             stopper.stop();
             assert_eq!(second.accept(None).err().unwrap().kind(), io::ErrorKind::Interrupted);
+            drop(second);
+            assert!(is_blocking(), "as before the first");
         });
     }
 }
