@@ -74,7 +74,7 @@ pub enum DeviceDefect {
     EmptyIsTheEnd,
     /// Main does not say that no packet follows.
     NotClosed,
-    /// Nobody is told that a channel has ended.
+    /// The window is not told that a channel has ended.
     EndUntold,
     /// The end of a channel within a packet counts as one between two.
     CutIsAnEnd,
@@ -289,7 +289,7 @@ impl DeviceModel {
                 }
             }
             Op::Write(item) => self.write_main(state, next, item, out),
-            // Answers that nobody waits for are passed over.
+            // Answers before that one are passed over: the source does not wait for them.
             Op::Await(answer) if state.back.contains(&answer) => {
                 while next.back.pop_front() != Some(answer) {}
                 if answer == Answer::Shut {

@@ -31,6 +31,7 @@ pub(super) struct Far<C, L> {
 
 type AtPages = Arc<dyn Fn() + Send + Sync>;
 
+#[cfg_attr(shuttle, allow(dead_code, reason = "schedules ask only how far away it is"))]
 impl<C: Connect, L: Fn(u64) -> Option<Look>> Far<C, L> {
     pub(super) fn new(inner: C, look: L) -> Far<C, L> {
         Far { inner, look, carries: None, round_trip: Duration::ZERO, at_pages: None, dialed: AtomicU64::new(0) }
@@ -100,19 +101,7 @@ impl SendHalf for FarStream {
     }
 }
 
-impl RecvHalf for FarStream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
+receives_as_inner!(FarStream);
 
 impl Stream for FarStream {
     fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {

@@ -2,6 +2,26 @@
 //!
 //! Authors of VMMs get [`memory`] and [`faulty`] for tests of their own, with the feature `conformance`.
 
+/// Implements [`RecvHalf`](crate::transport::RecvHalf) for a connection of a test by the one in its field `inner`.
+#[cfg(all(test, not(loom)))]
+macro_rules! receives_as_inner {
+    ($type:ty $(, $($parameter:tt)+)?) => {
+        impl$(<$($parameter)+>)? crate::transport::RecvHalf for $type {
+            fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+                self.inner.read(buf)
+            }
+
+            fn read_pages(&mut self, pages: &[crate::ram::GuestRange<'_>]) -> std::io::Result<()> {
+                self.inner.read_pages(pages)
+            }
+
+            fn interrupter(&mut self) -> std::io::Result<Box<dyn crate::transport::Stopper>> {
+                self.inner.interrupter()
+            }
+        }
+    };
+}
+
 #[cfg(feature = "__bench")]
 #[doc(hidden)]
 pub mod bench;

@@ -61,19 +61,7 @@ impl<S: SendHalf + ?Sized> SendHalf for Noted<S> {
     }
 }
 
-impl<S: RecvHalf + ?Sized> RecvHalf for Noted<S> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
+receives_as_inner!(Noted<S>, S: RecvHalf + ?Sized);
 
 impl Stream for Noted {
     /// Of main, whose writes are no packets.

@@ -380,19 +380,7 @@ impl SendHalf for LingeringStream {
     }
 }
 
-impl RecvHalf for LingeringStream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
+receives_as_inner!(LingeringStream);
 
 impl Stream for LingeringStream {
     /// Main ends as it does.

@@ -72,19 +72,7 @@ impl<S: SendHalf + ?Sized> SendHalf for LegacyStream<S> {
     }
 }
 
-impl RecvHalf for LegacyStream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buf)
-    }
-
-    fn read_pages(&mut self, pages: &[GuestRange<'_>]) -> io::Result<()> {
-        self.inner.read_pages(pages)
-    }
-
-    fn interrupter(&mut self) -> io::Result<Box<dyn Stopper>> {
-        self.inner.interrupter()
-    }
-}
+receives_as_inner!(LegacyStream);
 
 impl Stream for LegacyStream {
     fn split(self: Box<Self>) -> io::Result<(Box<dyn SendHalf>, Box<dyn RecvHalf>)> {
