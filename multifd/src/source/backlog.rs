@@ -61,6 +61,11 @@ impl Backlog {
         known.map(|transit| transit.round_trip).min().unwrap_or_default()
     }
 
+    /// What all connections together hold of what was sent.
+    pub(super) fn unacknowledged(&self) -> u64 {
+        self.transit().unacknowledged
+    }
+
     /// As [`Watched::rest`].
     pub(super) fn rest(&self, time: Duration) -> Result<(), Error> {
         self.meters.rest(time)

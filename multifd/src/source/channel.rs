@@ -203,13 +203,16 @@ impl SendChannel {
         if self.id.0 > 0 {
             return;
         }
-        let sent = || shared.progress.channel_bytes(shared.options.plan.channels.into()).iter().sum();
+        let taken = || {
+            let sent: u64 = shared.progress.channel_bytes(shared.options.plan.channels.into()).iter().sum();
+            sent.saturating_sub(shared.backlog.unacknowledged())
+        };
         let left = || {
             let counted = shared.progress.snapshot();
             let pages = counted.round_pages.saturating_sub(counted.round_done);
             pages * shared.ram.layout().page_size() as u64
         };
-        if let Some(channels) = shared.spread.look(shared.options.clock.now(), sent, left) {
+        if let Some(channels) = shared.spread.look(shared.options.clock.now(), taken, left) {
             shared.scan.share_among(channels);
         }
     }

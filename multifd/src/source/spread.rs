@@ -43,7 +43,7 @@ struct Trial {
     measuring: Duration,
     /// When what is measured begins.
     from: Duration,
-    /// Since when, and how much had been sent by then.
+    /// Since when, and how much had been taken by then.
     begun: Option<(Duration, u64)>,
     /// How many were used before and how fast that was, while more are tried.
     before: Option<(usize, f64)>,
@@ -114,21 +114,30 @@ impl Spread {
         }
     }
 
-    /// By channel 0, which always takes pages, before each packet: tries more channels, or goes back to fewer. `sent` says how many bytes all
-    /// have sent, and `left` how many this round still has at most. `None`: as before.
-    pub(super) fn look(&self, now: Duration, sent: impl FnOnce() -> u64, left: impl FnOnce() -> u64) -> Option<usize> {
+    /// By channel 0, which always takes pages, before each packet: tries more channels, or goes back to fewer. `taken` says how many bytes
+    /// the destination's host has, and `left` how many this round still has at most. `None`: as before.
+    ///
+    /// What was written is no measure: the kernel's buffers grow meanwhile. Nor is what is acknowledged in order, which stands still
+    /// behind a lost packet and then leaps ahead.
+    pub(super) fn look(&self, now: Duration, taken: impl FnOnce() -> u64, left: impl FnOnce() -> u64) -> Option<usize> {
         let mut guard = lock(&self.trial);
         let trial = guard.as_mut().filter(|trial| now >= trial.from)?;
         let Some((begun, before)) = trial.begun else {
-            trial.begun = Some((now, sent()));
+            trial.begun = Some((now, taken()));
             return None;
         };
         if now - begun < trial.measuring {
             return None;
         }
-        let rate = sent().saturating_sub(before) as f64 / (now - begun).as_secs_f64();
+        let rate = taken().saturating_sub(before) as f64 / (now - begun).as_secs_f64();
         let used = self.used();
         let next = trial.judge(used, self.channels, rate, left(), now);
+        tracing::debug!(
+            used,
+            next,
+            rate,
+            "channels that take pages, and bytes per second that the destination's host took"
+        );
         if next != used {
             self.turns.update(|turns| turns.used = next);
         }

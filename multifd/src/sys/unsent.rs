@@ -32,7 +32,7 @@ pub(crate) fn limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Bytes that were written and that the peer has not acknowledged (`SIOCOUTQ`), the shortest round trip so far, and the rate of delivery
+/// Bytes that were written and that the peer has not acknowledged (`SIOCOUTQ`), also not behind a hole (`tcpi_sacked`), the shortest round trip so far, and the rate of delivery
 /// that the kernel has measured (`tcpi_delivery_rate`): the latest, or the highest where there was not always something to send.
 ///
 /// # Errors
@@ -48,10 +48,18 @@ pub(crate) fn in_transit(socket: BorrowedFd<'_>) -> io::Result<Transit> {
     let bytes = unsafe { ioctl::ioctl(socket, request) }?;
     // No sample so far.
     let round_trip = if info.tcpi_min_rtt == u32::MAX { 0 } else { info.tcpi_min_rtt };
-    let transit = Transit::new(u64::try_from(bytes).unwrap_or(0), Duration::from_micros(round_trip.into()));
+    let unacknowledged = without_holes(u64::try_from(bytes).unwrap_or(0), &info);
+    let transit = Transit::new(unacknowledged, Duration::from_micros(round_trip.into()));
     // No sample so far, or a kernel before 4.9.
     let rate = info.tcpi_delivery_rate;
     Ok(if rate == 0 { transit } else { transit.carrying(rate) })
+}
+
+/// Less what the peer has behind bytes that were lost: they are acknowledged together, when the lost ones have been sent again.
+fn without_holes(unacknowledged: u64, info: &tcp_info) -> u64 {
+    let behind = u64::from(info.tcpi_sacked) * u64::from(info.tcpi_snd_mss);
+    // Of these packets some may be shorter than most, and what was lost is on its way in any case.
+    unacknowledged.saturating_sub(behind).max(unacknowledged.min(1))
 }
 
 fn info(socket: BorrowedFd<'_>) -> io::Result<tcp_info> {
@@ -75,3 +83,20 @@ fn info(socket: BorrowedFd<'_>) -> io::Result<tcp_info> {
 const TCP_CLOSE: u8 = 7;
 /// Linux's, which libc does not name on all targets.
 const TCP_NOTSENT_LOWAT: libc::c_int = 25;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_peer_has_behind_a_lost_packet_is_not_on_its_way() {
+        // SAFETY: it consists of integers, of which 0 is one.
+        let none: tcp_info = unsafe { std::mem::zeroed() };
+        let sacked = |packets| tcp_info { tcpi_sacked: packets, tcpi_snd_mss: 1448, ..none };
+        assert_eq!(without_holes(100_000, &sacked(0)), 100_000);
+        assert_eq!(without_holes(100_000, &sacked(60)), 13_120);
+        // The lost packet and those behind it were short.
+        assert_eq!(without_holes(2_000, &sacked(2)), 1, "something is on its way");
+        assert_eq!(without_holes(0, &sacked(2)), 0);
+    }
+}
