@@ -66,7 +66,10 @@ impl StopHandle {
         StopHandle { state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Cancels the migration: the source's VM runs on, `run` returns [`Error::Cancelled`] on both sides.
+    /// Cancels the migration: the source's VM runs on, and each `run` that was given this handle returns [`Error::Cancelled`].
+    ///
+    /// The other side, in another process, sees what it means for the connections: a destination whose source was cancelled that they
+    /// ended ([`Error::Io`]), a source whose destination was cancelled [`Error::Refused`], or that they ended where the answer has not arrived.
     ///
     /// Between the source's commit and the destination's answer this ends the source's wait: `run` returns
     /// [`Error::InDoubt`] there, and the VM stays paused. Without effect once the migration has ended.

@@ -88,7 +88,8 @@ pub enum ThreadRole {
 
 impl ThreadRole {
     /// A name for the thread, as it appears in a debugger or in `top -H`: at most 15 bytes, the kernel's limit. A connection
-    /// of a destination that turns out to be a channel takes the name that the channel has at the source, `multifd-ch3`.
+    /// of a destination that turns out to be a channel takes the name that the channel has at the source, `multifd-ch3`, if it still has
+    /// this name: one that the VMM has given stays.
     pub fn name(self) -> String {
         match self {
             ThreadRole::SendChannel(id) => format!("multifd-ch{id}"),
@@ -101,15 +102,18 @@ impl ThreadRole {
     }
 }
 
-/// Gives this thread, which serves a connection, the name of the channel that the connection turned out to be.
-pub(crate) fn is_channel(id: ChannelId) {
+/// Gives this thread, which serves connection `index`, the name of the channel that the connection turned out to be, unless the VMM has
+/// named it.
+pub(crate) fn is_channel(index: usize, id: ChannelId) {
     #[cfg(not(any(loom, shuttle)))]
-    if let Ok(name) = std::ffi::CString::new(ThreadRole::SendChannel(id).name()) {
+    if rustix::thread::name().is_ok_and(|name| name.as_bytes() == ThreadRole::Connection(index).name().as_bytes())
+        && let Ok(name) = std::ffi::CString::new(ThreadRole::SendChannel(id).name())
+    {
         // For display only.
         let _ = rustix::thread::set_name(&name);
     }
     #[cfg(any(loom, shuttle))]
-    let _ = id;
+    let _ = (index, id);
 }
 
 impl fmt::Display for ThreadRole {
@@ -359,6 +363,21 @@ mod tests {
         let name = || std::thread::current().name().map(str::to_owned);
         let task = Task::spawn(&StdThreads, ThreadRole::Accept, &StopHandle::new(), name).unwrap();
         assert_eq!(task.join().unwrap().as_deref(), Some("multifd-accept"));
+    }
+
+    /// The kernel's name of a thread that was called `name` and turns out to serve channel 3.
+    fn renamed(name: impl Into<String>) -> String {
+        let of_channel = || {
+            is_channel(7, ChannelId(3));
+            rustix::thread::name().unwrap().into_string().unwrap()
+        };
+        spawn(name, of_channel).unwrap().join().unwrap()
+    }
+
+    #[test]
+    fn a_connection_takes_the_name_of_its_channel_and_one_that_the_vmm_has_given_stays() {
+        assert_eq!(renamed(ThreadRole::Connection(7).name()), "multifd-ch3");
+        assert_eq!(renamed("vmm-migration"), "vmm-migration");
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl<'a> ReceiveChannel<'a> {
         shared: Arc<Shared>,
     ) -> ReceiveChannel<'a> {
         shared.pulse.add(packet::HELLO_LEN);
-        threads::is_channel(hello.channel);
+        threads::is_channel(number, hello.channel);
         ReceiveChannel {
             id: hello.channel,
             hello,
