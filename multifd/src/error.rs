@@ -192,17 +192,17 @@ pub enum Error {
     /// A thread was told to leave because of an error that another one reports. Never returned by `run`.
     #[error("stopped")]
     Stopped,
-    /// A thread could not be created: a limit on processes, on address space or of a cgroup.
-    #[error(
-        "cannot create the thread that {role}: {source}; raise the limit on threads (ulimit -u, pids.max) or on memory (ulimit -v)"
-    )]
+    /// A thread could not be created: a limit on processes, on address space or of a cgroup; or [`Threads`](crate::threads::Threads) of the
+    /// VMM did not make it.
+    #[error("cannot create the thread that {role}: {source}{}", threads_advice(source))]
     Thread {
         /// The thread.
         role: ThreadRole,
         /// The reason.
         source: io::Error,
     },
-    /// A thread of the engine panicked: a defect of the engine or of a transport.
+    /// A thread of the engine panicked, or a callback of the VMM in the thread that called `run`: a defect of the engine, of a transport or
+    /// of the VMM. The panic hook has said where.
     ///
     /// Only where panics unwind: see [`threads`](crate::threads).
     #[error("a thread panicked: {message}")]
@@ -262,6 +262,16 @@ impl Error {
 
     pub(crate) fn dirty_log(source: io::Error) -> Error {
         Error::DirtyLog { source }
+    }
+}
+
+/// What to do where the kernel makes no more threads.
+fn threads_advice(reason: &io::Error) -> &'static str {
+    match reason.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => {
+            "; raise the limit on threads (ulimit -u, pids.max) or on memory (ulimit -v)"
+        }
+        _ => "",
     }
 }
 
@@ -622,6 +632,15 @@ fn grouped(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_on_threads_is_to_be_raised_where_the_kernel_makes_no_more() {
+        let of = |source: io::Error| Error::Thread { role: ThreadRole::Accept, source }.to_string();
+        assert!(of(io::Error::from_raw_os_error(libc::EAGAIN)).ends_with("or on memory (ulimit -v)"));
+        assert!(of(io::Error::from_raw_os_error(libc::ENOMEM)).ends_with("or on memory (ulimit -v)"));
+        let of_the_vmm = of(io::Error::other("no thread is left"));
+        assert_eq!(of_the_vmm, "cannot create the thread that accepts connections: no thread is left");
+    }
 
     #[test]
     fn a_message_says_where_and_which_value() {

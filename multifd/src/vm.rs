@@ -207,7 +207,9 @@ pub trait DestinationVm {
 
     /// Lets the VM run. Memory that was [handed over](Self::take_memory) is this VM's from here on.
     ///
-    /// A source of ours is told afterwards. One that knows no GO, such as a QEMU, was told before that the VM is ours.
+    /// A source of ours is told afterwards. One that knows no GO, such as a QEMU, was told before that the VM is ours. A connection that
+    /// breaks meanwhile leaves the source in doubt, and its guest stays paused: what takes long and can be done before belongs into
+    /// [`load`](Self::load), after which the source still resumes its guest.
     ///
     /// # Errors
     /// No vCPU has run here, and none will: a source of ours is told so, and resumes the VM. With one that knows no GO the VM

@@ -95,8 +95,12 @@ impl Run {
         let started = caught(|| Ok(target.start())).unwrap_or_else(|panic| {
             // It does not say that no vCPU has run, so the source must not resume its VM: as if this process had died.
             (self.answered, self.has_the_vm) = (true, true);
+            let message = match panic {
+                Error::Panicked { message } => message,
+                other => other.to_string(),
+            };
             let text =
-                format!("{panic}, in the start of the VM: it may run here, so the source is not told to resume it");
+                format!("{message}, in the start of the VM: it may run here, so the source is not told to resume it");
             Err(Error::Panicked { message: text })
         });
         self.report.start = self.shared.options.clock.now() - begun;

@@ -64,7 +64,8 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// Takes what comes; 30 seconds for the set-up, and 64 connections that have not said what they are.
+    /// Takes what comes; 30 seconds for the set-up, 64 connections that have not said what they are, two minutes of silence, no wait for a
+    /// recovery, and 5 seconds for the connections to end.
     fn default() -> Options {
         Options {
             channels: None,

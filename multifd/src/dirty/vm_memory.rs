@@ -24,7 +24,7 @@ use crate::{
 /// The regions of `memory` as RAM blocks, with pages of `page_size` bytes, called what `name` says for the position and
 /// the guest physical address of a region.
 ///
-/// The blocks keep the regions mapped.
+/// The blocks keep the regions mapped. Where devices hold pages of them (VFIO), say so: [`Ram::pinned`].
 ///
 /// # Errors
 /// As [`Ram::new`]; [`Mismatch::BlockNotMapped`] for a region that is not mapped for reading.
@@ -46,19 +46,41 @@ pub struct RegionBlock {
     name: BlockName,
     owner: Box<dyn Any + Send + Sync>,
     backing: Backing,
+    pinned: bool,
+    read_only: bool,
+    kernel_page: Option<u64>,
 }
 
 impl RegionBlock {
     /// A block called `name`, whose region stays mapped until `owner` is dropped: a clone of the `Arc` that holds it, or of all of the
     /// memory. What it is made of is looked up where it matters.
     pub fn new(name: BlockName, owner: impl Any + Send + Sync) -> RegionBlock {
-        RegionBlock { name, owner: Box::new(owner), backing: Backing::Foreign }
+        let owner = Box::new(owner);
+        RegionBlock { name, owner, backing: Backing::Foreign, pinned: false, read_only: false, kernel_page: None }
     }
 
     /// The same, made of `backing`: see [`RamBlock::backed_by`](crate::ram::RamBlock::backed_by).
     #[must_use]
     pub fn backed_by(self, backing: Backing) -> RegionBlock {
         RegionBlock { backing, ..self }
+    }
+
+    /// The same, of which devices hold pages: see [`RamBlock::pinned`](crate::ram::RamBlock::pinned).
+    #[must_use]
+    pub fn pinned(self) -> RegionBlock {
+        RegionBlock { pinned: true, ..self }
+    }
+
+    /// The same, which is only read: see [`RamBlock::read_only`](crate::ram::RamBlock::read_only).
+    #[must_use]
+    pub fn read_only(self) -> RegionBlock {
+        RegionBlock { read_only: true, ..self }
+    }
+
+    /// The same, which the kernel backs with pages of `bytes`: see [`RamBlock::with_kernel_pages`](crate::ram::RamBlock::with_kernel_pages).
+    #[must_use]
+    pub fn with_kernel_pages(self, bytes: u64) -> RegionBlock {
+        RegionBlock { kernel_page: Some(bytes), ..self }
     }
 }
 
@@ -78,11 +100,18 @@ pub unsafe fn ram_of<M: GuestMemoryBackend>(
     mut describe: impl FnMut(usize, &M::R) -> RegionBlock,
 ) -> Result<Ram, Mismatch> {
     let blocks = memory.iter().enumerate().map(|(index, region)| {
-        let RegionBlock { name, owner, backing } = describe(index, region);
+        let RegionBlock { name, owner, backing, pinned, read_only, kernel_page } = describe(index, region);
         // SAFETY: as the caller promises.
         let block = unsafe { sys::vm_memory::region_block(name.clone(), region, owner) };
         let block = block.ok_or(Mismatch::BlockNotMapped { name })?;
-        Ok(block.backed_by(backing).at(region.start_addr().0))
+        let mut block = block.backed_by(backing).at(region.start_addr().0);
+        if let Some(bytes) = kernel_page {
+            block = block.with_kernel_pages(bytes);
+        }
+        if pinned {
+            block = block.pinned();
+        }
+        Ok(if read_only { block.read_only() } else { block })
     });
     Ram::new(page_size, blocks.collect::<Result<_, _>>()?)
 }
@@ -199,6 +228,7 @@ mod tests {
 
     use super::*;
     use crate::dirty::conformance::{Effort, Subject, Writer, conformance};
+    use crate::ram::Access;
 
     fn memory(unit: usize, regions: &[(u64, usize)]) -> GuestMemoryMmap<AtomicBitmap> {
         let regions = regions.iter().map(|&(address, len)| {
@@ -282,6 +312,9 @@ mod tests {
         let ram = ram(&memory, 4096, name).unwrap();
         memory.write_obj(0x1234_5678u64, GuestAddress(0x1000_0000)).unwrap();
         drop(memory);
+        assert!(ram.blocks().iter().all(|block| !block.is_pinned()));
+        let ram = ram.pinned();
+        assert!(ram.blocks().iter().all(RamBlock::is_pinned));
         let block = ram.block("region1@10000000").unwrap();
         let mut word = [0; 8];
         block.range(0, 8).unwrap().read(&mut word);
@@ -342,12 +375,19 @@ mod tests {
         let blocks = |memory: &Memory| {
             let describe = |index, region: &Region| {
                 assert!(region.plugged);
-                RegionBlock::new(name(index, region.start_addr().0), memory.clone()).backed_by(Backing::Anonymous)
+                let block = RegionBlock::new(name(index, region.start_addr().0), memory.clone());
+                let block = block.backed_by(Backing::Anonymous).with_kernel_pages(4096);
+                if index == 1 { block.pinned().read_only() } else { block }
             };
             // SAFETY: a clone of the memory keeps its regions.
             #[allow(unsafe_code)]
             unsafe { ram_of(memory, 4096, describe) }.unwrap()
         };
+        let said = |block: &RamBlock| (block.is_pinned(), block.access(), block.kernel_page_size());
+        let some = blocks(&memory(|| None));
+        let [first, second] = some.blocks() else { panic!("two regions") };
+        assert_eq!(said(first), (false, Access::ReadWrite, Some(4096)));
+        assert_eq!(said(second), (true, Access::ReadOnly, Some(4096)));
         let of: BitmapOf<Region> = |region| MmapRegion::bitmap(&region.inner).as_ref();
 
         let tracked = memory(|| Some(AtomicBitmap::new(0x3000, NonZeroUsize::new(4096).unwrap())));

@@ -109,6 +109,13 @@ impl Ram {
         self
     }
 
+    /// Says of all blocks that devices hold pages of them; see [`RamBlock::pinned`].
+    #[must_use]
+    pub fn pinned(self) -> Ram {
+        self.inner.blocks.iter().for_each(|block| block.pinned.store(true, Relaxed));
+        self
+    }
+
     /// Has the memory for one migration, until the value is dropped.
     ///
     /// # Errors
@@ -178,7 +185,7 @@ pub struct RamBlock {
     /// [`UNKNOWN`], [`FRESH`] or [`USED`]. Shared by all clones of a [`Ram`].
     contents: AtomicU8,
     backing: Backing,
-    pinned: bool,
+    pinned: AtomicBool,
     guest_address: Option<u64>,
     /// Bytes in a page of the kernel's, where the VMM has said so.
     kernel_page: Option<u64>,
@@ -234,7 +241,7 @@ impl RamBlock {
             access,
             contents,
             backing: Backing::Foreign,
-            pinned: false,
+            pinned: AtomicBool::new(false),
             guest_address: None,
             kernel_page: None,
             lent: AtomicBool::new(false),
@@ -274,7 +281,8 @@ impl RamBlock {
     /// knows, it throws the pages away otherwise, and the devices would be left with the old ones.
     #[must_use]
     pub fn pinned(self) -> RamBlock {
-        RamBlock { pinned: true, ..self }
+        self.pinned.store(true, Relaxed);
+        self
     }
 
     /// The same block, whose first byte the guest has at `guest_address`: [`Ram::pages_at`] then finds its pages.
@@ -397,7 +405,7 @@ impl RamBlock {
 
     /// Whether devices hold pages of the block: [`pinned`](Self::pinned).
     pub fn is_pinned(&self) -> bool {
-        self.pinned
+        self.pinned.load(Relaxed)
     }
 
     /// Where the guest has the first byte of the block, if the VMM has said so: [`at`](Self::at).

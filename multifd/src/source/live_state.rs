@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use multifd_proto::extension::Extension;
 
-use super::Run;
+use super::{Run, steering::rest_between_rounds};
 use crate::{
     error::Error,
     sections::{LIVE_ROOM, Terms},
@@ -87,11 +87,16 @@ impl Run {
         if has_speed { self.live_state.left } else { 0 }
     }
 
+    /// How long to rest between two rounds while something is waited for.
+    pub(super) fn rest(&self) -> Duration {
+        rest_between_rounds(self.shared.options.is_main_alone(), self.shared.live.get().stall_limit)
+    }
+
     /// Waits a moment where the last round had nothing to send: a device has more to come, and not yet.
     pub(super) fn rest_where_nothing_was_sent(&self) -> Result<(), Error> {
         let nothing = self.report.rounds.last().is_some_and(|round| round.normal + round.zero == 0);
         match nothing && self.live_state.sent == 0 && self.live_state.left > 0 {
-            true => self.shared.backlog.rest(IDLE_ROUND),
+            true => self.shared.backlog.rest(self.rest()),
             false => Ok(()),
         }
     }
@@ -99,5 +104,3 @@ impl Run {
 
 /// The PING after the first state; the one that follows the offer has 1.
 const FIRST_PING: u32 = 2;
-/// Between two rounds in which nothing is sent.
-const IDLE_ROUND: Duration = Duration::from_millis(100);

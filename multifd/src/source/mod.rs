@@ -281,7 +281,7 @@ impl Run {
             match self.decide(&mut dirty, vm, observer)? {
                 Decision::Continue => self.rest_where_nothing_was_sent()?,
                 Decision::Throttle(percent) => self.throttle(percent, vm, observer),
-                Decision::Hold => self.shared.live.steering.wait_while_held(),
+                Decision::Hold => self.shared.live.steering.wait_while_held(self.rest()),
                 Decision::SwitchOver => break,
                 Decision::GiveUp => return Err(self.does_not_converge(&dirty)),
             }

@@ -14,7 +14,9 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Parameters {
-    /// Bytes per second on all connections together while the guest runs; `None` for no limit.
+    /// Bytes per second on all connections together while the guest runs; `None` for no limit. So little that fewer than 4 KiB are sent within
+    /// the `stall_limit` of either side is silence, and ends the migration as a silent peer does; 0 sends nothing (QEMU's 0, no limit, is
+    /// `None`).
     pub max_bandwidth: Option<u64>,
     /// When to switch over, when to give up.
     pub limits: Limits,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::convergence::{Decision, Wish};
 
-use crate::{sync::Deadline, transport::Stopper, watched::Watched};
+use crate::{pulse::LEAST, sync::Deadline, transport::Stopper, watched::Watched};
 
 /// The wishes for one migration. Clones are the same.
 #[derive(Clone, Default)]
@@ -49,9 +49,9 @@ impl Steering {
         })
     }
 
-    /// Waits until the switchover is no longer held, the next round is due, or the migration has ended.
-    pub(super) fn wait_while_held(&self) {
-        let _ = self.state.wait(Deadline::after(Some(HELD_ROUND)), |state| (!state.wish.hold).then_some(()));
+    /// Waits until the switchover is no longer held, the next round is due in `round`, or the migration has ended.
+    pub(super) fn wait_while_held(&self, round: Duration) {
+        let _ = self.state.wait(Deadline::after(Some(round)), |state| (!state.wish.hold).then_some(()));
     }
 
     /// What ends a wait when the migration does.
@@ -60,6 +60,40 @@ impl Steering {
     }
 }
 
-/// Between two rounds of a migration that only waits for its switchover. Each sends what was written meanwhile, and shows both
-/// sides that the other is there: more than the 4 KiB in a second that the limits of silence ask for.
-const HELD_ROUND: Duration = Duration::from_millis(100);
+/// How long a migration rests between two rounds while it waits for its switchover, or for state. Each round sends what was written
+/// meanwhile, and shows both sides that the other is there: twice the bytes that `stall_limit` asks for, also where nothing was written.
+/// Channels send a SYNC packet each, and main alone some bytes.
+pub(super) fn rest_between_rounds(main_alone: bool, stall_limit: Option<Duration>) -> Duration {
+    let least = if main_alone { EMPTY_SECTION } else { SYNC };
+    let rounds = u32::try_from(2 * LEAST.div_ceil(least)).expect("a few hundred");
+    stall_limit.map_or(LONGEST_REST, |limit| (limit / rounds).clamp(SHORTEST_REST, LONGEST_REST))
+}
+
+/// Bytes of a section in which nothing is sent on main: its head, its end, and its footer.
+const EMPTY_SECTION: u64 = 18;
+/// Bytes of a SYNC packet of 4 KiB pages.
+const SYNC: u64 = 1344;
+const LONGEST_REST: Duration = Duration::from_millis(100);
+/// However short the limit is.
+const SHORTEST_REST: Duration = Duration::from_millis(1);
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    /// Without channels a held migration sent 180 bytes in a second, which were silence where the limit was shorter than 23 s.
+    #[test]
+    fn rounds_of_a_migration_that_waits_are_no_silence() {
+        let millis = Duration::from_millis;
+        for (main_alone, bytes) in [(true, EMPTY_SECTION), (false, SYNC)] {
+            for limit in [millis(600), millis(2000), millis(120_000)] {
+                let rounds = limit.as_nanos() / rest_between_rounds(main_alone, Some(limit)).as_nanos();
+                assert!(rounds as u64 * bytes >= 2 * LEAST, "{limit:?}, {main_alone}");
+            }
+        }
+        for limit in [None, Some(millis(120_000))] {
+            assert_eq!(rest_between_rounds(true, limit), LONGEST_REST);
+        }
+        assert_eq!(rest_between_rounds(true, Some(Duration::ZERO)), SHORTEST_REST);
+    }
+}

@@ -139,6 +139,18 @@ fn a_switchover_that_is_held_comes_when_it_is_released() {
     }
 }
 
+/// What rounds without content are worth as a sign of life depends on it.
+#[test]
+fn an_empty_section_has_eighteen_bytes_on_main_alone() {
+    let mut options = never_fits();
+    options.plan.channels = 0;
+    let (sent, _) = migrate(&mut guest(false), options, |rounds, handle| _ = handle.hold(rounds < 3));
+    let report = sent.unwrap();
+    let empty: Vec<u64> =
+        report.rounds.iter().filter(|round| round.normal + round.zero == 0).map(|round| round.bytes).collect();
+    assert!(empty.len() >= 2 && empty.iter().all(|bytes| *bytes >= 18), "{empty:?}");
+}
+
 #[test]
 fn a_migration_that_is_held_can_be_cancelled() {
     let (sent, handle) = migrate(&mut guest(false), never_fits(), |rounds, handle| match rounds {
