@@ -39,11 +39,12 @@ impl Effort {
     pub const QUICK: Effort = Effort { operations: 6 };
 }
 
-/// What was tried, and who had the guest afterwards.
+/// What was tried, and who had the guest afterwards: the last three add up to the migrations. In some of them the fault that was planned was
+/// harmless, or had no occasion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
-    /// Faults that happened.
+    /// Migrations that one side at least ended with an error.
     pub faults: u64,
     /// The guest ran on at the source.
     pub at_source: u64,
@@ -51,6 +52,9 @@ pub struct Report {
     pub at_destination: u64,
     /// It was paused at the source, which was in doubt, and did not run at the destination.
     pub in_doubt: u64,
+    /// The first source's guest was seen to write its memory by itself. So it is known that the guest ran on the side that had it, each
+    /// time; else that is what the methods of the VMs have said.
+    pub seen_to_run: bool,
 }
 
 /// What does not hold.
@@ -73,9 +77,14 @@ pub struct Broken {
 /// The caller's methods are called as in any migration, except where one is made to fail: then it is not called.
 /// [`pause`](SourceVm::pause) is called first, so that [`resume`](SourceVm::resume) has something to do.
 ///
+/// Give it a guest that writes other content to its memory again and again: of one that does so within 200 ms it is checked that it goes on
+/// where it is to run. The memory is all that is seen from here. What no method and no page shows is not found: state of a device
+/// that `save` leaves out or `load` ignores, a page in use that `excluded` names, a guest that runs on after
+/// [`abandon`](DestinationVm::abandon).
+///
 /// # Errors
-/// The first thing that does not hold: the guest has two owners or none and no side says so, a page differs, a VM cannot
-/// be moved after a fault that left it where it was.
+/// The first thing that does not hold: the guest has two owners or none and no side says so, a guest that writes does not where it was
+/// resumed or started, a page differs, a VM cannot be moved after a fault that left it where it was.
 pub fn vm<S: SourceVm, D: DestinationVm>(
     make_source: impl FnMut() -> S,
     make_destination: impl FnMut() -> D + Send,
@@ -93,6 +102,10 @@ pub fn vm_with<S: SourceVm, D: DestinationVm>(
     make_destination: impl FnMut() -> D + Send,
 ) -> Result<Report, Broken> {
     let mut suite = Suite { make_source, make_destination, source: None, report: Report::default() };
+    suite.report.seen_to_run = suite.source().writes(SEEN).map_err(|error| Broken {
+        context: "before the first migration".to_owned(),
+        what: format!("it does not tell which memory must not be read: {error}"),
+    })?;
     suite.nothing_goes_wrong()?;
     suite.each_call_fails_once()?;
     suite.each_operation_fails_once(effort)?;
@@ -124,11 +137,18 @@ struct Outcome {
     destination_calls: usize,
     /// Whether it was started.
     runs_there: bool,
+    /// Whether it was seen to write memory then, where that is looked at.
+    writes_there: bool,
     /// A digest of each page as it was at the destination when all were there.
     memory: Vec<u64>,
 }
 
 impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> Suite<S, MS, MD> {
+    /// The VM that runs.
+    fn source(&mut self) -> &mut WatchedSource<S> {
+        self.source.get_or_insert_with(|| WatchedSource::new((self.make_source)()))
+    }
+
     fn nothing_goes_wrong(&mut self) -> Result<(), Broken> {
         self.attempt("nothing goes wrong", Trouble::default()).map(drop)
     }
@@ -175,6 +195,7 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
     fn attempt(&mut self, context: &str, trouble: Trouble) -> Result<Outcome, Broken> {
         let broken = |what: String| Broken { context: context.to_owned(), what };
         let outcome = self.migrate(trouble.clone());
+        let seen_to_run = self.report.seen_to_run;
         let source = self.source.as_mut().expect("made by `migrate`");
         self.report.faults += u64::from(outcome.sent.is_err() || outcome.received.is_err());
         match (source.runs(), outcome.runs_there) {
@@ -183,6 +204,10 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                 self.report.at_source += 1;
                 if outcome.sent.is_ok() || outcome.received.is_ok() {
                     return Err(broken("a side reports success, and the guest is at the source".to_owned()));
+                }
+                let writes = |source: &mut WatchedSource<S>| source.writes(IS_TO_WRITE).unwrap_or(false);
+                if seen_to_run && !writes(source) {
+                    return Err(broken("the guest is at the source, and does not run: it writes no memory".to_owned()));
                 }
             }
             (false, true) => {
@@ -201,6 +226,9 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                 let differing = ours.iter().zip(&outcome.memory).position(|(ours, theirs)| ours != theirs);
                 if let Some(page) = differing {
                     return Err(broken(format!("page {page} differs at the destination")));
+                }
+                if !outcome.writes_there {
+                    return Err(broken("the guest was started, and does not run: it writes no memory".to_owned()));
                 }
                 self.source = None;
             }
@@ -224,6 +252,8 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
     }
 
     fn migrate(&mut self, trouble: Trouble) -> Outcome {
+        let seen_to_run = self.report.seen_to_run;
+        // Not `source()`: a destination is made meanwhile.
         let source = self.source.get_or_insert_with(|| WatchedSource::new((self.make_source)()));
         source.plan = Plan::failing(trouble.source_call);
         let excluded = source.excluded.clone();
@@ -248,7 +278,8 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                 let mut vm = WatchedDestination::new(make_destination(), excluded);
                 vm.plan = Plan::failing(trouble.destination_call);
                 let received = destination.run(&mut vm, Box::new(listener), &mut ()).map(drop);
-                (received, vm.plan.calls(), vm.runs(), vm.into_digest())
+                let writes = !vm.runs() || !seen_to_run || vm.writes(IS_TO_WRITE);
+                (received, vm.plan.calls(), vm.runs(), writes, vm.into_digest())
             });
             let sent = Source::new(options).run(source, &connector, &mut ()).map(drop);
             drop(connector);
@@ -259,11 +290,11 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                     waiting.cancel();
                 }
             }
-            let (received, destination_calls, runs_there, memory) = match receiving.join() {
+            let (received, destination_calls, runs_there, writes_there, memory) = match receiving.join() {
                 Ok(received) => received,
                 Err(panic) => std::panic::resume_unwind(panic),
             };
-            Outcome { sent, received, destination_calls, runs_there, memory }
+            Outcome { sent, received, destination_calls, runs_there, writes_there, memory }
         })
     }
 }
@@ -280,11 +311,23 @@ impl Trouble {
 
 /// After so many the guest is paused, however much it writes.
 const ROUNDS: u64 = 5;
+/// A guest that has not written memory by then is not expected to.
+const SEEN: Duration = Duration::from_millis(200);
+/// One that has is to write again within so long, where it runs.
+const IS_TO_WRITE: Duration = Duration::from_secs(10);
 /// Connections beside main.
 const CHANNELS: u8 = 2;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::SeqCst},
+        },
+        thread,
+    };
+
     use test_support::time_limit;
 
     use super::*;
@@ -409,6 +452,135 @@ mod tests {
         fn resume(&mut self) -> Result<(), VmError> {
             Err("it does not".into())
         }
+    }
+
+    /// A thread that writes a page of `ram` again and again while it may.
+    struct VCpu {
+        may_run: Arc<AtomicBool>,
+        ended: Arc<AtomicBool>,
+        thread: Option<thread::JoinHandle<()>>,
+    }
+
+    impl VCpu {
+        fn new(ram: &Ram) -> VCpu {
+            let (ram, may_run, ended) = (ram.clone(), Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+            let (may, ends) = (may_run.clone(), ended.clone());
+            let body = move || {
+                let mut count = 0u64;
+                while !ends.load(SeqCst) {
+                    if may.load(SeqCst) {
+                        count += 1;
+                        ram.page(5).unwrap().write(&count.to_ne_bytes().repeat(512));
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+            };
+            VCpu { may_run, ended, thread: Some(thread::spawn(body)) }
+        }
+
+        fn run(&self, runs: bool) {
+            self.may_run.store(runs, SeqCst);
+            // What it has begun by then is written.
+            thread::sleep(Duration::from_millis(if runs { 0 } else { 20 }));
+        }
+    }
+
+    impl Drop for VCpu {
+        fn drop(&mut self) {
+            self.ended.store(true, SeqCst);
+            let _ = self.thread.take().unwrap().join();
+        }
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Defect {
+        None,
+        /// `resume` succeeds, and nothing runs.
+        Resume,
+        /// `start` does.
+        Start,
+    }
+
+    /// The thread ends before the memory does.
+    struct Writing(VCpu, TestSource, Defect);
+
+    impl SourceVm for Writing {
+        fn ram(&self) -> &Ram {
+            self.1.ram()
+        }
+
+        fn dirty_log(&mut self) -> &mut dyn crate::dirty::DirtyLog {
+            self.1.dirty_log()
+        }
+
+        fn pause(&mut self) -> Result<(), VmError> {
+            self.0.run(false);
+            self.1.pause()
+        }
+
+        fn save_writes_memory(&self) -> bool {
+            true
+        }
+
+        fn save(&mut self, out: &mut Sections) -> Result<(), VmError> {
+            // The log of this VM knows the pages that its own writer writes.
+            let mut bytes = vec![0; 4096];
+            self.1.ram().page(5).unwrap().read(&mut bytes);
+            let count = u64::from_ne_bytes(bytes[..8].try_into()?);
+            self.1.resume()?;
+            assert!(self.1.writer.write(5, count));
+            self.1.pause()?;
+            self.1.save(out)
+        }
+
+        fn resume(&mut self) -> Result<(), VmError> {
+            self.1.resume()?;
+            self.0.run(self.2 != Defect::Resume);
+            Ok(())
+        }
+    }
+
+    struct Written(VCpu, TestDestination, Defect);
+
+    impl DestinationVm for Written {
+        fn ram(&self) -> &Ram {
+            self.1.ram()
+        }
+
+        fn load(&mut self, section: &SectionId, input: &mut dyn io::Read) -> Result<(), VmError> {
+            self.1.load(section, input)
+        }
+
+        fn start(&mut self) -> Result<(), VmError> {
+            self.1.start()?;
+            self.0.run(self.2 != Defect::Start);
+            Ok(())
+        }
+    }
+
+    /// Both passed: what ran was what the methods had said.
+    #[test]
+    fn a_vm_that_does_not_run_where_it_says_so_is_found() {
+        let tried = |defect| {
+            let sending = || {
+                let vm = source();
+                let vcpu = VCpu::new(vm.ram());
+                vcpu.run(true);
+                Writing(vcpu, vm, defect)
+            };
+            let receiving = || {
+                let vm = destination();
+                let vcpu = VCpu::new(vm.ram());
+                Written(vcpu, vm, defect)
+            };
+            time_limit(Duration::from_secs(300), || vm_with(Effort { operations: 2 }, sending, receiving))
+        };
+        let report = tried(Defect::None).unwrap();
+        assert!(report.seen_to_run && report.at_source > 3 && report.at_destination > 1, "{report:?}");
+        let what = tried(Defect::Resume).unwrap_err().what;
+        assert!(what.contains("at the source, and does not run"), "{what}");
+        let what = tried(Defect::Start).unwrap_err().what;
+        assert!(what.contains("was started, and does not run"), "{what}");
     }
 
     #[test]

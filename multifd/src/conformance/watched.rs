@@ -1,6 +1,10 @@
 //! VMs that are watched while they migrate, and of which one call fails.
 
-use std::io::Read;
+use std::{
+    io::Read,
+    thread,
+    time::{Duration, Instant},
+};
 
 use crate::{
     dirty::DirtyLog,
@@ -59,6 +63,12 @@ impl<S: SourceVm> WatchedSource<S> {
     /// A digest of each page.
     pub(super) fn digest(&self) -> Vec<u64> {
         digest(self.vm.ram(), &self.excluded)
+    }
+
+    /// Whether its guest writes memory within so long.
+    pub(super) fn writes(&mut self, within: Duration) -> Result<bool, VmError> {
+        self.excluded(&mut DirtyBitmap::new(self.vm.ram().layout()))?;
+        Ok(changes(self.vm.ram(), &self.excluded, within))
     }
 }
 
@@ -142,6 +152,11 @@ impl<D: DestinationVm> WatchedDestination<D> {
         self.started
     }
 
+    /// Whether its guest writes memory within so long.
+    pub(super) fn writes(&self, within: Duration) -> bool {
+        changes(self.vm.ram(), &self.excluded, within)
+    }
+
     pub(super) fn into_digest(self) -> Vec<u64> {
         self.digest
     }
@@ -199,4 +214,18 @@ fn digest(ram: &Ram, excluded: &Excluded) -> Vec<u64> {
             words.fold(0xcbf2_9ce4_8422_2325, |hash: u64, word| (hash ^ word).wrapping_mul(0x0100_0000_01b3))
         })
         .collect()
+}
+
+/// Whether memory changes within so long: whatever the VM's methods say, a guest that writes memory runs.
+fn changes(ram: &Ram, excluded: &Excluded, within: Duration) -> bool {
+    let (begun, before) = (Instant::now(), digest(ram, excluded));
+    loop {
+        if digest(ram, excluded) != before {
+            return true;
+        }
+        if begun.elapsed() >= within {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
 }
