@@ -14,8 +14,11 @@ use std::{
 };
 
 use common::{LIMIT, captures::recorded, exit_code, json, run};
-use rustix::process::{Pid, Signal, kill_process};
-use test_support::{TempDir, time_limit};
+use rustix::{
+    fs::{OFlags, fcntl_getfl},
+    process::{Pid, Signal, kill_process},
+};
+use test_support::{TempDir, skip, time_limit};
 
 /// A process that is killed with the test.
 struct Service {
@@ -81,6 +84,35 @@ fn receive_takes_a_guest_that_connects_to_a_socket_of_the_service_manager() {
         assert_eq!(exit_code(&sent), 0, "{sent:?}");
         let (exit, report, stderr) = service.end();
         assert_eq!((exit, &json(report.as_bytes())["status"]), (0, &"completed".into()), "{stderr}");
+    });
+}
+
+/// Another process that accepts from the same socket got `EAGAIN` as long as `receive` had it.
+#[test]
+fn receive_leaves_the_mode_of_a_socket_of_the_service_manager_alone() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let is_blocking = || !fcntl_getfl(&listener).unwrap().contains(OFlags::NONBLOCK);
+        let args = format!("receive systemd --allow 127.0.0.0/8 -vv -o {}", dir.join("vm").display());
+        let mut service = Service::start(listener.try_clone().unwrap().into(), OURS, &args);
+        loop {
+            let line = service.line();
+            if line.contains("no io_uring here") {
+                return skip(&line);
+            }
+            if line.contains("listening on fd:3") {
+                break;
+            }
+            assert_ne!(line, "", "it has ended");
+        }
+        assert!(is_blocking());
+        let sent = run(&format!("{GUEST} tcp:{address}"));
+        assert_eq!(exit_code(&sent), 0, "{sent:?}");
+        let (exit, _, stderr) = service.end();
+        assert_eq!(exit, 0, "{stderr}");
+        assert!(is_blocking());
     });
 }
 

@@ -68,7 +68,7 @@ const ACCEPT: &[&str] = with_common!(
     // Its own. The file of a unix socket goes with its listener.
     #[cfg(not(target_arch = "aarch64"))]
     "unlink"
-    "unlinkat" "accept4" "clone" "clone3" "rseq" "set_robust_list"
+    "unlinkat" "accept4" "io_uring_enter" "fstat" "clone" "clone3" "rseq" "set_robust_list"
     // Those of the threads that it makes.
     "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
     "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
@@ -82,7 +82,7 @@ const RUN: &[&str] = with_common!(
     // Memory that is handed over.
     "fstat" "fstatfs"
     // Those of the threads that it makes.
-    "accept4" "clone" "clone3" "rseq" "set_robust_list"
+    "accept4" "io_uring_enter" "clone" "clone3" "rseq" "set_robust_list"
     "connect" "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "mincore" "ppoll" "pread64"
     "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
     "sync_file_range" "writev"

@@ -7,6 +7,8 @@
 use std::{
     env,
     io::{self, Read},
+    net::TcpListener,
+    os::fd::AsRawFd,
     process::Command,
     sync::Arc,
     thread,
@@ -23,7 +25,7 @@ use multifd::{
     sections::Sections,
     source::{self, Compression, Handle, Source},
     threads::{Body, Joinable, StdThreads, ThreadRole, Threads, system_calls, system_calls_of_run},
-    transport::{Connect, Listen, tls, uri::Uri},
+    transport::{Connect, Listen, socket::SocketListener, tls, uri::Uri},
     vm::{DestinationVm, SectionId, SourceVm, VmError},
 };
 use seccompiler::{BpfProgram, apply_filter, compile_from_json};
@@ -31,8 +33,20 @@ use test_support::{TempDir, time_limit};
 
 /// Which kind the child is to run.
 const KIND: &str = "MULTIFD_SYSTEM_CALLS";
-const KINDS: [&str; 10] =
-    ["tcp", "main-alone", "unix", "handed-over", "tls", "zlib", "zstd", "zero-copy", "write-protection", "cancelled"];
+const KINDS: [&str; 12] = [
+    "tcp",
+    "main-alone",
+    "unix",
+    "handed-over",
+    "tls",
+    "zlib",
+    "zstd",
+    "zero-copy",
+    "write-protection",
+    "cancelled",
+    "taken-over",
+    "taken-over-without-io_uring",
+];
 const PAGES: u64 = 2048;
 
 #[test]
@@ -63,6 +77,58 @@ fn a_call_that_is_not_listed_ends_the_process() {
     child.args(["--exact", "a_call_that_is_not_listed_ends_the_process"]).env("MULTIFD_UNLISTED", "/");
     let status = child.output().unwrap().status;
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGSYS), "{status}");
+}
+
+/// Permits everything but `call`, which is refused as containers do.
+fn refusal(call: &str) -> BpfProgram {
+    let json = format!(
+        r#"{{"calls":{{"mismatch_action":"allow","match_action":{{"errno":{}}},"filter":[{{"syscall":"{call}"}}]}}}}"#,
+        libc::EPERM
+    );
+    let arch = env::consts::ARCH.try_into().unwrap();
+    compile_from_json(json.as_bytes(), arch).unwrap().remove("calls").unwrap()
+}
+
+/// Whether this system lets processes have rings of io_uring, whatever becomes of them.
+fn has_io_uring() -> bool {
+    // SAFETY: it refuses 0 entries before it looks at the structure.
+    let result = unsafe { libc::syscall(libc::SYS_io_uring_setup, 0, std::ptr::null_mut::<u8>()) };
+    let error = io::Error::last_os_error().raw_os_error();
+    result >= 0 || !matches!(error, Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
+}
+
+/// The mode of a listener that others use, too.
+struct Mode {
+    /// A duplicate of it.
+    listener: TcpListener,
+    stays: bool,
+}
+
+impl Mode {
+    /// Opens a listener in blocking mode, and takes it over as a VMM does before its filters are in force.
+    fn of_one_taken_over(stays: bool) -> (Mode, Box<dyn Listen>, Box<dyn Connect + Send + Sync>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = Uri::from(listener.local_addr().unwrap());
+        let over = SocketListener::new(listener.try_clone().unwrap().into(), uri.clone()).unwrap();
+        let mode = Mode { listener, stays };
+        assert_eq!(mode.is_blocking(), stays);
+        (mode, Box::new(over), uri.connector().unwrap())
+    }
+
+    fn is_blocking(&self) -> bool {
+        // SAFETY: the descriptor is open, and the call has no pointers.
+        let flags = unsafe { libc::fcntl(self.listener.as_raw_fd(), libc::F_GETFL) };
+        flags & libc::O_NONBLOCK == 0
+    }
+}
+
+/// Looks at the mode of the listener at each event of the destination, if it is to stay.
+struct Looks<'a>(Option<&'a Mode>);
+
+impl Observer for Looks<'_> {
+    fn event(&mut self, _event: &Event) {
+        assert!(self.0.is_none_or(|mode| !mode.stays || mode.is_blocking()));
+    }
 }
 
 fn filter(calls: &[&str]) -> BpfProgram {
@@ -241,7 +307,22 @@ fn migrate(kind: &str) {
         None => (kind, true),
     };
     let dir = TempDir::new().unwrap();
-    let (listener, connector) = transport(kind, &dir);
+    let (mode, listener, connector) = match kind {
+        "taken-over" if !has_io_uring() => return test_support::skip("no io_uring here"),
+        "taken-over" | "taken-over-without-io_uring" => {
+            let stays = kind == "taken-over";
+            if !stays {
+                apply_filter(&refusal("io_uring_setup")).unwrap();
+            }
+            let (mode, listener, connector) = Mode::of_one_taken_over(stays);
+            (Some(mode), listener, connector)
+        }
+        _ => {
+            let (listener, connector) = transport(kind, &dir);
+            (None, listener, connector)
+        }
+    };
+    let mut looks = Looks(mode.as_ref());
     let (mut sending, mut receiving) = (source::Options::default(), destination::Options::default());
     if kind == "main-alone" {
         sending.plan.channels = 0;
@@ -282,7 +363,7 @@ fn migrate(kind: &str) {
         let receiver = thread::Builder::new().name("run-destination".into());
         let receiver = receiver.spawn_scoped(scope, || {
             enter();
-            destination.run(&mut to, listener, &mut ()).map(drop)
+            destination.run(&mut to, listener, &mut looks).map(drop)
         });
         let sender = thread::Builder::new().name("run-source".into());
         let sender = sender.spawn_scoped(scope, || {
@@ -292,6 +373,9 @@ fn migrate(kind: &str) {
         let (sent, received) = (sender.unwrap().join().unwrap(), receiver.unwrap().join().unwrap());
         assert_eq!((sent.is_err(), received.is_err()), (cancels, cancels), "{sent:?}, {received:?}");
     });
+    if let Some(mode) = &mode {
+        assert!(mode.is_blocking(), "as before");
+    }
     for page in (0..2 * PAGES).filter(|_| !cancels) {
         let content = |vm: &Vm| {
             let mut content = [0; 4096];

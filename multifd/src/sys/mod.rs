@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod accept_once;
 pub(crate) mod advice;
 pub(crate) mod cpu_time;
 pub(crate) mod file_block;

@@ -12,6 +12,7 @@ pub use self::pending::{Established, Pending, wrapped};
 pub use crate::sys::zerocopy::ZeroCopyCounters;
 use crate::{ram::GuestRange, sync::Arc};
 
+mod accepting;
 #[cfg(any(feature = "conformance", all(test, not(any(loom, shuttle)))))]
 pub mod conformance;
 mod descriptors;

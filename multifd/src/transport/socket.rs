@@ -15,13 +15,13 @@ use std::{
 use rustix::{
     io::{Errno, ioctl_fionbio},
     net::{
-        AddressFamily, Shutdown, SocketFlags, SocketType, accept_with, listen, shutdown,
+        AddressFamily, Shutdown, SocketType, listen, shutdown,
         sockopt::{self, Timeout},
     },
 };
 
 use super::{
-    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, descriptors, listen_mode::ListenMode,
+    Listen, Meter, Pending, RecvHalf, SendHalf, Stopper, Stream, Transit, accepting::Accepting, descriptors,
     stop_event::StopEvent, unix::OwnPath, uri::Uri, vsock,
 };
 use crate::{
@@ -254,9 +254,7 @@ impl AsFd for SocketStream {
 pub struct SocketListener {
     /// Removes the path of a unix socket, while it is open.
     _path: Option<OwnPath>,
-    /// In non-blocking mode, so that a connection which another process took between poll and accept cannot block the latter.
-    socket: OwnedFd,
-    mode: ListenMode,
+    listener: Accepting,
     stopped: StopEvent,
     uri: Uri,
 }
@@ -264,22 +262,33 @@ pub struct SocketListener {
 impl SocketListener {
     /// Accepts connections from `socket`, which is bound and is told to listen. `uri` is where it can be reached.
     ///
-    /// The socket is in non-blocking mode as long as any listener of this process on one of its duplicates lives, and all duplicates with it, also
-    /// in other processes. After that it has the mode that it had before the first. Its queue may be longer than it was.
+    /// Its mode stays as it is, blocking or not, and so does that of its duplicates, also in other processes. For one that is in blocking
+    /// mode, a ring of io_uring is made, which may accept and cancel that, and nothing else. Where the system has or permits none, the
+    /// socket is in non-blocking mode as long as any listener of this process on one of its duplicates lives, and all duplicates with
+    /// it; after that it has the mode that it had before the first. Its queue may be longer than it was.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for anything but a stream socket; the kernel's.
     pub fn new(socket: OwnedFd, uri: Uri) -> io::Result<SocketListener> {
-        SocketListener::with_path(socket, uri, None)
+        SocketListener::over(socket, uri, None, Accepting::taken_over)
     }
 
-    pub(super) fn with_path(socket: OwnedFd, uri: Uri, path: Option<OwnPath>) -> io::Result<SocketListener> {
+    /// The same for a socket that was opened here, so that its mode is nobody else's business. `path` is its file.
+    pub(super) fn opened(socket: OwnedFd, uri: Uri, path: Option<OwnPath>) -> io::Result<SocketListener> {
+        SocketListener::over(socket, uri, path, Accepting::opened)
+    }
+
+    fn over(
+        socket: OwnedFd,
+        uri: Uri,
+        path: Option<OwnPath>,
+        accepting: impl FnOnce(OwnedFd) -> io::Result<Accepting>,
+    ) -> io::Result<SocketListener> {
         check_stream_socket(&socket)?;
         // Linux also changes the backlog of a socket that listens already.
         listen(&socket, BACKLOG)?;
         let stopped = StopEvent::new()?;
-        let mode = ListenMode::take(&socket)?;
-        Ok(SocketListener { socket, mode, stopped, uri, _path: path })
+        Ok(SocketListener { listener: accepting(socket)?, stopped, uri, _path: path })
     }
 
     /// Where it can be reached, with the port that the kernel chose.
@@ -288,20 +297,12 @@ impl SocketListener {
     }
 }
 
-impl Drop for SocketListener {
-    fn drop(&mut self) {
-        if let Err(error) = self.mode.give_back(&self.socket) {
-            tracing::warn!(uri = %self.uri, %error, "the listener does not have its mode back");
-        }
-    }
-}
-
 impl Listen for SocketListener {
     fn accept(&mut self, timeout: Option<Duration>) -> io::Result<Box<dyn Pending>> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            self.stopped.wait_readable(self.socket.as_fd(), left)?;
+            self.stopped.wait_readable(self.listener.as_fd(), left)?;
             if let Some(stream) = self.try_accept()? {
                 return Ok(stream);
             }
@@ -309,31 +310,22 @@ impl Listen for SocketListener {
     }
 
     fn try_accept(&mut self) -> io::Result<Option<Box<dyn Pending>>> {
-        // Another process may have put the mode of its duplicate back.
-        ioctl_fionbio(&self.socket, true)?;
-        loop {
-            match accept_with(&self.socket, SocketFlags::CLOEXEC) {
-                Ok(socket) => {
-                    // It may be gone already, which is no error of the listener.
-                    let stream = match SocketStream::new(socket) {
-                        Ok(stream) => stream,
-                        Err(error) => {
-                            tracing::debug!(%error, "a connection ended before it was accepted");
-                            continue;
-                        }
-                    };
-                    let stream = match self.uri {
-                        Uri::Unix(_) => stream.with_peer(self.uri.to_string()),
-                        _ => stream,
-                    };
-                    return Ok(Some(Box::new(Accepted(stream))));
+        while let Some(socket) = self.listener.try_accept()? {
+            // It may be gone already, which is no error of the listener.
+            let stream = match SocketStream::new(socket) {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::debug!(%error, "a connection ended before it was accepted");
+                    continue;
                 }
-                Err(Errno::AGAIN) => return Ok(None),
-                // A connection that was gone before it was accepted; the next one may be fine.
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(error) => return Err(error.into()),
-            }
+            };
+            let stream = match self.uri {
+                Uri::Unix(_) => stream.with_peer(self.uri.to_string()),
+                _ => stream,
+            };
+            return Ok(Some(Box::new(Accepted(stream))));
         }
+        Ok(None)
     }
 
     fn stopper(&self) -> io::Result<Box<dyn Stopper>> {
@@ -430,55 +422,3 @@ const UNSENT: usize = 128 << 10;
 /// Room for main and 255 channels that connect before the first is accepted, and for strays. The kernel drops what does
 /// not fit while the peer believes to be connected, so this errs on the large side; `net.core.somaxconn` caps it.
 pub(super) const BACKLOG: i32 = 1024;
-
-#[cfg(all(test, not(any(loom, shuttle))))]
-mod tests {
-    use std::{
-        io::Write,
-        net::{TcpListener, TcpStream},
-    };
-
-    use rustix::fs::{OFlags, fcntl_getfl};
-
-    use super::*;
-
-    /// A VMM that went on with its own listener after a migration got `EAGAIN` from `accept`.
-    #[test]
-    fn a_listener_that_was_taken_over_has_its_mode_back() {
-        let ours = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = ours.local_addr().unwrap();
-        let is_blocking = || !fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK);
-        for blocking in [true, false] {
-            ours.set_nonblocking(!blocking).unwrap();
-            let mut listener = SocketListener::new(ours.try_clone().unwrap().into(), Uri::from(address)).unwrap();
-            TcpStream::connect(address).unwrap().write_all(b"x").unwrap();
-            let mut read = [0];
-            assert_eq!(listener.accept(None).unwrap().establish(None).unwrap().read(&mut read).unwrap(), 1);
-            drop(listener);
-            assert_eq!(is_blocking(), blocking);
-        }
-    }
-
-    /// The first of two migrations that share a listener put the mode back, and the other one could wait for a connection that a third
-    /// process had taken, in a call that neither a limit nor a stop ends. Then the second left the mode as it had found it: changed.
-    #[test]
-    fn two_listeners_on_one_socket_never_wait_in_accept_and_the_last_puts_the_mode_back() {
-        test_support::time_limit(Duration::from_secs(60), || {
-            let ours = TcpListener::bind("127.0.0.1:0").unwrap();
-            let address = ours.local_addr().unwrap();
-            let listen = || SocketListener::new(ours.try_clone().unwrap().into(), Uri::from(address)).unwrap();
-            let is_blocking = || !fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK);
-            let (first, mut second) = (listen(), listen());
-            drop(first);
-            assert!(!is_blocking(), "the second still listens");
-            // As another process does at the end of its listener.
-            ioctl_fionbio(&ours, false).unwrap();
-            assert!(second.try_accept().unwrap().is_none());
-            let stopper = second.stopper().unwrap();
-            stopper.stop();
-            assert_eq!(second.accept(None).err().unwrap().kind(), io::ErrorKind::Interrupted);
-            drop(second);
-            assert!(is_blocking(), "as before the first");
-        });
-    }
-}

@@ -131,7 +131,7 @@ impl Pending for PendingTcp {
 pub fn listen(host: &str, port: u16) -> io::Result<SocketListener> {
     let listener = bind(host, port).map_err(|error| context(Uri::Tcp { host: host.to_owned(), port })(error))?;
     let address = listener.local_addr()?;
-    SocketListener::new(listener.into(), Uri::from(address))
+    SocketListener::opened(listener.into(), Uri::from(address), None)
 }
 
 /// The same for a server of something else than migrations.

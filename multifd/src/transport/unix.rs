@@ -114,7 +114,7 @@ impl Stopper for Stopped {
 pub fn listen(path: &Path) -> io::Result<SocketListener> {
     let uri = Uri::Unix(path.to_owned());
     let (listener, own) = bind(path, None).map_err(context(&uri))?;
-    SocketListener::with_path(listener, uri, Some(own))
+    SocketListener::opened(listener, uri, Some(own))
 }
 
 /// Binds a socket to `path` which only this user may connect to, and listens. It has these rights from its first moment.

@@ -135,7 +135,7 @@ pub fn listen(cid: u32, port: u32) -> io::Result<SocketListener> {
     let socket = bound.map_err(context(&uri))?;
     let bound = VsockAddress::from_any(&net::getsockname(&socket)?);
     let port = bound.map_or(port, |bound| bound.port());
-    SocketListener::new(socket, Uri::Vsock { cid, port })
+    SocketListener::opened(socket, Uri::Vsock { cid, port }, None)
 }
 
 /// The other end of `socket`; `None` for a connection that was reset before it was accepted.
