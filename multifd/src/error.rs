@@ -436,7 +436,9 @@ pub enum Mismatch {
         ours: String,
     },
     /// A section that comes in parts, of something else than RAM.
-    #[error("section {name:?} comes in parts; only ram may")]
+    #[error(
+        "section {name:?} comes in parts; only ram may: switch the capability off, or detach the device, that adds it"
+    )]
     IterableSection {
         /// Its name.
         name: String,

@@ -329,6 +329,43 @@ fn what_breaks_a_rule_is_refused_while_the_source_has_its_vm() {
     );
 }
 
+/// Nothing says where such a part ends, and what is in it belongs to the device. The source has sent no page and paused nothing
+/// when it is told.
+#[test]
+fn a_device_with_a_section_in_parts_beside_its_packets_is_refused_in_the_set_up() {
+    time_limit(LIMIT, || {
+        let dir = TempDir::new().unwrap();
+        let (listener, connector) = memory::listener(1 << 16);
+        let start = Section { kind: SectionKind::Start, id: 9, name: NIC.to_owned(), instance: 1, version: 1 };
+        let mut set_up = MainEncoder::default();
+        set_up.header().configuration("pc-q35-10.0").command(&Command::OpenReturnPath).ram_start(1, 8 * 4096);
+        set_up.block(&BlockEntry::new(BlockName::new("ram").unwrap(), 8 * 4096)).flush().eos().footer(1);
+        // No more than the head: a body that is waited for never comes.
+        set_up.section(&start);
+        let source = thread::spawn(move || {
+            let mut main = connector.connect().unwrap();
+            main.write(&set_up.bytes, &[]).unwrap();
+            let mut channel = connector.connect().unwrap();
+            channel.write(&[hello(0), sync()].concat(), &[]).unwrap();
+            let mut told = Vec::new();
+            let mut byte = [0];
+            while let Ok(1) = main.read(&mut byte) {
+                told.push(byte[0]);
+            }
+            told
+        });
+        let mut writer = Writer::create(&dir.join("x"), false).unwrap();
+        let options = destination::Options { channels: Some(1), ..Default::default() };
+        let error = writer.receive(Destination::new(options), Box::new(listener), &mut ()).unwrap_err();
+        drop(writer);
+        let message = error.to_string();
+        let says = [format!("section \"{NIC}\""), "parts of unknown length".into(), "detach the device".into()];
+        assert!(error.is_peers_fault() && says.iter().all(|part| message.contains(part)), "{message}");
+        assert_eq!(source.join().unwrap(), *b"\0\x07\0\0\0\x01\0\x04\0\0\0\x01", "SWITCHOVER_ACK, SHUT(1)");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    });
+}
+
 #[test]
 fn a_packet_that_ends_too_early_is_no_success() {
     let whole = Peers::good();
