@@ -75,13 +75,63 @@ fn in_a_thread(
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[cfg(all(test, not(any(loom, shuttle))))]
-mod tests {
+pub(super) mod tests {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+        sync::{Condvar, Mutex},
+        thread,
+    };
+
     use super::*;
 
-    fn never(_: &str, _: u16) -> io::Result<Vec<SocketAddr>> {
-        loop {
-            std::thread::park();
+    /// A resolver that answers only when the test says so, so that the test leaves no thread behind.
+    pub(in super::super) struct LateResolver {
+        state: Mutex<LateState>,
+        changed: Condvar,
+    }
+
+    struct LateState {
+        /// The directory of its thread in `/proc`, once it was asked.
+        thread: Option<PathBuf>,
+        may_answer: bool,
+    }
+
+    impl LateResolver {
+        pub(in super::super) const fn new() -> LateResolver {
+            LateResolver { state: Mutex::new(LateState { thread: None, may_answer: false }), changed: Condvar::new() }
         }
+
+        /// Returns no address, after [`LateResolver::finish`] was called.
+        pub(in super::super) fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+            let thread = Path::new("/proc").join(fs::read_link("/proc/thread-self")?);
+            let mut state = self.state.lock().unwrap();
+            state.thread = Some(thread);
+            self.changed.notify_all();
+            drop(self.changed.wait_while(state, |state| !state.may_answer).unwrap());
+            Ok(Vec::new())
+        }
+
+        /// Waits until it is asked.
+        pub(in super::super) fn wait_until_asked(&self) -> PathBuf {
+            let state = self.state.lock().unwrap();
+            let state = self.changed.wait_while(state, |state| state.thread.is_none()).unwrap();
+            state.thread.clone().expect("it was waited for")
+        }
+
+        /// Lets it answer, and waits until its thread has ended.
+        pub(in super::super) fn finish(&self) {
+            let thread = self.wait_until_asked();
+            self.state.lock().unwrap().may_answer = true;
+            self.changed.notify_all();
+            while thread.exists() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    fn never(_: &str, _: u16) -> io::Result<Vec<SocketAddr>> {
+        panic!("an address was looked up");
     }
 
     fn kind(resolver: Resolver, limit: Option<Duration>) -> io::ErrorKind {
@@ -102,8 +152,11 @@ mod tests {
 
     #[test]
     fn a_look_up_has_a_limit_and_all_its_ends_are_told_apart() {
+        static LATE: LateResolver = LateResolver::new();
+
         test_support::time_limit(Duration::from_secs(60), || {
-            assert_eq!(kind(never, Some(Duration::from_millis(50))), io::ErrorKind::TimedOut);
+            assert_eq!(kind(|_, _| LATE.resolve(), Some(Duration::from_millis(50))), io::ErrorKind::TimedOut);
+            LATE.finish();
             assert_eq!(kind(|_, _| Ok(Vec::new()), None), io::ErrorKind::NotFound);
             assert_eq!(kind(|_, _| Err(io::ErrorKind::PermissionDenied.into()), None), io::ErrorKind::PermissionDenied);
             assert_eq!(kind(|_, _| panic!("a defect"), None), io::ErrorKind::Other);

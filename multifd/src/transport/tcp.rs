@@ -163,32 +163,26 @@ const TOGETHER: Duration = Duration::from_secs(3);
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use std::{sync::Barrier, thread};
+    use std::thread;
 
-    use super::*;
+    use super::{super::look_up::tests::LateResolver, *};
 
     /// Only the resolver could end it, after as long as it liked.
     #[test]
     fn a_stop_ends_a_connect_whose_name_is_being_looked_up() {
-        static BEGUN: Barrier = Barrier::new(2);
-
-        fn never(_: &str, _: u16) -> io::Result<Vec<SocketAddr>> {
-            BEGUN.wait();
-            loop {
-                thread::park();
-            }
-        }
+        static LATE: LateResolver = LateResolver::new();
 
         test_support::time_limit(Duration::from_secs(60), || {
-            let connector = TcpConnector { resolver: never, ..TcpConnector::new("host", 1) };
+            let connector = TcpConnector { resolver: |_, _| LATE.resolve(), ..TcpConnector::new("host", 1) };
             let pending = connector.dial().unwrap();
             let stopper = pending.stopper().unwrap();
             let waiting = thread::spawn(move || pending.establish(None).err());
-            BEGUN.wait();
+            LATE.wait_until_asked();
             stopper.stop();
             let error = waiting.join().unwrap().unwrap();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
             assert!(error.to_string().contains("tcp:host:1"), "{error}");
+            LATE.finish();
         });
     }
 }
