@@ -12,6 +12,8 @@ from pathlib import Path
 
 from z3 import get_version_string
 
+from device_state_law import DEVICE_STATE_LAW
+from device_state_law_variants import VARIANTS as DEVICE_STATE_VARIANTS
 from hand_over_law import HAND_OVER_LAW
 from hand_over_law_variants import VARIANTS as HAND_OVER_VARIANTS
 from machine import Machine, Variant
@@ -65,7 +67,12 @@ def report(row: str) -> None:
 
 def main() -> int:
     print(f"Z3 {get_version_string()}")
-    laws = [(ROUND_LAW, ROUND_VARIANTS), (HAND_OVER_LAW, HAND_OVER_VARIANTS), (MEMBERSHIP, MEMBERSHIP_VARIANTS)]
+    laws = [
+        (ROUND_LAW, ROUND_VARIANTS),
+        (HAND_OVER_LAW, HAND_OVER_VARIANTS),
+        (DEVICE_STATE_LAW, DEVICE_STATE_VARIANTS),
+        (MEMBERSHIP, MEMBERSHIP_VARIANTS),
+    ]
     return 0 if all([prove(law, variants) for law, variants in laws]) else 1
 
 

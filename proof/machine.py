@@ -65,7 +65,7 @@ class Machine:
     witnesses: dict[str, Callable[[State], z3.BoolRef]]
     """What the invariant has to allow, beside each step: a proof about states that there are not would be worth nothing."""
     small_first: bool = False
-    """Where sums make it hard to find a counterexample, only small ones are looked for."""
+    """Where sums or many sorts make it hard to find a counterexample, only small ones are looked for."""
 
     def step(self, name: str) -> Step:
         """The step whose name begins with this word."""
@@ -109,6 +109,8 @@ class Machine:
                 yield f"after {step.name}: {sentence}", hypotheses, claim(after)
         for sentence, theorem in self.theorems.items():
             hypotheses, claim = theorem(self)
+            if base is not None and self.axioms == base.axioms and same((hypotheses, claim), theorem(base)):
+                continue
             yield f"theorem: {sentence}", [*self.invariants(state), *hypotheses], claim
 
     def not_proved(self, base: "Machine | None" = None) -> tuple[list[str], int]:
@@ -118,7 +120,7 @@ class Machine:
 
     def first_failure(self, base: "Machine") -> str | None:
         """A condition that is known to be wrong: with a counterexample, where need be among the small ones."""
-        conditions = list(self.conditions(base))
+        conditions = self.conditions(base)
         if not self.small_first:
             undecided = []
             for name, hypotheses, claim in conditions:
@@ -132,11 +134,20 @@ class Machine:
         return next(small, None)
 
     def refute(self, hypotheses: list, claim, effort: int = EFFORT):
+        # What a sentence speaks of is often nothing that the step changes.
+        if any(claim.eq(hypothesis) for hypothesis in hypotheses):
+            return z3.unsat
         return check([*self.axioms, *hypotheses, z3.Not(claim)], effort)
 
     def is_possible(self, wanted) -> bool:
         """There is a small state of the invariant in which `wanted` holds."""
         return check([*self.axioms, *self.small, *self.invariants(self.state), wanted], EFFORT) == z3.sat
+
+
+def same(one: tuple, other: tuple) -> bool:
+    """Both are the same hypotheses, and the same claim."""
+    (hypotheses, claim), (others, other_claim) = one, other
+    return len(hypotheses) == len(others) and claim.eq(other_claim) and all(a.eq(b) for a, b in zip(hypotheses, others))
 
 
 def check(formulas: list, effort: int):
