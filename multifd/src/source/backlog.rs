@@ -3,18 +3,20 @@
 //! A round is over for the source when the kernel has taken its last byte. Between hosts that may be long before the last byte is
 //! there: socket buffers grow to megabytes on each channel. All that lies in them when the guest is paused is a part of the pause, so
 //! the main thread waits for it first, while the guest runs, and drains the log once more. The time counts as the round's.
+//!
+//! The same meters know when a connection was reset. A channel that has nothing to send would not notice.
 
 use std::{io, time::Duration};
 
-use multifd_proto::extension::Extension;
+use multifd_proto::{ChannelId, extension::Extension};
 
 use super::{
-    Run,
+    Run, Shared,
     convergence::{Decision, Left, RoundReport},
 };
 use crate::{
     dirty_bitmap::DirtyBitmap,
-    error::Error,
+    error::{Connection, Error, Place},
     progress::{Event, Observer},
     sync::Arc,
     transport::{Meter, Stopper, Stream, Transit},
@@ -25,19 +27,30 @@ use crate::{
 /// The meters of all connections of one source. Clones are the same.
 #[derive(Clone, Default)]
 pub(super) struct Backlog {
-    meters: Watched<Vec<Arc<dyn Meter>>>,
+    meters: Watched<Vec<(Connection, Arc<dyn Meter>)>>,
 }
 
 impl Backlog {
-    /// Counts what is written to `stream` from now on, where its transport can tell.
+    /// Counts what is written to `stream` from now on, where its transport can tell. It takes the place of an earlier one of `connection`.
     ///
     /// # Errors
     /// As [`Stream::meter`].
-    pub(super) fn add(&self, stream: &dyn Stream) -> io::Result<()> {
-        if let Some(meter) = stream.meter()? {
-            self.meters.update(|meters| meters.push(meter.into()));
-        }
+    pub(super) fn add(&self, connection: Connection, stream: &dyn Stream) -> io::Result<()> {
+        let meter = stream.meter()?;
+        self.meters.update(|meters| {
+            meters.retain(|(other, _)| *other != connection);
+            meters.extend(meter.map(|meter| (connection, meter.into())));
+        });
         Ok(())
+    }
+
+    /// A channel whose connection has ended, and how, if its transport can tell.
+    fn ended_channel(&self) -> Option<(ChannelId, io::Error)> {
+        let meters = self.meters.look(Clone::clone);
+        meters.into_iter().find_map(|(connection, meter)| match connection {
+            Connection::Channel(id) => meter.transit().err().map(|error| (id, error)),
+            _ => None,
+        })
     }
 
     /// What is on its way on all connections together, the longest of their round trips, and the most that one of them was seen to
@@ -46,7 +59,7 @@ impl Backlog {
         let mut all = Transit::default();
         // Not under the lock: a transport's own meter may stop the migration.
         let meters = self.meters.look(Clone::clone);
-        for one in meters.iter().filter_map(|meter| meter.transit().ok()) {
+        for one in meters.iter().filter_map(|(_, meter)| meter.transit().ok()) {
             all.unacknowledged = all.unacknowledged.saturating_add(one.unacknowledged);
             all.round_trip = all.round_trip.max(one.round_trip);
             all.carries = all.carries.max(one.carries);
@@ -57,7 +70,7 @@ impl Backlog {
     /// How far away the destination is at least: the shortest round trip of any connection, zero where one cannot tell.
     pub(super) fn distance(&self) -> Duration {
         let meters = self.meters.look(Clone::clone);
-        let known = meters.iter().filter_map(|meter| meter.transit().ok());
+        let known = meters.iter().filter_map(|(_, meter)| meter.transit().ok());
         known.map(|transit| transit.round_trip).min().unwrap_or_default()
     }
 
@@ -77,6 +90,22 @@ impl Backlog {
 }
 
 impl Run {
+    /// Ends the migration when the connection of a channel is found to have ended, until [the guest is paused](Self::pause): each channel
+    /// is needed for another round. A channel finds out by itself when it next has something to send, and it may have nothing while main
+    /// waits for the destination, or is held by a user.
+    pub(super) fn watch_channels(&self) {
+        let Shared { backlog, progress, stop, options, .. } = &*self.shared;
+        let (backlog, progress, stop, channels) =
+            (backlog.clone(), progress.clone(), stop.clone(), options.plan.channels);
+        self.watchdog.timers().set(CHANNELS_TIMER, LOOK_AT_CHANNELS, move || {
+            let Some((id, source)) = backlog.ended_channel() else { return Some(LOOK_AT_CHANNELS) };
+            let offset = progress.channel_bytes(channels.into())[id.index()];
+            let at = Place { connection: Connection::Channel(id), offset };
+            drop(stop.stop(Error::Io { at, source }));
+            None
+        });
+    }
+
     /// Decides by what the pause would have to wait for. Before it begins, that is as little as can be.
     pub(super) fn decide(
         &mut self,
@@ -192,6 +221,9 @@ const LITTLE: u64 = 64 << 10;
 const SHORTEST_REST: Duration = Duration::from_millis(1);
 /// However long the wait is.
 const LONGEST_REST: Duration = Duration::from_millis(20);
+/// Looks at the connections of channels while rounds are sent.
+pub(super) const CHANNELS_TIMER: &str = "channels";
+const LOOK_AT_CHANNELS: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(1) };
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {

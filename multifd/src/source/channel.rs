@@ -80,7 +80,7 @@ impl SendChannel {
         }
         let stream = self.stream.insert(pending.establish(None).map_err(Error::io(at))?);
         shared.stop.register(stream.stopper().map_err(Error::io(at))?);
-        shared.backlog.add(&**stream).map_err(Error::io(at))?;
+        shared.backlog.add(at.connection, &**stream).map_err(Error::io(at))?;
         end_if_untaken(&mut **stream, shared.live.get().stall_limit);
         if let Some(counters) = &shared.zero_copy {
             shared.copies(&stream.peer(), stream.send_without_copy(counters));

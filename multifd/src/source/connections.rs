@@ -29,7 +29,7 @@ impl Run {
         shared.stop.register(stream.stopper().map_err(Error::io(at))?);
         end_if_untaken(&mut *stream, shared.live.get().stall_limit);
         let stopper = stream.stopper().map_err(Error::io(at))?;
-        shared.backlog.add(&*stream).map_err(Error::io(at))?;
+        shared.backlog.add(at.connection, &*stream).map_err(Error::io(at))?;
         let peer = stream.peer();
         let (sends, receives) = stream.split().map_err(Error::io(at))?;
         if shared.options.plan.hand_over && !sends.sends_descriptors() {

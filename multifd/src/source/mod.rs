@@ -276,6 +276,7 @@ impl Run {
         self.enter(Phase::Rounds, observer);
         let mut dirty = self.start_tracking(vm)?;
         self.begin_to_spread();
+        self.watch_channels();
         loop {
             self.round(&mut dirty, vm)?;
             match self.decide(&mut dirty, vm, observer)? {

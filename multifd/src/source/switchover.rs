@@ -4,7 +4,7 @@ use std::{cell::Cell, io};
 
 use super::{
     Run,
-    backlog::NEAR,
+    backlog::{CHANNELS_TIMER, NEAR},
     state_queue::{KeptState, QueuedState},
 };
 use crate::{
@@ -33,6 +33,7 @@ impl Run {
         self.paused = true;
         // From here on the limit of the pause bounds every wait.
         Pulse::rest(self.watchdog.timers());
+        self.watchdog.timers().clear(CHANNELS_TIMER);
         self.shared.live.pause_limit.begin(self.watchdog.timers());
         vm.pause().map_err(Error::vm("pause"))?;
         check_memory(&self.shared.ram, vm.ram())?;

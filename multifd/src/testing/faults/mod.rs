@@ -10,6 +10,7 @@ mod hostile_main;
 mod hostile_state;
 mod injected;
 mod late;
+mod lost_channel;
 mod panics;
 mod pause;
 mod postcopy;
