@@ -58,6 +58,9 @@ pub(crate) trait StatePackets {
     /// Sends the state in `packet`, a part of the section `name` and `instance`, after all that were sent before.
     fn send(&mut self, name: &str, instance: u32, packet: Vec<u8>);
 
+    /// Main is about to speak of all that were sent.
+    fn told(&mut self) {}
+
     /// `buffer` is not needed.
     fn give_back(&mut self, buffer: Vec<u8>);
 }
@@ -297,11 +300,12 @@ impl<'a> Sections<'a> {
         if let Some(send) = &mut self.send
             && self.encoder.bytes.len() >= least
         {
-            send(&self.encoder.bytes)?;
-            self.encoder.bytes.clear();
             if let Some(channels) = &mut self.channels {
+                channels.packets.told();
                 (channels.untold, channels.untold_bytes) = (0, 0);
             }
+            send(&self.encoder.bytes)?;
+            self.encoder.bytes.clear();
         }
         Ok(())
     }

@@ -9,7 +9,12 @@ use multifd_proto::{
 
 use super::{Mode, Run, Target};
 use crate::{
-    checkpoint::MAX_DEVICE_STATE, error::Error, pulse::Pulse, round::trace::Step, sync::lock, threads::caught,
+    checkpoint::MAX_DEVICE_STATE,
+    error::Error,
+    pulse::Pulse,
+    round::{device_trace::DeviceStep, trace::Step},
+    sync::lock,
+    threads::caught,
 };
 
 impl Run {
@@ -46,6 +51,7 @@ impl Run {
         let mut action = commit.on(DestinationEvent::Loaded);
         if action == DestinationAction::WriteReady {
             self.watch_the_source();
+            self.shared.options.trace.step(|| Step::Device(DeviceStep::Ready));
             self.main().reply(&Message::Ready)?;
             if let Err(error) = self.main().await_go() {
                 // The source hears of it before its connections end: GO may be under way, and only we can tell.

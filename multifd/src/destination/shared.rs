@@ -112,6 +112,7 @@ impl Shared {
     ) -> Arc<Shared> {
         let connections = Arc::new(Connections::new(options.max_unidentified));
         let switch = SwitchStopper::registered(&stop);
+        let state = StateWindow::new(&options.trace);
         let shared = Arc::new(Shared {
             page_size,
             single,
@@ -131,7 +132,7 @@ impl Shared {
             seen: Mutex::default(),
             channel_pages: AtomicU64::new(0),
             newer_packets: AtomicBool::new(false),
-            state: StateWindow::default(),
+            state,
             opaque: OpaqueState::default(),
             connections,
         });

@@ -11,7 +11,11 @@ use std::collections::BTreeMap;
 use multifd_proto::{Violation, device_state::MAX_STATE};
 
 use crate::{
-    error::{Error, Place},
+    error::{Connection, Error, Place},
+    round::{
+        device_trace::DeviceStep,
+        trace::{Step, Trace},
+    },
     sync::Deadline,
     transport::Stopper,
     watched::Watched,
@@ -21,6 +25,7 @@ use crate::{
 #[derive(Clone, Default)]
 pub(crate) struct StateWindow {
     watched: Watched<Window>,
+    trace: Trace,
 }
 
 #[derive(Default)]
@@ -81,6 +86,15 @@ impl Room {
 }
 
 impl StateWindow {
+    /// Tells its steps to `trace`.
+    pub(super) fn new(trace: &Trace) -> StateWindow {
+        StateWindow { trace: trace.clone(), ..StateWindow::default() }
+    }
+
+    fn step(&self, step: impl FnOnce() -> DeviceStep) {
+        self.trace.step(|| Step::Device(step()));
+    }
+
     pub(super) fn stopper(&self) -> Box<dyn Stopper> {
         Box::new(self.watched.clone())
     }
@@ -118,6 +132,9 @@ impl StateWindow {
                 _ if window.over => Violation::StatePacketLeft { number },
                 Some(_) if !window.slots.contains_key(&number) => {
                     window.slots.insert(number, Slot::Arriving);
+                    if let Connection::Channel(id) = place.connection {
+                        self.step(|| DeviceStep::Head(id, number));
+                    }
                     return Some(Ok(window.free.pop()));
                 }
                 _ => Violation::StatePacketTwice { number },
@@ -132,7 +149,10 @@ impl StateWindow {
     pub(super) fn put(&self, room: Room, len: usize, name: String, instance: u32, place: Place) {
         let Room { number, bytes } = room;
         let part = Part { number, name, instance, place, bytes, len };
-        self.watched.update(|window| window.slots.insert(number, Slot::Here(part)));
+        self.watched.update(|window| {
+            self.step(|| DeviceStep::Come(number));
+            window.slots.insert(number, Slot::Here(part));
+        });
     }
 
     /// Takes the next packet, of which main speaks at `place`. Waits until it is here.
@@ -142,6 +162,7 @@ impl StateWindow {
     pub(super) fn take(&self, place: Place) -> Result<Part, Error> {
         let found = self.watched.wait(Deadline::after(None), |window| match window.slots.remove(&window.next) {
             Some(Slot::Here(part)) => {
+                self.step(|| DeviceStep::Unpack(part.number));
                 window.next += 1;
                 Some(Ok(part))
             }
@@ -215,7 +236,6 @@ pub(crate) const WINDOW: u64 = if cfg!(any(loom, shuttle)) { 4 } else { 32 };
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
-    use crate::error::Connection;
 
     const PLACE: Place = Place { connection: Connection::Main, offset: 7 };
 

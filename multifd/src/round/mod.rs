@@ -2,6 +2,7 @@
 
 pub(crate) mod audit;
 pub(crate) mod barrier;
+pub(crate) mod device_trace;
 pub(crate) mod discarded;
 pub(crate) mod scan;
 pub(crate) mod trace;

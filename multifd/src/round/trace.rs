@@ -5,6 +5,7 @@
 
 use multifd_proto::rounds::Party;
 
+use super::device_trace::DeviceStep;
 use crate::postcopy::trace::HandOver;
 
 /// One step. Pages are numbers of the layout.
@@ -36,6 +37,8 @@ pub(crate) enum Step {
     State(Party),
     /// The destination starts the guest.
     Start,
+    /// One of the device-state law.
+    Device(DeviceStep),
     /// One of the hand-over law, which is none of the rounds'.
     HandOver(HandOver),
 }

@@ -233,11 +233,13 @@ impl SendChannel {
     /// Sends device state until there is no more. A channel that has no pages has not found the speed of the path.
     fn device_state(&mut self, shared: &Shared) -> Result<(), Error> {
         if self.id.index() >= shared.spread.used() {
+            shared.state.takes_none(self.id);
             return Ok(());
         }
-        while let Some(packet) = shared.state.next()? {
+        while let Some(packet) = shared.state.next(self.id)? {
             let place = self.place();
             shared.live.limiter.take(packet.len() as u64);
+            shared.state.is_written(self.id, &packet);
             self.stream().write(&packet, &[]).map_err(Error::io(place))?;
             self.count(packet.len() as u64);
             shared.state.give_back(packet);

@@ -6,7 +6,10 @@ use multifd_proto::{
 };
 
 use super::Run;
-use crate::error::Error;
+use crate::{
+    error::Error,
+    round::{device_trace::DeviceStep, trace::Step},
+};
 
 impl Run {
     /// Hands the VM over: the messages of both sides, as [`SourceCommit`] decides by them.
@@ -38,6 +41,7 @@ impl Run {
             match self.commit.on(if cancelled { SourceEvent::Stopped } else { event }) {
                 SourceAction::WriteGo => {
                     self.lend(true);
+                    self.shared.options.trace.step(|| Step::Device(DeviceStep::Go));
                     written = self.main().go();
                 }
                 SourceAction::Finish => break,

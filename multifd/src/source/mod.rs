@@ -209,7 +209,7 @@ impl Run {
         let openings = Openings::default();
         stop.register(openings.stopper());
         stop.register(live.steering.stopper());
-        let state = StateQueue::new(options.plan.channels);
+        let state = StateQueue::new(options.plan.channels, &options.trace);
         stop.register(state.stopper());
         let spread = Spread::new(channels);
         stop.register(spread.stopper());

@@ -6,10 +6,17 @@
 
 use std::{collections::VecDeque, io};
 
-use multifd_proto::device_state::{HEAD_LEN, StatePacket};
+use multifd_proto::{
+    ChannelId,
+    device_state::{HEAD_LEN, StatePacket},
+};
 
 use crate::{
     error::Error,
+    round::{
+        device_trace::{DeviceStep, Takes},
+        trace::{Step, Trace},
+    },
     sections::{PACKET_STATE, StatePackets},
     sync::Deadline,
     transport::Stopper,
@@ -20,6 +27,7 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct StateQueue {
     watched: Watched<Queue>,
+    trace: Trace,
 }
 
 struct Queue {
@@ -37,11 +45,12 @@ struct Queue {
 
 impl StateQueue {
     /// For `channels` channels.
-    pub(super) fn new(channels: u8) -> StateQueue {
+    pub(super) fn new(channels: u8, trace: &Trace) -> StateQueue {
         // One for each channel, one that main fills and one that waits.
         let most = usize::from(channels).min(MOST_AT_WORK) + 2;
         let (waiting, free) = (VecDeque::new(), Vec::new());
-        StateQueue { watched: Watched::new(Queue { waiting, free, made: 0, most, next: 0, closed: false }) }
+        let watched = Watched::new(Queue { waiting, free, made: 0, most, next: 0, closed: false });
+        StateQueue { watched, trace: trace.clone() }
     }
 
     pub(super) fn stopper(&self) -> Box<dyn Stopper> {
@@ -75,16 +84,24 @@ impl StateQueue {
         let len = u32::try_from(packet.len() - HEAD_LEN).expect("a packet has at most PACKET_STATE bytes of state");
         self.watched.update(|queue| {
             StatePacket { name, instance, number: queue.next, len }.encode_into(&mut packet[..HEAD_LEN]);
+            self.step(|| DeviceStep::Put(queue.next));
             queue.next += 1;
             queue.waiting.push_back(packet);
         });
     }
 
-    /// The next packet, for a channel to write; `None` once there are no more.
-    pub(super) fn next(&self) -> Result<Option<Vec<u8>>, Error> {
+    /// The next packet, for `channel` to write; `None` once there are no more.
+    pub(super) fn next(&self, channel: ChannelId) -> Result<Option<Vec<u8>>, Error> {
         let next = self.watched.wait(Deadline::after(None), |queue| match queue.waiting.pop_front() {
-            Some(packet) => Some(Some(packet)),
-            None => queue.closed.then_some(None),
+            Some(packet) => {
+                self.step(|| DeviceStep::Take(channel, number_of(&packet)));
+                Some(Some(packet))
+            }
+            None if queue.closed => {
+                self.step(|| DeviceStep::Over(channel, Takes::Packets));
+                Some(None)
+            }
+            None => None,
         })?;
         Ok(next.expect("it waits without a deadline"))
     }
@@ -101,8 +118,35 @@ impl StateQueue {
 
     /// No packet follows: channels end when those that wait were written.
     pub(super) fn close(&self) {
-        self.watched.update(|queue| queue.closed = true);
+        self.watched.update(|queue| {
+            queue.closed = true;
+            self.step(|| DeviceStep::Close);
+        });
     }
+
+    /// `channel` is about to write `packet`.
+    pub(super) fn is_written(&self, channel: ChannelId, packet: &[u8]) {
+        self.step(|| DeviceStep::Write(channel, number_of(packet)));
+    }
+
+    /// `channel` takes no packets, and ends.
+    pub(super) fn takes_none(&self, channel: ChannelId) {
+        self.step(|| DeviceStep::Over(channel, Takes::None));
+    }
+
+    /// Main is about to speak of all packets that there are.
+    pub(super) fn told(&self) {
+        self.step(|| DeviceStep::Tell);
+    }
+
+    fn step(&self, step: impl FnOnce() -> DeviceStep) {
+        self.trace.step(|| Step::Device(step()));
+    }
+}
+
+/// The number of an encoded packet.
+fn number_of(packet: &[u8]) -> u64 {
+    StatePacket::decode(packet).map_or(u64::MAX, |head| head.number)
 }
 
 /// What sections use of the queue. Where it ends, so does the migration: `failure` has the reason.
@@ -122,6 +166,10 @@ impl StatePackets for QueuedState<'_> {
 
     fn send(&mut self, name: &str, instance: u32, packet: Vec<u8>) {
         self.queue.add(name, instance, packet);
+    }
+
+    fn told(&mut self) {
+        self.queue.told();
     }
 
     fn give_back(&mut self, buffer: Vec<u8>) {
@@ -156,7 +204,7 @@ mod tests {
 
     #[test]
     fn packets_leave_in_order_with_their_heads_and_no_more_buffers_are_made_than_there_may_be() {
-        let queue = StateQueue::new(1);
+        let queue = StateQueue::new(1, &Trace::default());
         for _ in 0..3 {
             let mut packet = queue.buffer().unwrap();
             packet.extend_from_slice(b"state");
@@ -166,7 +214,7 @@ mod tests {
         let other = queue.clone();
         let waiting = std::thread::spawn(move || other.buffer().unwrap().len());
         for number in 0..3 {
-            let packet = queue.next().unwrap().unwrap();
+            let packet = queue.next(ChannelId(0)).unwrap().unwrap();
             let head = StatePacket::decode(&packet).unwrap();
             assert_eq!(head, StatePacket { name: "gpu", instance: 2, number, len: 5 });
             assert_eq!(packet[HEAD_LEN..], *b"state");
@@ -175,14 +223,14 @@ mod tests {
         assert_eq!(waiting.join().unwrap(), HEAD_LEN);
         assert_eq!(queue.watched.look(|queue| queue.made), 3);
         queue.close();
-        assert!(queue.next().unwrap().is_none());
+        assert!(queue.next(ChannelId(0)).unwrap().is_none());
     }
 
     #[test]
     fn a_stop_ends_every_wait() {
-        let queue = StateQueue::new(1);
+        let queue = StateQueue::new(1, &Trace::default());
         let other = queue.clone();
-        let channel = std::thread::spawn(move || other.next());
+        let channel = std::thread::spawn(move || other.next(ChannelId(0)));
         queue.stopper().stop();
         assert!(matches!(channel.join().unwrap(), Err(Error::Stopped)));
     }

@@ -119,6 +119,7 @@ impl Run {
             }
             None => self.save(vm)?,
         };
+        self.shared.state.told();
         self.main().sections(&rest, vmdescription)?;
         if self.sends_state_packets() {
             self.shared.state.close();

@@ -7,15 +7,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use multifd_proto::rounds::Party;
 
-use super::trace::{BEHIND_BARRIER, Refused};
+use super::{
+    device_machine,
+    trace::{BEHIND_BARRIER, Refused},
+};
 use crate::round::trace::Step;
 
-/// Checks that each of `steps` is allowed, with this many channels. `Ok` has what was seen.
+/// Checks that each of `steps` is allowed, with this many channels, also by the machine of device state. `Ok` has what was seen.
 pub(crate) fn check(steps: &[Step], channels: usize) -> Result<Machine, Refused> {
     let mut machine = Machine::new(channels);
     for (index, step) in steps.iter().enumerate() {
         machine.take(step).map_err(|guard| Refused { prefix: steps[..=index].to_vec(), guard })?;
     }
+    device_machine::check(steps, channels)?;
     Ok(machine)
 }
 
@@ -207,7 +211,7 @@ impl Machine {
                 guard(self.passed >= self.taken[self.main()], LAST_BARRIER)?;
             }
             // Those have a machine of their own.
-            Step::HandOver(_) => {}
+            Step::Device(_) | Step::HandOver(_) => {}
             Step::Start => {
                 guard(self.ended, END_CAME)?;
                 guard(self.taken[self.main()] == self.sent[self.main()], READ_ALL)?;

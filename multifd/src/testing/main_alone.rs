@@ -20,7 +20,10 @@ use crate::{
     destination::{self, Destination},
     error::{Error, Mismatch},
     ram::Ram,
-    round::trace::Step,
+    round::{
+        device_trace::{DeviceStep, Takes},
+        trace::Step,
+    },
     source::{self, Peer, Source},
     transport::{
         Connect, Listen,
@@ -44,6 +47,8 @@ fn with_a_silent_channel(step: &Step) -> Vec<Step> {
         Step::Take(Party::Main, pages) => vec![Step::Take(SILENT, pages.clone())],
         Step::Send(Party::Main, pages) => vec![Step::Find(SILENT, pages.clone()), Step::Name(pages.clone())],
         Step::Flush => vec![Step::Sync(SILENT), Step::Flush],
+        // It takes no packets, either.
+        Step::Device(DeviceStep::Go) => vec![Step::Device(DeviceStep::Over(ChannelId(0), Takes::None)), step.clone()],
         Step::Arrive(Party::Main) => vec![Step::Arrive(SILENT), Step::Arrive(Party::Main)],
         other => vec![other.clone()],
     }

@@ -43,6 +43,8 @@ pub(crate) mod certificates;
 mod close_order;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod convergence;
+#[cfg(all(test, not(loom)))]
+mod device_machine;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod distance;
 #[cfg(all(test, not(any(loom, shuttle))))]
