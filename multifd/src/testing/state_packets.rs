@@ -62,11 +62,13 @@ struct Reader {
     started: bool,
     /// Bytes read so far.
     read: Arc<AtomicUsize>,
+    /// How long it does not read what the window may hold.
+    rests: Duration,
 }
 
 impl Reader {
     fn new(most: Option<usize>) -> Reader {
-        Reader { ram: ram(), most, loaded: Vec::new(), started: false, read: Arc::default() }
+        Reader { ram: ram(), most, loaded: Vec::new(), started: false, read: Arc::default(), rests: Duration::ZERO }
     }
 }
 
@@ -89,6 +91,7 @@ impl DestinationVm for Reader {
                 n => loaded.extend_from_slice(&part[..n]),
             }
             self.read.store(loaded.len(), Relaxed);
+            std::thread::sleep(std::mem::take(&mut self.rests));
         }
         self.loaded.push((section.clone(), loaded));
         Ok(())
@@ -130,6 +133,19 @@ fn channels(channels: u8) -> source::Options {
     let mut options = source::Options::default();
     options.plan.channels = channels;
     options
+}
+
+/// Migrates, and checks that each step was one of the machines that are proved.
+fn migrate_in_steps(vm: &mut TestSource, to: &mut Reader, options: source::Options) -> Ended {
+    let trace = Trace::recording();
+    let count = options.plan.channels;
+    let (mut options, mut receiving) = (options, destination::Options::default());
+    (options.trace, receiving.trace) = (trace.clone(), trace.clone());
+    let outcome = migrate(vm, to, options, receiving);
+    if let Err(refused) = machine::check(&trace.steps(), count.into()) {
+        panic!("{refused}");
+    }
+    outcome
 }
 
 #[test]
@@ -228,7 +244,7 @@ fn state_that_was_saved_before_the_last_round_arrives_as_well() {
     let states = [state((STATE_WINDOW as usize + 9) * PACKET_STATE, 1)];
     let (mut vm, mut to) = (source(&states), Reader::new(None));
     vm.save_writes = Some((7, 9));
-    let (sent, received) = migrate(&mut vm, &mut to, channels(2), Default::default());
+    let (sent, received) = migrate_in_steps(&mut vm, &mut to, channels(2));
     received.unwrap();
     assert!(sent.unwrap().main_bytes < 10_000);
     assert!(to.loaded.last().unwrap().1 == states[0]);
@@ -239,7 +255,9 @@ fn state_that_was_saved_before_the_last_round_arrives_as_well() {
 fn state_that_is_longer_than_the_window_arrives_whole() {
     let states = [state((STATE_WINDOW as usize + 9) * PACKET_STATE + 2, 1)];
     let (mut vm, mut to) = (source(&states), Reader::new(None));
-    let (sent, received) = migrate(&mut vm, &mut to, channels(3), Default::default());
+    // In which the channels come as far as there is room for packets, and would come further without the window.
+    to.rests = Duration::from_millis(300);
+    let (sent, received) = migrate_in_steps(&mut vm, &mut to, channels(3));
     received.unwrap();
     sent.unwrap();
     assert!(to.loaded.last().unwrap().1 == states[0]);
@@ -250,7 +268,7 @@ fn state_that_is_longer_than_the_window_arrives_whole() {
 fn a_vm_that_reads_only_a_part_refuses_the_guest_which_runs_on() {
     let states = [state((STATE_WINDOW as usize + 9) * PACKET_STATE, 1)];
     let (mut vm, mut to) = (source(&states), Reader::new(Some(PACKET_STATE + 5)));
-    let (sent, received) = migrate(&mut vm, &mut to, channels(2), Default::default());
+    let (sent, received) = migrate_in_steps(&mut vm, &mut to, channels(2));
     let Err(Error::Load { section, source }) = received else { panic!("{received:?}") };
     assert_eq!((&*section.name, &*source.to_string()), ("gpu", "the state has more bytes than were read"));
     assert!(matches!(sent, Err(Error::Refused { .. })), "{sent:?}");
