@@ -8,11 +8,10 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use common::{Guest, LIMIT, multifd, number, user::User};
+use common::{Guest, LIMIT, multifd, number, python, user::User};
 use multifd_qmp::{
     Client, Error, Status,
     qapi_qmp::{self, MigrationStatus, RunState},
@@ -23,36 +22,9 @@ use test_support::{TempDir, in_ci, skip, time_limit};
 
 const SMALL: &str = "--guest process --memory 32MiB --working-set 4MiB --write-rate 20MB/s";
 
-/// A python that has `qemu.qmp`, in a directory that is kept.
-///
-/// # Errors
-/// Why there is none.
-fn python() -> Result<PathBuf, String> {
-    let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join("qmp-python");
-    let python = venv.join("bin/python3");
-    let works = |python: &Path| {
-        let output = Command::new(python).args(["-c", "import qemu.qmp"]).output();
-        output.is_ok_and(|output| output.status.success())
-    };
-    if works(&python) {
-        return Ok(python);
-    }
-    let run = |command: &mut Command| {
-        let output = command.output().map_err(|error| error.to_string())?;
-        let error = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        if output.status.success() { Ok(()) } else { Err(error.lines().last().unwrap_or_default().to_owned()) }
-    };
-    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv))?;
-    run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--timeout", "20", "qemu.qmp==0.0.6"]))?;
-    if works(&python) { Ok(python) } else { Err("it is installed, and cannot be imported".to_owned()) }
-}
-
-/// The same; a skip where there is none.
+/// A Python that has `qemu.qmp`; a skip where there is none.
 fn python_or_skip() -> Option<PathBuf> {
-    // Tests of this file do not install it twice.
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    match python() {
+    match python::with("qemu.qmp==0.0.6", "qemu.qmp") {
         Ok(python) => Some(python),
         Err(reason) if in_ci() => panic!("qemu.qmp cannot be installed from PyPI: {reason}"),
         Err(reason) => {

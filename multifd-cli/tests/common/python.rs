@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    sync::Mutex,
 };
 
 /// A Python that can import `module` from `package`, in a directory that is kept.
@@ -10,6 +11,9 @@ use std::{
 /// # Errors
 /// Why there is none.
 pub fn with(package: &str, module: &str) -> Result<PathBuf, String> {
+    // Two tests at once would each clear what the other installs.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("python-{module}"));
     let python = venv.join("bin/python3");
     let works = || {
