@@ -109,7 +109,7 @@ class Machine:
                 yield f"after {step.name}: {sentence}", hypotheses, claim(after)
         for sentence, theorem in self.theorems.items():
             hypotheses, claim = theorem(self)
-            if base is not None and self.axioms == base.axioms and same((hypotheses, claim), theorem(base)):
+            if base is not None and self.axioms == base.axioms and self.invariant is base.invariant and same((hypotheses, claim), theorem(base)):
                 continue
             yield f"theorem: {sentence}", [*self.invariants(state), *hypotheses], claim
 

@@ -102,10 +102,9 @@ pub fn vm_with<S: SourceVm, D: DestinationVm>(
     make_destination: impl FnMut() -> D + Send,
 ) -> Result<Report, Broken> {
     let mut suite = Suite { make_source, make_destination, source: None, report: Report::default() };
-    suite.report.seen_to_run = suite.source().writes(SEEN).map_err(|error| Broken {
-        context: "before the first migration".to_owned(),
-        what: format!("it does not tell which memory must not be read: {error}"),
-    })?;
+    let seen = suite.source().writes(SEEN);
+    suite.report.seen_to_run =
+        seen.map_err(|what| Broken { context: "before the first migration".to_owned(), what })?;
     suite.nothing_goes_wrong()?;
     suite.each_call_fails_once()?;
     suite.each_operation_fails_once(effort)?;
@@ -205,9 +204,8 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                 if outcome.sent.is_ok() || outcome.received.is_ok() {
                     return Err(broken("a side reports success, and the guest is at the source".to_owned()));
                 }
-                let writes = |source: &mut WatchedSource<S>| source.writes(IS_TO_WRITE).unwrap_or(false);
-                if seen_to_run && !writes(source) {
-                    return Err(broken("the guest is at the source, and does not run: it writes no memory".to_owned()));
+                if seen_to_run {
+                    source.has_to_write(IS_TO_WRITE).map_err(broken)?;
                 }
             }
             (false, true) => {
@@ -239,6 +237,9 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
                 }
                 // The operator's part.
                 source.resume().map_err(|error| broken(format!("it cannot be resumed: {error}")))?;
+                if seen_to_run {
+                    source.has_to_write(IS_TO_WRITE).map_err(broken)?;
+                }
             }
         }
         if self.source.is_some() {
@@ -253,8 +254,8 @@ impl<S: SourceVm, D: DestinationVm, MS: FnMut() -> S, MD: FnMut() -> D + Send> S
 
     fn migrate(&mut self, trouble: Trouble) -> Outcome {
         let seen_to_run = self.report.seen_to_run;
-        // Not `source()`: a destination is made meanwhile.
-        let source = self.source.get_or_insert_with(|| WatchedSource::new((self.make_source)()));
+        self.source();
+        let source = self.source.as_mut().expect("just made");
         source.plan = Plan::failing(trouble.source_call);
         let excluded = source.excluded.clone();
         let make_destination = &mut self.make_destination;

@@ -437,7 +437,7 @@ pub enum Mismatch {
     },
     /// A section that comes in parts, of something else than RAM.
     #[error(
-        "section {name:?} comes in parts; only ram may: switch the capability off, or detach the device, that adds it"
+        "section {name:?} comes in parts, which only ram may; detach the device that adds it, or switch its capability off"
     )]
     IterableSection {
         /// Its name.

@@ -68,8 +68,9 @@ impl StopHandle {
 
     /// Cancels the migration: the source's VM runs on, and each `run` that was given this handle returns [`Error::Cancelled`].
     ///
-    /// The other side, in another process, sees what it means for the connections: a destination whose source was cancelled that they
-    /// ended ([`Error::Io`], or [`Error::Protocol`] where a channel ended between two packets), a source whose destination was cancelled [`Error::Refused`], or that they ended where the answer has not arrived.
+    /// The other side, in another process, has no handle that was used. A destination whose source was cancelled sees its connections end:
+    /// [`Error::Io`], or [`Error::Protocol`] where a channel ended between two packets. A source whose destination was cancelled returns
+    /// [`Error::Refused`], or that the connections ended, where that answer has not arrived.
     ///
     /// Between the source's commit and the destination's answer this ends the source's wait: `run` returns
     /// [`Error::InDoubt`] there, and the VM stays paused. Without effect once the migration has ended.

@@ -66,9 +66,24 @@ impl<S: SourceVm> WatchedSource<S> {
     }
 
     /// Whether its guest writes memory within so long.
-    pub(super) fn writes(&mut self, within: Duration) -> Result<bool, VmError> {
-        self.excluded(&mut DirtyBitmap::new(self.vm.ram().layout()))?;
+    ///
+    /// # Errors
+    /// It does not say which memory must not be read.
+    pub(super) fn writes(&mut self, within: Duration) -> Result<bool, String> {
+        let excluded = self.excluded(&mut DirtyBitmap::new(self.vm.ram().layout()));
+        excluded.map_err(|error| format!("it does not say which memory must not be read: {error}"))?;
         Ok(changes(self.vm.ram(), &self.excluded, within))
+    }
+
+    /// Checks that its guest, which is said to run, writes memory within so long.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub(super) fn has_to_write(&mut self, within: Duration) -> Result<(), String> {
+        match self.writes(within)? {
+            true => Ok(()),
+            false => Err("the guest is at the source, and does not run: it writes no memory".to_owned()),
+        }
     }
 }
 

@@ -227,8 +227,10 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, mmap::MmapRegionBuilder};
 
     use super::*;
-    use crate::dirty::conformance::{Effort, Subject, Writer, conformance};
-    use crate::ram::Access;
+    use crate::{
+        dirty::conformance::{Effort, Subject, Writer, conformance},
+        ram::Access,
+    };
 
     fn memory(unit: usize, regions: &[(u64, usize)]) -> GuestMemoryMmap<AtomicBitmap> {
         let regions = regions.iter().map(|&(address, len)| {

@@ -239,7 +239,7 @@ impl SendChannel {
         while let Some(packet) = shared.state.next(self.id)? {
             let place = self.place();
             shared.live.limiter.take(packet.len() as u64);
-            shared.state.is_written(self.id, &packet);
+            shared.state.writes(self.id, &packet);
             self.stream().write(&packet, &[]).map_err(Error::io(place))?;
             self.count(packet.len() as u64);
             shared.state.give_back(packet);

@@ -26,7 +26,8 @@ impl Handle {
     }
 
     /// With `true`, the switchover waits: the guest runs on and rounds go on, ten in a second where there is little to
-    /// send. With `false`, it comes as soon as the rest fits, as before.
+    /// send, and more without channels where `stall_limit` is short. (A destination with a shorter one than the source takes that for silence.)
+    /// With `false`, it comes as soon as the rest fits, as before.
     ///
     /// Returns whether it comes in time: `false` once it was decided to pause the guest, which is then not held. A hold has no
     /// limit of its own; rounds and time that pass meanwhile do not count towards those of

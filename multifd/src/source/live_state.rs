@@ -6,9 +6,12 @@
 
 use std::time::Duration;
 
-use multifd_proto::extension::Extension;
+use multifd_proto::{extension::Extension, packet};
 
-use super::{Run, steering::rest_between_rounds};
+use super::{
+    Run,
+    steering::{EMPTY_SECTION, rest_between_rounds},
+};
 use crate::{
     error::Error,
     sections::{LIVE_ROOM, Terms},
@@ -89,7 +92,11 @@ impl Run {
 
     /// How long to rest between two rounds while something is waited for.
     pub(super) fn rest(&self) -> Duration {
-        rest_between_rounds(self.shared.options.is_main_alone(), self.shared.live.get().stall_limit)
+        let least = match self.shared.options.is_main_alone() {
+            true => EMPTY_SECTION,
+            false => packet::header_len(self.shared.ram.layout().page_size()) as u64,
+        };
+        rest_between_rounds(least, self.shared.live.get().stall_limit)
     }
 
     /// Waits a moment where the last round had nothing to send: a device has more to come, and not yet.

@@ -125,7 +125,7 @@ impl StateQueue {
     }
 
     /// `channel` is about to write `packet`.
-    pub(super) fn is_written(&self, channel: ChannelId, packet: &[u8]) {
+    pub(super) fn writes(&self, channel: ChannelId, packet: &[u8]) {
         self.step(|| DeviceStep::Write(channel, number_of(packet)));
     }
 

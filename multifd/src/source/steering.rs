@@ -62,17 +62,14 @@ impl Steering {
 
 /// How long a migration rests between two rounds while it waits for its switchover, or for state. Each round sends what was written
 /// meanwhile, and shows both sides that the other is there: twice the bytes that `stall_limit` asks for, also where nothing was written.
-/// Channels send a SYNC packet each, and main alone some bytes.
-pub(super) fn rest_between_rounds(main_alone: bool, stall_limit: Option<Duration>) -> Duration {
-    let least = if main_alone { EMPTY_SECTION } else { SYNC };
+/// `least` is what a round sends at least: [`EMPTY_SECTION`] on main alone, and with channels a SYNC packet.
+pub(super) fn rest_between_rounds(least: u64, stall_limit: Option<Duration>) -> Duration {
     let rounds = u32::try_from(2 * LEAST.div_ceil(least)).expect("a few hundred");
     stall_limit.map_or(LONGEST_REST, |limit| (limit / rounds).clamp(SHORTEST_REST, LONGEST_REST))
 }
 
 /// Bytes of a section in which nothing is sent on main: its head, its end, and its footer.
-const EMPTY_SECTION: u64 = 18;
-/// Bytes of a SYNC packet of 4 KiB pages.
-const SYNC: u64 = 1344;
+pub(super) const EMPTY_SECTION: u64 = 18;
 const LONGEST_REST: Duration = Duration::from_millis(100);
 /// However short the limit is.
 const SHORTEST_REST: Duration = Duration::from_millis(1);
@@ -85,15 +82,16 @@ mod tests {
     #[test]
     fn rounds_of_a_migration_that_waits_are_no_silence() {
         let millis = Duration::from_millis;
-        for (main_alone, bytes) in [(true, EMPTY_SECTION), (false, SYNC)] {
+        // SYNC packets of pages of 64 and of 4 KiB.
+        for bytes in [EMPTY_SECTION, 384, 1344] {
             for limit in [millis(600), millis(2000), millis(120_000)] {
-                let rounds = limit.as_nanos() / rest_between_rounds(main_alone, Some(limit)).as_nanos();
-                assert!(rounds as u64 * bytes >= 2 * LEAST, "{limit:?}, {main_alone}");
+                let rounds = limit.as_nanos() / rest_between_rounds(bytes, Some(limit)).as_nanos();
+                assert!(rounds as u64 * bytes >= 2 * LEAST, "{limit:?}, {bytes}");
             }
         }
         for limit in [None, Some(millis(120_000))] {
-            assert_eq!(rest_between_rounds(true, limit), LONGEST_REST);
+            assert_eq!(rest_between_rounds(EMPTY_SECTION, limit), LONGEST_REST);
         }
-        assert_eq!(rest_between_rounds(true, Some(Duration::ZERO)), SHORTEST_REST);
+        assert_eq!(rest_between_rounds(EMPTY_SECTION, Some(Duration::ZERO)), SHORTEST_REST);
     }
 }

@@ -3,7 +3,7 @@
 //! The guards have the sentences that they have there, and a test compares them. A trace shows packets, and not what main brings itself; what
 //! else it cannot show is in [`UNSEEN`]. Without READY in it there is one step less to the commit, and the proof is not of that.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 use multifd_proto::{ChannelId, rounds::Party};
 
@@ -42,7 +42,7 @@ struct Machine {
     closed: bool,
     ended: bool,
     /// Whose rest has come.
-    here: BTreeMap<u64, ()>,
+    here: BTreeSet<u64>,
     wanted: u64,
     ready: bool,
     go: bool,
@@ -171,8 +171,8 @@ impl Machine {
             }
             DeviceStep::Head(id, number) => {
                 let (passed, wanted) = (self.is_past_last_barrier(), self.wanted);
-                let came = self.here.contains_key(&number)
-                    || self.channels.iter().any(|channel| channel.arriving == Some(number));
+                let came =
+                    self.here.contains(&number) || self.channels.iter().any(|channel| channel.arriving == Some(number));
                 let channel = self.channel(id)?;
                 guard(channel.arriving.is_none(), DONE)?;
                 guard(channel.flying.pop_front() == Some(number), NEXT)?;
@@ -185,11 +185,11 @@ impl Machine {
             DeviceStep::Come(number) => {
                 let channel = self.channels.iter_mut().find(|channel| channel.arriving == Some(number));
                 channel.ok_or(HEAD_READ)?.arriving = None;
-                self.here.insert(number, ());
+                self.here.insert(number);
             }
             DeviceStep::Unpack(number) => {
                 guard(number < self.told, WORD)?;
-                guard(self.here.remove(&number).is_some(), HERE)?;
+                guard(self.here.remove(&number), HERE)?;
                 guard(number == self.wanted, WANTED)?;
                 self.wanted += 1;
             }

@@ -328,7 +328,7 @@ fn elements_in_the_wrong_place_are_refused() {
     check("no footer", &body, [3, 0, 0, 0, 1], "section 1 ends with 0x03 instead of a footer");
     let parts = [good.clone().then(device(SectionKind::Start, 5, "disk")), Wire::channel(0).sync()];
     let error = receive(&parts, Options::default()).outcome.unwrap_err();
-    assert!(error.to_string().starts_with("section \"disk\" comes in parts; only ram may: "), "{error}");
+    assert!(error.to_string().starts_with("section \"disk\" comes in parts, which only ram may; "), "{error}");
 }
 
 /// A VMM can do nothing with bitmaps of QEMU's disks. A source that has the capability and no bitmap says so.
@@ -343,7 +343,10 @@ fn dirty_bitmaps_are_refused_unless_there_are_none() {
             Err(error) => {
                 assert!(refused, "{error}");
                 let message = error.to_string();
-                assert!(message.starts_with("section \"dirty-bitmap\" comes in parts; only ram may: "), "{message}");
+                assert!(
+                    message.starts_with("section \"dirty-bitmap\" comes in parts, which only ram may; "),
+                    "{message}"
+                );
             }
         }
     }

@@ -1,3 +1,5 @@
+//! Listeners that were taken over: their mode, with a ring and without, and waits beside others who accept.
+
 use std::{
     env,
     io::Write,
