@@ -7,10 +7,13 @@ use std::{
     cmp::Ordering,
     fs::File,
     io::{self, Read},
+    num::NonZero,
     ops::Range,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
+
+use rustix::fs::{Advice, fadvise};
 
 use multifd_proto::{
     BlockName, ProtocolError, Step, Violation,
@@ -225,7 +228,7 @@ impl Checkpoint {
     /// # Panics
     /// If there is no such block.
     pub fn block_reader(&self, block: usize) -> BlockReader<'_> {
-        BlockReader { checkpoint: self, block, offset: 0 }
+        BlockReader { checkpoint: self, block, offset: 0, announced: 0 }
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -270,6 +273,8 @@ pub struct BlockReader<'a> {
     checkpoint: &'a Checkpoint,
     block: usize,
     offset: u64,
+    /// Up to here the kernel was told what is going to be read.
+    announced: u64,
 }
 
 impl BlockReader<'_> {
@@ -295,6 +300,37 @@ impl BlockReader<'_> {
         (run_end - self.offset, zeros)
     }
 
+    /// Has the kernel read what content follows, so that the disk has more than one thing to do. It is told of content alone: to read a
+    /// hole takes memory, too.
+    fn announce(&mut self) {
+        if self.offset + AHEAD / 2 < self.announced {
+            return;
+        }
+        let Checkpoint { layout, blocks, file, .. } = self.checkpoint;
+        let end = (self.offset + AHEAD).min(layout.blocks()[self.block].bytes());
+        let mut from = self.announced.max(self.offset);
+        while let Some(content) = self.content_in(from..end) {
+            let at = blocks[self.block].pages_offset + content.start;
+            // What it does not do now, it does when it is read.
+            let _ = fadvise(file, at, NonZero::new(content.end - content.start), Advice::WillNeed);
+            from = content.end;
+        }
+        self.announced = end;
+    }
+
+    /// The first run of content in `bytes` of the block.
+    pub(super) fn content_in(&self, bytes: Range<u64>) -> Option<Range<u64>> {
+        let Checkpoint { layout, present, .. } = self.checkpoint;
+        let block = &layout.blocks()[self.block];
+        let place = |page| block.offset_of(page).clamp(bytes.start, bytes.end);
+        let from = (bytes.start < bytes.end).then(|| block.page_at(bytes.start))?;
+        let first = present.next(from).filter(|&page| block.page_range().contains(&page))?;
+        let start = place(first);
+        let last = block.page_at((bytes.end - 1).max(start));
+        let end = (first..=last).find(|&page| !present.contains(page)).map_or(bytes.end, place);
+        (start < end).then_some(start..end)
+    }
+
     /// Passes over the next `bytes`, which lie in one [`run`](Self::run).
     pub fn skip(&mut self, bytes: u64) {
         debug_assert!(bytes <= self.run().0);
@@ -314,6 +350,7 @@ impl Read for BlockReader<'_> {
         if zeros {
             into.fill(0);
         } else {
+            self.announce();
             let at = self.checkpoint.blocks[self.block].pages_offset + self.offset;
             self.checkpoint.file.read_exact_at(into, at)?;
         }
@@ -541,6 +578,8 @@ fn read_bitmap(file: &File, at: u64, pages: Range<u64>, present: &mut DirtyBitma
     Ok(added)
 }
 
+/// How far ahead of a reader the kernel is told what will be read, at most: a disk is at its speed with some MiB to read.
+const AHEAD: u64 = 16 << 20;
 /// The longest run of content that is told at once, in pages: 4 MiB.
 const RUN: u64 = 1024;
 const NONBLOCK: i32 = libc::O_NONBLOCK;

@@ -416,6 +416,31 @@ fn a_long_run_of_content_is_told_in_parts() {
     assert_eq!(contents(&checkpoint, 0), vec![1; 3000 * 4096]);
 }
 
+/// The kernel is told ahead of content alone, whatever lies between.
+#[test]
+fn a_reader_finds_the_content_that_is_ahead() {
+    const PAGE: u64 = 4096;
+    let dir = TempDir::new().unwrap();
+    let checkpoint = Checkpoint::open(&written(&dir)).unwrap();
+    for (block, pages) in [(0, 700), (2, 130)] {
+        let first = checkpoint.layout().blocks()[block].page_range().start;
+        let content = |page: u64| !(first + page).is_multiple_of(3);
+        let reader = checkpoint.block_reader(block);
+        for (from, to) in [(0, pages), (1, 2), (2, 3), (3, 4), (5, 5), (pages - 2, pages), (7, pages / 2)] {
+            let mut told = Vec::new();
+            let mut at = from * PAGE;
+            while let Some(run) = reader.content_in(at..to * PAGE) {
+                assert!(at <= run.start && run.start < run.end && run.end <= to * PAGE, "{run:?} in {from}..{to}");
+                told.extend(run.start / PAGE..run.end / PAGE);
+                at = run.end;
+            }
+            let expected: Vec<u64> = (from..to).filter(|&page| content(page)).collect();
+            assert_eq!(told, expected, "pages {from} to {to} of block {block}");
+        }
+    }
+    assert_eq!(contents(&checkpoint, 0), memory_of(&filled(), 0));
+}
+
 /// Sections before the RAM blocks were refused, and so was every section in parts.
 #[test]
 fn sections_beside_ram_keep_their_places() {
