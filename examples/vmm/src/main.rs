@@ -4,7 +4,7 @@
 //! vmm run [OPTIONS]            boots the guest
 //! vmm receive URI [OPTIONS]    waits for one to arrive
 //!
-//! --cpus N --memory MIB --busy MIB --display MIB --backing anonymous|memfd|huge --seccomp on|off
+//! --cpus N --memory MIB --busy MIB --display MIB --backing anonymous|memfd|huge|huge-unreserved --seccomp on|off
 //! ```
 //! A VM that arrives is made as its source describes it: there, the options say what it may have at most.
 //!

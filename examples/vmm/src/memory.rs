@@ -20,8 +20,10 @@ pub enum Backing {
     Anonymous,
     /// A file in memory that other processes can map, too.
     Memfd,
-    /// The same in pages of 2 MiB.
+    /// The same in pages of 2 MiB, all of which the host keeps ready from the start.
     Huge,
+    /// The same, of which the host has ready what it has: a VM that uses more is ended.
+    HugeUnreserved,
 }
 
 impl FromStr for Backing {
@@ -32,7 +34,8 @@ impl FromStr for Backing {
             "anonymous" => Ok(Backing::Anonymous),
             "memfd" => Ok(Backing::Memfd),
             "huge" => Ok(Backing::Huge),
-            _ => Err(format!("{name:?} is none of anonymous, memfd, huge")),
+            "huge-unreserved" => Ok(Backing::HugeUnreserved),
+            _ => Err(format!("{name:?} is none of anonymous, memfd, huge, huge-unreserved")),
         }
     }
 }
@@ -48,23 +51,27 @@ pub fn map(backing: Backing, ram_bytes: usize, files: Vec<(File, u64)>) -> Resul
         let builder =
             MmapRegionBuilder::new_with_bitmap(len, bitmap).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         let builder = match (files.next(), backing) {
-            (Some((file, offset)), _) => {
-                builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(FileOffset::new(file, offset))
+            (Some((file, offset)), backing) => {
+                builder.with_mmap_flags(shared(backing)).with_file_offset(FileOffset::new(file, offset))
             }
             (None, Backing::Anonymous) => {
                 builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             }
             (None, Backing::Memfd) => {
-                builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, MemfdFlags::empty())?)
+                builder.with_mmap_flags(shared(backing)).with_file_offset(memfd(len, MemfdFlags::empty())?)
             }
-            (None, Backing::Huge) => {
-                builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(memfd(len, MemfdFlags::HUGETLB)?)
+            (None, Backing::Huge | Backing::HugeUnreserved) => {
+                builder.with_mmap_flags(shared(backing)).with_file_offset(memfd(len, MemfdFlags::HUGETLB)?)
             }
         };
         let region = GuestRegionMmap::new(builder.build()?, GuestAddress(address));
         Ok::<_, Failure>(Arc::new(region.ok_or("a region does not fit into the address space")?))
     });
     Ok(GuestMemoryMmap::from_arc_regions(regions.into_iter().collect::<Result<_, _>>()?)?)
+}
+
+fn shared(backing: Backing) -> libc::c_int {
+    if backing == Backing::HugeUnreserved { libc::MAP_SHARED | libc::MAP_NORESERVE } else { libc::MAP_SHARED }
 }
 
 fn memfd(len: usize, flags: MemfdFlags) -> io::Result<FileOffset> {

@@ -167,6 +167,17 @@ fn a_guest_that_uses_little_of_its_memory_moves() {
     }
 }
 
+/// The same in huge pages: both ends together have as many as the guest uses, and a few.
+#[test]
+fn a_guest_that_uses_little_of_its_memory_moves_in_huge_pages() {
+    if no_kvm() {
+        return;
+    }
+    let Some(_pages) = HugePages::reserve(2 * 20) else { return skip("no huge pages can be reserved here (as root)") };
+    let options = "--backing huge-unreserved --memory 65536 --busy 4";
+    moves(vmm(&["run"], options), |at| vmm(&["receive", at], options));
+}
+
 /// In a jail there is no `/proc`: nothing can be read about mappings.
 #[test]
 fn a_guest_moves_to_and_from_a_jail_without_proc() {
