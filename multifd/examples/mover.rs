@@ -7,6 +7,7 @@
 //! mover receive-raw URI MIB CHANNELS MEMORY    the same bytes over plain sockets: the limit
 //! mover checkpoint URI FILE DIRECT             into a checkpoint; DIRECT: auto, on, off
 //! mover restore FILE URI CHANNELS              from a checkpoint
+//! mover write FILE MIB THREADS                 a new file of that size by direct writes, put on disk: the limit of a checkpoint
 //! mover touch MIB MEMORY FIRST_TOUCH THREADS   content from the same few pages into fresh memory, without a connection
 //! mover warm MIB                               touches and frees memory
 //! ```
@@ -21,8 +22,11 @@
 mod figures;
 
 use std::{
+    fs::OpenOptions,
     io::{BufRead, Read, Write},
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
 };
@@ -41,6 +45,7 @@ use multifd::{
 };
 
 use figures::{cpu_seconds, peak_mib};
+use rustix::fs::OFlags;
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -57,6 +62,7 @@ fn main() -> Outcome {
         ["receive", uri, mib, memory, first_touch, option] => {
             receive(&uri.parse()?, mib.parse()?, memory, first_touch, option)
         }
+        ["write", file, mib, threads] => write(Path::new(file), mib.parse()?, threads.parse()?),
         ["receive-raw", uri, mib, channels, memory] => {
             receive_raw(&uri.parse()?, mib.parse()?, channels.parse()?, memory)
         }
@@ -119,6 +125,38 @@ fn checkpoint(uri: &Uri, file: &Path, direct: &str) -> Outcome {
     say(&format!("{{\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3},\"downtime-ms\":{downtime:.1}}}"));
     Ok(())
 }
+
+fn write(path: &Path, mib: u64, threads: u64) -> Outcome {
+    let direct = i32::try_from(OFlags::DIRECT.bits())?;
+    let file = OpenOptions::new().write(true).create_new(true).custom_flags(direct).open(path)?;
+    let (begun, cpu) = (Instant::now(), cpu_seconds());
+    file.set_len(mib << 20)?;
+    let next = AtomicU64::new(0);
+    // Pieces of the size that a packet of 128 pages has, in memory that begins as a page does.
+    let piece = PACKET_BYTES;
+    let one = || -> std::io::Result<()> {
+        let memory: Vec<u8> = (0..piece + PAGE_BYTES).map(|at| (at * 7 / 3) as u8).collect();
+        let begin = memory.as_ptr().align_offset(PAGE_BYTES);
+        loop {
+            let at = next.fetch_add(piece as u64, Relaxed);
+            if at >= mib << 20 {
+                return Ok(());
+            }
+            file.write_all_at(&memory[begin..begin + piece], at)?;
+        }
+    };
+    thread::scope(|scope| {
+        let all: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
+        all.into_iter().try_for_each(|thread| thread.join().expect("a thread that does not panic"))
+    })?;
+    file.sync_all()?;
+    let (seconds, cpu) = (begun.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+    say(&format!("{{\"seconds\":{seconds:.4},\"cpu-seconds\":{cpu:.3}}}"));
+    Ok(())
+}
+
+const PACKET_BYTES: usize = 128 * PAGE_BYTES;
+const PAGE_BYTES: usize = 4096;
 
 fn restore(file: &Path, uri: &Uri, channels: u8) -> Outcome {
     let cpu = cpu_seconds();

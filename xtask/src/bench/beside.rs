@@ -1,9 +1,11 @@
 //! The engine beside two QEMUs, taking turns: into fresh memory, and into memory that is present on both sides.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
-use qemu_peer::Memory;
+use qemu_peer::{Installed, Memory};
 use serde_json::{Value, json};
 
 use super::findings::markdown_table;
@@ -43,36 +45,68 @@ impl Turns {
         Turns { mib, variants: Vec::new() }
     }
 
+    /// Each QEMU and the engine, into memory that is not there yet.
+    fn of_fresh_memory(bench: &Bench, mib: u32, content: &Path, newer: Option<&Installed>) -> Result<Turns, String> {
+        let mut turns = Turns::new(mib);
+        for (qemu, names) in [
+            (Some(&bench.qemu), ["QEMU 10.0, memory file", "QEMU 10.0, anonymous"]),
+            (newer, ["QEMU 11.1, memory file", "QEMU 11.1, anonymous"]),
+        ] {
+            let Some(qemu) = qemu else { continue };
+            for (name, memory) in names.into_iter().zip([Memory::SharedFile, Memory::Anonymous]) {
+                turns.add(name, Side::Qemu(Box::new(qemu::Source::stopped_of(qemu, mib, memory, content, mib)?)));
+            }
+        }
+        for (name, memory) in [("multifd, memory file", "memory-file"), ("multifd, anonymous", "anonymous")] {
+            let source = mover::Source::start(bench, mib, memory, content, mib)?;
+            turns.add(name, Side::Mover(source, Destination::Engine { memory, first_touch: "auto" }));
+        }
+        Ok(turns)
+    }
+
     fn add(&mut self, name: &'static str, side: Side) {
         self.variants.push(Variant { name, side, figures: BTreeMap::new() });
     }
 
-    /// Measures all of them over each transport with 4 channels. `warm`: memory is touched and freed before each run.
+    /// Measures all of them over each transport. `warm`: memory is touched and freed before each run.
     fn measure(&mut self, bench: &Bench, repetitions: usize, warm: bool) -> Result<(), String> {
-        let (mib, gb) = (self.mib, f64::from(self.mib) * 1048576.0 / 1e9);
         for &transport in TRANSPORTS {
             // The first turn has to start and load programs.
             for repetition in 0..=repetitions {
-                for variant in &mut self.variants {
-                    let warm = || if warm { mover::warm(bench, mib + mib / 4) } else { Ok(()) };
-                    let (seconds, cpu) = match &mut variant.side {
-                        Side::Qemu(source) => {
-                            let moved = source.migrate(transport, qemu::Parameters::default(), LIMIT, warm)?;
-                            let moved = moved.ok_or("QEMU takes too long")?;
-                            (moved.seconds(), moved.cpu_seconds)
-                        }
-                        Side::Mover(source, destination) => {
-                            let moved = source.move_to(&listen(bench, transport), 4, "", *destination, warm)?;
-                            (moved.seconds(), moved.cpu_seconds())
-                        }
-                    };
-                    eprintln!("{transport}: {}: {:.2} GB/s, {:.2} CPU s/GB", variant.name, gb / seconds, cpu / gb);
-                    if repetition > 0 {
-                        let figures = variant.figures.entry(transport).or_default();
-                        figures.gb_per_second.push(gb / seconds);
-                        figures.cpu_seconds_per_gb.push(cpu / gb);
-                    }
+                self.turn(bench, transport, warm, transport, repetition > 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures each of them once, with 4 channels. What counts goes to `column`.
+    fn turn(
+        &mut self,
+        bench: &Bench,
+        transport: &str,
+        warm: bool,
+        column: &'static str,
+        counts: bool,
+    ) -> Result<(), String> {
+        let (mib, gb) = (self.mib, f64::from(self.mib) * 1048576.0 / 1e9);
+        for variant in &mut self.variants {
+            let warm = || if warm { mover::warm(bench, mib + mib / 4) } else { Ok(()) };
+            let (seconds, cpu) = match &mut variant.side {
+                Side::Qemu(source) => {
+                    let moved = source.migrate(transport, qemu::Parameters::default(), LIMIT, warm)?;
+                    let moved = moved.ok_or("QEMU takes too long")?;
+                    (moved.seconds(), moved.cpu_seconds)
                 }
+                Side::Mover(source, destination) => {
+                    let moved = source.move_to(&listen(bench, transport), 4, "", *destination, warm)?;
+                    (moved.seconds(), moved.cpu_seconds())
+                }
+            };
+            eprintln!("{column}: {}: {:.2} GB/s, {:.2} CPU s/GB", variant.name, gb / seconds, cpu / gb);
+            if counts {
+                let figures = variant.figures.entry(column).or_default();
+                figures.gb_per_second.push(gb / seconds);
+                figures.cpu_seconds_per_gb.push(cpu / gb);
             }
         }
         Ok(())
@@ -83,13 +117,13 @@ impl Turns {
     }
 }
 
-/// A name, and figures by transport.
+/// A name, and figures by transport, or by state of the host.
 type Measured = (&'static str, BTreeMap<&'static str, Figures>);
 
-/// The figures of the variant `name` over `transport`; none where it was not measured.
-fn of(results: &[Measured], name: &str, transport: &str) -> Figures {
+/// The figures of the variant `name` in `column`; none where it was not measured.
+fn of(results: &[Measured], name: &str, column: &str) -> Figures {
     let found = results.iter().find(|(known, _)| *known == name);
-    found.and_then(|(_, figures)| figures.get(transport).cloned()).unwrap_or_default()
+    found.and_then(|(_, figures)| figures.get(column).cloned()).unwrap_or_default()
 }
 
 /// The section of the two QEMUs.
@@ -97,20 +131,7 @@ pub fn versions(bench: &Bench) -> Result<Findings, String> {
     let mib = if bench.quick { 256 } else { 2048 };
     let content = content(bench, "random", random)?;
     let newer = bench.newer_qemu();
-    let mut turns = Turns::new(mib);
-    for (qemu, names) in [
-        (Ok(&bench.qemu), ["QEMU 10.0, memory file", "QEMU 10.0, anonymous"]),
-        (newer.as_ref(), ["QEMU 11.1, memory file", "QEMU 11.1, anonymous"]),
-    ] {
-        let Ok(qemu) = qemu else { continue };
-        for (name, memory) in names.into_iter().zip([Memory::SharedFile, Memory::Anonymous]) {
-            turns.add(name, Side::Qemu(Box::new(qemu::Source::stopped_of(qemu, mib, memory, &content, mib)?)));
-        }
-    }
-    for (name, memory) in [("multifd, memory file", "memory-file"), ("multifd, anonymous", "anonymous")] {
-        let source = mover::Source::start(bench, mib, memory, &content, mib)?;
-        turns.add(name, Side::Mover(source, Destination::Engine { memory, first_touch: "auto" }));
-    }
+    let mut turns = Turns::of_fresh_memory(bench, mib, &content, newer.as_ref().ok())?;
     turns.measure(bench, bench.repetitions(4), true)?;
     let results = turns.results();
     let mut findings = Findings::default();
@@ -120,12 +141,90 @@ pub fn versions(bench: &Bench) -> Result<Findings, String> {
          counted."
     ));
     newer.err().iter().for_each(|reason| findings.say(reason));
-    figures(&mut findings, &results);
+    figures(&mut findings, &results, BY_TRANSPORT);
     findings.say("**As ratios of medians** (goal):");
-    ratios(&mut findings, &results, VERSIONS);
-    findings.raw = raw(mib, &results);
+    ratios(&mut findings, &results, BY_TRANSPORT, VERSIONS);
+    findings.raw = raw(mib, "transport", &results);
     Ok(findings)
 }
+
+/// The section of a host that gives pages of 64 KiB to memory that asks for them, beside the same host as it is set.
+pub fn large_pages(bench: &Bench) -> Result<Findings, String> {
+    let mib = if bench.quick { 256 } else { 2048 };
+    let content = content(bench, "random", random)?;
+    let newer = bench.newer_qemu();
+    let before = Settings::of_host();
+    let mut findings = Findings::default();
+    findings.say(&format!(
+        "As above over TCP, with the host as it is set (`hugepages-64kB/enabled` is `{}`, `hugepages-64kB/shmem_enabled` is `{}`), and with \
+         pages of 64 KiB for memory that asks for them (`madvise` and `advise`), which `multifd doctor` tells operators to set. \
+         {mib} MiB of random pages into fresh memory, 4 channels, taken turns; the first turn is not counted.",
+        before.chosen(0),
+        before.chosen(1),
+    ));
+    newer.as_ref().err().iter().for_each(|reason| findings.say(reason));
+    let mut turns = Turns::of_fresh_memory(bench, mib, &content, newer.as_ref().ok())?;
+    for repetition in 0..=bench.repetitions(5) {
+        turns.turn(bench, "tcp", true, AS_IT_IS, repetition > 0)?;
+        let given = before.give_large_pages();
+        if let Err(reason) = given {
+            findings.say(&format!("Not measured with pages of 64 KiB: {reason}."));
+            break;
+        }
+        turns.turn(bench, "tcp", true, LARGE, repetition > 0)?;
+        before.restore();
+    }
+    let results = turns.results();
+    figures(&mut findings, &results, BY_PAGES);
+    findings.say("**As ratios of medians** (goal):");
+    ratios(&mut findings, &results, BY_PAGES, &VERSIONS[2..]);
+    findings.raw = raw(mib, "pages", &results);
+    Ok(findings)
+}
+
+/// How the host was set before: whether it gives pages of 64 KiB. It is set so again when this is dropped.
+struct Settings([Option<String>; 2]);
+
+impl Settings {
+    fn of_host() -> Settings {
+        Settings(PAGES_OF_64_KIB.map(|(file, _)| {
+            let text = fs::read_to_string(file).ok()?;
+            let (_, rest) = text.split_once('[')?;
+            Some(rest.split_once(']')?.0.to_owned())
+        }))
+    }
+
+    fn chosen(&self, index: usize) -> &str {
+        self.0[index].as_deref().unwrap_or("not there")
+    }
+
+    fn give_large_pages(&self) -> Result<(), String> {
+        PAGES_OF_64_KIB
+            .iter()
+            .try_for_each(|(file, word)| fs::write(file, word).map_err(|error| format!("{file}: {error}")))
+    }
+
+    fn restore(&self) {
+        for ((file, _), word) in PAGES_OF_64_KIB.iter().zip(&self.0) {
+            if let Some(word) = word
+                && let Err(error) = fs::write(file, word)
+            {
+                eprintln!("{file}: {error}; it was `{word}`");
+            }
+        }
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        self.restore();
+    }
+}
+
+const PAGES_OF_64_KIB: [(&str, &str); 2] = [
+    ("/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled", "madvise"),
+    ("/sys/kernel/mm/transparent_hugepage/hugepages-64kB/shmem_enabled", "advise"),
+];
 
 /// The section of memory that is present.
 pub fn present(bench: &Bench) -> Result<Findings, String> {
@@ -171,27 +270,27 @@ pub fn present(bench: &Bench) -> Result<Findings, String> {
         1e3 * f64::from(mib) * 1048576.0 / 1e9 / of(&results, "QEMU 10.0, anonymous", "tcp").gb_per_second.median()
     ));
     newer.err().iter().for_each(|reason| findings.say(reason));
-    figures(&mut findings, &results);
+    figures(&mut findings, &results, BY_TRANSPORT);
     findings.say("**As ratios of medians** (goal):");
-    ratios(&mut findings, &results, PRESENT);
-    findings.raw = raw(mib, &results);
+    ratios(&mut findings, &results, BY_TRANSPORT, PRESENT);
+    findings.raw = raw(mib, "transport", &results);
     findings.files.push(("summary-present.md".to_owned(), summary(&results)));
     Ok(findings)
 }
 
-/// Both figures of all variants, by transport.
-fn figures(findings: &mut Findings, results: &[Measured]) {
+/// Both figures of all variants, in each of `columns`.
+fn figures(findings: &mut Findings, results: &[Measured], columns: Columns) {
     let rows = |figure: fn(&Figures) -> &Samples, digits| -> Vec<Vec<String>> {
         let row = |(name, _): &Measured| {
-            let cells = TRANSPORTS.iter().map(|transport| figure(&of(results, name, transport)).show(digits));
+            let cells = columns.keys.iter().map(|column| figure(&of(results, name, column)).show(digits));
             std::iter::once((*name).to_owned()).chain(cells).collect()
         };
         results.iter().map(row).collect()
     };
     findings.say("**GB/s:**");
-    findings.table(HEAD, &rows(|figures| &figures.gb_per_second, 2));
+    findings.table(columns.head, &rows(|figures| &figures.gb_per_second, 2));
     findings.say("**CPU seconds per GB, both processes:**");
-    findings.table(HEAD, &rows(|figures| &figures.cpu_seconds_per_gb, 2));
+    findings.table(columns.head, &rows(|figures| &figures.cpu_seconds_per_gb, 2));
 }
 
 /// A ratio: what it is of, the figure, whose, and of which others the best; the goal.
@@ -206,9 +305,9 @@ enum Figure {
 }
 
 impl Figure {
-    fn ratio(self, results: &[Measured], ours: &str, theirs: &[&str], transport: &str) -> f64 {
+    fn ratio(self, results: &[Measured], ours: &str, theirs: &[&str], column: &str) -> f64 {
         let median = |name: &str| {
-            let figures = of(results, name, transport);
+            let figures = of(results, name, column);
             match self {
                 Figure::Speed => figures.gb_per_second.median(),
                 Figure::Cpu => figures.cpu_seconds_per_gb.median(),
@@ -225,19 +324,19 @@ impl Figure {
     }
 }
 
-fn ratios(findings: &mut Findings, results: &[Measured], of: &[Ratio]) {
+fn ratios(findings: &mut Findings, results: &[Measured], columns: Columns, of: &[Ratio]) {
     let row = |(what, figure, ours, theirs): &Ratio| {
-        let cells = TRANSPORTS.iter().map(|transport| format!("{:.2}", figure.ratio(results, ours, theirs, transport)));
+        let cells = columns.keys.iter().map(|column| format!("{:.2}", figure.ratio(results, ours, theirs, column)));
         std::iter::once((*what).to_owned()).chain(cells).collect()
     };
-    findings.table(HEAD, &of.iter().map(row).collect::<Vec<Vec<String>>>());
+    findings.table(columns.head, &of.iter().map(row).collect::<Vec<Vec<String>>>());
 }
 
-fn raw(mib: u32, results: &[Measured]) -> Value {
+fn raw(mib: u32, column_is: &str, results: &[Measured]) -> Value {
     let each = results.iter().flat_map(|(name, figures)| {
-        figures.iter().map(move |(transport, figures)| {
+        figures.iter().map(move |(column, figures)| {
             json!({
-                "variant": name, "transport": transport, "channels": 4, "mib": mib,
+                "variant": name, column_is: column, "channels": 4, "mib": mib,
                 "gb-per-second": figures.gb_per_second.json(),
                 "cpu-seconds-per-gb": figures.cpu_seconds_per_gb.json(),
             })
@@ -266,8 +365,19 @@ fn summary(results: &[Measured]) -> String {
     markdown_table(&[], &rows).lines().skip(2).fold(String::new(), |text, line| text + line + "\n")
 }
 
+/// What figures are told apart by, and the heads of these columns behind that of the rows.
+#[derive(Clone, Copy)]
+struct Columns {
+    keys: &'static [&'static str],
+    head: &'static [&'static str],
+}
+
 const TRANSPORTS: &[&str] = &["tcp", "unix"];
-const HEAD: &[&str] = &["", "TCP", "unix"];
+const BY_TRANSPORT: Columns = Columns { keys: TRANSPORTS, head: &["", "TCP", "unix"] };
+/// As the host gives pages.
+const AS_IT_IS: &str = "as it is set";
+const LARGE: &str = "64 KiB pages";
+const BY_PAGES: Columns = Columns { keys: &[AS_IT_IS, LARGE], head: &["", AS_IT_IS, LARGE] };
 /// No migration of this size takes nearly as long.
 const LIMIT: Duration = Duration::from_secs(120);
 

@@ -14,8 +14,15 @@ use super::throughput::{content, random};
 use super::{Bench, Findings, qemu};
 
 /// What is compared, in the order in which the runs of one repetition follow each other.
-const VARIANTS: &[&str] =
-    &["QEMU, file", "QEMU, file, direct-io", "multifd, --direct auto", "multifd, --direct off", "multifd, into memory"];
+const VARIANTS: &[&str] = &[
+    "QEMU, file",
+    "QEMU, file, direct-io",
+    "multifd, --direct auto",
+    "multifd, --direct off",
+    "multifd, into memory",
+    PLAIN,
+];
+const PLAIN: &str = "plain direct writes";
 
 /// GB/s until all is on disk, CPU seconds per GB, downtime in milliseconds.
 #[derive(Default)]
@@ -39,6 +46,10 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
         for (name, row) in VARIANTS.iter().zip(&mut rows) {
             remove(&file);
             let (seconds, cpu, downtime) = match name.strip_prefix("multifd") {
+                None if *name == PLAIN => {
+                    let (seconds, cpu) = mover::write(bench, mib, &file, 4)?;
+                    (seconds, cpu, None)
+                }
                 None => {
                     let (seconds, cpu) = theirs.migrate_to_file(&file, 4, name.ends_with("direct-io"))?;
                     (seconds, cpu, None)
@@ -62,8 +73,9 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
         }
     }
     let cold = cold(bench, mib, &mut ours, &file)?;
+    let digests = digests(bench, mib, &file)?;
     remove(&file);
-    Ok(describe(mib, &rows, &cold))
+    Ok(describe(mib, &rows, &cold, &digests))
 }
 
 /// GB/s from a file that is in no cache: of plain direct reads, and of the engine into memory that is present.
@@ -84,13 +96,47 @@ fn cold(bench: &Bench, mib: u32, ours: &mut Source, file: &Path) -> Result<[Samp
     Ok(speeds)
 }
 
-fn describe(mib: u32, rows: &[Row], [disk, send]: &[Samples; 2]) -> Findings {
+/// GB/s of `inspect --digest` from a file that is in no cache, from one that is in the page cache, and of plain direct reads.
+fn digests(bench: &Bench, mib: u32, file: &Path) -> Result<[Samples; 3], String> {
+    let gb = f64::from(mib) * 1048576.0 / 1e9;
+    let program = bench.programs.join("multifd");
+    let inspect = || {
+        let begun = Instant::now();
+        let output = Command::new(&program).args(["inspect", "--digest"]).arg(file).output();
+        match output {
+            Ok(output) if output.status.success() => Ok(gb / begun.elapsed().as_secs_f64()),
+            Ok(output) => Err(format!("inspect ended with {}", output.status)),
+            Err(error) => Err(format!("{}: {error}", program.display())),
+        }
+    };
+    let mut speeds: [Samples; 3] = Default::default();
+    for _ in 0..bench.repetitions(3) {
+        forget(file)?;
+        speeds[0].push(inspect()?);
+        dd(&[&format!("if={}", file.display()), "of=/dev/null", "bs=4M"])?;
+        speeds[1].push(inspect()?);
+        forget(file)?;
+        let begun = Instant::now();
+        dd(&[&format!("if={}", file.display()), "of=/dev/null", "bs=4M", "iflag=direct"])?;
+        speeds[2].push(gb / begun.elapsed().as_secs_f64());
+        eprintln!("digest: cold {}, cached {}, disk {}", speeds[0].show(2), speeds[1].show(2), speeds[2].show(2));
+    }
+    Ok(speeds)
+}
+
+fn describe(
+    mib: u32,
+    rows: &[Row],
+    [disk, send]: &[Samples; 2],
+    [digest, cached_digest, digest_disk]: &[Samples; 3],
+) -> Findings {
     let mut findings = Findings::default();
     findings.say(&format!(
         "{mib} MiB of random pages that no process writes, with 4 channels to a file on this host's disk, until all of it is on disk: QEMU 10.0 \
          migrates to `file:` with `mapped-ram` and multifd, and its file is synced afterwards; the engine sends over TCP to a receiver \
          that syncs before it answers. CPU is of all processes, without the kernel's own threads. The downtime is the source's, of a VM that \
-         has nothing left to send; that into memory is what there would be without a disk. Variants took turns; the first turn is not counted."
+         has nothing left to send; that into memory is what there would be without a disk. Plain direct writes are the limit of what direct writes of either can be: 4 threads \
+         that write as much from memory to a new file, 512 KiB at a time, without a migration. Variants took turns; the first turn is not counted."
     ));
     let table: Vec<Vec<String>> = VARIANTS
         .iter()
@@ -106,9 +152,18 @@ fn describe(mib: u32, rows: &[Row], [disk, send]: &[Samples; 2]) -> Findings {
             let best = of("QEMU, file").speed.median().max(of("QEMU, file, direct-io").speed.median());
             auto.speed.median() / best
         }),
+        ("GB/s: multifd --direct auto / plain direct writes", auto.speed.median() / of(PLAIN).speed.median()),
+        (
+            "GB/s: QEMU, file, direct-io / plain direct writes",
+            of("QEMU, file, direct-io").speed.median() / of(PLAIN).speed.median(),
+        ),
         ("CPU: multifd --direct auto / QEMU, file", auto.cpu.median() / of("QEMU, file").cpu.median()),
         ("downtime on disk - into memory, ms (≤ 50)", auto.downtime.median() - memory.downtime.median()),
         ("GB/s: send from a cold file / plain direct reads (≥ 0.9)", send.median() / disk.median()),
+        (
+            "GB/s: inspect --digest of a cold file / the slower of plain direct reads and of a cached file (1)",
+            digest.median() / digest_disk.median().min(cached_digest.median()),
+        ),
     ];
     let ratios: Vec<Vec<String>> =
         ratios.iter().map(|(what, figure)| vec![(*what).to_owned(), format!("{figure:.2}")]).collect();
@@ -117,6 +172,13 @@ fn describe(mib: u32, rows: &[Row], [disk, send]: &[Samples; 2]) -> Findings {
         "From a file that was in no cache: plain direct reads {} GB/s, `send` with 4 channels into memory that was present {} GB/s.",
         disk.show(2),
         send.show(2)
+    ));
+    findings.say(&format!(
+        "`inspect --digest`, one SHA-256 of all that is in a RAM block: of a file that was in no cache {} GB/s, of one in the page cache, so that \
+         hashing is all there is to do, {} GB/s; plain direct reads meanwhile {} GB/s.",
+        digest.show(2),
+        cached_digest.show(2),
+        digest_disk.show(2)
     ));
     findings
         .files
@@ -128,7 +190,10 @@ fn describe(mib: u32, rows: &[Row], [disk, send]: &[Samples; 2]) -> Findings {
         })
     });
     let cold = json!({ "variant": "cold", "mib": mib, "disk": disk.json(), "send": send.json() });
-    findings.raw = Value::Array(raw.chain([cold]).collect());
+    let digest = json!({
+        "variant": "inspect --digest", "mib": mib, "cold": digest.json(), "cached": cached_digest.json(), "disk": digest_disk.json(),
+    });
+    findings.raw = Value::Array(raw.chain([cold, digest]).collect());
     findings
 }
 

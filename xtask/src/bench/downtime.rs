@@ -66,6 +66,17 @@ pub fn idle(bench: &Bench) -> Result<Findings, String> {
                 Err(_) => {}
             }
         }
+        for &(cpus, name) in CPUS {
+            let cpus = format!("--cpus={cpus}");
+            let guest =
+                ["--guest=kvm", "--memory=512MiB", "--working-set=64MiB", "--write-rate=0MB/s", "--channels=4", &cpus];
+            // What is in the way of one is in the way of that with one vCPU, too.
+            if let Ok(report) = demo(bench, &guest)
+                && repetition > 0
+            {
+                stood.entry(name).or_default().add_demo(&report);
+            }
+        }
         let mut source = qemu::Source::running(bench, 512, Memory::Anonymous, None)?;
         // The firmware has nothing to boot and comes to rest.
         std::thread::sleep(Duration::from_secs(3));
@@ -77,12 +88,13 @@ pub fn idle(bench: &Bench) -> Result<Findings, String> {
     let mut findings = Findings::default();
     findings.say(
         "Nobody writes; 4 channels over TCP, downtime limit 300 ms, 512 MiB. The engine's guest has 64 MiB in use and is a \
-         vCPU under KVM or a thread of the process; QEMU 10.0 runs a PC whose firmware found nothing to boot, under TCG. \
+         vCPU under KVM, or several (their state is saved and loaded by as many threads as there are CPUs), or a thread of the process; QEMU 10.0 runs a PC whose firmware found nothing to boot, under TCG. \
          Downtime is from the order to pause until the destination has confirmed; QEMU gives it in whole milliseconds. In \
          ms, parts as the engine's report names them.",
     );
     let mut rows: Vec<Vec<String>> = Vec::new();
-    for name in [KVM_GUEST, PROCESS_GUEST, QEMU_GUEST] {
+    let several = CPUS.iter().map(|(_, name)| *name);
+    for name in [KVM_GUEST].into_iter().chain(several).chain([PROCESS_GUEST, QEMU_GUEST]) {
         let stood = stood.entry(name).or_default();
         let parts = stood.parts.iter().map(|part| part.show(2));
         let head = [name.to_owned(), stood.downtime.show(2)];
@@ -218,5 +230,8 @@ fn migrate(bench: &Bench, pace: &Pace, share: f64) -> Result<(f64, Option<qemu::
 const LINK: f64 = 100e6;
 const LIMIT: Duration = Duration::from_secs(30);
 const KVM_GUEST: &str = "multifd, KVM guest";
+/// The same with several vCPUs.
+const CPUS: &[(u32, &str)] =
+    &[(4, "multifd, KVM guest, 4 vCPUs"), (16, "multifd, KVM guest, 16 vCPUs"), (64, "multifd, KVM guest, 64 vCPUs")];
 const PROCESS_GUEST: &str = "multifd, process guest";
 const QEMU_GUEST: &str = "QEMU 10.0";

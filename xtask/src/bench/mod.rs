@@ -76,6 +76,7 @@ type Section = (&'static str, &'static str, fn(&Bench) -> Result<Findings, Strin
 const SECTIONS: &[Section] = &[
     ("throughput", "Throughput into fresh memory", throughput::run),
     ("versions", "QEMU 11.1 beside 10.0", beside::versions),
+    ("large-pages", "Where the host gives pages of 64 KiB", beside::large_pages),
     ("present", "Memory that is present", beside::present),
     ("backing", "Anonymous memory with huge pages at hand", throughput::backing),
     ("rounds", "The end of a round", rounds::run),

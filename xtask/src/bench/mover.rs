@@ -179,6 +179,13 @@ pub fn restore(bench: &Bench, mib: u32, file: &Path) -> Result<f64, String> {
     Ok(number(&report, "seconds"))
 }
 
+/// Seconds and CPU seconds in which `threads` threads write a new `file` of `mib` MiB directly, until it is on disk.
+pub fn write(bench: &Bench, mib: u32, file: &Path, threads: u8) -> Result<(f64, f64), String> {
+    let arguments = ["write", &file.display().to_string(), &mib.to_string(), &threads.to_string()];
+    let report = Mover::start(&program(bench), &arguments)?.json()?;
+    Ok((number(&report, "seconds"), number(&report, "cpu-seconds")))
+}
+
 /// CPU seconds and seconds for the first content of `mib` MiB of fresh memory, without a connection.
 pub fn touch(bench: &Bench, mib: u32, memory: &str, first_touch: &str, threads: u8) -> Result<(f64, f64), String> {
     let arguments = ["touch", &mib.to_string(), memory, first_touch, &threads.to_string()];

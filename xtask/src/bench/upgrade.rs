@@ -25,13 +25,26 @@ const fn way(verb: &'static str, backing: &'static str, mib: u64, busy: u64) -> 
     Way { backing, mib, busy, verb }
 }
 
+impl Way {
+    /// Pages of 2 MiB that both VMs need at once: all of their memory, or what they use of it with some to spare.
+    fn huge_pages(&self) -> u64 {
+        match self.backing {
+            "huge" => 2 * (self.mib / 2 + 1),
+            "huge-unreserved" => 2 * (self.busy / 2 + 32),
+            _ => 0,
+        }
+    }
+}
+
 const WAYS: &[Way] = &[
     way(HAND_OVER, "memfd", 65_536, 64),
     way(HAND_OVER, "memfd", 2048, 256),
+    way(HAND_OVER, "huge-unreserved", 65_536, 64),
     way(HAND_OVER, "huge", 256, 64),
     way(COPY, "memfd", 2048, 256),
     way(COPY, "anonymous", 65_536, 4),
     way(COPY, "memfd", 65_536, 4),
+    way(COPY, "huge-unreserved", 65_536, 4),
     way(COPY, "huge", 256, 4),
 ];
 const LIMIT: Duration = Duration::from_secs(60);
@@ -54,11 +67,11 @@ struct Figures {
 pub fn run(bench: &Bench) -> Result<Findings, String> {
     let mut all: Vec<Figures> = WAYS.iter().map(|_| Figures::default()).collect();
     let mut skipped = Vec::new();
-    let most = WAYS.iter().filter(|way| way.backing == "huge").map(|way| 2 * (way.mib / 2 + 1)).max().unwrap_or(0);
+    let most = WAYS.iter().map(Way::huge_pages).max().unwrap_or(0);
     let huge_pages = HugePages::reserve(most);
     for _ in 0..bench.repetitions(10) {
         for (way, figures) in WAYS.iter().zip(&mut all) {
-            if way.backing == "huge" && huge_pages.is_none() {
+            if way.huge_pages() > 0 && huge_pages.is_none() {
                 continue;
             }
             if let Err(reason) = measure(bench, way, figures) {
