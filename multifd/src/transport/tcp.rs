@@ -31,17 +31,26 @@ pub struct TcpConnector {
     /// A listener whose accept queue is full ignores a SYN, and the kernel waits longer and longer before it sends it again. Many that
     /// come at the same time may miss each place that becomes free. Those who take turns do not.
     turn: Arc<Mutex<()>>,
+    /// The address that has taken a connection. Behind the others of a name there may be another host, or nothing that listens.
+    taken: Arc<Mutex<Option<SocketAddr>>>,
     resolver: Resolver,
 }
 
 impl TcpConnector {
-    /// Connects to `port` of `host`: a name, which is looked up at each connect and whose addresses are tried in turn,
-    /// or an address, IPv6 without brackets. An empty host is this one.
+    /// Connects to `port` of `host`: a name, which is looked up at each connect and whose addresses are tried in turn, first the one that
+    /// has taken a connection before, or an address, IPv6 without brackets. An empty host is this one. Where no address takes a connection
+    /// and one of them refuses it, the error is [`io::ErrorKind::ConnectionRefused`]: its host is there, and does not listen yet.
     ///
     /// A name is looked up in a thread of its own, which is made by the standard library and which a stop or a limit leaves behind until
     /// the resolver answers. An address takes no thread.
     pub fn new(host: impl Into<String>, port: u16) -> TcpConnector {
-        TcpConnector { host: host.into(), port, turn: Arc::default(), resolver: look_up::by_system }
+        TcpConnector {
+            host: host.into(),
+            port,
+            turn: Arc::default(),
+            taken: Arc::default(),
+            resolver: look_up::by_system,
+        }
     }
 
     fn uri(&self) -> Uri {
@@ -65,15 +74,23 @@ impl PendingTcp {
     fn open(&self, deadline: Deadline) -> io::Result<OwnedFd> {
         let host = if self.to.host.is_empty() { "localhost" } else { &self.to.host };
         let addresses = look_up::addresses(host, self.to.port, self.to.resolver, &self.stopped, deadline);
-        let mut failure = None;
-        for address in addresses.map_err(aborted)? {
+        let mut addresses = addresses.map_err(aborted)?;
+        let taken = *lock(&self.to.taken);
+        // The others stay in the order of the resolver.
+        addresses.sort_by_key(|address| Some(*address) != taken);
+        addresses.dedup();
+        let mut failures = Vec::new();
+        for address in addresses {
             match self.connect(address, deadline) {
-                Ok(socket) => return Ok(socket),
+                Ok(socket) => {
+                    *lock(&self.to.taken) = Some(address);
+                    return Ok(socket);
+                }
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return Err(error),
-                Err(error) => failure = Some(context(address)(error)),
+                Err(error) => failures.push(context(address)(error)),
             }
         }
-        Err(failure.expect("a host that was found has an address"))
+        Err(all_of(failures))
     }
 
     fn connect(&self, address: SocketAddr, deadline: Deadline) -> io::Result<OwnedFd> {
@@ -147,6 +164,18 @@ pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
     TcpListener::bind(&*addresses)
 }
 
+/// The failures of all addresses of a host, at least one, as one. Its kind is that of the address from which most can be hoped for.
+fn all_of(mut failures: Vec<io::Error>) -> io::Error {
+    if failures.len() <= 1 {
+        return failures.pop().unwrap_or_else(|| io::ErrorKind::NotFound.into());
+    }
+    let kinds = || failures.iter().map(io::Error::kind);
+    let hopeful = [io::ErrorKind::ConnectionRefused, io::ErrorKind::TimedOut];
+    let kind = hopeful.into_iter().find(|hopeful| kinds().any(|kind| kind == *hopeful)).or(kinds().next());
+    let texts: Vec<String> = failures.iter().map(io::Error::to_string).collect();
+    io::Error::new(kind.unwrap_or(io::ErrorKind::Other), texts.join(", "))
+}
+
 /// The error of [`Pending::establish`] for a wait that was stopped.
 fn aborted(error: io::Error) -> io::Error {
     match error.kind() {
@@ -166,6 +195,47 @@ mod tests {
     use std::thread;
 
     use super::{super::look_up::tests::LateResolver, *};
+
+    /// A name with an address that this host cannot reach, IPv6 as a rule, which the resolver puts last: its error was that of the name, and
+    /// a destination that did not listen yet was not waited for.
+    #[test]
+    fn of_several_addresses_the_one_that_refuses_says_what_is_to_be_hoped_for() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            // The kernel takes no address of a link without the link.
+            let resolver: Resolver = |_, port| {
+                Ok(vec![SocketAddr::from(([127, 0, 0, 1], port)), format!("[fe80::1]:{port}").parse().unwrap()])
+            };
+            let error = TcpConnector { resolver, ..TcpConnector::new("host", free) }.connect().err().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+            let text = error.to_string();
+            assert!(text.contains(&format!("127.0.0.1:{free}")) && text.contains("[fe80::1]"), "{text}");
+        });
+    }
+
+    /// Names that resolve in another order each time are one way to have several hosts: main went to one of them, and channels to others.
+    #[test]
+    fn all_connections_go_to_the_address_that_took_the_first() {
+        static ASKED: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
+        test_support::time_limit(Duration::from_secs(60), || {
+            let first = TcpListener::bind("127.0.0.1:0").unwrap();
+            let port = first.local_addr().unwrap().port();
+            let _second = TcpListener::bind(("127.0.0.2", port)).unwrap();
+            let resolver: Resolver = |_, port| {
+                let mut addresses =
+                    vec![SocketAddr::from(([127, 0, 0, 1], port)), SocketAddr::from(([127, 0, 0, 2], port))];
+                addresses.rotate_left(ASKED.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2);
+                Ok(addresses)
+            };
+            let connector = TcpConnector { resolver, ..TcpConnector::new("host", port) };
+            for _ in 0..4 {
+                connector.connect().unwrap();
+            }
+            first.set_nonblocking(true).unwrap();
+            assert_eq!(std::iter::from_fn(|| first.accept().ok()).count(), 4);
+        });
+    }
 
     /// Only the resolver could end it, after as long as it liked.
     #[test]

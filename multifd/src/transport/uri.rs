@@ -47,9 +47,15 @@ impl Uri {
     /// What opens connections to this address.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] for a file; for a descriptor, what is wrong with it.
+    /// [`io::ErrorKind::Unsupported`] for a file; [`io::ErrorKind::InvalidInput`] for the TCP port 0, which nothing listens at; for a
+    /// descriptor, what is wrong with it.
     pub fn connector(&self) -> io::Result<Box<dyn Connect + Send + Sync>> {
         Ok(match self {
+            Uri::Tcp { port: 0, .. } => {
+                let message =
+                    format!("{self}: port 0 picks one to listen at; expected the one that the destination says it has");
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+            }
             Uri::Tcp { host, port } => Box::new(TcpConnector::new(host, *port)),
             Uri::Unix(path) => Box::new(UnixConnector::new(path)),
             Uri::Vsock { cid, port } => Box::new(VsockConnector::new(*cid, *port)),
@@ -284,6 +290,14 @@ mod tests {
         let error = uri.connector().err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::Unsupported);
         assert!(error.to_string().contains("file:/tmp/x"), "{error}");
+    }
+
+    /// It was tried for 30 s as one that does not listen yet.
+    #[test]
+    fn nothing_connects_to_port_0() {
+        let error = "tcp:127.0.0.1:0".parse::<Uri>().unwrap().connector().err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        assert!(error.to_string().starts_with("tcp:127.0.0.1:0: port 0"), "{error}");
     }
 
     #[test]
