@@ -27,6 +27,28 @@ pub fn for_sender(error: &Error, checkpoint: &Checkpoint, options: &source::Opti
     format!("{error}. {}", what_to_compare(checkpoint, options))
 }
 
+/// The message for `error`, which ended a migration to here over connections: a source that gives up tells its destination no reason, and
+/// only closes them.
+pub fn for_receiver(error: &Error) -> String {
+    let message = files::message(error);
+    if !is_gone(error) {
+        return message;
+    }
+    format!("{message}; the source has ended the migration or is gone: it says itself why, and what its guest does")
+}
+
+/// Whether a connection has ended and nothing else is known.
+fn is_gone(error: &Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match error {
+        Error::Io { source, .. } => matches!(source.kind(), UnexpectedEof | ConnectionReset | BrokenPipe),
+        Error::SourceGone { .. } => true,
+        // A channel that has ended where there was more to come.
+        Error::Protocol { .. } => !error.is_peers_fault(),
+        _ => false,
+    }
+}
+
 /// Says what to compare once the destination has taken nothing for [`PATIENCE`], in a thread that ends when this is dropped.
 pub struct Impatience {
     _end: mpsc::Sender<()>,
@@ -104,3 +126,28 @@ fn hung_up(error: &Error) -> bool {
 /// time.
 const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use multifd::error::{Mismatch, Place};
+
+    use super::*;
+
+    /// A destination said `channel 3 ended without the SYNC packet of round 1` of a source that was cancelled.
+    #[test]
+    fn a_destination_whose_source_has_ended_says_where_the_reason_is() {
+        let io = |kind: io::ErrorKind| Error::Io {
+            at: Place { connection: Connection::Main, offset: 7 },
+            source: kind.into(),
+        };
+        for kind in [io::ErrorKind::UnexpectedEof, io::ErrorKind::ConnectionReset] {
+            let message = for_receiver(&io(kind));
+            assert!(message.starts_with("main, at byte 7: ") && message.contains("it says itself why"), "{message}");
+        }
+        for other in [io(io::ErrorKind::StorageFull), Error::Cancelled, Error::Mismatch(Mismatch::TooMuchRam)] {
+            assert_eq!(for_receiver(&other), other.to_string());
+        }
+    }
+}

@@ -33,6 +33,7 @@ mod report;
 mod role;
 mod rounds;
 mod schema;
+mod shell;
 mod signals;
 mod stdout;
 mod stream_out;

@@ -34,7 +34,7 @@ pub use self::{
     origin::{Incoming, Origin, Ready, origin},
     output::{LogFormat, OutputArgs, ProgressMode},
     pages::PagesArgs,
-    qemu::{CheckpointArgs, CheckpointMode, RestoreArgs},
+    qemu::{CheckpointArgs, CheckpointMode, MonitorArgs, RestoreArgs},
     schema::SchemaArgs,
     serve::ServeArgs,
     tls::TlsArgs,

@@ -10,6 +10,7 @@ use multifd::transport::{
 };
 
 use super::values::value_name;
+use crate::shell;
 
 /// TLS on the connections of a migration.
 #[derive(Clone, Debug, Default, Args)]
@@ -70,6 +71,14 @@ impl TlsArgs {
             Some(VerifyPeer::Yes) | None => ClientCertificates::Required,
         };
         Ok(Box::new(TlsListener::new(listener, ServerCredentials::from_dir(dir, clients)?)))
+    }
+
+    /// What another command needs at this end of the same TLS, for a shell, with a space before it; empty without TLS.
+    pub fn words(&self) -> String {
+        let Some(dir) = &self.tls_dir else { return String::new() };
+        let name = self.tls_hostname.as_ref().map(|name| format!(" --tls-hostname {}", shell::word(name)));
+        let whether = self.tls_verify_peer.map(|whether| format!(" --tls-verify-peer {}", value_name(&whether)));
+        format!(" --tls-dir {}{}{}", shell::word(dir), name.unwrap_or_default(), whether.unwrap_or_default())
     }
 
     /// The same as options of a command line.

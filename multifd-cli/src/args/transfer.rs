@@ -62,10 +62,11 @@ pub struct TransferArgs {
     /// Give up after so many rounds with the guest running.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_rounds: u64,
-    /// Give up after this time with the guest running; 0 for no limit [default: 0].
+    /// Give up after this time with the guest running, at the end of the round that goes on then, unless the rest fits into the downtime
+    /// limit; 0 for no limit [default: 0].
     #[arg(long, value_name = "TIME", value_parser = units::time_limit)]
     pub max_time: Option<Limit<Duration>>,
-    /// How long to try to connect while the destination refuses, because it does not listen yet; 0 for no limit.
+    /// How long to try to connect while the destination refuses or does not answer, because it does not listen yet; 0 for no limit.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::time_limit)]
     pub connect_timeout: Limit<Duration>,
     /// Longest pause of the guest, until the destination has confirmed that it has it. Then the guest runs on here; where

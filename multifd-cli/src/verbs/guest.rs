@@ -26,6 +26,7 @@ use serde_json::{Map, Value};
 
 pub use self::ending::{Account, Compared};
 use crate::{
+    advice,
     args::{GuestArgs, Incoming},
     connect::PatientConnector,
     exit::Exit,
@@ -309,7 +310,7 @@ impl<'a> Session<'a> {
                         page_size,
                         begun.elapsed(),
                     );
-                    Err(Failed::new(&error, &partial))
+                    Err(Failed { message: advice::for_receiver(&error), ..Failed::new(&error, &partial) })
                 }
             }
         });

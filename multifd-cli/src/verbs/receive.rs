@@ -21,6 +21,7 @@ use serde_json::{Map, Value, json};
 
 use super::{deferred::Deferred, interrupted::Interrupted, recovers::Recovers};
 use crate::{
+    advice,
     args::{AllowArgs, Compression, Incoming, Origin, Ready, ReceiveArgs, ReturnPathAck, TlsArgs},
     describe,
     exit::Exit,
@@ -30,7 +31,7 @@ use crate::{
     progress::Display,
     qmp::{Qmp, Role, RunState, Settings, Watched},
     report::{MigrationReport, Outcome, fields},
-    signals, table,
+    shell, signals, table,
 };
 
 /// Waits for a source and takes its VM.
@@ -103,7 +104,7 @@ fn receive(args: &ReceiveArgs) -> Result<Outcome, Box<dyn std::error::Error>> {
                 MigrationReport::partial(Role::Destination, &progress, &rounds, checkpoint::PAGE_SIZE, begun.elapsed());
             qmp.finish(&partial, Some(&error));
             deferred.stay(&qmp);
-            let mut outcome = failed(args, &error, &partial, writer.is_published());
+            let mut outcome = failed(args, &error, &partial, writer.is_published(), is_one_way);
             if let Some(failure) = recording.as_ref().and_then(Recording::failure) {
                 mention(&mut outcome, &failure);
             }
@@ -120,10 +121,19 @@ fn mention(outcome: &mut Outcome, failure: &str) {
 }
 
 /// The report on a migration that ended with `error`.
-fn failed(args: &ReceiveArgs, error: &Error, partial: &MigrationReport, is_published: bool) -> Outcome {
+fn failed(
+    args: &ReceiveArgs,
+    error: &Error,
+    partial: &MigrationReport,
+    is_published: bool,
+    is_one_way: bool,
+) -> Outcome {
     let mut outcome = Outcome::migration_failed(error, fields(partial));
+    if !is_one_way {
+        outcome.error = Some(advice::for_receiver(error));
+    }
     if let Error::AfterRun { blocks, .. } = error {
-        let remedy = remedy(blocks);
+        let remedy = remedy(blocks, &args.link.tls);
         outcome.error = Some(format!("{error}; {remedy}"));
     }
     if is_published {
@@ -187,14 +197,15 @@ impl Opener {
     }
 }
 
-/// What an operator has to do to have a VM run again whose source has switched to postcopy.
-fn remedy(blocks: &[(BlockName, u64)]) -> String {
+/// What an operator has to do to have a VM run again whose source has switched to postcopy, with `tls` or without.
+fn remedy(blocks: &[(BlockName, u64)], tls: &TlsArgs) -> String {
     // Names come from the peer; a shell must not read anything into them.
-    let quoted = |name: &BlockName| format!("'{}'", name.as_str().replace('\'', "'\\''"));
-    let blocks: Vec<String> = blocks.iter().map(|(name, bytes)| format!("{}={bytes}", quoted(name))).collect();
+    let blocks: Vec<String> =
+        blocks.iter().map(|(name, bytes)| shell::word(&format!("{}={bytes}", name.as_str())).into_owned()).collect();
     format!(
-        "to have it run there again where it is paused: multifd give-back URI {}, then in the monitor of the source migrate -r URI and cont",
-        blocks.join(" ")
+        "to have it run there again where it is paused: multifd give-back URI {}{}, then in the monitor of the source migrate -r URI and cont",
+        blocks.join(" "),
+        tls.words()
     )
 }
 

@@ -23,7 +23,7 @@ use super::{
     send,
 };
 use crate::{
-    args::{RestoreArgs, SendArgs},
+    args::{MonitorArgs, RestoreArgs, SendArgs},
     describe,
     exit::Exit,
     image::Stop,
@@ -32,7 +32,7 @@ use crate::{
     },
     printable,
     report::Outcome,
-    units,
+    shell, units,
 };
 
 /// Restores a checkpoint.
@@ -97,7 +97,7 @@ fn run_at_once(
     monitor: &mut Monitor,
     meeting: &mut Meeting,
 ) -> Outcome {
-    let to_go_on = format!("multifd restore {} {} --recover", args.file.display(), args.qmp);
+    let to_go_on = to_go_on(args);
     // Of a VM that another process sent, it is not known that this process is the only one.
     let mut is_ours = !sends.postcopy.recover;
     let mut after_break = || {
@@ -109,6 +109,21 @@ fn run_at_once(
     monitor.put_in_order();
     // Where nothing was tried, QEMU has nothing to say.
     if sent.report.is_empty() { sent } else { settle(sent, monitor, meeting, &args.file) }
+}
+
+/// What an operator types to go on with the VM: the QEMU is where it was, and what connects to it is what did. Options of all postcopies
+/// follow.
+fn to_go_on(args: &RestoreArgs) -> String {
+    let MonitorArgs { listen, qemu_tls_creds, .. } = &args.monitor;
+    let listen = listen.as_ref().map(|uri| format!(" --listen {}", shell::word(&uri.to_string())));
+    let object = qemu_tls_creds.as_ref().map(|id| format!(" --qemu-tls-creds {}", shell::word(id)));
+    format!(
+        "multifd restore {} {} --recover{}{}",
+        shell::word(&args.file),
+        shell::word(&args.qmp.to_string()),
+        listen.unwrap_or_default(),
+        object.unwrap_or_default()
+    )
 }
 
 /// Whether the checkpoint fits into the QEMU.
@@ -493,3 +508,24 @@ const NOTICE_LIMIT: Duration = Duration::from_secs(1);
 const BREAK_LIMIT: Duration = Duration::from_secs(3);
 /// How long a QEMU may take to end a migration that is over.
 const END_LIMIT: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Verb};
+
+    /// It was a restore on this host, whatever host the QEMU is on.
+    #[test]
+    fn what_is_typed_to_go_on_reaches_the_same_qemu() {
+        let of = |options: &str| {
+            let line = ["multifd", "restore", "my vm", "unix:q"].into_iter().chain(options.split_whitespace());
+            let Verb::Restore(args) = Cli::try_parse_from(line).unwrap().verb else { panic!("another verb") };
+            to_go_on(&args)
+        };
+        assert_eq!(of("--postcopy"), "multifd restore 'my vm' unix:q --recover");
+        let far = of("--postcopy --listen tcp:h:1 --tls-dir d --qemu-tls-creds tls0");
+        assert_eq!(far, "multifd restore 'my vm' unix:q --recover --listen tcp:h:1 --qemu-tls-creds tls0");
+    }
+}

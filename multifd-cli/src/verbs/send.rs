@@ -24,7 +24,7 @@ use crate::{
     progress::Display,
     qmp::{Qmp, Role, RunState, Settings, Steered, Watched},
     report::{MigrationReport, Outcome, fields},
-    signals, table,
+    shell, signals, table,
 };
 
 /// Sends the checkpoint.
@@ -35,7 +35,7 @@ pub fn run(args: &SendArgs) -> Outcome {
         Err(error) => return Outcome::failed(Exit::from(&error), error),
     };
     if args.postcopy.is_asked_for() {
-        let (at_qemu, file) = (postcopy::what_to_type(&args.uri), args.file.display());
+        let (at_qemu, file) = (postcopy::what_to_type(&args.uri), shell::word(&args.file));
         let to_go_on = format!("{at_qemu}, then: multifd send {file} URI --recover");
         let there = There { to_go_on, after_break: &mut || Broken::NotAsked };
         return postcopy::run(args, &checkpoint, there);

@@ -17,7 +17,7 @@ use rcgen::{
 use serde_json::{Map, json};
 use time::{Duration, OffsetDateTime};
 
-use crate::{args::TlsInitArgs, exit::Exit, report::Outcome};
+use crate::{args::TlsInitArgs, exit::Exit, report::Outcome, shell};
 
 /// Makes the directory.
 pub fn run(args: &TlsInitArgs) -> Outcome {
@@ -32,9 +32,9 @@ pub fn run(args: &TlsInitArgs) -> Outcome {
     report.insert("dir".to_owned(), args.dir.display().to_string().into());
     report.insert("hosts".to_owned(), json!(args.hosts));
     report.insert("valid-until".to_owned(), files.valid_until.clone().into());
-    let dir = args.dir.display();
+    let (dir, word) = (args.dir.display(), shell::word(&args.dir));
     let text = format!(
-        "made {dir} for {}, valid until {}\n  copy it to each of them as it is, over a connection that you trust (scp -rp {dir} \
+        "made {dir} for {}, valid until {}\n  copy it to each of them as it is, over a connection that you trust (scp -rp {word} \
          HOST:)\n  multifd: --tls-dir DIR on both sides; QEMU: -object tls-creds-x509,id=tls0,dir=DIR,endpoint=server, or \
          client, and the migration parameter tls-creds=tls0\n",
         args.hosts.join(", "),

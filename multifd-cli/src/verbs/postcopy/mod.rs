@@ -7,7 +7,7 @@ mod resume;
 
 use std::{
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -37,7 +37,7 @@ use crate::{
     report::{MigrationReport, Outcome, fields},
     role::Role,
     rounds::Rounds,
-    signals,
+    shell, signals,
     units::Limit,
 };
 
@@ -342,9 +342,9 @@ impl Sending<'_> {
             written.err().map(|error| format!("{list:?}: {error}"))
         });
         let Sending { args, source, record, checkpoint, there, to, .. } = self;
-        let state = record.path().display().to_string();
+        let note = record.path().to_owned();
         if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
-            report.insert("state".to_owned(), state.clone().into());
+            report.insert("state".to_owned(), note.display().to_string().into());
         }
         record.leave(source.vm(), error.as_ref());
         let text = PostcopyReport::from(&source.report()).text();
@@ -357,7 +357,7 @@ impl Sending<'_> {
             }
             (Some(error), unwritten) => {
                 let unwritten = unwritten.map(|message| format!("; the list of pages could not be written: {message}"));
-                let message = match advice(&error, args, &there.to_go_on, &state) {
+                let message = match advice(&error, args, &there.to_go_on, &note) {
                     Some(advice) => sentences(&error.to_string(), &advice),
                     None => error.to_string(),
                 };
@@ -434,12 +434,13 @@ fn is_paused(error: &Error) -> bool {
 }
 
 /// What to do now, where there is something to do. `to_go_on` is what an operator types.
-fn advice(error: &Error, args: &SendArgs, to_go_on: &str, state: &str) -> Option<String> {
+fn advice(error: &Error, args: &SendArgs, to_go_on: &str, note: &Path) -> Option<String> {
+    let state = shell::word(note);
     let recover = || {
         let preempt = if args.postcopy.preempt { " --preempt" } else { "" };
-        let default = Record::place(&args.file, false).display().to_string();
-        let state = if state == default { String::new() } else { format!(" --state {state}") };
-        format!("{to_go_on}{preempt}{state}")
+        let is_default = note == Record::place(&args.file, false);
+        let state = if is_default { String::new() } else { format!(" --state {state}") };
+        format!("{to_go_on}{}{preempt}{state}", args.transfer.link.tls.words())
     };
     let advice = match error {
         Error::Incomplete { .. } => format!(

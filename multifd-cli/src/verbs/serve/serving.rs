@@ -1,7 +1,7 @@
 //! One client: its VM is handed over, and gets its memory.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -17,6 +17,7 @@ use super::{Server, clients, single::Single};
 use crate::{
     exit::Exit,
     report::Outcome,
+    shell,
     verbs::postcopy::{LOOK_THERE, NOT_SET_UP, PostcopyReport, record::Record, report_of, what_to_type},
 };
 
@@ -79,21 +80,21 @@ impl Serving<'_> {
 
     fn conclude(&self, source: &Source, record: Record, begun: Instant, error: Option<Error>) -> Outcome {
         let mut report: Map<String, Value> = report_of(source, &self.server.checkpoint, begun.elapsed());
-        let state = record.path().display().to_string();
+        let note = record.path().to_owned();
         if let Whereabouts::InDoubt | Whereabouts::There = source.vm() {
-            report.insert("state".to_owned(), state.clone().into());
+            report.insert("state".to_owned(), note.display().to_string().into());
         }
         record.leave(source.vm(), error.as_ref());
         let Some(error) = error else {
             let figures = PostcopyReport::from(&source.report()).text();
             return Outcome::done(report, format!("{} has everything\n{figures}", self.name()));
         };
-        let message = format!("{}: {error}{}", self.name(), self.advice(&error, &state));
+        let message = format!("{}: {error}{}", self.name(), self.advice(&error, &note));
         Outcome { error: Some(message), ..Outcome::migration_failed(&error, report) }
     }
 
-    fn advice(&self, error: &Error, state: &str) -> String {
-        let file = self.server.checkpoint.path().display();
+    fn advice(&self, error: &Error, note: &Path) -> String {
+        let (file, state) = (shell::word(self.server.checkpoint.path()), shell::word(note));
         let recover = || {
             let again = Uri::Unix("PATH".into());
             let tls = self.server.tls.as_ref().map_or_else(String::new, |tls| tls.options());

@@ -8,7 +8,7 @@ use multifd::transport::{
     uri::Uri,
 };
 
-use crate::args::TlsArgs;
+use crate::{args::TlsArgs, shell};
 
 /// How the connections of all clients are encrypted.
 pub struct Tls {
@@ -53,6 +53,6 @@ impl Tls {
     /// The same as options of a command line, with which another process goes on.
     pub fn options(&self) -> String {
         let name = self.hostname.as_deref().unwrap_or("NAME");
-        format!(" --tls-dir {} --tls-hostname {name}", self.dir.display())
+        format!(" --tls-dir {} --tls-hostname {}", shell::word(&self.dir), shell::word(name))
     }
 }
