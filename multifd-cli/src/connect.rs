@@ -11,10 +11,10 @@ use std::{
 
 use multifd::transport::{Connect, Pending, Stopper, Stream, uri::Uri};
 
-use crate::{args::TlsArgs, units::Limit};
+use crate::{args::TlsArgs, replace::directory_of, units::Limit};
 
-/// Opens connections to one destination, each within a limit. The first is tried again while it is refused; from then on the
-/// destination is there. Clones open connections to the same destination.
+/// Opens connections to one destination, each within a limit. The first is tried again while it is refused or not answered; from then on
+/// the destination is there. Clones open connections to the same destination.
 #[derive(Clone)]
 pub struct PatientConnector {
     uri: Uri,
@@ -22,6 +22,8 @@ pub struct PatientConnector {
     limit: Limit<Duration>,
     /// The option that sets it.
     limited_by: &'static str,
+    /// The network may be away, and come back.
+    is_lost: bool,
     is_connected: Arc<AtomicBool>,
 }
 
@@ -43,13 +45,14 @@ impl PatientConnector {
             connector,
             limit,
             limited_by: "--connect-timeout",
+            is_lost: false,
             is_connected: Arc::default(),
         })
     }
 
-    /// The same, where `option` sets the limit.
-    pub fn limited_by(self, option: &'static str) -> PatientConnector {
-        PatientConnector { limited_by: option, ..self }
+    /// The same, to a destination to which connections have broken: `option` sets the limit, and within it whatever may pass is waited for.
+    pub fn after_break(self, option: &'static str) -> PatientConnector {
+        PatientConnector { limited_by: option, is_lost: true, ..self }
     }
 
     /// Whether the destination has taken a connection.
@@ -59,12 +62,16 @@ impl PatientConnector {
 }
 
 impl PatientConnector {
-    /// Whether `error` is what a destination that does not listen yet looks like. A unix socket that is not there is made by it.
-    fn may_come(&self, error: &io::Error) -> bool {
+    /// How long to wait before the next attempt where `error` is what a destination that does not listen yet looks like, or one whose host
+    /// is not up. A unix socket that is not there is made by it. Nothing where the next one would fail as well.
+    fn pause_after(&self, error: &io::Error) -> Option<Duration> {
         match (error.kind(), &self.uri) {
-            (io::ErrorKind::ConnectionRefused, _) => true,
-            (io::ErrorKind::NotFound, Uri::Unix(path)) => path.parent().is_some_and(|parent| parent.is_dir()),
-            _ => false,
+            (io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut, _) => Some(PAUSE),
+            (io::ErrorKind::NotFound, Uri::Unix(path)) => directory_of(path).is_dir().then_some(PAUSE),
+            // It was stopped; or no attempt was made.
+            (io::ErrorKind::ConnectionAborted | io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported, _) => None,
+            // There is no route, a name is not found, or what forwards connections has nowhere to forward them to.
+            _ => self.is_lost.then_some(LOST_PAUSE),
         }
     }
 }
@@ -104,14 +111,16 @@ impl Pending for PatientPending {
                 }
                 Err(error) => error,
             };
-            let refused = self.connector.may_come(&error) && !self.connector.is_connected();
-            let over = deadline.is_some_and(|deadline| Instant::now() + PAUSE > deadline);
-            if over && (refused || error.kind() == io::ErrorKind::TimedOut) {
+            let pause = self.connector.pause_after(&error).filter(|_| !self.connector.is_connected());
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let over = left.is_some_and(|left| left < PAUSE);
+            if over && (pause.is_some() || error.kind() == io::ErrorKind::TimedOut) {
                 let (tried, option) = (begun.elapsed().as_secs_f64(), self.connector.limited_by);
                 let message = format!("{error}; tried for {tried:.1} s ({option})");
                 return Err(io::Error::new(error.kind(), message));
             }
-            if !refused || self.attempts.is_stopped_within(PAUSE) {
+            let pause = pause.map(|pause| left.map_or(pause, |left| pause.min(left)));
+            if pause.is_none_or(|pause| self.attempts.is_stopped_within(pause)) {
                 return Err(error);
             }
             if !std::mem::replace(&mut told, true) {
@@ -166,6 +175,8 @@ impl Stopper for Attempts {
 
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(100);
+/// The same where the destination is not what fails, or would see each attempt.
+const LOST_PAUSE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
@@ -229,6 +240,9 @@ mod tests {
             let limit = Limit(Some(Duration::from_secs(50)));
             PatientConnector::new(&Uri::Unix(path), &TlsArgs::default(), limit).unwrap().connect().unwrap();
             listener.join().unwrap();
+            // By a relative path the directory is the one that the process is in, which always is there.
+            let connector = PatientConnector::new(&Uri::Unix("late".into()), &TlsArgs::default(), limit).unwrap();
+            assert!(connector.pause_after(&io::ErrorKind::NotFound.into()).is_some());
             // In a directory that is not there, no socket comes.
             let uri = Uri::Unix(dir.join("nonesuch/socket"));
             let error = PatientConnector::new(&uri, &TlsArgs::default(), limit).unwrap().connect().err().unwrap();
@@ -264,6 +278,51 @@ mod tests {
             assert!(error.to_string().contains("--connect-timeout"), "{error}");
             let (error, _) = is_stopped(&uri);
             assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+        });
+    }
+
+    /// The first was tried for 10 s, whatever the limit was; and a recovery ended at once where the network was away, which is what it is for.
+    #[test]
+    fn what_may_pass_is_waited_for_and_more_of_that_after_a_break() {
+        let of = |uri: &str, is_lost: bool| {
+            let uri = uri.parse().unwrap();
+            let connector = PatientConnector::new(&uri, &TlsArgs::default(), Limit(None)).unwrap();
+            if is_lost { connector.after_break("--recover-timeout") } else { connector }
+        };
+        let waits = |uri: &str, is_lost, kind: io::ErrorKind| of(uri, is_lost).pause_after(&kind.into()).is_some();
+        for is_lost in [false, true] {
+            for kind in [io::ErrorKind::ConnectionRefused, io::ErrorKind::TimedOut] {
+                assert!(waits("tcp:h:1", is_lost, kind), "{kind:?}");
+            }
+            for kind in [io::ErrorKind::ConnectionAborted, io::ErrorKind::InvalidInput, io::ErrorKind::Unsupported] {
+                assert!(!waits("tcp:h:1", is_lost, kind), "{kind:?}");
+            }
+            // TLS says `PermissionDenied` of a connection that is closed within the handshake, and the resolver has a kind of its own.
+            for kind in [
+                io::ErrorKind::NetworkUnreachable,
+                io::ErrorKind::HostUnreachable,
+                io::ErrorKind::ConnectionReset,
+                io::ErrorKind::PermissionDenied,
+                io::ErrorKind::Other,
+            ] {
+                assert_eq!(waits("tcp:h:1", is_lost, kind), is_lost, "{kind:?}");
+            }
+            assert!(!waits("unix:/none/such/directory/socket", is_lost, io::ErrorKind::NotFound));
+        }
+    }
+
+    /// It ended at once where the kernel has no route, also before the first pause was over.
+    #[test]
+    fn a_network_that_is_away_is_waited_for_as_long_as_the_limit_says() {
+        test_support::time_limit(Duration::from_secs(60), || {
+            // Of those that no host has: there is no route, or nothing answers.
+            let uri = "tcp:[2001:db8::1]:1".parse().unwrap();
+            let limit = 3 * PAUSE;
+            let connector = PatientConnector::new(&uri, &TlsArgs::default(), Limit(Some(limit))).unwrap();
+            let begun = Instant::now();
+            let error = connector.after_break("--recover-timeout").connect().err().unwrap().to_string();
+            assert!(error.contains("(--recover-timeout)"), "{error}");
+            assert!(begun.elapsed() > limit - PAUSE, "{:?}", begun.elapsed());
         });
     }
 

@@ -167,8 +167,13 @@ fn options(args: &SendArgs, checkpoint: &Checkpoint) -> Result<Options, String> 
     Ok(options)
 }
 
-/// How long a destination is waited for, and the option that says so.
-type Patience = (Limit<Duration>, &'static str);
+/// How long a destination is waited for.
+enum Patience {
+    /// Until it listens.
+    AtFirst(Limit<Duration>),
+    /// Until it listens again, and the network is back.
+    AfterBreak(Limit<Duration>),
+}
 
 /// A VM that is being sent.
 struct Sending<'a> {
@@ -235,7 +240,7 @@ impl Sending<'_> {
 
     /// How long the destination is waited for at first.
     fn at_first(&self) -> Patience {
-        (self.args.transfer.connect_timeout, "--connect-timeout")
+        Patience::AtFirst(self.args.transfer.connect_timeout)
     }
 
     fn recover(&mut self, patience: Patience) -> Result<(), Error> {
@@ -251,10 +256,10 @@ impl Sending<'_> {
     fn go_on(&mut self, mut error: Error) -> Result<(), Error> {
         let mut led = false;
         let mut gain = Gain::default();
+        let limit = self.args.postcopy.recovery_limit();
         while self.may_go_on(&error) {
             led |= is_paused(&error);
             self.qmp.postcopy_pauses();
-            let limit = self.args.postcopy.recovery_limit();
             let patience = match (self.next_place(&error, led), limit) {
                 (Some(to), _) => {
                     (self.to, led) = (to, true);
@@ -277,7 +282,7 @@ impl Sending<'_> {
                             what_to_type(&self.to)
                         ),
                     }
-                    (limit, "--recover-timeout")
+                    Patience::AfterBreak(limit)
                 }
             };
             let before = self.pages_sent();
@@ -286,9 +291,13 @@ impl Sending<'_> {
                 // It was waited for.
                 Err(again) if !self.is_reached && !led && !is_paused(&again) => return Err(again),
                 Err(again) => {
-                    let in_vain = gain.is_missing(self.source.report().lacking, self.pages_sent() > before);
-                    if in_vain && !led {
-                        return Err(again);
+                    let sent = self.pages_sent() > before;
+                    let pause = gain.pause_after(self.source.report().lacking, sent, limit, Instant::now());
+                    match pause {
+                        // A client that names the next place ends the pause, as an interrupt does.
+                        Some(pause) if !led => self.desk.rest(pause),
+                        None if !led => return Err(again),
+                        _ => {}
                     }
                     error = again;
                 }
@@ -325,10 +334,14 @@ impl Sending<'_> {
         report.urgent_pages + report.background_pages + report.prefetched_pages
     }
 
-    /// For `limit`, which `option` sets.
-    fn connector(&self, (limit, option): Patience) -> Result<PatientConnector, Error> {
+    fn connector(&self, patience: Patience) -> Result<PatientConnector, Error> {
+        let (Patience::AtFirst(limit) | Patience::AfterBreak(limit)) = patience;
         let connector = PatientConnector::new(&self.to, &self.args.transfer.link.tls, limit);
-        connector.map(|connector| connector.limited_by(option)).map_err(|source| Error::Io {
+        let connector = connector.map(|connector| match patience {
+            Patience::AtFirst(_) => connector,
+            Patience::AfterBreak(_) => connector.after_break("--recover-timeout"),
+        });
+        connector.map_err(|source| Error::Io {
             at: multifd::error::Place { connection: Connection::Main, offset: 0 },
             source,
         })
@@ -373,14 +386,22 @@ impl Sending<'_> {
 struct Gain {
     /// The fewest pages that it lacked when it was asked.
     least: Option<u64>,
-    /// Recoveries in a row in which nothing was sent, or after which it lacked no fewer.
-    in_vain: u32,
+    /// Since when they bring it nothing, and how long the last pause was.
+    in_vain: Option<(Instant, Duration)>,
 }
 
 impl Gain {
-    /// Takes note of a recovery that failed, before which the destination lacked `lacking` pages, if it said so, and in which pages were
-    /// `sent` or none. Returns whether recoveries bring it nothing: a connection may break before a page arrives, but not each time.
-    fn is_missing(&mut self, lacking: Option<u64>, sent: bool) -> bool {
+    /// Takes note of a recovery that failed at `now`, before which the destination lacked `lacking` pages, if it said so, and in which
+    /// pages were `sent` or none. Returns how long to wait before the next one: longer each time that they bring it nothing, and nothing
+    /// once that was so for the `limit`. A connection may break before a page arrives, but not each time; what forwards connections may take
+    /// them where no QEMU listens yet.
+    fn pause_after(
+        &mut self,
+        lacking: Option<u64>,
+        sent: bool,
+        limit: Limit<Duration>,
+        now: Instant,
+    ) -> Option<Duration> {
         let lacks_fewer = match (self.least, lacking) {
             (Some(least), Some(lacking)) => lacking < least,
             (None, Some(_)) => true,
@@ -388,13 +409,21 @@ impl Gain {
             (_, None) => false,
         };
         self.least = self.least.into_iter().chain(lacking).min();
-        self.in_vain = if sent && lacks_fewer { 0 } else { self.in_vain + 1 };
-        self.in_vain >= MOST_IN_VAIN
+        if sent && lacks_fewer {
+            self.in_vain = None;
+            return Some(Duration::ZERO);
+        }
+        let (since, pause) = self.in_vain.map_or((now, SHORTEST_PAUSE), |(since, pause)| (since, pause * 2));
+        let pause = pause.min(LONGEST_PAUSE);
+        self.in_vain = Some((since, pause));
+        let is_over = limit.0.is_some_and(|limit| now.saturating_duration_since(since) >= limit);
+        (!is_over).then_some(pause)
     }
 }
 
-/// Recoveries that bring nothing, one after the other.
-const MOST_IN_VAIN: u32 = 10;
+/// Between two recoveries of which the first has brought nothing.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// The JSON report of what `source` has sent of `checkpoint`, which took `elapsed`.
 pub fn report_of(source: &Source, checkpoint: &Checkpoint, elapsed: Duration) -> Map<String, Value> {
@@ -483,16 +512,52 @@ pub fn what_to_type(uri: &Uri) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use clap::Parser;
 
-    /// A destination that said each time that it has got nothing was recovered without an end, 185 times in 10 s.
+    use super::*;
+    use crate::args::{Cli, Verb};
+
+    /// The command had no `--tls-dir`, with which the first connected, and was another one to a shell where a name has a space.
     #[test]
-    fn recoveries_that_bring_nothing_come_to_an_end() {
+    fn what_is_typed_to_go_on_fits_what_was_begun() {
+        let advice = |options: &str, note: &str| {
+            let line =
+                ["multifd", "send", "my vm", "tcp:h:1", "--postcopy"].into_iter().chain(options.split_whitespace());
+            let Verb::Send(args) = Cli::try_parse_from(line).unwrap().verb else { panic!("another verb") };
+            let lost = Error::InDoubt { reason: Box::new(Error::Unconfirmed) };
+            advice(&lost, &args, "multifd send 'my vm' URI --recover", Path::new(note)).unwrap()
+        };
+        let plain = advice("", "my vm.postcopy");
+        assert!(plain.contains("multifd send 'my vm' URI --recover. If"), "{plain}");
+        assert!(plain.contains("remove 'my vm.postcopy' and"), "{plain}");
+        let tls = advice("--tls-dir /tls --tls-hostname h.example --preempt --state x", "it's");
+        let expected = r"URI --recover --tls-dir /tls --tls-hostname h.example --preempt --state 'it'\''s'. If";
+        assert!(tls.contains(expected), "{tls}");
+    }
+
+    /// A destination that said each time that it has got nothing was recovered without an end, 185 times in 10 s; and then ten times, which
+    /// were over in 30 ms where something between takes connections and closes them, whatever `--recover-timeout` was.
+    #[test]
+    fn recoveries_that_bring_nothing_come_to_an_end_after_the_time_that_is_set() {
+        let (limit, begun) = (Duration::from_secs(30), Instant::now());
         let mut gain = Gain::default();
-        let lacking = [vec![None, Some(50)], vec![Some(50); 9], vec![Some(49), None], vec![Some(70); 8], vec![Some(1)]];
-        assert!(lacking.concat().into_iter().all(|lacking| !gain.is_missing(lacking, true)), "fewer each time");
-        assert_eq!((0..20).position(|_| gain.is_missing(Some(1), true)), Some(9));
-        let mut gain = Gain::default();
-        assert_eq!((0..20).position(|index| gain.is_missing(Some(50 - index), false)), Some(9), "none were sent");
+        for lacking in (2..100).rev() {
+            let pause = gain.pause_after(Some(lacking), true, Limit(Some(limit)), begun);
+            assert_eq!(pause, Some(Duration::ZERO), "fewer each time");
+        }
+        for in_vain in [(Some(50), true), (Some(1), false), (None, false)] {
+            let (mut now, mut tries) = (begun, 0);
+            while let Some(pause) = gain.pause_after(in_vain.0, in_vain.1, Limit(Some(limit)), now) {
+                (now, tries) = (now + pause, tries + 1);
+            }
+            let took = now - begun;
+            assert!(took >= limit && took < limit + 2 * LONGEST_PAUSE && (15..30).contains(&tries), "{took:?} {tries}");
+            gain = Gain { least: Some(50), in_vain: None };
+        }
+        // One that brings something is as a first one.
+        gain.pause_after(None, false, Limit(Some(limit)), begun);
+        let gained = gain.pause_after(Some(49), true, Limit(Some(limit)), begun + limit);
+        assert_eq!(gained, Some(Duration::ZERO));
+        assert_eq!(gain.pause_after(Some(49), true, Limit(Some(limit)), begun + 2 * limit), Some(SHORTEST_PAUSE));
     }
 }

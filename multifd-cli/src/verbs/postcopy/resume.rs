@@ -3,7 +3,10 @@
 //! The main thread makes one attempt after the other. A client that names the next place ends the attempt under way, and never the one
 //! that it has asked for: both are decided under the lock of the [`Desk`].
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::{
+    sync::{Arc, Condvar, Mutex},
+    time::Duration,
+};
 
 use multifd::{
     postcopy::Handle,
@@ -49,6 +52,12 @@ impl Desk {
         let state = lock(&self.state);
         let waited = self.changed.wait_while(state, |state| state.next.is_none() && !state.is_closed);
         waited.unwrap_or_else(|poisoned| poisoned.into_inner()).next.take()
+    }
+
+    /// Waits for `pause`, less where a client names a place or the waiting is ended.
+    pub fn rest(&self, pause: Duration) {
+        let state = lock(&self.state);
+        drop(self.changed.wait_timeout_while(state, pause, |state| state.next.is_none() && !state.is_closed));
     }
 
     /// Ends the waiting.
