@@ -75,7 +75,7 @@ impl Tree {
 fn missing(tree: &Tree, document: &Path, text: &str) -> Vec<String> {
     let mut missing = Vec::new();
     let mut in_test_table = false;
-    let about_code = ["architecture.md", "security.md"].iter().any(|name| document.ends_with(name));
+    let about_code = ["architecture.md", "choices.md", "security.md"].iter().any(|name| document.ends_with(name));
     for line in prose(text) {
         for target in links(line) {
             let (file, heading) =
