@@ -80,9 +80,18 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
             Err(io::Error::new(io::ErrorKind::InvalidInput, "it exists and is not a file; expected one, or a new name"))
         }
         Ok(_) => fs::canonicalize(path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(path.to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(end_of_links(path.to_owned())),
         Err(error) => Err(error),
     }
+}
+
+/// Where `path` leads to, over links to links: there is nothing yet. The kernel has followed them all, so they come to an end.
+fn end_of_links(mut path: PathBuf) -> PathBuf {
+    while let Ok(next) = fs::read_link(&path) {
+        // A link that is not absolute is seen from where it is.
+        path = directory_of(&path).join(next);
+    }
+    path
 }
 
 #[cfg(test)]
@@ -123,6 +132,27 @@ mod tests {
         assert_eq!(half.unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert_eq!(fs::read(dir.join("old")).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+    }
+
+    /// The link was replaced by the file.
+    #[test]
+    fn a_link_to_a_file_that_is_not_there_yet_leads_to_it() {
+        let dir = TempDir::new().unwrap();
+        fs::create_dir(dir.join("reports")).unwrap();
+        symlink("reports/new", dir.join("link")).unwrap();
+        symlink("link", dir.join("link to link")).unwrap();
+        for bytes in [b"a", b"b"] {
+            check(&dir.join("link to link")).unwrap();
+            file(&dir.join("link to link"), bytes).unwrap();
+            assert_eq!(fs::read(dir.join("reports/new")).unwrap(), bytes);
+        }
+        for link in ["link", "link to link"] {
+            assert!(fs::symlink_metadata(dir.join(link)).unwrap().is_symlink(), "{link}");
+        }
+        symlink("none/new", dir.join("astray")).unwrap();
+        assert_eq!(check(&dir.join("astray")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        symlink("loop", dir.join("loop")).unwrap();
+        check(&dir.join("loop")).unwrap_err();
     }
 
     #[test]

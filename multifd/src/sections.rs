@@ -192,7 +192,8 @@ impl<'a> Sections<'a> {
     }
 
     /// Sends device sections exactly as they were received, with the vmdescription that belongs to them, by a source that adds
-    /// none with [`section`](Self::section). An empty description is left out.
+    /// none with [`section`](Self::section): both together end the migration with an error. A second call replaces what the first one
+    /// gave. An empty description is left out.
     pub fn replay(&mut self, sections: Vec<u8>, vmdescription: Vec<u8>) {
         self.replayed = Some((sections, vmdescription));
     }

@@ -1,6 +1,8 @@
 //! All that a VMM implements: [`SourceVm`] where the VM runs, [`DestinationVm`] where it is going.
 //!
-//! The engine calls these from the thread that called `run`, one at a time, in the order in which they are listed.
+//! The engine calls these from the thread that called `run`, one at a time, in the order in which they are listed; but
+//! [`SourceVm::excluded`], [`throttle`](SourceVm::throttle) and [`save_live`](SourceVm::save_live) again in each round, and
+//! [`SourceVm::save_writes_memory`], which only says what [`save`](SourceVm::save) does, at any moment.
 
 use std::{
     hash::{Hash, Hasher},

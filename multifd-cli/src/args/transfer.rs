@@ -40,7 +40,7 @@ pub struct TransferArgs {
     #[arg(long)]
     pub zero_copy: bool,
     /// Where pages of zeros are named: in packets, on the main connection as QEMU before 9.0 does it, or nowhere, so that
-    /// they are sent like all others [default: multifd, or by the machine type].
+    /// they are sent like all others [default: multifd; legacy for a VM of a QEMU].
     #[arg(long, value_enum)]
     pub zero_pages: Option<ZeroPages>,
     /// Where channels are synchronised: once a round, or in each section as QEMU before 8.1 does it

@@ -72,7 +72,8 @@ impl Checkpoint {
     /// Opens the file `path` and checks all of it but the contents of pages and device state.
     ///
     /// # Errors
-    /// [`CheckpointError::NotMappedRam`] for a migration stream of another kind; whatever else is wrong with it.
+    /// [`CheckpointError::NotMappedRam`] for a migration stream of another kind, [`CheckpointError::OtherKind`] for what is none, and those
+    /// that name the place and the rule which is broken there; [`CheckpointError::Io`].
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
         Checkpoint::open_at(path, 0)
     }

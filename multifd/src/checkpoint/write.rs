@@ -129,7 +129,7 @@ impl Writer {
     /// The checkpoint that was [received](Self::receive).
     ///
     /// # Errors
-    /// As [`Checkpoint::open`].
+    /// As [`Checkpoint::open`]; so before one was received whole, what is in the file is no checkpoint.
     pub fn into_checkpoint(self) -> Result<Checkpoint, CheckpointError> {
         let file = self.file.file().try_clone().map_err(self.file.error("opening it once more"))?;
         Checkpoint::of_file(file, self.file.path(), self.preamble.len() as u64)

@@ -109,9 +109,10 @@ impl Destination {
     /// Waits for a source at `from`, receives its VM into `vm` and starts it.
     ///
     /// On `Ok` the VM runs here. On `Err` it does not and never will, and the source was not told that we have it, so that it
-    /// can run there. With a source that is not one of ours there are two exceptions: where [`DestinationVm::start`] fails, the
-    /// source was told before; and one that has switched to postcopy does not let its VM run again by itself
-    /// ([`Error::AfterRun`]).
+    /// can run there. With a source that is not one of ours there are exceptions: where [`DestinationVm::start`] fails, the
+    /// source was told before; one that has switched to postcopy does not let its VM run again by itself
+    /// ([`Error::AfterRun`]); and where telling the source failed, everything is here, the VM is paused, and the source may run on or
+    /// not ([`Error::InDoubt`]). A checkpoint has one more, [`Error::StateOnChannels`].
     ///
     /// # Errors
     /// The first thing that went wrong on any connection, with its place; [`Error::Mismatch`] where `vm` is not like the

@@ -116,7 +116,8 @@ impl KvmDirtyRing {
     /// To be called by a vCPU thread on KVM_EXIT_DIRTY_RING_FULL; by anybody at any other time.
     ///
     /// # Errors
-    /// The kernel's. The pages are then still reported by the next drain.
+    /// The kernel's: the pages are then still reported by the next drain. A ring that ran over, as the beginning of this module has
+    /// it: from then on every call fails, and so does every drain.
     pub fn collect(&self) -> io::Result<u64> {
         self.inner.collect(&mut lock(&self.inner.state))
     }

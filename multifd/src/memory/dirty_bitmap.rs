@@ -18,7 +18,10 @@ pub struct DirtyBitmap {
 }
 
 impl DirtyBitmap {
-    /// An empty set for the pages of `layout`.
+    /// An empty set for the pages of `layout`: one bit for each.
+    ///
+    /// # Panics
+    /// If that is more than this process can address, which no mapped memory needs.
     pub fn new(layout: &Layout) -> DirtyBitmap {
         let words = usize::try_from(layout.bits() / 64).expect("bitmap of mapped memory fits memory");
         DirtyBitmap { words: vec![0; words], summary: vec![0; words.div_ceil(64)], outside: 0 }
@@ -34,6 +37,9 @@ impl DirtyBitmap {
     }
 
     /// The set of all pages of `layout`.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
     pub fn full(layout: &Layout) -> DirtyBitmap {
         let mut bitmap = DirtyBitmap::new(layout);
         for block in layout.blocks() {
@@ -112,7 +118,8 @@ impl DirtyBitmap {
         outside
     }
 
-    /// Adds all pages of `other`, which has as many bits.
+    /// Adds all pages of `other`, which has as many bits. Those that there is no bit for are left out and counted: see
+    /// [`clip`](Self::clip).
     pub fn merge(&mut self, other: &DirtyBitmap) {
         self.outside = self.outside.saturating_add(other.outside);
         for (word, bits) in other.nonzero_words() {
@@ -120,7 +127,7 @@ impl DirtyBitmap {
         }
     }
 
-    /// Removes all pages of `other`, which has as many bits.
+    /// Removes all pages of `other`, which has as many bits. Those that there is no bit for are left out.
     pub fn subtract(&mut self, other: &DirtyBitmap) {
         for (word, bits) in other.nonzero_words() {
             if word < self.words.len() {

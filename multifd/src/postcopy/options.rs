@@ -20,8 +20,8 @@ pub struct Options {
     pub preempt: bool,
     /// UUID of the VM, for the destination to compare; `None` to say nothing.
     pub uuid: Option<[u8; 16]>,
-    /// Bytes per second in the background; pages that are asked for do not wait. `None` for no limit. A
-    /// [`Handle`](super::Handle) changes it.
+    /// Bytes per second in the background; pages that are asked for do not wait. `None` for no limit, 0
+    /// counts as 1. A [`Handle`](super::Handle) changes it.
     pub max_bandwidth: Option<u64>,
     /// How long the destination may take fewer than 4 KiB; `None` for no limit.
     pub stall_limit: Option<Duration>,

@@ -47,7 +47,7 @@ impl Handle {
     }
 
     /// Changes the parameters, at any moment. `change` gets those in force; what it changes holds once it has returned. It must not
-    /// call this method itself.
+    /// call this method itself: changes come one after the other, so that call would wait for its own end.
     ///
     /// The bandwidth counts from the next packet on, and has no effect once the guest is paused. The limits of convergence
     /// count from the end of the round on. The limits of the pause and of silence count from when the pause or the

@@ -67,7 +67,9 @@ impl Uri {
     /// Listens at this address. A file, a FIFO or a pipe is one connection, without a way back.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's: an address or a socket that another process listens at ([`io::ErrorKind::AddrInUse`]), a kernel without vsock
+    /// ([`io::ErrorKind::Unsupported`]). A number of a descriptor that this process does not have, or that something else in it has taken
+    /// ([`fd`](super::fd)); a `file:` that is a directory.
     pub fn listener(&self) -> io::Result<UriListener> {
         Ok(match self {
             Uri::Tcp { host, port } => {
