@@ -4,6 +4,9 @@
 //! paused. So long runs of pages go past the page cache (O_DIRECT), where the file system permits it. Of all others the disk is
 //! given what has come whenever it is [`WINDOW`] bytes; a disk whose queue is full has the channels wait.
 //!
+//! A disk has a cache of its own, which an fsync has it write out, too: it took 1.4 to 3.3 s at the end of 2 GiB that all had been written
+//! directly. So it is told to whenever [`FLUSH`] bytes have come that way, by the channel that brought the last of them; the others go on.
+//!
 //! Both ways may write the same page one after the other: the kernel writes cached pages to disk and forgets them before it
 //! writes the same bytes directly.
 
@@ -53,13 +56,28 @@ pub(crate) struct PageFile {
     cached: Option<AtomicU64>,
     /// Held by the one thread that hands over to the disk: it may have to wait, and then all others do.
     hands_over: Mutex<()>,
+    /// Bytes written past the page cache.
+    directly: AtomicU64,
+    /// How many of them there were when the disk was last told to write out its cache.
+    flushed: AtomicU64,
+    /// A channel waits for the disk.
+    is_flushing: AtomicBool,
 }
 
 impl PageFile {
     /// `file`, of which nothing has to be on disk at any time.
     pub(crate) fn temporary(file: Arc<File>) -> PageFile {
-        let (refused, hands_over) = (AtomicBool::new(false), Mutex::new(()));
-        PageFile { file, direct: None, required: false, refused, cached: None, hands_over }
+        PageFile {
+            file,
+            direct: None,
+            required: false,
+            refused: AtomicBool::new(false),
+            cached: None,
+            hands_over: Mutex::new(()),
+            directly: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            is_flushing: AtomicBool::new(false),
+        }
     }
 
     /// `file`, which is going to be put on disk.
@@ -112,7 +130,10 @@ impl PageFile {
                         tracing::debug!(%error, "pages are written through the page cache");
                     }
                 }
-                written => return written,
+                written => {
+                    written?;
+                    return self.wrote_directly(direct, bytes as u64);
+                }
             }
         }
         let left: usize = parts.iter().map(|part| part.len()).sum();
@@ -151,6 +172,19 @@ impl PageFile {
         }
         let _one = lock(&self.hands_over);
         self.begin_writeback();
+    }
+
+    /// `bytes` went to the disk: has it write out its cache once in a while, if no other channel waits for that.
+    fn wrote_directly(&self, direct: &File, bytes: u64) -> io::Result<()> {
+        let written = self.directly.fetch_add(bytes, Relaxed) + bytes;
+        if written - self.flushed.load(Relaxed).min(written) < FLUSH || self.is_flushing.swap(true, Relaxed) {
+            return Ok(());
+        }
+        self.flushed.store(written, Relaxed);
+        let flushed = rustix::fs::fdatasync(direct);
+        self.is_flushing.store(false, Relaxed);
+        // What is told now may not be told again at the end.
+        Ok(flushed?)
     }
 
     /// Whether long runs are written past the page cache.
@@ -197,6 +231,9 @@ const LEAST: usize = 64 << 10;
 /// Bytes that go to the page cache before they are handed over to the disk. (To wait for those before as well, to have at most
 /// so many on their way, took three times as long.)
 const WINDOW: u64 = 64 << 20;
+/// Bytes that are written directly before the disk is told to write out its cache. On a disk of 0.4 GB/s what is left at the end takes
+/// 0.05 s then (64 MiB: 0.09, 256 MiB: 0.4, never: 1.4 to 3.3), and the speed is the same within its spread.
+const FLUSH: u64 = 32 << 20;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
@@ -239,6 +276,35 @@ mod tests {
             pages.file().sync_all().unwrap();
             assert!(fs::read(dir.join("x")).unwrap() == expected, "{direct:?}");
         }
+    }
+
+    /// All of it was left to the end, where the guest is paused.
+    #[test]
+    fn the_cache_of_the_disk_never_has_much_that_was_written_directly() {
+        let dir = TempDir::new().unwrap();
+        let pages = PageFile::kept(file(&dir), DirectWrites::Auto).unwrap();
+        let mut scratch = Scratch::default();
+        let bytes = scratch.room(1 << 20);
+        bytes.fill(7);
+        let (mut flushes, mut last) = (0, 0);
+        for at in 0..100 {
+            write(&pages, at * 256, bytes);
+            let (written, flushed) = (pages.directly.load(Relaxed), pages.flushed.load(Relaxed));
+            if !pages.is_direct() {
+                return skip("this file system takes no direct writes");
+            }
+            assert_eq!(written, (at + 1) << 20);
+            assert!(written - flushed < FLUSH, "{flushed} of {written}");
+            flushes += u32::from(flushed != last);
+            last = flushed;
+        }
+        assert_eq!(flushes, 3);
+        // While another channel waits for the disk, nobody does.
+        pages.is_flushing.store(true, Relaxed);
+        for at in 0..64 {
+            write(&pages, at * 256, bytes);
+        }
+        assert_eq!(pages.flushed.load(Relaxed), last);
     }
 
     #[test]
