@@ -337,6 +337,8 @@ fn pages_that_a_guest_asked_for_are_sent_first() {
 #[test]
 fn a_destination_with_huge_pages_is_refused_before_it_runs() {
     let installed: Vec<_> = Version::ALL.into_iter().filter_map(Installed::require).collect();
+    // Each that is missing has said so.
+    let Some(first) = installed.first() else { return };
     let Some(_pages) = HugePages::reserve(u64::from(MIB) / 2) else {
         return test_support::skip("no huge pages can be reserved here (as root)");
     };
@@ -344,7 +346,7 @@ fn a_destination_with_huge_pages_is_refused_before_it_runs() {
         let dir = TempDir::new().unwrap();
         let file = dir.join("checkpoint");
         let machine = "pc-i440fx-7.2";
-        let source = checkpoint(&installed[0], machine, &file, &dir);
+        let source = checkpoint(first, machine, &file, &dir);
         drop(source);
         for installed in &installed {
             let memory = format!("memory-backend-memfd,id=pc.ram,size={MIB}M,hugetlb=on,hugetlbsize=2M");
