@@ -73,19 +73,29 @@ impl Monitor {
     /// # Errors
     /// It has not; or those of [`Monitor::execute`].
     pub fn wait_cleared_up(&mut self, limit: Duration) -> Result<(), Refusal> {
+        if self.clears_up(limit)? {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            Exit::Failed,
+            "QEMU's last migration is over, but its thread does not end, as may happen to a QEMU 7.2 or 10.0 whose connection \
+             breaks. The guest runs on. Another migration may end this QEMU: shut the guest down and start it again when that suits",
+        ))
+    }
+
+    /// Whether QEMU clears up its last migration within `limit`.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute`].
+    pub fn clears_up(&mut self, limit: Duration) -> Result<bool, Refusal> {
         let deadline = Instant::now() + limit;
         while self.holds_migration()? {
             if Instant::now() >= deadline {
-                return Err(Refusal::new(
-                    Exit::Failed,
-                    "QEMU's last migration is over, but its thread does not end, as may happen to a QEMU 7.2 or 10.0 whose \
-                     connection breaks. The guest runs on. Another migration may end this QEMU: shut the guest down and start it \
-                     again when that suits",
-                ));
+                return Ok(false);
             }
             thread::sleep(POLL_INTERVAL);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Whether QEMU lists a migration among what can be yanked, which it does from the start of one until that is cleared up.

@@ -1,8 +1,11 @@
 //! The settings of a QEMU that a migration needs, and how they are put back.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value, json};
 
 use super::{Look, Monitor, Refusal};
+use crate::exit::Exit;
 
 /// What a migration needs. What a QEMU does not have is left out, unless it is to be switched on.
 #[derive(Debug, Clone, Default)]
@@ -90,7 +93,7 @@ impl Changed {
                 }
                 None if on => {
                     let message = format!("QEMU {} has no migration capability {name}", look.version);
-                    return Err(Refusal::new(crate::exit::Exit::Failed, message));
+                    return Err(Refusal::new(Exit::Failed, message));
                 }
                 _ => {}
             }
@@ -116,7 +119,26 @@ impl Changed {
         }
     }
 
-    /// Puts everything back as it was. It changes nothing to do that twice.
+    /// Puts everything back as it was once QEMU has cleared up its migration, for which it is given `limit`. Nothing is sent to a
+    /// QEMU that has not, or does not answer: it would run the commands whenever it goes on, and one whose number of channels or
+    /// capabilities change while it ends a migration looks for channels it never had, and ends with its guest. `docs/qemu.md`
+    /// has the experiments.
+    ///
+    /// # Errors
+    /// It has not cleared up, refuses it or is gone; the message says how the settings were.
+    pub fn put_back_once_cleared_up(&self, monitor: &mut Monitor, limit: Duration) -> Result<(), Refusal> {
+        match monitor.clears_up(limit) {
+            Ok(true) => self.put_back(monitor),
+            Ok(false) => Err(self.not_put_back(Refusal::new(
+                Exit::Failed,
+                "it still holds the migration (query-yank), as may happen to a QEMU 7.2 or 10.0 whose connection breaks, and \
+                 another setting or migration may end it meanwhile; a guest that runs there runs on",
+            ))),
+            Err(refusal) => Err(self.not_put_back(refusal)),
+        }
+    }
+
+    /// Puts everything back as it was. It changes nothing to do that twice. No migration may be under way.
     ///
     /// # Errors
     /// QEMU refuses it or is gone; the message says how the settings were.
@@ -125,10 +147,12 @@ impl Changed {
         let first = set_parameters(monitor, &self.parameters);
         let then = set_capabilities(monitor, &self.capabilities);
         let last = first.or_else(|_| set_parameters(monitor, &self.parameters));
-        last.and(then).map_err(|refusal| {
-            let message = format!("QEMU's settings could not be put back: {refusal}; they were: {}", self.text());
-            Refusal { message, ..refusal }
-        })
+        last.and(then).map_err(|refusal| self.not_put_back(refusal))
+    }
+
+    fn not_put_back(&self, refusal: Refusal) -> Refusal {
+        let message = format!("QEMU's settings are not put back: {refusal}; they were: {}", self.text());
+        Refusal { message, ..refusal }
     }
 
     fn text(&self) -> String {

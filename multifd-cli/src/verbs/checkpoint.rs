@@ -65,6 +65,7 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
         .prepare(&mut monitor, &mut wanted, tls, QemuIs::Source)
         .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
     changed.keep(&look, monitor::REST_PARAMETERS);
+    let is_begun = prepared.is_ok();
     let mut outcome = match prepared {
         Ok(()) => {
             let (monitor, interrupts) = (&mut monitor, &interrupts);
@@ -73,13 +74,9 @@ fn checkpoint(args: &CheckpointArgs) -> Result<Outcome, Refusal> {
         Err(refusal) => Outcome::failed(refusal.exit, refusal),
     };
     monitor.put_in_order();
-    match monitor.wait_cleared_up(SHORT) {
-        // That is said where the settings are put back.
-        Err(refusal) if refusal.lost => {}
-        Err(refusal) => outcome.worsen_beside(&refusal.message),
-        Ok(()) => {}
-    }
-    if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
+    let put_back =
+        if is_begun { changed.put_back_once_cleared_up(&mut monitor, SHORT) } else { changed.put_back(&mut monitor) };
+    if let Err(refusal) = put_back.and_then(|()| qemu_tls.remove(&mut monitor)) {
         outcome.worsen_beside(&refusal.message);
     }
     outcome.report.insert("qemu".to_owned(), look.json());

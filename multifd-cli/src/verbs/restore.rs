@@ -62,6 +62,7 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
     let prepared = qemu_tls
         .prepare(&mut monitor, &mut wanted, tls, QemuIs::Destination)
         .and_then(|()| changed.apply(&mut monitor, &look, &wanted));
+    let is_begun = prepared.is_ok();
     let mut outcome = match prepared {
         Ok(()) => migrate(args, &checkpoint, &look, &mut monitor, &mut meeting, &interrupts)
             .unwrap_or_else(|refusal| Outcome::failed(refusal.exit, refusal)),
@@ -73,7 +74,9 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
         // The migration goes on, or may, and with these settings.
         return Ok(outcome);
     }
-    if let Err(refusal) = changed.put_back(&mut monitor).and_then(|()| qemu_tls.remove(&mut monitor)) {
+    let put_back =
+        if is_begun { changed.put_back_once_cleared_up(&mut monitor, END_LIMIT) } else { changed.put_back(&mut monitor) };
+    if let Err(refusal) = put_back.and_then(|()| qemu_tls.remove(&mut monitor)) {
         // A QEMU that ended has no settings.
         if outcome.exit == Exit::Done || !refusal.lost {
             outcome.worsen_beside(&refusal.message);

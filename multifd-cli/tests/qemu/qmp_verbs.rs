@@ -377,7 +377,7 @@ fn a_monitor_that_fails_at_any_command_leaves_the_guest_running() {
                     _ => panic!("{context}"),
                 }
                 if fault == Fault::Hangup {
-                    assert!(!ended.log.contains("could not be put back"), "{context}");
+                    assert!(!ended.log.contains("not put back"), "{context}");
                 }
                 if is_there {
                     whole += 1;
@@ -536,11 +536,16 @@ fn a_qemu_that_is_stopped_ends_the_checkpoint_in_time() {
         wait_until_moving(&mut source);
         let pid = rustix::process::Pid::from_raw(source.pid().try_into().unwrap()).unwrap();
         rustix::process::kill_process(pid, Signal::STOP).unwrap();
-        running.end().failed(1, "main loop may be blocked");
+        let ended = running.end();
+        ended.failed(1, "main loop may be blocked");
+        ended.failed(1, "settings are not put back");
         assert!(!dir.join("checkpoint").exists());
         rustix::process::kill_process(pid, Signal::CONT).unwrap();
         source.qmp().wait_migration(&[Status::Failed], LIMIT).unwrap();
         assert_runs_on(&mut source);
+        // A QEMU that gets these settings while it ends its migration ends with its guest, 25 times of 25.
+        let [_, parameters] = settings(source.qmp());
+        assert_ne!(parameters["multifd-channels"], 7);
     });
 }
 
