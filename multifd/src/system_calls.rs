@@ -60,8 +60,8 @@ const RETURN_PATH: &[&str] = with_common!("fcntl" "getsockopt" "ioctl" "ppoll" "
 const WATCHDOG: &[&str] = with_common!("fcntl" "sendmsg" "sendto" "shutdown" "writev");
 
 const CONNECTION: &[&str] = with_common!(
-    "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
-    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
+    "eventfd2" "fadvise64" "fallocate" "fcntl" "fdatasync" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
+    "pwritev2" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
 );
 
 const ACCEPT: &[&str] = with_common!(
@@ -70,8 +70,8 @@ const ACCEPT: &[&str] = with_common!(
     "unlink"
     "unlinkat" "accept4" "io_uring_enter" "fstat" "clone" "clone3" "rseq" "set_robust_list"
     // Those of the threads that it makes.
-    "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
-    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
+    "eventfd2" "fadvise64" "fallocate" "fcntl" "fdatasync" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
+    "pwritev2" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
 );
 
 const RUN: &[&str] = with_common!(
@@ -83,8 +83,8 @@ const RUN: &[&str] = with_common!(
     "fstat" "fstatfs"
     // Those of the threads that it makes.
     "accept4" "io_uring_enter" "clone" "clone3" "rseq" "set_robust_list"
-    "connect" "eventfd2" "fallocate" "fcntl" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "mincore" "ppoll" "pread64"
-    "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
+    "connect" "eventfd2" "fadvise64" "fallocate" "fcntl" "fdatasync" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "mincore" "ppoll"
+    "pread64" "pwrite64" "pwritev" "pwritev2" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
     "sync_file_range" "writev"
 );
 

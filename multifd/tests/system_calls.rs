@@ -16,6 +16,7 @@ use std::{
 };
 
 use multifd::{
+    checkpoint::Writer,
     destination::{self, Destination},
     dirty::{DirtyLog, bitmap::AtomicDirtyBitmap, merged::MergedLog, uffd_wp::UffdWpLog, untouched::untouched},
     dirty_bitmap::DirtyBitmap,
@@ -33,7 +34,7 @@ use test_support::{TempDir, time_limit};
 
 /// Which kind the child is to run.
 const KIND: &str = "MULTIFD_SYSTEM_CALLS";
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 13] = [
     "tcp",
     "main-alone",
     "unix",
@@ -44,6 +45,7 @@ const KINDS: [&str; 12] = [
     "zero-copy",
     "write-protection",
     "cancelled",
+    "checkpoint",
     "taken-over",
     "taken-over-without-io_uring",
 ];
@@ -174,8 +176,12 @@ struct Vm {
 impl Vm {
     /// One block of private memory and one of a file.
     fn new() -> Vm {
+        Vm::of(PAGES)
+    }
+
+    fn of(pages: u64) -> Vm {
         let name = |name| BlockName::new(name).unwrap();
-        let len = PAGES as usize * 4096;
+        let len = pages as usize * 4096;
         let blocks =
             vec![RamBlock::anonymous(name("private"), len).unwrap(), RamBlock::memory_file(name("file"), len).unwrap()];
         let ram = Ram::new(4096, blocks).unwrap();
@@ -191,6 +197,24 @@ impl Vm {
         }
         vm
     }
+}
+
+/// The caller of `Writer::receive`, which puts a file into place, has no filter.
+fn keep_in_a_file(mut sending: source::Options, receiving: destination::Options, dir: &TempDir) {
+    let (listener, connector) = transport("checkpoint", dir);
+    // Long runs, and more than a channel writes before it has them synced.
+    let mut from = Vm::of(16 << 10);
+    for page in 0..32 << 10 {
+        from.ram.page(page).unwrap().write(&(page + 1).to_ne_bytes().repeat(512));
+    }
+    sending.plan.channels = 2;
+    let mut writer = Writer::create(&dir.join("checkpoint"), false).unwrap();
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| writer.receive(Destination::new(receiving), listener, &mut ()).map(drop));
+        Source::new(sending).run(&mut from, &*connector, &mut ()).unwrap();
+        receiver.join().unwrap().unwrap();
+    });
+    assert_eq!(writer.pages_with_content(), 32 << 10);
 }
 
 impl SourceVm for Vm {
@@ -342,6 +366,9 @@ fn migrate(kind: &str) {
     if is_filtered {
         sending.threads = Arc::new(Filtered);
         receiving.threads = Arc::new(Filtered);
+    }
+    if kind == "checkpoint" {
+        return keep_in_a_file(sending, receiving, &dir);
     }
     let (mut from, mut to) = (Vm::filled(), Vm::new());
     if kind == "write-protection" {

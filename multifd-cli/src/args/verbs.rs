@@ -169,7 +169,7 @@ pub struct ReceiveArgs {
     /// status 6.
     #[arg(long)]
     pub audit: bool,
-    /// Write long runs of pages past the page cache (O_DIRECT), so that little is left to be written in the pause.
+    /// Whether the file stays out of the page cache. It is written to disk as it comes either way, so that little is left for the pause.
     #[arg(long, value_enum, default_value_t = Direct::Auto, value_name = "WHEN")]
     pub direct: Direct,
     /// Also keep the bytes of each connection, as DIR/main.bin, DIR/ch0.bin, ...
@@ -316,14 +316,14 @@ pub struct InspectArgs {
     pub output: OutputArgs,
 }
 
-/// Whether to write past the page cache.
+/// Whether a file stays out of the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Direct {
-    /// Where the file system permits it.
+    /// Through the page cache, which forgets what is on disk.
     Auto,
-    /// Always; fail where the file system refuses.
+    /// Past the page cache (O_DIRECT); fail where the file system refuses.
     On,
-    /// Never.
+    /// Through the page cache, where it stays.
     Off,
 }
 

@@ -74,8 +74,11 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
         // The migration goes on, or may, and with these settings.
         return Ok(outcome);
     }
-    let put_back =
-        if is_begun { changed.put_back_once_cleared_up(&mut monitor, END_LIMIT) } else { changed.put_back(&mut monitor) };
+    let put_back = if is_begun {
+        changed.put_back_once_cleared_up(&mut monitor, END_LIMIT)
+    } else {
+        changed.put_back(&mut monitor)
+    };
     if let Err(refusal) = put_back.and_then(|()| qemu_tls.remove(&mut monitor)) {
         // A QEMU that ended has no settings.
         if outcome.exit == Exit::Done || !refusal.lost {

@@ -1,11 +1,12 @@
 //! The file that pages of a checkpoint go to, with a bound on what is left to be written to disk at its end.
 //!
-//! A file system keeps what was written in memory, and an fsync at the end has all of that to write while the guest is
-//! paused. So long runs of pages go past the page cache (O_DIRECT), where the file system permits it. Of all others the disk is
-//! given what has come whenever it is [`WINDOW`] bytes; a disk whose queue is full has the channels wait.
+//! A file system keeps what was written in memory, and the disk has a cache of its own: an fsync at the end has all of that to write while
+//! the guest is paused. So what is not on disk is bounded. Whenever [`SYNC`] bytes have come, the channel that brought the last of them has
+//! them written out; the others go on until [`AHEAD`] bytes wait. At the end of a round all are but a few.
 //!
-//! A disk has a cache of its own, which an fsync has it write out, too: it took 1.4 to 3.3 s at the end of 2 GiB that all had been written
-//! directly. So it is told to whenever [`FLUSH`] bytes have come that way, by the channel that brought the last of them; the others go on.
+//! Nor do pages stay in the page cache, which other programs need: the kernel forgets them once they are on disk, long runs by themselves
+//! (`RWF_DONTCACHE`, Linux 6.14), the rest when it is told to after a sync. To write past the page cache (O_DIRECT) is slower on some disks, since
+//! each write waits for the disk, and for the file system to note that the place has content; so it is done only where it is asked for.
 //!
 //! Both ways may write the same page one after the other: the kernel writes cached pages to disk and forgets them before it
 //! writes the same bytes directly.
@@ -17,67 +18,69 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags},
-    io::Errno,
+    fs::{Advice, CWD, Mode, OFlags},
+    io::{Errno, ReadWriteFlags},
 };
 
 use crate::{
     sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-        lock,
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        lock, wait,
     },
     sys::writeback,
 };
 
-/// Whether pages are written past the page cache.
+/// Whether the pages of a checkpoint stay out of the page cache. Either way they are written to disk as they come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DirectWrites {
-    /// Where the file system permits it, else through the page cache.
+    /// Through it, and the kernel forgets them once they are on disk.
     #[default]
     Auto,
-    /// Always; an error where the file system refuses.
+    /// Past it (O_DIRECT); an error where the file system refuses.
     On,
-    /// Never.
+    /// Through it, where they stay while there is room.
     Off,
 }
 
 /// A file that all channels write pages to.
 pub(crate) struct PageFile {
     file: Arc<File>,
-    /// The same file, opened to be written past the page cache.
+    /// The same file, opened to be written past the page cache, as all of it has to be then.
     direct: Option<File>,
-    /// A refusal is an error.
-    required: bool,
-    /// The file system has refused a direct write, and is not asked again.
-    refused: AtomicBool,
-    /// Bytes written through the page cache; `None` where none of them has to be on disk at any time.
-    cached: Option<AtomicU64>,
-    /// Held by the one thread that hands over to the disk: it may have to wait, and then all others do.
-    hands_over: Mutex<()>,
-    /// Bytes written past the page cache.
-    directly: AtomicU64,
-    /// How many of them there were when the disk was last told to write out its cache.
-    flushed: AtomicU64,
-    /// A channel waits for the disk.
-    is_flushing: AtomicBool,
+    /// The kernel can forget what it has written of long runs.
+    forgets_runs: AtomicBool,
+    /// `None` where nothing has to be on disk at any time.
+    unsynced: Option<Unsynced>,
+}
+
+/// What was written and may not be on disk.
+#[derive(Default)]
+struct Unsynced {
+    /// What is on disk is not to stay in the page cache.
+    forgets: bool,
+    state: Mutex<Written>,
+    /// A sync has ended.
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct Written {
+    /// Bytes written since the beginning.
+    written: u64,
+    /// How many of these are on disk.
+    synced: u64,
+    /// Somebody has the file written out.
+    is_under_way: bool,
+    /// The number of the error that a sync ended with. It may not be told again.
+    failed: Option<i32>,
 }
 
 impl PageFile {
     /// `file`, of which nothing has to be on disk at any time.
     pub(crate) fn temporary(file: Arc<File>) -> PageFile {
-        PageFile {
-            file,
-            direct: None,
-            required: false,
-            refused: AtomicBool::new(false),
-            cached: None,
-            hands_over: Mutex::new(()),
-            directly: AtomicU64::new(0),
-            flushed: AtomicU64::new(0),
-            is_flushing: AtomicBool::new(false),
-        }
+        PageFile { file, direct: None, forgets_runs: AtomicBool::new(false), unsynced: None }
     }
 
     /// `file`, which is going to be put on disk.
@@ -85,20 +88,13 @@ impl PageFile {
     /// # Errors
     /// It is required to be written past the page cache, and cannot be.
     pub(crate) fn kept(file: Arc<File>, direct: DirectWrites) -> io::Result<PageFile> {
-        let required = direct == DirectWrites::On;
-        let opened = match direct {
-            DirectWrites::Off => None,
-            DirectWrites::Auto | DirectWrites::On => match open_direct(&file) {
-                Ok(file) => Some(file),
-                Err(error) if required => return Err(refusal(&error.into())),
-                Err(error) => {
-                    tracing::debug!(%error, "pages are written through the page cache");
-                    None
-                }
-            },
+        let forgets = direct == DirectWrites::Auto;
+        let direct = match direct {
+            DirectWrites::On => Some(open_direct(&file).map_err(|error| refusal(&error.into()))?),
+            DirectWrites::Auto | DirectWrites::Off => None,
         };
-        let cached = Some(AtomicU64::new(0));
-        Ok(PageFile { direct: opened, required, cached, ..PageFile::temporary(file) })
+        let unsynced = Some(Unsynced { forgets, ..Unsynced::default() });
+        Ok(PageFile { direct, forgets_runs: AtomicBool::new(forgets), unsynced, ..PageFile::temporary(file) })
     }
 
     /// The file, to be read and written through the page cache.
@@ -114,84 +110,127 @@ impl PageFile {
         }
     }
 
-    /// Writes `parts`, whole pages, one after the other to `at`.
+    /// Writes `parts`, whole pages, one after the other to `at`. It waits for the disk where too much of what was written is not there.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's, also of what was written before.
     pub(crate) fn write(&self, mut parts: &mut [IoSlice<'_>], mut at: u64) -> io::Result<()> {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
-        if let Some(direct) = self.direct_for(bytes, parts) {
-            match write_all(direct, &mut parts, &mut at) {
-                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
-                    if self.required {
-                        return Err(refusal(&error));
+        let plain = ReadWriteFlags::empty();
+        match &self.direct {
+            Some(direct) if is_aligned(parts) => {
+                let written = write_all(direct, &mut parts, &mut at, plain);
+                written.map_err(|error| if has_errno(&error, Errno::INVAL) { refusal(&error) } else { error })?;
+            }
+            None if bytes >= LEAST && self.forgets_runs.load(Relaxed) => {
+                match write_all(&self.file, &mut parts, &mut at, DONTCACHE) {
+                    Err(error) if has_errno(&error, Errno::OPNOTSUPP) => {
+                        if self.forgets_runs.swap(false, Relaxed) {
+                            tracing::debug!(%error, "the kernel is told what to forget of a checkpoint");
+                        }
+                        write_all(&self.file, &mut parts, &mut at, plain)?;
                     }
-                    if !self.refused.swap(true, Relaxed) {
-                        tracing::debug!(%error, "pages are written through the page cache");
-                    }
-                }
-                written => {
-                    written?;
-                    return self.wrote_directly(direct, bytes as u64);
+                    written => written?,
                 }
             }
+            _ => write_all(&self.file, &mut parts, &mut at, plain)?,
         }
-        let left: usize = parts.iter().map(|part| part.len()).sum();
-        write_all(&self.file, &mut parts, &mut at)?;
-        self.wrote(left as u64);
-        Ok(())
+        match &self.unsynced {
+            Some(unsynced) => unsynced.wrote(&self.file, bytes as u64),
+            None => Ok(()),
+        }
     }
 
-    /// Has the kernel begin to write to disk what is in the page cache.
-    pub(crate) fn begin_writeback(&self) {
-        if self.cached.as_ref().is_some_and(|cached| cached.load(Relaxed) > 0)
+    /// Has the kernel begin to write to disk what is not there. If `all`, as at the end of a round, it is there on return, but for a
+    /// few bytes.
+    pub(crate) fn settle(&self, all: bool) {
+        let Some(unsynced) = &self.unsynced else { return };
+        let few = if all { FEW } else { SYNC };
+        // It is told by `check`.
+        let _ = unsynced.sync_down_to(&self.file, few);
+        if unsynced.bytes() > 0
             && let Err(error) = writeback::begin(&self.file)
         {
             tracing::debug!(%error, "pages are written to disk at the end only");
         }
     }
 
-    /// The file to write `parts` of `bytes` to past the page cache, if that is how to do it.
-    fn direct_for(&self, bytes: usize, parts: &[IoSlice<'_>]) -> Option<&File> {
-        // Below, each of many small writes would wait for the disk by itself.
-        let pays = self.required || bytes >= LEAST;
-        let aligned = || {
-            parts
-                .iter()
-                .all(|part| part.as_ptr().addr().is_multiple_of(ALIGNMENT) && part.len().is_multiple_of(ALIGNMENT))
-        };
-        self.direct.as_ref().filter(|_| pays && !self.refused.load(Relaxed) && aligned())
-    }
-
-    /// `bytes` went to the page cache: hands over to the disk what is there, once in a while.
-    fn wrote(&self, bytes: u64) {
-        let Some(cached) = &self.cached else { return };
-        let before = cached.fetch_add(bytes, Relaxed);
-        if before / WINDOW == (before + bytes) / WINDOW {
-            return;
+    /// Whether nothing that was written is known to be lost.
+    ///
+    /// # Errors
+    /// The disk's, of a write that seemed to have worked.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        match self.unsynced.as_ref().and_then(|unsynced| lock(&unsynced.state).failed) {
+            Some(error) => Err(io::Error::from_raw_os_error(error)),
+            None => Ok(()),
         }
-        let _one = lock(&self.hands_over);
-        self.begin_writeback();
     }
+}
 
-    /// `bytes` went to the disk: has it write out its cache once in a while, if no other channel waits for that.
-    fn wrote_directly(&self, direct: &File, bytes: u64) -> io::Result<()> {
-        let written = self.directly.fetch_add(bytes, Relaxed) + bytes;
-        if written - self.flushed.load(Relaxed).min(written) < FLUSH || self.is_flushing.swap(true, Relaxed) {
-            return Ok(());
+impl Unsynced {
+    /// `bytes` more were written to `file`.
+    fn wrote(&self, file: &File, bytes: u64) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.written += bytes;
+        loop {
+            let left = state.written - state.synced;
+            if let Some(error) = state.failed {
+                return Err(io::Error::from_raw_os_error(error));
+            }
+            if left < SYNC || (state.is_under_way && left < AHEAD) {
+                return Ok(());
+            }
+            state = if state.is_under_way { wait(&self.ended, state) } else { self.sync(file, state) };
         }
-        self.flushed.store(written, Relaxed);
-        let flushed = rustix::fs::fdatasync(direct);
-        self.is_flushing.store(false, Relaxed);
-        // What is told now may not be told again at the end.
-        Ok(flushed?)
     }
 
-    /// Whether long runs are written past the page cache.
-    #[cfg(all(test, not(any(loom, shuttle))))]
-    pub(crate) fn is_direct(&self) -> bool {
-        self.direct.is_some() && !self.refused.load(Relaxed)
+    /// Has `file` on disk, but for less than `few` bytes.
+    fn sync_down_to(&self, file: &File, few: u64) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(error) = state.failed {
+                return Err(io::Error::from_raw_os_error(error));
+            }
+            if state.written - state.synced < few {
+                return Ok(());
+            }
+            state = if state.is_under_way { wait(&self.ended, state) } else { self.sync(file, state) };
+        }
     }
+
+    /// Has all that was written so far on disk. Others write meanwhile.
+    fn sync<'a>(&'a self, file: &File, mut state: MutexGuard<'a, Written>) -> MutexGuard<'a, Written> {
+        state.is_under_way = true;
+        let written = state.written;
+        drop(state);
+        let synced = rustix::fs::fdatasync(file);
+        if self.forgets
+            && let Err(error) = rustix::fs::fadvise(file, 0, None, Advice::DontNeed)
+        {
+            tracing::debug!(%error, "a checkpoint stays in the page cache");
+        }
+        let mut state = lock(&self.state);
+        state.is_under_way = false;
+        match synced {
+            Ok(()) => state.synced = written,
+            Err(error) => state.failed = Some(error.raw_os_error()),
+        }
+        self.ended.notify_all();
+        state
+    }
+
+    fn bytes(&self) -> u64 {
+        let state = lock(&self.state);
+        state.written - state.synced
+    }
+}
+
+fn is_aligned(parts: &[IoSlice<'_>]) -> bool {
+    parts.iter().all(|part| part.as_ptr().addr().is_multiple_of(ALIGNMENT) && part.len().is_multiple_of(ALIGNMENT))
+}
+
+fn has_errno(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno.raw_os_error())
 }
 
 /// Opens `file` once more, to be written past the page cache.
@@ -208,9 +247,13 @@ fn refusal(error: &io::Error) -> io::Error {
 }
 
 /// Writes `parts` to `at` of `file`; on failure both say what is left.
-fn write_all(file: &File, parts: &mut &mut [IoSlice<'_>], at: &mut u64) -> io::Result<()> {
+fn write_all(file: &File, parts: &mut &mut [IoSlice<'_>], at: &mut u64, flags: ReadWriteFlags) -> io::Result<()> {
     while !parts.is_empty() {
-        match rustix::io::pwritev(file, parts, *at) {
+        let written = match flags.is_empty() {
+            true => rustix::io::pwritev(file, parts, *at),
+            false => rustix::io::pwritev2(file, parts, *at, flags),
+        };
+        match written {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => {
                 *at += n as u64;
@@ -226,23 +269,30 @@ fn write_all(file: &File, parts: &mut &mut [IoSlice<'_>], at: &mut u64) -> io::R
 /// What addresses, offsets and lengths of direct writes are multiples of: no disk has larger blocks that a file system with
 /// pages of 4 KiB is on.
 const ALIGNMENT: usize = 4096;
-/// The shortest run of pages that is written directly where that is not required.
+/// The shortest run of pages whose writing begins at once, and that the kernel forgets by itself.
 const LEAST: usize = 64 << 10;
-/// Bytes that go to the page cache before they are handed over to the disk. (To wait for those before as well, to have at most
-/// so many on their way, took three times as long.)
-const WINDOW: u64 = 64 << 20;
-/// Bytes that are written directly before the disk is told to write out its cache. On a disk of 0.4 GB/s what is left at the end takes
-/// 0.05 s then (64 MiB: 0.09, 256 MiB: 0.4, never: 1.4 to 3.3), and the speed is the same within its spread.
-const FLUSH: u64 = 32 << 20;
+/// `RWF_DONTCACHE`.
+const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+/// Bytes after which they are written out.
+const SYNC: u64 = 32 << 20;
+/// Bytes that may have been written and not be on disk, besides one write of each channel.
+const AHEAD: u64 = 128 << 20;
+/// Bytes that are not worth a sync at the end of a round.
+const FEW: u64 = 4 << 20;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use std::{fs, os::unix::fs::FileExt};
+    use std::{
+        fs,
+        os::unix::fs::FileExt,
+        thread,
+        time::{Duration, Instant},
+    };
 
     use test_support::{TempDir, skip};
 
     use super::*;
-    use crate::destination::Scratch;
+    use crate::{destination::Scratch, sys::residency};
 
     fn file(dir: &TempDir) -> Arc<File> {
         Arc::new(File::options().create_new(true).read(true).write(true).open(dir.join("x")).unwrap())
@@ -255,9 +305,9 @@ mod tests {
     /// Long runs go past the page cache and short ones through it, over each other in any order.
     #[test]
     fn the_last_write_of_a_page_counts_whichever_way_it_went() {
-        for direct in [DirectWrites::Auto, DirectWrites::Off] {
+        for direct in [DirectWrites::Auto, DirectWrites::On, DirectWrites::Off] {
             let dir = TempDir::new().unwrap();
-            let pages = PageFile::kept(file(&dir), direct).unwrap();
+            let Ok(pages) = PageFile::kept(file(&dir), direct) else { continue };
             pages.reserve(1000 * 4096);
             let mut expected = vec![0; 1000 * 4096];
             let mut scratch = Scratch::default();
@@ -272,7 +322,7 @@ mod tests {
                 pages.file().read_exact_at(&mut found, first as u64 * 4096).unwrap();
                 assert!(found == bytes, "read back at once");
             }
-            pages.begin_writeback();
+            pages.settle(true);
             pages.file().sync_all().unwrap();
             assert!(fs::read(dir.join("x")).unwrap() == expected, "{direct:?}");
         }
@@ -280,31 +330,108 @@ mod tests {
 
     /// All of it was left to the end, where the guest is paused.
     #[test]
-    fn the_cache_of_the_disk_never_has_much_that_was_written_directly() {
-        let dir = TempDir::new().unwrap();
-        let pages = PageFile::kept(file(&dir), DirectWrites::Auto).unwrap();
-        let mut scratch = Scratch::default();
-        let bytes = scratch.room(1 << 20);
-        bytes.fill(7);
-        let (mut flushes, mut last) = (0, 0);
-        for at in 0..100 {
-            write(&pages, at * 256, bytes);
-            let (written, flushed) = (pages.directly.load(Relaxed), pages.flushed.load(Relaxed));
-            if !pages.is_direct() {
-                return skip("this file system takes no direct writes");
+    fn never_much_that_was_written_is_not_on_disk() {
+        for direct in [DirectWrites::Auto, DirectWrites::On, DirectWrites::Off] {
+            let dir = TempDir::new().unwrap();
+            let Ok(pages) = PageFile::kept(file(&dir), direct) else { continue };
+            let unsynced = pages.unsynced.as_ref().unwrap();
+            let mut scratch = Scratch::default();
+            let bytes = scratch.room(1 << 20);
+            bytes.fill(7);
+            for at in 0..100 {
+                write(&pages, at * 256, bytes);
+                assert!(unsynced.bytes() < SYNC, "{direct:?}: {}", unsynced.bytes());
             }
-            assert_eq!(written, (at + 1) << 20);
-            assert!(written - flushed < FLUSH, "{flushed} of {written}");
-            flushes += u32::from(flushed != last);
-            last = flushed;
+            assert_eq!(lock(&unsynced.state).synced, 96 << 20, "{direct:?}");
+            pages.settle(false);
+            assert_eq!(unsynced.bytes(), 4 << 20);
+            pages.settle(true);
+            assert_eq!(unsynced.bytes(), 0);
+            // A few bytes are not worth it.
+            write(&pages, 0, bytes);
+            pages.settle(true);
+            assert_eq!(unsynced.bytes(), 1 << 20);
         }
-        assert_eq!(flushes, 3);
-        // While another channel waits for the disk, nobody does.
-        pages.is_flushing.store(true, Relaxed);
-        for at in 0..64 {
-            write(&pages, at * 256, bytes);
+        let memory = PageFile::temporary(file(&TempDir::new().unwrap()));
+        write(&memory, 0, &[0; 4096]);
+        assert!(memory.unsynced.is_none(), "nothing has to be on disk");
+    }
+
+    /// Others go on while one waits for the disk, up to a bound, and then wait, too.
+    #[test]
+    fn channels_wait_for_a_disk_that_is_slower_than_they_are() {
+        let dir = TempDir::new().unwrap();
+        let pages = PageFile::kept(file(&dir), DirectWrites::Off).unwrap();
+        let unsynced = pages.unsynced.as_ref().unwrap();
+        let bytes = vec![3; 1 << 20];
+        lock(&unsynced.state).is_under_way = true;
+        for at in 0..(AHEAD >> 20) - 1 {
+            write(&pages, at * 256, &bytes);
         }
-        assert_eq!(pages.flushed.load(Relaxed), last);
+        assert_eq!(unsynced.bytes(), AHEAD - (1 << 20));
+        thread::scope(|scope| {
+            let last = scope.spawn(|| write(&pages, 0, &bytes));
+            while unsynced.bytes() < AHEAD {
+                thread::yield_now();
+            }
+            assert!(!last.is_finished(), "nothing is on disk yet");
+            let mut state = lock(&unsynced.state);
+            (state.is_under_way, state.synced) = (false, AHEAD);
+            drop(state);
+            unsynced.ended.notify_all();
+        });
+        assert_eq!(unsynced.bytes(), 0);
+    }
+
+    /// The kernel tells an error once, perhaps to a channel that had others wait.
+    #[test]
+    fn what_a_sync_ended_with_is_told_to_all_and_at_the_end() {
+        let dir = TempDir::new().unwrap();
+        let pages = PageFile::kept(file(&dir), DirectWrites::Off).unwrap();
+        pages.check().unwrap();
+        // Not a file that can be synced.
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let unsynced = pages.unsynced.as_ref().unwrap();
+        let refusal = unsynced.wrote(&File::from(std::os::fd::OwnedFd::from(reader)), SYNC).unwrap_err();
+        assert_eq!(refusal.raw_os_error(), Some(Errno::INVAL.raw_os_error()));
+        assert_eq!(pages.check().unwrap_err().raw_os_error(), refusal.raw_os_error());
+        assert!(pages.write(&mut [IoSlice::new(&[1; 4096])], 0).is_err());
+        pages.settle(true);
+        assert!(pages.check().is_err());
+    }
+
+    /// Linux forgets long runs by itself since 6.14, and all others when it is told to.
+    #[test]
+    fn what_is_on_disk_does_not_stay_in_the_page_cache() {
+        for by_itself in [true, false] {
+            let dir = TempDir::new().unwrap();
+            let pages = PageFile::kept(file(&dir), DirectWrites::Auto).unwrap();
+            pages.forgets_runs.fetch_and(by_itself, Relaxed);
+            let bytes = vec![3; 1 << 20];
+            for at in 0..SYNC >> 20 {
+                write(&pages, at * 256, &bytes);
+            }
+            assert_eq!(pages.unsynced.as_ref().unwrap().bytes(), 0);
+            let cached = || residency::cached(pages.file(), SYNC as usize);
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while cached() > 0 {
+                if is_tmpfs(pages.file()) {
+                    return skip("this file system has all of a file in memory");
+                }
+                assert!(Instant::now() < deadline, "{} pages stay", cached());
+                thread::yield_now();
+            }
+        }
+        // Negative control.
+        let dir = TempDir::new().unwrap();
+        let pages = PageFile::kept(file(&dir), DirectWrites::Off).unwrap();
+        write(&pages, 0, &[3; 1 << 20]);
+        pages.settle(true);
+        assert!(residency::cached(pages.file(), 1 << 20) > 0);
+    }
+
+    fn is_tmpfs(file: &File) -> bool {
+        rustix::fs::fstatfs(file).unwrap().f_type == libc::TMPFS_MAGIC
     }
 
     #[test]
@@ -316,7 +443,6 @@ mod tests {
         let bytes = scratch.room(LEAST + 8);
         bytes.fill(7);
         write(&pages, 0, &bytes[8..]);
-        assert!(pages.is_direct());
         assert_eq!(fs::read(dir.join("x")).unwrap(), vec![7; LEAST]);
     }
 
@@ -335,19 +461,5 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::Unsupported);
             assert!(error.to_string().ends_with("expected direct writes auto or off"), "{error}");
         }
-    }
-
-    #[test]
-    fn what_is_cached_is_handed_over_once_in_a_window() {
-        let dir = TempDir::new().unwrap();
-        let pages = PageFile::kept(file(&dir), DirectWrites::Off).unwrap();
-        let bytes = vec![3; 1 << 20];
-        for mib in 0..2 * (WINDOW >> 20) + 1 {
-            write(&pages, mib * 256, &bytes);
-        }
-        assert_eq!(pages.cached.unwrap().load(Relaxed), 2 * WINDOW + (1 << 20));
-        let memory = PageFile::temporary(file(&TempDir::new().unwrap()));
-        write(&memory, 0, &bytes);
-        assert!(memory.cached.is_none(), "nothing has to be on disk");
     }
 }

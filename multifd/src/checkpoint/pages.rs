@@ -77,6 +77,14 @@ impl FilePages {
         self.valid.count()
     }
 
+    /// Whether no page is known to be lost.
+    ///
+    /// # Errors
+    /// As [`PageFile::check`].
+    pub(crate) fn check(&self) -> io::Result<()> {
+        self.file.check()
+    }
+
     /// Gives back the blocks of pages that had content and are zeros by now.
     pub(crate) fn punch_holes(&self) {
         let stale = |page: u64| self.written.contains(page) && !self.valid.contains(page);
@@ -209,8 +217,8 @@ impl PageSink for FilePages {
     }
 
     /// What a round has left in memory goes to disk while the next one is under way, and not at the end.
-    fn settle(&self, _round_over: bool) {
-        self.file.begin_writeback();
+    fn settle(&self, round_over: bool) {
+        self.file.settle(round_over);
     }
 }
 

@@ -100,7 +100,7 @@ impl Writer {
         Writer { file, direct, preamble: Vec::new(), whole_only: false, ram: None, beside_ram, tail, uuid: None }
     }
 
-    /// Says whether pages are written past the page cache; [`DirectWrites::Auto`] where it is not said. Of no effect on a
+    /// Says whether pages stay out of the page cache; [`DirectWrites::Auto`] where it is not said. Of no effect on a
     /// file without a name.
     #[must_use]
     pub fn direct_writes(self, direct: DirectWrites) -> Writer {
@@ -177,6 +177,7 @@ impl Writer {
         let Some(ram) = &self.ram else { return Ok(0) };
         let file: &File = self.file.file();
         let write = |bytes: &[u8], at| file.write_all_at(bytes, at).map_err(self.file.error("writing to it"));
+        ram.pages.check().map_err(self.file.error("writing pages to disk"))?;
         let is_whole = !ram.lists_addresses() || ram.elsewhere().next().is_none();
         let mut out = self.beginning(&ram.machine, uuid, ram.section, total(&ram.blocks), !is_whole);
         let mut at = 0;

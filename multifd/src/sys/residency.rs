@@ -43,6 +43,17 @@ pub(crate) fn absent(range: GuestRange<'_>) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
+/// How many pages of the first `len` bytes of `file` are in the page cache, for a test.
+#[cfg(all(test, not(any(loom, shuttle))))]
+pub(crate) fn cached(file: &std::fs::File, len: usize) -> usize {
+    let mapping = super::mapping::Mapping::unread(file, 0, len).unwrap();
+    let mut resident = vec![0u8; len.div_ceil(system_page_size() as usize)];
+    // SAFETY: takes addresses of a mapping, and writes one byte for each page of it. Nothing is read or written at the addresses.
+    let result = unsafe { libc::mincore(mapping.base().as_ptr().cast(), len, resident.as_mut_ptr()) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    resident.iter().filter(|resident| *resident & 1 == 1).count()
+}
+
 /// # Errors
 /// The system has swap.
 fn without_swap() -> io::Result<()> {

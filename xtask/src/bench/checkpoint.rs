@@ -18,6 +18,7 @@ const VARIANTS: &[&str] = &[
     "QEMU, file",
     "QEMU, file, direct-io",
     "multifd, --direct auto",
+    "multifd, --direct on",
     "multifd, --direct off",
     "multifd, into memory",
     PLAIN,
@@ -55,7 +56,7 @@ pub fn run(bench: &Bench) -> Result<Findings, String> {
                     (seconds, cpu, None)
                 }
                 Some(how) => {
-                    let direct = if how.ends_with("off") { "off" } else { "auto" };
+                    let direct = how.rsplit(' ').next().expect("a word");
                     let destination = match how {
                         ", into memory" => Destination::Engine { memory: "anonymous", first_touch: "auto" },
                         _ => Destination::Checkpoint { file: &file, direct },
