@@ -138,6 +138,18 @@ impl Changed {
         }
     }
 
+    /// The same, of a QEMU whose settings are of no importance if it does not clear up. Returns whether it has.
+    ///
+    /// # Errors
+    /// Those of [`Changed::put_back_once_cleared_up`], but for a migration that is not cleared up.
+    pub fn put_back_if_cleared_up(&self, monitor: &mut Monitor, limit: Duration) -> Result<bool, Refusal> {
+        match monitor.clears_up(limit) {
+            Ok(true) => self.put_back(monitor).map(|()| true),
+            Ok(false) => Ok(false),
+            Err(refusal) => Err(self.not_put_back(refusal)),
+        }
+    }
+
     /// Puts everything back as it was. It changes nothing to do that twice. No migration may be under way.
     ///
     /// # Errors

@@ -74,12 +74,14 @@ fn restore(args: &RestoreArgs) -> Result<Outcome, Refusal> {
         // The migration goes on, or may, and with these settings.
         return Ok(outcome);
     }
-    let put_back = if is_begun {
-        changed.put_back_once_cleared_up(&mut monitor, END_LIMIT)
-    } else {
-        changed.put_back(&mut monitor)
+    let put_back = match outcome.exit {
+        _ if !is_begun => changed.put_back(&mut monitor).map(|()| true),
+        Exit::Done => changed.put_back_once_cleared_up(&mut monitor, END_LIMIT).map(|()| true),
+        // One that still waits for a VM, or has failed to load one, has to be started again, and takes no notice of settings.
+        _ => changed.put_back_if_cleared_up(&mut monitor, NOTICE_LIMIT),
     };
-    if let Err(refusal) = put_back.and_then(|()| qemu_tls.remove(&mut monitor)) {
+    let removed = put_back.and_then(|is_done| if is_done { qemu_tls.remove(&mut monitor) } else { Ok(()) });
+    if let Err(refusal) = removed {
         // A QEMU that ended has no settings.
         if outcome.exit == Exit::Done || !refusal.lost {
             outcome.worsen_beside(&refusal.message);

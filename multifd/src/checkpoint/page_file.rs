@@ -1,8 +1,9 @@
 //! The file that pages of a checkpoint go to, with a bound on what is left to be written to disk at its end.
 //!
 //! A file system keeps what was written in memory, and the disk has a cache of its own: an fsync at the end has all of that to write while
-//! the guest is paused. So what is not on disk is bounded. Whenever [`SYNC`] bytes have come, the channel that brought the last of them has
-//! them written out; the others go on until [`AHEAD`] bytes wait. At the end of a round all are but a few.
+//! the guest is paused. So what is not on disk is bounded, by bytes and by time. Whenever a batch has come, which the disk takes in about
+//! [`BATCH_TIME`], the channel that brought the last of it has it written out; the others go on until [`AHEAD`] batches wait. At the end of a
+//! round all are on disk but for a few bytes.
 //!
 //! Nor do pages stay in the page cache, which other programs need: the kernel forgets them once they are on disk, long runs by themselves
 //! (`RWF_DONTCACHE`, Linux 6.14), the rest when it is told to after a sync. To write past the page cache (O_DIRECT) is slower on some disks, since
@@ -15,6 +16,7 @@ use std::{
     fs::File,
     io::{self, IoSlice},
     os::fd::AsRawFd,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -65,16 +67,23 @@ struct Unsynced {
     ended: Condvar,
 }
 
-#[derive(Default)]
 struct Written {
     /// Bytes written since the beginning.
     written: u64,
     /// How many of these are on disk.
     synced: u64,
+    /// Bytes after which they are written out.
+    batch: u64,
     /// Somebody has the file written out.
     is_under_way: bool,
     /// The number of the error that a sync ended with. It may not be told again.
     failed: Option<i32>,
+}
+
+impl Default for Written {
+    fn default() -> Written {
+        Written { written: 0, synced: 0, batch: FEW, is_under_way: false, failed: None }
+    }
 }
 
 impl PageFile {
@@ -145,9 +154,9 @@ impl PageFile {
     /// few bytes.
     pub(crate) fn settle(&self, all: bool) {
         let Some(unsynced) = &self.unsynced else { return };
-        let few = if all { FEW } else { SYNC };
-        // It is told by `check`.
-        let _ = unsynced.sync_down_to(&self.file, few);
+        if all {
+            unsynced.sync_down_to_few(&self.file);
+        }
         if unsynced.bytes() > 0
             && let Err(error) = writeback::begin(&self.file)
         {
@@ -173,27 +182,21 @@ impl Unsynced {
         let mut state = lock(&self.state);
         state.written += bytes;
         loop {
-            let left = state.written - state.synced;
             if let Some(error) = state.failed {
                 return Err(io::Error::from_raw_os_error(error));
             }
-            if left < SYNC || (state.is_under_way && left < AHEAD) {
+            let left = state.written - state.synced;
+            if left < state.batch || (state.is_under_way && left < AHEAD * state.batch) {
                 return Ok(());
             }
             state = if state.is_under_way { wait(&self.ended, state) } else { self.sync(file, state) };
         }
     }
 
-    /// Has `file` on disk, but for less than `few` bytes.
-    fn sync_down_to(&self, file: &File, few: u64) -> io::Result<()> {
+    /// Has `file` on disk, but for a few bytes. An error is told to all who write or ask.
+    fn sync_down_to_few(&self, file: &File) {
         let mut state = lock(&self.state);
-        loop {
-            if let Some(error) = state.failed {
-                return Err(io::Error::from_raw_os_error(error));
-            }
-            if state.written - state.synced < few {
-                return Ok(());
-            }
+        while state.failed.is_none() && state.written - state.synced >= FEW {
             state = if state.is_under_way { wait(&self.ended, state) } else { self.sync(file, state) };
         }
     }
@@ -201,9 +204,10 @@ impl Unsynced {
     /// Has all that was written so far on disk. Others write meanwhile.
     fn sync<'a>(&'a self, file: &File, mut state: MutexGuard<'a, Written>) -> MutexGuard<'a, Written> {
         state.is_under_way = true;
-        let written = state.written;
+        let (written, bytes, begun) = (state.written, state.written - state.synced, Instant::now());
         drop(state);
         let synced = rustix::fs::fdatasync(file);
+        let taken = begun.elapsed();
         if self.forgets
             && let Err(error) = rustix::fs::fadvise(file, 0, None, Advice::DontNeed)
         {
@@ -212,7 +216,10 @@ impl Unsynced {
         let mut state = lock(&self.state);
         state.is_under_way = false;
         match synced {
-            Ok(()) => state.synced = written,
+            Ok(()) => {
+                state.synced = written;
+                state.batch = next_batch(state.batch, bytes, taken);
+            }
             Err(error) => state.failed = Some(error.raw_os_error()),
         }
         self.ended.notify_all();
@@ -223,6 +230,12 @@ impl Unsynced {
         let state = lock(&self.state);
         state.written - state.synced
     }
+}
+
+/// Bytes that the disk takes in [`BATCH_TIME`], which took `bytes` in `taken`; at most twice as many as in a `batch` so far.
+fn next_batch(batch: u64, bytes: u64, taken: Duration) -> u64 {
+    let fits = (bytes as f64 * BATCH_TIME.as_secs_f64() / taken.as_secs_f64().max(1e-6)) as u64;
+    fits.min(2 * batch).clamp(LEAST_BATCH, MOST_BATCH)
 }
 
 fn is_aligned(parts: &[IoSlice<'_>]) -> bool {
@@ -273,21 +286,20 @@ const ALIGNMENT: usize = 4096;
 const LEAST: usize = 64 << 10;
 /// `RWF_DONTCACHE`.
 const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
-/// Bytes after which they are written out.
-const SYNC: u64 = 32 << 20;
-/// Bytes that may have been written and not be on disk, besides one write of each channel.
-const AHEAD: u64 = 128 << 20;
+/// How long a sync is to take: a source that is held up for longer might take it for a stall, and a longer one gains no speed.
+const BATCH_TIME: Duration = Duration::from_millis(250);
+/// Batches that may have been written and not be on disk, besides one write of each channel.
+const AHEAD: u64 = 4;
+/// The shortest batch.
+const LEAST_BATCH: u64 = 1 << 20;
+/// The longest batch.
+const MOST_BATCH: u64 = 32 << 20;
 /// Bytes that are not worth a sync at the end of a round.
 const FEW: u64 = 4 << 20;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use std::{
-        fs,
-        os::unix::fs::FileExt,
-        thread,
-        time::{Duration, Instant},
-    };
+    use std::{fs, os::unix::fs::FileExt, thread};
 
     use test_support::{TempDir, skip};
 
@@ -340,21 +352,35 @@ mod tests {
             bytes.fill(7);
             for at in 0..100 {
                 write(&pages, at * 256, bytes);
-                assert!(unsynced.bytes() < SYNC, "{direct:?}: {}", unsynced.bytes());
+                assert!(unsynced.bytes() < MOST_BATCH, "{direct:?}: {}", unsynced.bytes());
             }
-            assert_eq!(lock(&unsynced.state).synced, 96 << 20, "{direct:?}");
-            pages.settle(false);
-            assert_eq!(unsynced.bytes(), 4 << 20);
+            assert!(lock(&unsynced.state).synced > 68 << 20, "{direct:?}");
             pages.settle(true);
-            assert_eq!(unsynced.bytes(), 0);
+            assert!(unsynced.bytes() < FEW, "{direct:?}: {}", unsynced.bytes());
+            for at in 0..4 {
+                write(&pages, at * 256, bytes);
+            }
+            pages.settle(true);
+            assert!(unsynced.bytes() < FEW);
+            let before = lock(&unsynced.state).synced;
             // A few bytes are not worth it.
-            write(&pages, 0, bytes);
             pages.settle(true);
-            assert_eq!(unsynced.bytes(), 1 << 20);
+            assert_eq!(lock(&unsynced.state).synced, before);
         }
         let memory = PageFile::temporary(file(&TempDir::new().unwrap()));
         write(&memory, 0, &[0; 4096]);
         assert!(memory.unsynced.is_none(), "nothing has to be on disk");
+    }
+
+    /// A source that is not read from for half a minute takes that for a stall.
+    #[test]
+    fn a_slow_disk_gets_short_batches() {
+        let (second, mib) = (Duration::from_secs(1), 1 << 20);
+        assert_eq!(next_batch(4 * mib, 4 * mib, second), LEAST_BATCH);
+        assert_eq!(next_batch(MOST_BATCH, 128 * mib, 64 * second), LEAST_BATCH);
+        assert_eq!(next_batch(MOST_BATCH, 40 * mib, second), 10 * mib);
+        assert_eq!(next_batch(4 * mib, 4 * mib, Duration::ZERO), 8 * mib);
+        assert_eq!(next_batch(MOST_BATCH, MOST_BATCH, second / 100), MOST_BATCH);
     }
 
     /// Others go on while one waits for the disk, up to a bound, and then wait, too.
@@ -365,18 +391,19 @@ mod tests {
         let unsynced = pages.unsynced.as_ref().unwrap();
         let bytes = vec![3; 1 << 20];
         lock(&unsynced.state).is_under_way = true;
-        for at in 0..(AHEAD >> 20) - 1 {
+        let most = AHEAD * FEW;
+        for at in 0..(most >> 20) - 1 {
             write(&pages, at * 256, &bytes);
         }
-        assert_eq!(unsynced.bytes(), AHEAD - (1 << 20));
+        assert_eq!(unsynced.bytes(), most - (1 << 20));
         thread::scope(|scope| {
             let last = scope.spawn(|| write(&pages, 0, &bytes));
-            while unsynced.bytes() < AHEAD {
+            while unsynced.bytes() < most {
                 thread::yield_now();
             }
             assert!(!last.is_finished(), "nothing is on disk yet");
             let mut state = lock(&unsynced.state);
-            (state.is_under_way, state.synced) = (false, AHEAD);
+            (state.is_under_way, state.synced) = (false, most);
             drop(state);
             unsynced.ended.notify_all();
         });
@@ -392,7 +419,7 @@ mod tests {
         // Not a file that can be synced.
         let (reader, _writer) = std::io::pipe().unwrap();
         let unsynced = pages.unsynced.as_ref().unwrap();
-        let refusal = unsynced.wrote(&File::from(std::os::fd::OwnedFd::from(reader)), SYNC).unwrap_err();
+        let refusal = unsynced.wrote(&File::from(std::os::fd::OwnedFd::from(reader)), FEW).unwrap_err();
         assert_eq!(refusal.raw_os_error(), Some(Errno::INVAL.raw_os_error()));
         assert_eq!(pages.check().unwrap_err().raw_os_error(), refusal.raw_os_error());
         assert!(pages.write(&mut [IoSlice::new(&[1; 4096])], 0).is_err());
@@ -408,11 +435,11 @@ mod tests {
             let pages = PageFile::kept(file(&dir), DirectWrites::Auto).unwrap();
             pages.forgets_runs.fetch_and(by_itself, Relaxed);
             let bytes = vec![3; 1 << 20];
-            for at in 0..SYNC >> 20 {
+            for at in 0..FEW >> 20 {
                 write(&pages, at * 256, &bytes);
             }
             assert_eq!(pages.unsynced.as_ref().unwrap().bytes(), 0);
-            let cached = || residency::cached(pages.file(), SYNC as usize);
+            let cached = || residency::cached(pages.file(), FEW as usize);
             let deadline = Instant::now() + Duration::from_secs(20);
             while cached() > 0 {
                 if is_tmpfs(pages.file()) {
