@@ -61,7 +61,7 @@ const WATCHDOG: &[&str] = with_common!("fcntl" "sendmsg" "sendto" "shutdown" "wr
 
 const CONNECTION: &[&str] = with_common!(
     "eventfd2" "fadvise64" "fallocate" "fcntl" "fdatasync" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
-    "pwritev2" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
+    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
 );
 
 const ACCEPT: &[&str] = with_common!(
@@ -71,7 +71,7 @@ const ACCEPT: &[&str] = with_common!(
     "unlinkat" "accept4" "io_uring_enter" "fstat" "clone" "clone3" "rseq" "set_robust_list"
     // Those of the threads that it makes.
     "eventfd2" "fadvise64" "fallocate" "fcntl" "fdatasync" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "ppoll" "pwrite64" "pwritev"
-    "pwritev2" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
+    "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "statx" "sync_file_range" "writev"
 );
 
 const RUN: &[&str] = with_common!(
@@ -84,7 +84,7 @@ const RUN: &[&str] = with_common!(
     // Those of the threads that it makes.
     "accept4" "io_uring_enter" "clone" "clone3" "rseq" "set_robust_list"
     "connect" "eventfd2" "fadvise64" "fallocate" "fcntl" "fdatasync" "getpeername" "getsockname" "getsockopt" "ioctl" "lseek" "mincore" "ppoll"
-    "pread64" "pwrite64" "pwritev" "pwritev2" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
+    "pread64" "pwrite64" "pwritev" "readv" "recvfrom" "recvmsg" "sendmsg" "sendto" "setsockopt" "shutdown" "socket" "statx"
     "sync_file_range" "writev"
 );
 
